@@ -1,0 +1,137 @@
+"""A concrete model: a family with its sizes, and every tensor that follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from incr_ds.arch.family import Family, TensorDeclaration, family_of
+from incr_ds.arch.tensors import Dimension, TensorSpec
+from incr_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family, its full Hugging Face config, and the size of every named axis."""
+
+    family: Family
+    config: Mapping[str, Any]
+    sizes: Mapping[str, int]
+
+    @property
+    def tied(self) -> bool:
+        """True when the output projection shares the embedding's storage."""
+        return bool(self.config["tie_word_embeddings"])
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.sizes["layers"]
+
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Every tensor in the order of the module's parameters; a tied alias is listed with its ``tied_to``."""
+        specs: list[TensorSpec] = []
+        present = [item for item in self.family.tensors if item.when is None or self.config.get(item.when)]
+        in_layers = [item for item in present if "{layer}" in item.name]
+        first = present.index(in_layers[0])
+        specs += [self._spec(item, None) for item in present[:first]]
+        specs += [self._spec(item, layer) for layer in range(self.num_layers) for item in in_layers]
+        specs += [self._spec(item, None) for item in present[first + len(in_layers) :]]
+        return tuple(specs)
+
+    @cached_property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The tensors that have storage of their own."""
+        return tuple(spec for spec in self.tensors if spec.tied_to is None)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by name, tied aliases included."""
+        return {spec.name: spec for spec in self.tensors}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored elements."""
+        return sum(spec.numel for spec in self.stored)
+
+    def _spec(self, item: TensorDeclaration, layer: int | None) -> TensorSpec:
+        template, _, inside = item.name.partition("{layer}.")
+        local_name = inside if layer is not None else template.removeprefix("model.")
+        dims = tuple(Dimension(dim.use, dim.axes, self._size(dim.axes)) for dim in item.dims)
+        tied_to = item.tied_to if self.tied else None
+        return TensorSpec(item.name.format(layer=layer), local_name, layer, dims, item.role, tied_to)
+
+    def _size(self, axes: tuple[str, ...]) -> int:
+        size = 1
+        for axis in axes:
+            size *= self.sizes[axis]
+        return size
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a Hugging Face config.json; ConfigError if it is missing or not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}). The architecture comes from the Hugging Face config.json in "
+            "the checkpoint folder; copy it there or name one with --config FILE."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that a Hugging Face config describes.
+
+    transformers fills the defaults and validates. Raises ConfigError for an unsupported family, an unknown field, a
+    field at an unsupported value, and whatever transformers refuses; ``where`` names the config's origin.
+    """
+    family = family_of(config.get("model_type"), where)
+    unknown = sorted(set(config) - family.known_fields)
+    if unknown:
+        raise ConfigError(
+            f"{where}: config field(s) {', '.join(unknown)} are unknown for {family.model_type}; each may change the "
+            "mathematics, so nothing was done. Remove the field if it has no effect, or add it to the family file."
+        )
+    full = _filled(config, where)
+    for name, value in family.config.only.items():
+        if full.get(name, value) != value:
+            raise ConfigError(
+                f"{where}: {name} is {full[name]!r}; {family.model_type} is supported with {value!r} only."
+            )
+    sizes = {axis: full[field] for axis, field in family.axes.items() if field in full}
+    sizes.setdefault("head_dim", full["hidden_size"] // full["num_attention_heads"])
+    _check_heads(sizes, where)
+    return Architecture(family, full, sizes)
+
+
+def _filled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        filled = AutoConfig.for_model(config["model_type"], **given).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"{where}: transformers refuses this {config['model_type']} config: {reason}") from error
+    return {key: value for key, value in filled.items() if key in config or key not in ("id2label", "label2id")}
+
+
+def _check_heads(sizes: Mapping[str, int], where: str) -> None:
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    if heads % kv_heads:
+        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise ConfigError(
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
+            f"with {heads} query heads, num_key_value_heads can be {fitting}."
+        )

@@ -1,0 +1,73 @@
+"""The logical view of a checkpoint: names to lazy tensors, whatever the layout on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.errors import CheckpointError
+
+State = Literal["weight", "exp_avg", "exp_avg_sq"]
+STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What is known of a checkpoint without reading a tensor.
+
+    ``kind`` names the format for people, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without
+    moments), ``metadata`` what else the trainer recorded (global_steps, consumed_samples, ...), ``files`` the files
+    that make it up.
+    """
+
+    path: Path
+    kind: str
+    states: tuple[State, ...]
+    step: int | None
+    layout: Mapping[str, int]
+    metadata: Mapping[str, Any]
+    files: tuple[Path, ...]
+
+
+class LogicalCheckpoint(Protocol):
+    """Any supported checkpoint. Tied aliases have no entry of their own; nothing is loaded before ``read``."""
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """What is known without reading a tensor."""
+        ...
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model that the checkpoint holds."""
+        ...
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows (dimension 0) of one tensor, in its stored dtype, in its logical shape."""
+        ...
+
+
+def check_shapes(architecture: Architecture, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare the shapes found in a checkpoint with the declared ones; CheckpointError names every difference.
+
+    ``found`` may list tied aliases or not.
+    """
+    declared = architecture.by_name
+    problems = [
+        f"  {name}: not a tensor of this {architecture.family.model_type}" for name in found if name not in declared
+    ]
+    for spec in architecture.stored:
+        if spec.name not in found:
+            problems.append(f"  {spec.name}: missing, expected shape {list(spec.shape)}")
+    for name, shape in found.items():
+        if name in declared and tuple(shape) != declared[name].shape:
+            problems.append(f"  {name}: expected shape {list(declared[name].shape)}, found {list(shape)}")
+    if problems:
+        shown = problems[:10] + ([f"  and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        lines = [f"{where}: {len(problems)} tensor(s) do not fit the config; is config.json this checkpoint's?", *shown]
+        raise CheckpointError("\n".join(lines))

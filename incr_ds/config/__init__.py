@@ -1,0 +1,1 @@
+"""Typed settings: one file per stage, read by load_settings."""

@@ -1,0 +1,32 @@
+"""How a model is spread over processes: the one declaration that growth, checkpoints and training share."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from incr_ds.config.fields import Settings
+
+
+class ParallelLayout(Settings):
+    """Degrees of tensor, pipeline and data parallelism, and the ZeRO stage."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    data_parallel: int = Field(default=1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+    @model_validator(mode="after")
+    def _pipeline_allows_zero_1(self) -> Self:
+        if self.pipeline_parallel > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"zero_stage {self.zero_stage} with pipeline_parallel {self.pipeline_parallel}: DeepSpeed's pipeline "
+                "supports zero_stage 0 and 1; set zero_stage: 1, or pipeline_parallel: 1"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel

@@ -1,0 +1,161 @@
+"""The run file: one YAML file that states everything about a training run, once.
+
+DeepSpeed's own JSON (key ``deepspeed``) holds only what DeepSpeed alone owns; batch sizes, precision, the ZeRO stage,
+clipping and the optimizer are stated here and derived for DeepSpeed. A JSON that states one of them differently is an
+error.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from incr_ds.config.distillation import DistillationSettings
+from incr_ds.config.fields import Settings
+from incr_ds.config.layout import ParallelLayout
+
+
+class ModelSettings(Settings):
+    """What to train: a fresh model of a Hugging Face config.json (``config``), or the weights of a checkpoint folder.
+
+    ``initialize_from`` takes a Hugging Face folder (weights only) or a DeepSpeed checkpoint in this run's layout,
+    grown or not, whose optimizer state is kept unless ``load_optimizer`` is false.
+    """
+
+    config: str | None = None
+    initialize_from: str | None = None
+    tag: str | None = None
+    load_optimizer: bool = True
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.config is None) == (self.initialize_from is None):
+            raise ValueError("name exactly one of config (a fresh model) and initialize_from (a checkpoint folder)")
+        return self
+
+
+class BatchSettings(Settings):
+    """Sizes in samples and tokens; the number of micro-batches per step follows."""
+
+    sequence_length: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+
+
+class ScheduleSettings(Settings):
+    """Learning rate over optimizer steps of this run.
+
+    Linear warm-up from ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth), then
+    ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
+    ``constant``.
+    """
+
+    train_steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0.0)
+    min_learning_rate: float = Field(default=0.0, ge=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
+    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup_steps + self.decay_steps > self.train_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed train_steps {self.train_steps}"
+            )
+        if self.decay == "wsd" and self.decay_steps == 0:
+            raise ValueError("decay: wsd needs decay_steps, the length of the final decay")
+        if self.decay != "wsd" and self.decay_steps:
+            raise ValueError(f"decay_steps belongs to decay: wsd, not to decay: {self.decay}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW; norms and biases do not decay."""
+
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    gradient_clipping: float = Field(default=1.0, ge=0.0)
+
+
+class CorpusSettings(Settings):
+    """One Megatron data set: the path of its .bin and .idx without the ending, and its share of the mix."""
+
+    prefix: str
+    weight: float = Field(default=1.0, gt=0.0)
+
+
+class DataSettings(Settings):
+    """Training and held-out data, and the tokenizer folder that made them."""
+
+    train: list[CorpusSettings] = Field(min_length=1)
+    validation: str | None = None
+    tokenizer: str | None = None
+    start_sample: int = Field(default=0, ge=0)
+
+
+class EvaluationSettings(Settings):
+    """Held-out evaluation every ``interval`` steps over ``samples`` samples, and at the first and last step."""
+
+    interval: int = Field(ge=1)
+    samples: int = Field(ge=1)
+
+
+class CheckpointSettings(Settings):
+    """Saving every ``interval`` steps and at the end; the newest ``keep_last`` are kept (0 keeps all)."""
+
+    interval: int = Field(ge=1)
+    keep_last: int = Field(default=2, ge=0)
+
+
+class RunSettings(Settings):
+    """A training run."""
+
+    output: str
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    model: ModelSettings
+    layout: ParallelLayout = ParallelLayout()
+    batch: BatchSettings
+    schedule: ScheduleSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    data: DataSettings
+    evaluation: EvaluationSettings | None = None
+    checkpoint: CheckpointSettings
+    distillation: DistillationSettings | None = None
+    deepspeed: str | None = None
+    log_interval: int = Field(default=10, ge=1)
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        per_pass = self.batch.micro_batch_size * self.layout.data_parallel
+        if self.batch.global_batch_size % per_pass:
+            lower = self.batch.global_batch_size // per_pass * per_pass
+            nearest = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
+            raise ValueError(
+                f"batch.global_batch_size {self.batch.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}; nearest: {nearest}"
+            )
+        if self.evaluation and self.data.validation is None:
+            raise ValueError("evaluation needs data.validation, the prefix of the held-out data set")
+        if self.evaluation and self.evaluation.samples % per_pass:
+            lower = self.evaluation.samples // per_pass * per_pass
+            nearest = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
+            raise ValueError(
+                f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
+                f"{per_pass}; nearest: {nearest}"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that each data-parallel rank sees per optimizer step."""
+        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.layout.data_parallel)

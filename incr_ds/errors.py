@@ -1,0 +1,21 @@
+"""The errors that a user can cause. Each message says where, what was expected, what was found and what to do."""
+
+
+class IncrError(Exception):
+    """A mistake in the user's input; the command line prints its text and exits with 2."""
+
+
+class ConfigError(IncrError):
+    """A settings file, a command-line value or a model configuration is wrong."""
+
+
+class CheckpointError(IncrError):
+    """A checkpoint is missing, damaged, untrusted or of an unsupported kind."""
+
+
+class GrowthError(IncrError):
+    """The requested growth is impossible, or cannot be exact where exactness is required."""
+
+
+class LayoutError(IncrError):
+    """A model cannot be laid out over the requested ranks, or a checkpoint's layout is not the expected one."""

@@ -1,0 +1,1 @@
+"""Readers: any supported checkpoint, opened as a logical checkpoint of lazy tensors."""

@@ -1,0 +1,1 @@
+"""Targets: which rank holds which slice, and the writers of each on-disk layout."""

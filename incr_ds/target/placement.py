@@ -1,0 +1,141 @@
+"""Which rank holds which slice of which tensor, under which parameter name. Pure: no process, no file, no device.
+
+Training modules and checkpoint writers both follow this declaration, so a grown checkpoint fits the engine that loads
+it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe outermost, then data, then tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import LayoutError
+
+SHARDED_AXES = ("vocab", "heads", "kv_heads", "ffn")
+WHOLE_UNITS = ("heads", "kv_heads")
+TIED_KEY = "embedding"
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """The part of ``tensor`` that one rank holds, as parameter ``parameter`` of its module.
+
+    ``bounds`` is one (start, stop) per dimension, in elements of the whole tensor.
+    """
+
+    parameter: str
+    tensor: TensorSpec
+    bounds: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        return tuple(stop - start for start, stop in self.bounds)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the part."""
+        return math.prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """True when the rank holds the whole tensor."""
+        return self.shape == self.tensor.shape
+
+
+def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
+    """Cut ``total`` into nearly even parts, larger ones first (DeepSpeed's rule): split_bounds(5, 2) -> (0,3),(3,5)."""
+    base, extra = divmod(total, parts)
+    stops = list(accumulate(base + (part < extra) for part in range(parts)))
+    return tuple(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
+    """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work."""
+    problems = []
+    for axis in WHOLE_UNITS:
+        size, field = architecture.sizes[axis], architecture.family.axes[axis]
+        if size % layout.tensor_parallel:
+            fitting = [degree for degree in range(1, size + 1) if size % degree == 0]
+            problems.append(
+                f"  tensor_parallel {layout.tensor_parallel}: {field} {size} does not divide; "
+                f"tensor_parallel can be {', '.join(map(str, fitting))}"
+            )
+    for axis in ("vocab", "ffn"):
+        if architecture.sizes[axis] < layout.tensor_parallel:
+            problems.append(f"  tensor_parallel {layout.tensor_parallel}: larger than {architecture.family.axes[axis]}")
+    if architecture.num_layers < layout.pipeline_parallel:
+        problems.append(
+            f"  pipeline_parallel {layout.pipeline_parallel}: the model has {architecture.num_layers} layers; "
+            f"pipeline_parallel can be 1 to {architecture.num_layers}"
+        )
+    if problems:
+        raise LayoutError("\n".join(["layout: the model cannot be cut this way", *problems]))
+
+
+def stage_layers(num_layers: int, pipeline_parallel: int) -> tuple[range, ...]:
+    """Pipeline layers of each stage. Layer 0 is the embedding, 1..L the decoder, L+1 the final norm, L+2 the head."""
+    decoder = split_bounds(num_layers, pipeline_parallel)
+    starts = [start + 1 for start, _ in decoder]
+    starts[0] = 0
+    return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], num_layers + 3], strict=True))
+
+
+def pipeline_layer(spec: TensorSpec, num_layers: int) -> int:
+    """The pipeline layer that owns a tensor."""
+    if spec.layer is not None:
+        return spec.layer + 1
+    return {"embedding": 0, "final_norm": num_layers + 1, "reader": num_layers + 2}[spec.role]
+
+
+def layer_local_name(spec: TensorSpec) -> str:
+    """Parameter name inside its pipeline layer's module."""
+    return f"block.{spec.local_name}" if spec.layer is not None else spec.local_name
+
+
+def rank_parameters(
+    architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
+) -> tuple[ShardedTensor, ...]:
+    """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
+
+    With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more, the names are
+    PipelineModule's: ``<pipeline layer>.<local name>``, tied ones ``tied_modules.embedding.<local name>`` and first.
+    """
+    if layout.pipeline_parallel == 1:
+        return tuple(_shard(spec, spec.name, layout, tensor_rank) for spec in architecture.stored)
+    num_layers = architecture.num_layers
+    layers = stage_layers(num_layers, layout.pipeline_parallel)[stage]
+    tied, own = [], []
+    for spec in architecture.stored:
+        layer = pipeline_layer(spec, num_layers)
+        if architecture.tied and spec.role == "embedding":
+            if 0 in layers or num_layers + 2 in layers:
+                tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank))
+        elif layer in layers:
+            own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank))
+    return (*tied, *own)
+
+
+def optimizer_groups(shards: tuple[ShardedTensor, ...]) -> tuple[tuple[ShardedTensor, ...], ...]:
+    """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not."""
+    decay = tuple(shard for shard in shards if shard.tensor.is_matrix)
+    no_decay = tuple(shard for shard in shards if not shard.tensor.is_matrix)
+    return tuple(group for group in (decay, no_decay) if group)
+
+
+def sharded_dimension(spec: TensorSpec) -> int | None:
+    """The dimension that tensor parallelism cuts, or None for a tensor that every tensor rank holds whole."""
+    cut = [index for index, dim in enumerate(spec.dims) if dim.axes[0] in SHARDED_AXES]
+    return cut[0] if cut else None
+
+
+def _shard(spec: TensorSpec, parameter: str, layout: ParallelLayout, tensor_rank: int) -> ShardedTensor:
+    bounds = [(0, size) for size in spec.shape]
+    cut = sharded_dimension(spec)
+    if cut is not None:
+        bounds[cut] = split_bounds(spec.shape[cut], layout.tensor_parallel)[tensor_rank]
+    return ShardedTensor(parameter, spec, tuple(bounds))

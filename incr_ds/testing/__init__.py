@@ -1,0 +1,1 @@
+"""Pico models and the multi-process runner; imported by tests and tools only."""

@@ -1,0 +1,33 @@
+"""Packaging of incr_ds; tested versions of every dependency are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "deepspeed>=0.19.3,<0.20",
+    "torch>=2.10",
+    "transformers>=5.0,<6",
+    "sentencepiece",
+    "numpy",
+    "safetensors",
+    "pydantic>=2.10",
+    "PyYAML",
+    "typer",
+    "rich",
+    "xxhash",
+    "megatron-core==0.16.1",
+    "matplotlib",
+    "tensorboard",
+]
+DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "accelerate"]
+
+setup(
+    name="incr_ds",
+    version="0.1.0",
+    description="Grow a trained language model into a larger one and continue pre-training it under DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["incr_ds", "incr_ds.*"]),
+    package_data={"incr_ds.arch": ["families/*.yaml"], "incr_ds": ["py.typed"]},
+    install_requires=REQUIRES,
+    extras_require={"dev": DEV},
+)
