@@ -1,0 +1,68 @@
+"""Safe loading of DeepSpeed's .pt files: tensors and plain containers only, mapped from disk, nothing executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.errors import CheckpointError
+
+# The classes that DeepSpeed itself pickles into optimizer files. Each is replaced by a stub that only holds attributes,
+# so DeepSpeed need not be installed, and nothing of it runs.
+DEEPSPEED_TYPES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class Stub:
+    """Stands in for a DeepSpeed class; keeps what it was built from, does nothing."""
+
+    def __init__(self, *arguments: Any, **_: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __int__(self) -> int:
+        return int(self.arguments[0])
+
+
+def load_pt(path: Path, *, trust: bool = False) -> Any:
+    """Load a .pt file with its tensors mapped from disk.
+
+    Only tensors, containers and DeepSpeed's own few types are read, the latter as stubs. CheckpointError if the file is
+    missing, damaged, or refers to any other global; ``trust`` unpickles without that limit, which runs whatever code
+    the file's author put there.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
+    try:
+        with torch.serialization.safe_globals([(Stub, name) for name in DEEPSPEED_TYPES]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path)) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        size = os.path.getsize(path)
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({size} bytes): {str(error).splitlines()[0]}. Copy the file again from where "
+            "it was written, or use another tag."
+        ) from error
+
+
+def _refusal(path: Path) -> str:
+    try:
+        foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(DEEPSPEED_TYPES))
+    except Exception:  # whatever a damaged pickle raises while it is scanned: the refusal stands either way
+        foreign = []
+    named = ", ".join(foreign) or "an object that is not a tensor or a container"
+    return (
+        f"{path}: refers to {named}; loading it would run code from the checkpoint, so it was refused. If you trust who "
+        "wrote this file, repeat with --trust."
+    )

@@ -1,0 +1,151 @@
+"""Publishing: a folder appears whole, with a manifest of every file, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from incr_ds.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_BLOCK = 1 << 22
+
+
+@contextmanager
+def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``final``; when the block ends well, publish it as ``final``.
+
+    Every file is flushed to disk, manifest.json (size and xxh3 of each file, ``kind``, ``facts``) is written last, and
+    one rename makes the folder visible. If the block raises, the temporary folder is removed and ``final`` untouched.
+    Raises CheckpointError if ``final`` exists and is not empty.
+    """
+    refuse_existing(final)
+    temporary = temporary_folder(final)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        seal(temporary, kind, facts)
+        reveal(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(final: Path) -> None:
+    """Raise CheckpointError if ``final`` is something that publishing would destroy."""
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"{final}: exists already and is not an empty folder; name another output or remove it.")
+
+
+def temporary_folder(final: Path) -> Path:
+    """A name beside ``final`` that no other run uses; a run that was killed leaves it, and nothing reads it."""
+    run = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return final.parent / f".{final.name}.incomplete-{run}"
+
+
+def seal(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
+    """Flush every file below ``folder`` and write its manifest."""
+    files = {str(path.relative_to(folder)): _flush_and_hash(path) for path in sorted(_files(folder))}
+    content = {"manifest_version": VERSION, "kind": kind, "facts": facts, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    for inner in {path.parent for path in _files(folder)}:
+        _flush_folder(inner)
+
+
+def reveal(temporary: Path, final: Path) -> None:
+    """Make a sealed folder visible under its name."""
+    if final.is_dir():
+        final.rmdir()
+    os.rename(temporary, final)
+    _flush_folder(final.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that readers see the old content or the new, never part of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder; CheckpointError if there is none or it is not one."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: missing; the folder was not published by incr_ds, or is incomplete.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("manifest_version") != VERSION or "files" not in content:
+        raise CheckpointError(f"{path}: not a manifest of version {VERSION}.")
+    return content
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Check every file of a published folder against its manifest and return the manifest.
+
+    Raises CheckpointError naming the first missing, foreign, truncated or changed file, with expected and found.
+    """
+    content = read_manifest(folder)
+    listed = content["files"]
+    present = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
+    for name in sorted(present - set(listed)):
+        raise CheckpointError(f"{folder / name}: not in the manifest; remove it, it is not part of this checkpoint.")
+    for name, expected in listed.items():
+        path = folder / name
+        if name not in present:
+            raise CheckpointError(f"{path}: missing; the manifest lists it with {expected['bytes']} bytes.")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path}: {size} bytes, the manifest says {expected['bytes']}: truncated or replaced."
+            )
+        found = hash_file(path)
+        if found != expected["xxh3"]:
+            raise CheckpointError(
+                f"{path}: checksum xxh3 {found}, the manifest says {expected['xxh3']}: content changed."
+            )
+    return content
+
+
+def hash_file(path: Path) -> str:
+    """xxh3 (128 bits, hexadecimal) of a file's content."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
