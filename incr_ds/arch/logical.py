@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -49,6 +49,10 @@ class LogicalCheckpoint(Protocol):
 
     def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
         """Rows (dimension 0) of one tensor, in its stored dtype, in its logical shape."""
+        ...
+
+    def self_check(self) -> Iterator[str]:
+        """Prove what the format allows to prove, yielding each tensor's name; CheckpointError for what does not fit."""
         ...
 
 

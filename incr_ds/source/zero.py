@@ -34,6 +34,7 @@ class _ModelRank:
     stage: int
     step: int
     names: Mapping[str, str]
+    hyperparameters: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ class ZeroCheckpoint:
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
         metadata = {key: first.model[key] for key in _METADATA if key in first.model}
+        metadata["dtype"] = "bfloat16" if first.files[0].name.startswith("bf16_") else "float32"
+        metadata["optimizer_groups"] = first.hyperparameters
         kind = f"DeepSpeed ZeRO-{first.stage}"
         return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
 
@@ -200,7 +203,8 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     shards = FlatShards(parameters, flat)
     check_bounds(shards, str(model_file.parent))
     step = _common_step(states, stage, files)
-    return _ModelRank(index, model_file, files, model, shards, stage, step, logical_names(parameters, architecture))
+    names = logical_names(parameters, architecture)
+    return _ModelRank(index, model_file, files, model, shards, stage, step, names, _hyperparameters(states[0], stage))
 
 
 def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -293,6 +297,11 @@ def _common_step(states: Sequence[Mapping[str, Any]], stage: int, files: Sequenc
         found = "; ".join(f"step {step} in {where}" for step, where in steps.items())
         raise CheckpointError(f"{files[0].parent}: the optimizer files disagree on the step: {found}.")
     return next(iter(steps))
+
+
+def _hyperparameters(state: Mapping[str, Any], stage: int) -> tuple[Mapping[str, Any], ...]:
+    groups = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["param_groups"]
+    return tuple({key: value for key, value in group.items() if key != "params"} for group in groups)
 
 
 def _model_degrees(folder: Path, ranks: Sequence[_ModelRank]) -> tuple[int, int]:

@@ -1,0 +1,76 @@
+"""The growth recipe: what the target is, by which operators it is reached, and how it is laid out on disk."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from incr_ds.config.fields import Settings
+from incr_ds.config.layout import ParallelLayout
+
+
+class UnitRecipe(Settings):
+    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split)."""
+
+    new: Literal["zero-output", "copy"] = "zero-output"
+
+
+class SymmetryBreaking(Settings):
+    """How copies of a residual dimension, neuron or head are made to differ without changing the function.
+
+    ``per-element``: each weight that reads c copies gives copy j the share (1 + scale * z_j) / c, with z_j of mean 0 over
+    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``none``: even shares; training
+    then never leaves the copied subspace.
+    """
+
+    method: Literal["per-element", "none"] = "per-element"
+    scale: float = Field(default=0.5, ge=0.0)
+    seed: int = Field(default=0, ge=0)
+
+
+class WidthRecipe(Settings):
+    """Operators for the width axes.
+
+    ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
+    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, or ``auto``:
+    integer where it divides, isometric elsewhere.
+    """
+
+    hidden: Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"] = "auto"
+    ffn: UnitRecipe = UnitRecipe()
+    heads: UnitRecipe = UnitRecipe()
+    symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
+
+
+class DepthRecipe(Settings):
+    """Where new layers go and what they hold.
+
+    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top.
+    ``zero-output`` layers write nothing at first, which keeps the function; ``copy`` layers do not keep it.
+    """
+
+    method: Literal["interleave", "stack"] = "interleave"
+    new: Literal["zero-output", "copy"] = "zero-output"
+
+
+class TargetLayout(ParallelLayout):
+    """The layout on disk: ``deepspeed`` (its own ZeRO files, moments included) or ``huggingface`` (weights only).
+
+    ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
+    for a Hugging Face folder and the source's precision for DeepSpeed.
+    """
+
+    format: Literal["deepspeed", "huggingface"] = "deepspeed"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class GrowthRecipe(Settings):
+    """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change."""
+
+    target: dict[str, Any]
+    width: WidthRecipe = WidthRecipe()
+    depth: DepthRecipe = DepthRecipe()
+    optimizer: Literal["exact", "keep", "reset"] = "exact"
+    exact: Literal["required", "preferred"] = "preferred"
+    layout: TargetLayout = TargetLayout()

@@ -1,0 +1,37 @@
+"""Any readable checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.logical import LogicalCheckpoint, State
+from incr_ds.grow import TOKENIZER_FILES
+from incr_ds.target.commit import publish, write_atomically
+from incr_ds.target.files import Bounds
+from incr_ds.target.huggingface import config_text, huggingface_files, index_text
+
+
+def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dtype, beside: Path) -> None:
+    """Publish ``source`` as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Tokenizer files in ``beside`` are copied along. The output appears whole or not at all.
+    """
+
+    def read(name: str, state: State, bounds: Bounds) -> torch.Tensor:
+        rows = source.read(name, state, slice(*bounds[0]))
+        return rows[:, slice(*bounds[1])] if len(bounds) > 1 else rows
+
+    files = huggingface_files(source.architecture, dtype)
+    facts = {"source": str(source.facts.kind), "step": source.facts.step}
+    with publish(output, "huggingface export", facts) as folder:
+        for file in files:
+            file.write(folder, read)
+        write_atomically(folder / "config.json", config_text(source.architecture, dtype))
+        if (index := index_text(files)) is not None:
+            write_atomically(folder / "model.safetensors.index.json", index)
+        for name in TOKENIZER_FILES:
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, folder / name)

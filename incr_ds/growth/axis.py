@@ -1,0 +1,95 @@
+"""The growth of one axis: for every new position where it comes from, how strongly it carries it, and how it is read.
+
+The whole of width growth is this triple (growth of a residual stream under RMSNorm: the embedding of the old stream into
+the new one must have orthogonal columns of equal norm). With new position j a copy of old position i(j):
+
+- a writer's row is multiplied by the amplitude s_j, so the stream carries s_j * x_i;
+- a reader's column is multiplied by the share w_j, where the shares of all copies of i sum to 1;
+- a norm's weight is multiplied by kappa / s_j, so that every copy leaves the norm as the source's value;
+- a final norm before a tied head is multiplied by kappa * w_j / s_j^2, since the head's rows carry s_j once more.
+
+kappa = sqrt(sum of s^2 over the copies of one position * old / new) is 1 wherever eps can stay; eps scales by kappa^2.
+Gradients follow by the chain rule: a writer's gets w_j / s_j, a reader's 1, a norm's w_j s_j / kappa, the tied final
+norm's s_j^2 / kappa. For w even these are exact, and the rules for Adam's moments follow from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FRESH = -1
+Vector = npt.NDArray[np.float64]
+AxisUse = Literal["out", "in", "scale", "tied scale", "lookup"]
+Fill = Literal["random", "zero"]
+
+
+@dataclass(frozen=True)
+class AxisGrowth:
+    """One axis. ``index`` is the old position of each new one, FRESH for a new unit that copies none.
+
+    ``amplitude`` and ``share`` are s and w (0 at fresh positions), ``gradient`` the factor of a writer's gradient,
+    ``kappa`` the norm's factor. ``fresh_out`` and ``fresh_in`` say what a fresh unit writes and how it is read.
+    """
+
+    axis: str
+    method: str
+    old: int
+    index: tuple[int, ...]
+    amplitude: tuple[float, ...]
+    share: tuple[float, ...]
+    gradient: tuple[float, ...]
+    kappa: float = 1.0
+    fresh_out: Fill = "random"
+    fresh_in: Fill = "zero"
+    copies: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = np.bincount([i for i in self.index if i != FRESH], minlength=self.old)
+        object.__setattr__(self, "copies", tuple(int(counts[i]) if i != FRESH else 0 for i in self.index))
+
+    @property
+    def new(self) -> int:
+        """Number of new positions."""
+        return len(self.index)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when nothing changes."""
+        return self.index == tuple(range(self.old)) and set(self.amplitude) == {1.0}
+
+    def value(self, use: AxisUse) -> Vector:
+        """Factor of a weight along this axis, per new position; 0 at fresh positions, which are filled apart."""
+        s, w = np.array(self.amplitude), np.array(self.share)
+        fresh = np.array(self.index) == FRESH
+        safe = np.where(s == 0, 1.0, s)
+        vectors: dict[str, Vector] = {
+            "out": s,
+            "in": w,
+            "scale": self.kappa / safe,
+            "tied scale": self.kappa * w / safe**2,
+            "lookup": np.ones(self.new),
+        }
+        return np.where(fresh, 0.0, vectors[use])
+
+    def gradient_factor(self, use: AxisUse) -> Vector:
+        """Factor of the gradient (so of exp_avg) along this axis; squared it is exp_avg_sq's."""
+        s, w = np.array(self.amplitude), np.array(self.share)
+        fresh = np.array(self.index) == FRESH
+        vectors: dict[str, Vector] = {
+            "out": np.array(self.gradient),
+            "in": np.ones(self.new),
+            "scale": w * s / self.kappa,
+            "tied scale": s**2 / self.kappa,
+            "lookup": np.ones(self.new),
+        }
+        return np.where(fresh, 0.0, vectors[use])
+
+
+def identity(axis: str, size: int) -> AxisGrowth:
+    """An axis that does not change."""
+    ones = (1.0,) * size
+    return AxisGrowth(axis, "same", size, tuple(range(size)), ones, ones, ones)

@@ -1,0 +1,152 @@
+"""Width operators: each returns the growth of one axis (of two, for attention heads)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from incr_ds.errors import GrowthError
+from incr_ds.growth.axis import FRESH, AxisGrowth, identity
+
+HiddenMethod = Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"]
+NewUnits = Literal["zero-output", "copy"]
+
+
+def grow_hidden(method: HiddenMethod, old: int, new: int) -> AxisGrowth:
+    """Growth of the residual stream from ``old`` to ``new`` dimensions, exact under RMSNorm for every method.
+
+    Raises GrowthError when the sizes do not allow the method, with the nearest that do.
+    """
+    if new < old:
+        raise GrowthError(f"target.hidden_size: {new} is smaller than the source's {old}; growth only adds.")
+    if new == old:
+        return identity("hidden", old)
+    if method == "auto":
+        method = "isometric" if new % old else "integer"
+    if method == "integer" and new % old:
+        lower = new // old * old
+        raise GrowthError(
+            f"target.hidden_size: {new} is not a multiple of the source's {old}, which width.hidden: integer needs; "
+            f"nearest sizes that work: {lower}, {lower + old}. width.hidden: isometric takes any larger size."
+        )
+    if method in ("integer", "isometric"):
+        return _copied_hidden(method, old, new)
+    return _padded_hidden(method, old, new)
+
+
+def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits) -> AxisGrowth:
+    """Growth of an inner axis (FFN neurons) to any larger size."""
+    if new < old:
+        raise GrowthError(f"target.{field}: {new} is smaller than the source's {old}; growth only adds.")
+    if new == old:
+        return identity(axis, old)
+    if units == "copy":
+        index = [position % old for position in range(new)]
+    else:
+        index = [*range(old), *[FRESH] * (new - old)]
+    return _inner(axis, units, old, index)
+
+
+def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> tuple[AxisGrowth, AxisGrowth]:
+    """Growth of (query heads, kv heads), grouped attention kept right; returns both axes.
+
+    Query head q reads kv head q // (heads / kv_heads), so every query head must sit in a group whose kv head is the one
+    it was trained with. Each old group of g query heads takes ceil(g / g') new groups of g' slots; groups beyond that are
+    fresh (zero-output) or further copies. Raises GrowthError when there are too few new groups.
+    """
+    (heads, kv_heads), (new_heads, new_kv_heads) = old, new
+    if old == new:
+        return identity("heads", heads), identity("kv_heads", kv_heads)
+    _check_head_counts(old, new)
+    group, new_group = heads // kv_heads, new_heads // new_kv_heads
+    needed = math.ceil(group / new_group)
+    kv_index = [kv for kv in range(kv_heads) for _ in range(needed)]
+    extra = new_kv_heads - len(kv_index)
+    kv_index += [position % kv_heads if units == "copy" else FRESH for position in range(extra)]
+    head_index = _place_heads(kv_index, group, new_group, units)
+    query = _inner("heads", units, heads, head_index)
+    shares = np.array(query.share).reshape(new_kv_heads, new_group).sum(axis=1) / group
+    amplitude = tuple(0.0 if kv == FRESH else 1.0 for kv in kv_index)
+    gradient = tuple(float(share) for share in shares)
+    return query, AxisGrowth("kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient)
+
+
+def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
+    """The kv head counts that ``new_heads`` query heads allow, for an error or a suggestion."""
+    heads, kv_heads = old
+    divisors = [count for count in range(kv_heads, new_heads + 1) if new_heads % count == 0]
+    group = heads // kv_heads
+    return [count for count in divisors if kv_heads * math.ceil(group / (new_heads // count)) <= count]
+
+
+def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
+    index = [position % old for position in range(new)]
+    counts = np.bincount(index, minlength=old)[index]
+    amplitude = np.sqrt(new / (old * counts))
+    share = 1.0 / counts
+    return AxisGrowth(
+        "hidden", method, old, tuple(index), _floats(amplitude), _floats(share), _floats(share / amplitude)
+    )
+
+
+def _padded_hidden(method: str, old: int, new: int) -> AxisGrowth:
+    """Old positions kept, new ones silent: writers write zero there, readers may read anything."""
+    kept = np.arange(new) < old
+    index = tuple(int(position) if position < old else FRESH for position in range(new))
+    strength = math.sqrt(new / old) if method == "zero" else 1.0
+    kappa = 1.0 if method == "zero" else math.sqrt(old / new)
+    return AxisGrowth(
+        "hidden",
+        method,
+        old,
+        index,
+        _floats(kept * strength),
+        _floats(kept * 1.0),
+        _floats(kept / strength),
+        kappa=kappa,
+        fresh_out="zero",
+        fresh_in="random",
+    )
+
+
+def _inner(axis: str, method: str, old: int, index: list[int]) -> AxisGrowth:
+    counts = np.bincount([i for i in index if i != FRESH], minlength=old)
+    share = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
+    amplitude = tuple(0.0 if i == FRESH else 1.0 for i in index)
+    return AxisGrowth(axis, method, old, tuple(index), amplitude, tuple(share), tuple(share))
+
+
+def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnits) -> list[int]:
+    """Fill every slot of every new group with an old query head of the group's own kv head, or FRESH."""
+    placed: dict[int, int] = {}
+    heads = []
+    for kv in kv_index:
+        for _ in range(new_group):
+            slot = placed.get(kv, 0)
+            placed[kv] = slot + 1
+            is_fresh = kv == FRESH or (units == "zero-output" and slot >= group)
+            heads.append(FRESH if is_fresh else kv * group + slot % group)
+    return heads
+
+
+def _check_head_counts(old: tuple[int, int], new: tuple[int, int]) -> None:
+    (heads, kv_heads), (new_heads, new_kv_heads) = old, new
+    if new_heads < heads or new_kv_heads < kv_heads:
+        raise GrowthError(
+            f"target.num_attention_heads {new_heads}, num_key_value_heads {new_kv_heads}: smaller than the source's "
+            f"{heads}, {kv_heads}; growth only adds."
+        )
+    fitting = fitting_kv_heads(old, new_heads)
+    if new_kv_heads not in fitting:
+        shown = ", ".join(map(str, fitting)) or "none: choose more query heads"
+        raise GrowthError(
+            f"target.num_key_value_heads: {new_kv_heads} with {new_heads} query heads cannot hold the source's {kv_heads} "
+            f"groups of {heads // kv_heads}: each old group must fit into new groups of its own kv head. "
+            f"num_key_value_heads that work with {new_heads} query heads: {shown}."
+        )
+
+
+def _floats(vector: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in vector)

@@ -1,0 +1,83 @@
+"""Plans and checkpoints as tables for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.grow import PlannedGrowth
+from incr_ds.growth.axis import FRESH, AxisGrowth
+
+SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+
+
+def growth_table(planned: PlannedGrowth) -> Table:
+    """What grows, from what to what, and how."""
+    plan = planned.plan
+    table = Table(
+        title=f"{plan.target.family.model_type}: {'exact' if plan.exact else 'not exact'} growth", title_justify="left"
+    )
+    for heading in ("", "source", "target", "how"):
+        table.add_column(heading, justify="left" if heading in ("", "how") else "right")
+    for axis in SIZES:
+        old, new = plan.source.sizes[axis], plan.target.sizes[axis]
+        how = _depth_text(planned) if axis == "layers" else _axis_text(plan.axes[axis])
+        table.add_row(plan.target.family.axes[axis], f"{old:,}", f"{new:,}", how)
+    table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
+    table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
+    table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
+    for note in plan.notes:
+        table.add_row("note", "", "", note)
+    return table
+
+
+def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
+    """What a checkpoint is."""
+    facts, architecture = checkpoint.facts, checkpoint.architecture
+    table = Table(title=str(facts.path), title_justify="left", show_header=False)
+    rows = {
+        "kind": facts.kind,
+        "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
+        "parameters": f"{architecture.num_parameters:,}",
+        **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in SIZES},
+        "layout": _layout_text(checkpoint),
+        "states": ", ".join(facts.states),
+        "optimizer step": "none" if facts.step is None else str(facts.step),
+        **{key: str(value) for key, value in facts.metadata.items() if not isinstance(value, tuple)},
+        "files": f"{len(facts.files)}, {sum(path.stat().st_size for path in facts.files):,} bytes",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _axis_text(axis: AxisGrowth) -> str:
+    if axis.is_identity:
+        return "same"
+    fresh = sum(index == FRESH for index in axis.index)
+    return axis.method + (f", {fresh} new" if fresh else f", up to {max(axis.copies)} copies")
+
+
+def _depth_text(planned: PlannedGrowth) -> str:
+    new = sum(layer.is_new for layer in planned.plan.layers)
+    if not new:
+        return "same"
+    depth = planned.plan.recipe.depth
+    return f"{depth.method}, {new} new ({depth.new}): {' '.join(str(layer.layer) for layer in planned.plan.layers)}"
+
+
+def _ratio(planned: PlannedGrowth) -> str:
+    return f"x {planned.plan.target.num_parameters / planned.plan.source.num_parameters:.2f}"
+
+
+def _layout_text(checkpoint: LogicalCheckpoint) -> str:
+    return " ".join(f"{key} {value}" for key, value in checkpoint.facts.layout.items()) or "whole"
+
+
+def _target_layout_text(planned: PlannedGrowth) -> str:
+    layout = planned.plan.recipe.layout
+    if layout.format == "huggingface":
+        return "huggingface"
+    return (
+        f"tp {layout.tensor_parallel} pp {layout.pipeline_parallel} dp {layout.data_parallel} zero {layout.zero_stage}"
+    )

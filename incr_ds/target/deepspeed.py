@@ -1,0 +1,267 @@
+"""DeepSpeed's native layout: module files per model-parallel rank or pipeline layer, ZeRO partitions per rank.
+
+The files hold tensors and plain containers only, no class of DeepSpeed, and load with its own ``load_checkpoint`` into an
+engine of exactly the declared layout. Format facts were read in DeepSpeed 0.19.8 (runtime/engine.py,
+runtime/zero/stage_1_and_2.py, runtime/pipe/module.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, State
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import LayoutError
+from incr_ds.target.files import Read, TargetFile
+from incr_ds.target.placement import (
+    ShardedTensor,
+    layer_local_name,
+    optimizer_groups,
+    pipeline_layer,
+    rank_parameters,
+)
+
+FORMAT_VERSION = "0.19.8"
+ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
+ADAMW_DEFAULTS: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+
+
+@dataclass(frozen=True)
+class NativeTarget:
+    """What every file of one native checkpoint shares.
+
+    ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
+    decaying and the non-decaying parameter group.
+    """
+
+    architecture: Architecture
+    layout: ParallelLayout
+    dtype: torch.dtype
+    tag: str
+    step: int
+    global_steps: int
+    groups: tuple[Mapping[str, Any], ...]
+
+    def shards(self, model_rank: int) -> tuple[ShardedTensor, ...]:
+        """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside)."""
+        stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
+        return rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """mp_rank_XX_model_states.pt: metadata, and the module weights unless the pipeline keeps them by layer."""
+
+    target: NativeTarget
+    model_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.tag}/mp_rank_{self.model_rank:02d}_model_states.pt"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data."""
+        if self.target.layout.pipeline_parallel > 1:
+            return 0
+        return sum(shard.numel for shard in self.target.shards(self.model_rank)) * self.target.dtype.itemsize
+
+    def write(self, folder: Path, read: Read) -> None:
+        """Write the file."""
+        target, layout = self.target, self.target.layout
+        shards = target.shards(self.model_rank)
+        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
+        module = None
+        if layout.pipeline_parallel == 1:
+            module = {shard.parameter: _weight(shard, target.dtype, read) for shard in shards}
+            module |= {alias: module[owner] for alias, owner in aliases.items()}
+        state = {
+            "module": module,
+            "buffer_names": [],
+            "optimizer": None,
+            "param_shapes": [{s.parameter: torch.Size(s.shape) for s in group} for group in optimizer_groups(shards)],
+            "frozen_param_shapes": None,
+            "shared_params": aliases if layout.pipeline_parallel == 1 else {},
+            "frozen_param_fragments": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": 0,
+            "global_steps": target.global_steps,
+            "global_samples": 0,
+            "dp_world_size": layout.data_parallel,
+            "mp_world_size": layout.tensor_parallel * layout.pipeline_parallel,
+            "checkpoint_parallel_dimensions": {
+                "pp_degree": layout.pipeline_parallel,
+                "tp_degree": layout.tensor_parallel,
+            },
+            "ds_config": {},
+            "ds_version": FORMAT_VERSION,
+        }
+        torch.save(state, folder / self.path)
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """layer_LL-model_TT-model_states.pt: one pipeline layer's weights on one tensor-parallel rank."""
+
+    target: NativeTarget
+    layer: int
+    tensor_rank: int
+    model_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.tag}/layer_{self.layer:02d}-model_{self.tensor_rank:02d}-model_states.pt"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(shard.numel for shard in self._shards()) * self.target.dtype.itemsize
+
+    def write(self, folder: Path, read: Read) -> None:
+        """Write the file."""
+        content = {layer_local_name(s.tensor): _weight(s, self.target.dtype, read) for s in self._shards()}
+        torch.save(content, folder / self.path)
+
+    def _shards(self) -> list[ShardedTensor]:
+        num_layers = self.target.architecture.num_layers
+        shards = self.target.shards(self.model_rank)
+        return [shard for shard in shards if pipeline_layer(shard.tensor, num_layers) == self.layer]
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """zero_pp_rank_D_mp_rank_XX_optim_states.pt: one rank's partition of fp32 masters and Adam moments."""
+
+    target: NativeTarget
+    model_rank: int
+    data_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        prefix = "bf16_" if self.target.dtype == torch.bfloat16 else ""
+        name = f"zero_pp_rank_{self.data_rank}_mp_rank_{self.model_rank:02d}_optim_states.pt"
+        return f"{self.target.tag}/{prefix}{name}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data."""
+        groups = optimizer_groups(self.target.shards(self.model_rank))
+        partitions = [_partition_size(group, self.target.layout.data_parallel) for group in groups]
+        return sum(partitions) * len(STATES) * torch.float32.itemsize
+
+    def write(self, folder: Path, read: Read) -> None:
+        """Write the file."""
+        num_data = self.target.layout.data_parallel
+        groups = optimizer_groups(self.target.shards(self.model_rank))
+        sizes = [_partition_size(group, num_data) for group in groups]
+        paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
+        masters, moments = [], {}
+        for index, (group, size, padding) in enumerate(zip(groups, sizes, paddings, strict=True)):
+            masters.append(self._partition(group, size, "weight", read)[: size - padding])
+            moments[index] = {
+                "step": torch.tensor(float(self.target.step)),
+                "exp_avg": self._partition(group, size, "exp_avg", read),
+                "exp_avg_sq": self._partition(group, size, "exp_avg_sq", read),
+            }
+        hyperparameters = [
+            {**self.target.groups[0 if group[0].tensor.is_matrix else -1], "params": [index]}
+            for index, group in enumerate(groups)
+        ]
+        state = {
+            "loss_scaler": None,
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "clip_grad": 0.0,
+            "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},
+            "single_partition_of_fp32_groups": masters,
+            "zero_stage": self.target.layout.zero_stage,
+            "group_paddings": paddings,
+            "partition_count": [num_data] * len(groups),
+            "ds_version": FORMAT_VERSION,
+        }
+        content = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
+        torch.save(content, folder / self.path)
+
+    def _padding(self, group: tuple[ShardedTensor, ...], size: int) -> int:
+        """Zero elements at the end of this rank's partition."""
+        total = sum(shard.numel for shard in group)
+        return min(size, max(0, (self.data_rank + 1) * size - total))
+
+    def _partition(self, group: tuple[ShardedTensor, ...], size: int, state: State, read: Read) -> torch.Tensor:
+        flat = torch.zeros(size)
+        first, position = self.data_rank * size, 0
+        for shard in group:
+            begin, end = max(first, position), min(first + size, position + shard.numel)
+            if begin < end:
+                flat[begin - first : end - first] = _elements(shard, begin - position, end - position, state, read)
+            position += shard.numel
+        return flat
+
+
+def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
+    """Every file of a native checkpoint. LayoutError for a layout that has no native form here."""
+    layout = target.layout
+    if layout.zero_stage not in (1, 2):
+        raise LayoutError(
+            f"layout.zero_stage: {layout.zero_stage} is not written; use 1, or 2 with pipeline_parallel 1 (either starts a "
+            "run of any stage through format: huggingface, without moments)."
+        )
+    model_ranks = range(layout.tensor_parallel * layout.pipeline_parallel)
+    files: list[TargetFile] = [ModelFile(target, rank) for rank in model_ranks]
+    if layout.pipeline_parallel > 1:
+        for rank in model_ranks:
+            files += _layer_files(target, rank)
+    files += [OptimizerFile(target, rank, data) for rank in model_ranks for data in range(layout.data_parallel)]
+    return tuple(files)
+
+
+def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
+    """One file per layer of the stage; a tied head has none, its embedding's file serves."""
+    tensor_rank = model_rank % target.layout.tensor_parallel
+    num_layers = target.architecture.num_layers
+    layers = sorted({pipeline_layer(shard.tensor, num_layers) for shard in target.shards(model_rank)})
+    is_first_stage = model_rank < target.layout.tensor_parallel
+    held = [layer for layer in layers if layer != 0 or is_first_stage]
+    return [LayerFile(target, layer, tensor_rank, model_rank) for layer in held]
+
+
+def _weight(shard: ShardedTensor, dtype: torch.dtype, read: Read) -> torch.Tensor:
+    return read(shard.tensor.name, "weight", shard.bounds).to(torch.float32).to(dtype).contiguous()
+
+
+def _partition_size(group: tuple[ShardedTensor, ...], num_data: int) -> int:
+    unit = ALIGNMENT * num_data
+    return math.ceil(sum(shard.numel for shard in group) / unit) * unit // num_data
+
+
+def _elements(shard: ShardedTensor, first: int, stop: int, state: State, read: Read) -> torch.Tensor:
+    """Elements [first, stop) of a shard in its own flat order, reading only the rows that hold them."""
+    per_row = math.prod(shard.shape[1:])
+    first_row, stop_row = first // per_row, math.ceil(stop / per_row)
+    offset = shard.bounds[0][0]
+    rows = read(shard.tensor.name, state, ((offset + first_row, offset + stop_row), *shard.bounds[1:]))
+    return rows.to(torch.float32).reshape(-1)[first - first_row * per_row : stop - first_row * per_row]

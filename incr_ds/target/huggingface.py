@@ -1,0 +1,73 @@
+"""The Hugging Face folder: safetensors shards, index and config.json, as ``save_pretrained`` writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.target.files import Read, whole
+
+SHARD_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One shard: its name and the tensors in it."""
+
+    path: str
+    tensors: tuple[TensorSpec, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(spec.numel for spec in self.tensors) * self.dtype.itemsize
+
+    def write(self, folder: Path, read: Read) -> None:
+        """Write the shard."""
+        content = {spec.name: read(spec.name, "weight", whole(spec.shape)).to(self.dtype) for spec in self.tensors}
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, folder / self.path, {"format": "pt"})
+
+
+def huggingface_files(
+    architecture: Architecture, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+) -> tuple[SafetensorsFile, ...]:
+    """The shards of a model: tensors in order, a new shard whenever the next one would pass ``shard_bytes``."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in architecture.stored:
+        added = spec.numel * dtype.itemsize
+        if shards[-1] and size + added > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += added
+    if len(shards) == 1:
+        return (SafetensorsFile("model.safetensors", tuple(shards[0]), dtype),)
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    return tuple(SafetensorsFile(name, tuple(shard), dtype) for name, shard in zip(names, shards, strict=True))
+
+
+def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
+    """Content of model.safetensors.index.json, or None for a single shard."""
+    if len(files) == 1:
+        return None
+    weight_map = {spec.name: file.path for file in files for spec in file.tensors}
+    total = sum(file.num_bytes for file in files)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
+    """Content of config.json: the architecture, with its class name and dtype."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.family.model_type]
+    config = {key: value for key, value in architecture.config.items() if value is not None and key != "_name_or_path"}
+    config |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

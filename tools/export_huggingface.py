@@ -1,0 +1,40 @@
+"""Write any readable checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from incr_ds.command import command, console
+from incr_ds.export import export_huggingface
+from incr_ds.source import open_source
+
+
+class Dtype(StrEnum):
+    """Dtype of the exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@command
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint to export.")],
+    output: Annotated[Path, typer.Argument(help="Folder to publish; must not exist or be empty.")],
+    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.bfloat16,
+    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
+) -> None:
+    """Export FOLDER to OUTPUT, which AutoModelForCausalLM.from_pretrained loads."""
+    source = open_source(folder, tag, config, trust=trust)
+    export_huggingface(source, output, getattr(torch, dtype.value), folder)
+    console.print(f"published {output}: {source.architecture.num_parameters:,} parameters in {dtype.value}")
+
+
+if __name__ == "__main__":
+    main()

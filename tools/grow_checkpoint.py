@@ -1,0 +1,46 @@
+"""Grow a checkpoint into a larger model, in the layout that the cluster wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from incr_ds.command import command, console, print_json, progress_bar
+from incr_ds.grow import GrowthRequest, grow, plan_request
+from incr_ds.tables import growth_table
+
+
+@command
+def main(
+    source: Annotated[Path, typer.Option(help="DeepSpeed checkpoint or Hugging Face folder.")],
+    recipe: Annotated[Path, typer.Option(help="Growth recipe (YAML); see docs/recipe.md.")],
+    output: Annotated[Path, typer.Option(help="Folder to publish; must not exist or be empty.")],
+    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the source folder.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and write nothing.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that write files.")] = 1,
+    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Grow SOURCE by RECIPE into OUTPUT."""
+    planned = plan_request(GrowthRequest(source, recipe, output, tag, config, workers, trust))
+    if json and plan_only:
+        typer.echo(planned.plan.to_json())
+        return
+    if not json:
+        console.print(f"source: {planned.source.facts.kind}, {source}")
+        console.print(growth_table(planned))
+    if plan_only:
+        return
+    with progress_bar(quiet=json) as progress:
+        facts = grow(planned, progress)
+    if json:
+        print_json(facts)
+    else:
+        console.print(f"published {output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Check a checkpoint's files, that its shards belong together, and its logits against the source it was grown from."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from incr_ds.command import command, console, print_json
+from incr_ds.source import open_source
+from incr_ds.target.commit import MANIFEST, verify_manifest
+from incr_ds.verify import compare, data_batches, random_batches
+
+
+@command
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint to verify.")],
+    against: Annotated[Path | None, typer.Option(help="Source checkpoint whose logits should be kept.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Megatron data set prefix; default: random tokens.")] = None,
+    samples: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 128,
+    tolerance: Annotated[float, typer.Option(help="Largest relative logit difference of an exact growth.")] = 1e-4,
+    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Exit with 0 if FOLDER is sound (and computes what --against computes), 2 if a file is wrong, 1 if logits differ."""
+    manifest = verify_manifest(folder) if (folder / MANIFEST).is_file() else None
+    checkpoint = open_source(folder, trust=trust)
+    checked = sum(1 for _ in checkpoint.self_check())
+    report: dict[str, object] = {"files": len(manifest["files"]) if manifest else None, "tensors": checked}
+    passed = True
+    if against:
+        source = open_source(against, trust=trust)
+        vocab = checkpoint.architecture.sizes["vocab"]
+        batches = data_batches(data, samples, length) if data else random_batches(vocab, samples, length)
+        comparison = compare(source, checkpoint, batches)
+        exact = bool(manifest["facts"].get("exact", True)) if manifest else True
+        passed = comparison.relative_difference <= tolerance or not exact
+        report |= {**asdict(comparison), "exact": exact, "passed": passed}
+    if json:
+        print_json(report)
+    else:
+        _print(report, folder)
+    sys.exit(0 if passed else 1)
+
+
+def _print(report: dict[str, object], folder: Path) -> None:
+    files = report["files"]
+    console.print(
+        f"{folder}: {files} files as in {MANIFEST}" if files else f"{folder}: no {MANIFEST}; files not checked"
+    )
+    console.print(f"shards belong together: {report['tensors']} tensors checked")
+    if "source_loss" in report:
+        console.print(
+            f"loss {report['source_loss']:.6f} (source) and {report['target_loss']:.6f} over {report['tokens']} tokens; largest "
+            f"logit difference {report['max_difference']:.3g}, {report['relative_difference']:.3g} of the largest logit"
+        )
+        console.print("logits kept" if report["passed"] else "LOGITS DIFFER: this is not the source's function")
+
+
+if __name__ == "__main__":
+    main()
