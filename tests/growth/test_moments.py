@@ -1,0 +1,160 @@
+"""Adam's moments after growth: the AdamW trajectory goes on as the source's, and fresh entries cannot jump."""
+
+import pytest
+import torch
+from grown import grown_model, grown_tensors, recipe_of, whole
+from torch.nn.functional import cross_entropy
+
+from incr_ds.growth.plan import Dynamics
+from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
+
+LR, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-6, 0.1
+
+
+def batches(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(101, (2, 12), generator=generator) for _ in range(count)]
+
+
+def train(model, optimizer, data):
+    losses = []
+    for tokens in data:
+        logits = model(tokens).logits
+        loss = cross_entropy(logits[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def adamw(model, dynamics):
+    groups = []
+    for name, parameter in model.named_parameters():
+        d = dynamics(name)
+        groups.append(
+            {"params": [parameter], "lr": LR * d.lr, "eps": EPS * d.eps, "weight_decay": DECAY * d.weight_decay}
+        )
+    return torch.optim.AdamW(groups, betas=BETAS)
+
+
+def checkpoint_of(architecture, model, optimizer):
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    tensors = {"weight": {name: parameter.data.clone() for name, parameter in model.named_parameters()}}
+    for key in ("exp_avg", "exp_avg_sq"):
+        tensors[key] = {name: state[key].clone() for name, state in states.items()}
+    return MemoryCheckpoint(architecture, tensors, step=int(next(iter(states.values()))["step"]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
+    """growth.md 2.5: with lr, eps and decay multiplied as the plan says, integer copies train as one."""
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    source = drawn_model(architecture)
+    optimizer = adamw(source, lambda _: Dynamics(1.0, 1.0, 1.0))
+    train(source, optimizer, batches(5, seed=1))
+    recipe = recipe_of(
+        target={
+            "hidden_size": 192,
+            "intermediate_size": 500,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 6,
+        },
+        width={
+            "ffn": {"new": "copy"},
+            "heads": {"new": "copy"},
+            "symmetry_breaking": {"method": "none"},
+        },
+    )
+    checkpoint = checkpoint_of(architecture, source, optimizer)
+    grown = grown_tensors(checkpoint, recipe)
+    model = grown_model(grown)
+    grown_optimizer = adamw(model, grown.plan.dynamics)
+    for name, parameter in model.named_parameters():
+        grown_optimizer.state[parameter] = {
+            "step": torch.tensor(float(checkpoint.facts.step)),
+            "exp_avg": whole(grown, name, "exp_avg"),
+            "exp_avg_sq": whole(grown, name, "exp_avg_sq"),
+        }
+    data = batches(4, seed=2) * 10  # repeated, so that there is something to learn
+    expected, found = train(source, optimizer, data), train(model, grown_optimizer, data)
+    assert expected[-1] < expected[0] - 0.1
+    assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-12
+
+
+def test_gradients_of_isometric_copies_follow_the_rule(fp64_norms):
+    """The factors that scale exp_avg are those of the gradient itself, also where copies are uneven."""
+    architecture = small_architecture("llama", tie_word_embeddings=True)
+    source = drawn_model(architecture)
+    recipe = recipe_of(
+        target={"hidden_size": 138, "intermediate_size": 331, "num_attention_heads": 6},
+        width={"ffn": {"new": "copy"}, "symmetry_breaking": {"method": "none"}},
+    )
+    # Give the growth the source's gradient in place of exp_avg: it must come out as the grown model's gradient.
+    tokens = batches(1, seed=5)[0]
+    for_loss = source(tokens).logits
+    cross_entropy(for_loss[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1)).backward()
+    weights = {name: parameter.data for name, parameter in source.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
+    checkpoint = MemoryCheckpoint(architecture, {"weight": weights, "exp_avg": gradients}, step=1)
+    grown = grown_tensors(checkpoint, recipe)
+    model = grown_model(grown)
+    logits = model(tokens).logits
+    cross_entropy(logits[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1)).backward()
+    for name, parameter in model.named_parameters():
+        expected = whole(grown, name, "exp_avg")
+        assert torch.allclose(parameter.grad, expected, rtol=1e-9, atol=1e-13 * float(expected.abs().max()) + 1e-16), (
+            name
+        )
+
+
+def test_second_moment_is_the_square_of_the_first_ones_scale(fp64_norms):
+    architecture = small_architecture("qwen2")
+    model = drawn_model(architecture)
+    gradient = {name: torch.full_like(parameter, 3.0).data for name, parameter in model.named_parameters()}
+    squared = {name: tensor**2 for name, tensor in gradient.items()}
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    checkpoint = MemoryCheckpoint(architecture, {"weight": weights, "exp_avg": gradient, "exp_avg_sq": squared}, step=9)
+    recipe = recipe_of(target={"hidden_size": 144, "intermediate_size": 500}, width={"ffn": {"new": "copy"}})
+    grown = grown_tensors(checkpoint, recipe)
+    for spec in grown.plan.target.stored:
+        assert torch.allclose(
+            whole(grown, spec.name, "exp_avg") ** 2, whole(grown, spec.name, "exp_avg_sq"), rtol=1e-12
+        )
+
+
+def test_fresh_entries_cannot_jump():
+    """At step 100 a zero second moment would make the first update several learning rates; it is filled instead."""
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    recipe = recipe_of(target={"intermediate_size": 331, "num_hidden_layers": 5})
+    grown = grown_tensors(source, recipe)
+    new_layers = [position for position, layer in enumerate(grown.plan.layers) if layer.is_new]
+    assert new_layers == [1, 3]
+    for spec in grown.plan.target.stored:
+        assert (whole(grown, spec.name, "exp_avg_sq") > 0).all(), spec.name
+        if spec.layer in new_layers:
+            assert not whole(grown, spec.name, "exp_avg").any()
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    first, second = whole(grown, gate, "exp_avg"), whole(grown, gate, "exp_avg_sq")
+    assert not first[250:].any()
+    assert torch.allclose(second[250:], source.read(gate, "exp_avg_sq").mean().expand_as(second[250:]))
+    # One AdamW step with a gradient of typical size moves a fresh entry by no more than about one learning rate.
+    typical = source.read(gate, "exp_avg_sq").mean().sqrt()
+    beta1, beta2, step = 0.9, 0.95, 101
+    moved = (1 - beta1) * typical / (1 - beta1**step)
+    denominator = ((beta2 * second[250:] + (1 - beta2) * typical**2) / (1 - beta2**step)).sqrt()
+    assert float((moved / denominator).max()) <= 1.0
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("keep", 1.0), ("exact", 0.5)])
+def test_optimizer_modes(optimizer, factor):
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    grown = grown_tensors(source, recipe_of(target={"hidden_size": 192}, optimizer=optimizer))
+    name = "model.embed_tokens.weight"
+    expected = factor * source.read(name, "exp_avg").repeat(1, 2)
+    assert torch.allclose(whole(grown, name, "exp_avg"), expected)
+    reset = grown_tensors(source, recipe_of(target={"hidden_size": 192}, optimizer="reset"))
+    assert not whole(reset, name, "exp_avg").any() and not whole(reset, name, "exp_avg_sq").any()

@@ -1,0 +1,162 @@
+"""The plan: refusals with the nearest sizes that work, slices of the whole, symmetry breaking, determinism."""
+
+import json
+
+import pytest
+import torch
+from grown import grown_tensors, recipe_of, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from incr_ds.errors import GrowthError
+from incr_ds.growth.counter import normals
+from incr_ds.growth.depth import map_layers
+from incr_ds.growth.plan import plan_growth
+from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
+
+EVERYTHING = {
+    "hidden_size": 144,
+    "intermediate_size": 331,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "message"),
+    [
+        ("llama", {"target": {"hidden_size": 145}}, r"hidden_size: 144 or 150"),
+        ("llama", {"target": {"hidden_size": 90}}, r"target\.hidden_size: 90 is smaller than the source's 96"),
+        (
+            "qwen3",
+            {"target": {"hidden_size": 145}, "width": {"hidden": "integer"}},
+            r"145 is not a multiple of the source's 96.*nearest sizes that work: 96, 192",
+        ),
+        ("qwen3", {"target": {"num_attention_heads": 7}}, r"num_key_value_heads that work with 7 query heads: 7"),
+        (
+            "qwen3",
+            {"target": {"num_attention_heads": 6, "num_key_value_heads": 4}},
+            r"num_key_value_heads: 4 with 6 query heads.*num_key_value_heads that work with 6 query heads: 3, 6",
+        ),
+        ("llama", {"target": {"num_hidden_layers": 2}}, r"2 is smaller than the source's 3"),
+        ("llama", {"target": {"intermediate_size": 249}}, r"249 is smaller than the source's 250"),
+        (
+            "llama",
+            {"target": {"hidden_sise": 192}},
+            r"target\.hidden_sise: not a config field of llama; can grow: hidden_size",
+        ),
+        (
+            "llama",
+            {"target": {"vocab_size": 200}},
+            r"target\.vocab_size: 200 differs from the source's 101, and no operator",
+        ),
+        ("llama", {"target": {"tie_word_embeddings": True}}, r"target\.tie_word_embeddings: True differs"),
+        ("llama", {"target": {"hidden_size": "144"}}, r"expected a positive whole number, found '144'"),
+        (
+            "qwen3",
+            {"target": {"hidden_size": 144}, "width": {"hidden": "zero-scaled-eps"}},
+            r"qwen3 also uses for its query and key norms; use width\.hidden: zero",
+        ),
+        (
+            "llama",
+            {"target": {"num_hidden_layers": 6}, "depth": {"new": "copy"}, "exact": "required"},
+            r"exact: required, but depth\.new: copy does not keep the function",
+        ),
+    ],
+)
+def test_impossible_requests_are_refused(family, content, message):
+    with pytest.raises(GrowthError, match=f"(?s){message}"):
+        plan_growth(small_architecture(family), recipe_of(**content))
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new", "layers", "is_new"),
+    [
+        ("interleave", 3, 5, [0, 0, 1, 1, 2], [0, 1, 0, 1, 0]),
+        ("interleave", 2, 4, [0, 0, 1, 1], [0, 1, 0, 1]),
+        ("stack", 3, 5, [0, 1, 2, 0, 1], [0, 0, 0, 1, 1]),
+        ("stack", 2, 2, [0, 1], [0, 0]),
+    ],
+)
+def test_layer_maps(method, old, new, layers, is_new):
+    found = map_layers(method, old, new)
+    assert [layer.layer for layer in found] == layers
+    assert [int(layer.is_new) for layer in found] == is_new
+
+
+@pytest.mark.parametrize("state", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("hidden", ["auto", "zero"])
+def test_any_slice_is_the_slice_of_the_whole(state, hidden):
+    architecture = small_architecture("qwen3", tie_word_embeddings=True)
+    source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
+    grown = grown_tensors(source, recipe_of(target=EVERYTHING, width={"hidden": hidden, "ffn": {"new": "copy"}}))
+    generator = torch.Generator().manual_seed(1)
+    for spec in grown.plan.target.stored:
+        bounds = []
+        for size in spec.shape:
+            start = int(torch.randint(size, (), generator=generator))
+            bounds.append((start, start + 1 + int(torch.randint(size - start, (), generator=generator))))
+        expected = whole(grown, spec.name, state)[tuple(slice(*part) for part in bounds)]
+        assert torch.equal(grown.read(spec.name, state, tuple(bounds)), expected), spec.name
+
+
+def test_copies_differ_and_their_shares_sum_to_one():
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    width = {"hidden": "integer", "symmetry_breaking": {"scale": 0.5, "seed": 3}}
+    grown = grown_tensors(source, recipe_of(target={"hidden_size": 192}, width=width))
+    name = "model.layers.1.mlp.up_proj.weight"
+    halves = whole(grown, name).reshape(250, 2, 96)
+    assert torch.allclose(halves.sum(1), source.read(name), rtol=0, atol=1e-15)
+    shares = halves[:, 0] / source.read(name)
+    assert abs(float(shares.mean()) - 0.5) < 0.01
+    assert abs(float(shares.std()) - 0.25) < 0.01  # scale 0.5, relative to the even share 1/2
+
+
+def test_the_seed_decides_and_nothing_else():
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def grow(seed):
+        width = {"ffn": {"new": "copy"}, "symmetry_breaking": {"seed": seed}}
+        return whole(grown_tensors(source, recipe_of(target={"intermediate_size": 500}, width=width)), name)
+
+    assert torch.equal(grow(1), grow(1))
+    assert not torch.equal(grow(1), grow(2))
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 5000), count=st.integers(1, 300), seed=st.integers(0, 2**40))
+def test_random_numbers_are_addressed_by_element(first, count, seed):
+    stream = normals(seed, "tensor", 0, first + count)
+    assert (normals(seed, "tensor", first, count) == stream[first:]).all()
+
+
+def test_random_numbers_are_standard_normal_and_independent_between_tensors():
+    first, second = normals(5, "a", 0, 200_000), normals(5, "b", 0, 200_000)
+    assert abs(first.mean()) < 0.01 and abs(first.std() - 1) < 0.01
+    assert abs((first**4).mean() - 3) < 0.1
+    assert abs((first * second).mean()) < 0.01
+
+
+def test_the_plan_is_json_and_repeats():
+    architecture = small_architecture("qwen3")
+    text = plan_growth(architecture, recipe_of(target=EVERYTHING)).to_json()
+    assert text == plan_growth(architecture, recipe_of(target=EVERYTHING)).to_json()
+    content = json.loads(text)
+    assert content["target_config"]["hidden_size"] == 144
+    assert content["axes"]["hidden"]["method"] == "isometric"
+    sources = {tensor["name"]: tensor["source"] for tensor in content["tensors"]}
+    assert sources["model.layers.3.mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
+    assert {tensor["name"] for tensor in content["tensors"] if tensor["silent"]} == {
+        f"model.layers.{layer}.{name}.weight" for layer in (1, 3) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+
+
+def test_per_layer_fields_follow_the_layer_map():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    architecture = small_architecture("qwen3", layer_types=kinds, use_sliding_window=True, sliding_window=16)
+    plan = plan_growth(architecture, recipe_of(target={"num_hidden_layers": 5}))
+    assert plan.target.config["layer_types"] == [kinds[layer] for layer in (0, 0, 1, 1, 2)]
