@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
+    _check_own_name(path)
     try:
         with torch.serialization.safe_globals([(Stub, name) for name in DEEPSPEED_TYPES]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
@@ -54,6 +56,19 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
             f"{path}: damaged or truncated ({size} bytes): {str(error).splitlines()[0]}. Copy the file again from where "
             "it was written, or use another tag."
         ) from error
+
+
+def _check_own_name(path: Path) -> None:
+    """torch.save names the archive's inner folder after the file: a shard under another rank's name betrays itself."""
+    if not zipfile.is_zipfile(path):
+        return  # truncated, or older than the zip format: torch says which
+    with zipfile.ZipFile(path) as archive:
+        written_as = archive.namelist()[0].partition("/")[0]
+    if written_as.endswith("_states") and written_as != path.stem:
+        raise CheckpointError(
+            f"{path}: was written as {written_as}.pt: shards were swapped, or copied over another rank's. Copy the right "
+            "file back."
+        )
 
 
 def _refusal(path: Path) -> str:

@@ -1,0 +1,209 @@
+"""The ZeRO reader against real DeepSpeed engines: stages, data-parallel sizes, dtypes, orders of the flat buffers."""
+
+import shutil
+
+import pytest
+import torch
+from writers import write_cases
+
+from incr_ds.errors import CheckpointError
+from incr_ds.source import open_source
+from incr_ds.testing.processes import run_processes
+
+CASES = {
+    "z1": {"stage": 1, "bf16": False, "tied": False, "zero": {}},
+    "z1-bf16-tied": {"stage": 1, "bf16": True, "tied": True, "zero": {}},
+    "z2-bf16-round-robin": {"stage": 2, "bf16": True, "tied": False, "zero": {"round_robin_gradients": True}},
+    "z1-round-robin": {"stage": 1, "bf16": False, "tied": True, "zero": {"round_robin_gradients": True}},
+    "z2-aligned": {"stage": 2, "bf16": True, "tied": True, "zero": {"parameter_alignment": True}},
+    "z3": {"stage": 3, "bf16": False, "tied": False, "zero": {}},
+    "z3-bf16-tied-small-groups": {"stage": 3, "bf16": True, "tied": True, "zero": {"sub_group_size": 20_000}},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Every case at 1, 2 and 3 data-parallel ranks: {(case, ranks): (folder, live weights)}."""
+    found = {}
+    for ranks in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"dp{ranks}")
+        live = run_processes(write_cases, ranks, str(folder), CASES)[0]
+        found |= {(name, ranks): (folder / name, live[name]) for name in CASES}
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_read(written, case, ranks):
+    folder, live = written[case, ranks]
+    checkpoint = open_source(folder)
+    stage = CASES[case]["stage"]
+    assert checkpoint.facts.kind == f"DeepSpeed ZeRO-{stage}"
+    assert checkpoint.facts.step == 2
+    assert checkpoint.facts.layout == {
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        "data_parallel": ranks,
+        "zero_stage": stage,
+    }
+    assert {group["weight_decay"] for group in checkpoint.facts.metadata["optimizer_groups"]} == {0.1, 0.0}
+    assert set(live) == {spec.name for spec in checkpoint.architecture.stored}
+    for name, weight in live.items():
+        master = checkpoint.read(name)
+        assert master.dtype == torch.float32
+        assert torch.equal(master.to(weight.dtype), weight), name
+        assert torch.equal(checkpoint.read(name, "exp_avg"), 2 * master), name
+        assert torch.equal(checkpoint.read(name, "exp_avg_sq"), master**2), name
+        middle = slice(len(weight) // 3, len(weight) // 2 + 1)
+        assert torch.equal(checkpoint.read(name, "exp_avg", middle), 2 * master[middle]), name
+    assert len(list(checkpoint.self_check())) == len(live)
+
+
+def test_a_tied_alias_reads_its_owner(written):
+    checkpoint = open_source(written["z1-bf16-tied", 2][0])
+    assert torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
+
+
+@pytest.fixture
+def damaged(written, tmp_path):
+    def copy(case, ranks=3):
+        shutil.copytree(written[case, ranks][0], tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return copy
+
+
+def optimizer_file(folder, rank, prefix=""):
+    return folder / "step" / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def test_missing_shard(damaged):
+    folder = damaged("z1")
+    optimizer_file(folder, 1).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"missing zero_pp_rank_1_mp_rank_00_optim_states\.pt of a grid of 1 .* x 3"
+    ):
+        open_source(folder)
+
+
+def test_missing_last_shard(damaged):
+    """Nothing in the file names tells; the model file remembers how many ranks there were."""
+    folder = damaged("z1")
+    optimizer_file(folder, 2).unlink()
+    with pytest.raises(CheckpointError, match=r"written with 3 data-parallel ranks, found 2 optimizer file"):
+        open_source(folder)
+
+
+def test_missing_model_file(damaged):
+    folder = damaged("z2-aligned")
+    (folder / "step" / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"missing mp_rank_00_model_states\.pt"):
+        open_source(folder)
+
+
+def test_truncated_shard(damaged):
+    folder = damaged("z1")
+    path = optimizer_file(folder, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: damaged or truncated"):
+        open_source(folder)
+
+
+def swap(first, second):
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+def copy_content(source, target):
+    """As if rank ``target`` had written what rank ``source`` holds: no name inside the file tells."""
+    torch.save(torch.load(source, weights_only=False), target)
+
+
+@pytest.mark.parametrize("case", ["z1", "z3"])
+def test_swapped_files(damaged, case):
+    folder = damaged(case)
+    swap(optimizer_file(folder, 0), optimizer_file(folder, 2))
+    with pytest.raises(CheckpointError, match=r"rank_0_.*was written as zero_pp_rank_2_mp_rank_00_optim_states\.pt"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("case", ["z1", "z2-bf16-round-robin"])
+def test_swapped_content(damaged, case):
+    folder = damaged(case)
+    prefix = "bf16_" if CASES[case]["bf16"] else ""
+    first, second = optimizer_file(folder, 0, prefix), optimizer_file(folder, 1, prefix)
+    contents = [torch.load(path, weights_only=False) for path in (first, second)]
+    torch.save(contents[1], first)
+    torch.save(contents[0], second)
+    with pytest.raises(CheckpointError, match=r"elements of the fp32 master .* differ .*[Ss]hards were swapped"):
+        list(open_source(folder).self_check())
+
+
+@pytest.mark.parametrize("case", ["z1", "z3"])
+def test_duplicated_shard(damaged, case):
+    folder = damaged(case)
+    copy_content(optimizer_file(folder, 0), optimizer_file(folder, 1))
+    with pytest.raises(
+        CheckpointError, match=r"rank_1_mp_rank_00_optim_states\.pt: holds the same weights as zero_pp_rank_0"
+    ):
+        list(open_source(folder).self_check())
+
+
+def test_shard_of_another_run(damaged, written):
+    folder = damaged("z1")
+    shutil.copyfile(optimizer_file(written["z1", 2][0], 1), optimizer_file(folder, 1))  # its name inside is right
+    with pytest.raises(CheckpointError, match=r"one of 2 partitions, expected one of 3"):
+        open_source(folder)
+
+
+def test_config_of_another_model(damaged):
+    folder = damaged("z1")
+    text = (folder / "config.json").read_text().replace('"intermediate_size": 250', '"intermediate_size": 256')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight: expected shape \[256, 96\], found \[250, 96\]"):
+        open_source(folder)
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        import pathlib
+
+        return pathlib.Path.touch, (pathlib.Path(self.canary),)
+
+
+def test_a_payload_does_not_run(damaged, tmp_path):
+    folder = damaged("z1")
+    path = folder / "step" / "mp_rank_00_model_states.pt"
+    canary = tmp_path / "canary"
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "extra": Payload(str(canary))}, path)
+    with pytest.raises(CheckpointError, match=r"refers to .*pathlib.*was refused.*--trust"):
+        open_source(folder)
+    assert not canary.exists()
+    open_source(folder, trust=True)
+    assert canary.exists()
+
+
+def test_other_optimizers_are_named(damaged):
+    folder = damaged("z1")
+    path = optimizer_file(folder, 0)
+    content = torch.load(path, weights_only=False)
+    for group in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        group["momentum_buffer"] = group.pop("exp_avg")
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"group 0 has no exp_avg \(found step, exp_avg_sq, momentum_buffer\)"):
+        open_source(folder)
+
+
+def test_tag_folder_and_unknown_tag(written):
+    folder = written["z1", 1][0]
+    with pytest.raises(CheckpointError, match=r"this is a tag folder; give its parent and --tag step"):
+        open_source(folder / "step")
+    with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; folders there: step"):
+        open_source(folder, "other")

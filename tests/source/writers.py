@@ -1,0 +1,67 @@
+"""Real ZeRO checkpoints of transformers models, with a truth that no knowledge of ZeRO's layout enters.
+
+After training, the flat moment buffers are overwritten element by element as functions of the flat masters (exp_avg =
+2 * master, exp_avg_sq = master^2), so a reader that finds the right weights finds the right moments, exactly. The right
+weights are the live parameters of the module.
+"""
+
+from pathlib import Path
+
+import torch
+
+from incr_ds.target.commit import write_atomically
+from incr_ds.target.huggingface import config_text
+from incr_ds.testing.memory import drawn_model, small_architecture
+
+
+def write_cases(rank, folder, cases):
+    """Write every case in one process group; returns {case name: {parameter: live weight}}."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    return {name: _write_case(rank, Path(folder) / name, case) for name, case in cases.items()}
+
+
+def _write_case(rank, folder, case):
+    import deepspeed
+
+    architecture = small_architecture("llama", tie_word_embeddings=case["tied"])
+    model = drawn_model(architecture, torch.float32)
+    dtype = torch.bfloat16 if case["bf16"] else torch.float32
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": case["stage"], **case["zero"]},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": case["bf16"]},
+    }
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        tokens = torch.randint(101, (1, 12), generator=generator)
+        engine.backward(engine(tokens, labels=tokens, use_cache=False).loss)
+        engine.step()
+    _code_moments(engine.optimizer, case["stage"])
+    engine.save_checkpoint(str(folder), tag="step")
+    if rank == 0:
+        write_atomically(folder / "config.json", config_text(architecture, dtype))
+    live = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=case["stage"] == 3):
+            live[name] = parameter.data.clone()
+    engine.destroy()
+    return live
+
+
+def _code_moments(optimizer, stage):
+    flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for master in flat:
+        state = optimizer.optimizer.state[master]
+        assert state["exp_avg_sq"].count_nonzero() > 0  # it did train
+        state["exp_avg"].copy_(2 * master)
+        state["exp_avg_sq"].copy_(master**2)
