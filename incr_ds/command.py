@@ -16,8 +16,18 @@ from incr_ds.errors import IncrError
 
 USER_MISTAKE = 2
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_WIDTH = 140  # where there is no terminal to ask: a log file keeps tables whole
+
+
+def _console(*, stderr: bool = False) -> Console:
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = PLAIN_WIDTH
+    return made
+
+
+console = _console()
+errors = _console(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[[], None]:

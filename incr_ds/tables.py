@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from rich import box
 from rich.table import Table
 
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -15,7 +18,9 @@ def growth_table(planned: PlannedGrowth) -> Table:
     """What grows, from what to what, and how."""
     plan = planned.plan
     table = Table(
-        title=f"{plan.target.family.model_type}: {'exact' if plan.exact else 'not exact'} growth", title_justify="left"
+        title=f"{plan.target.family.model_type}: {'exact' if plan.exact else 'not exact'} growth",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for heading in ("", "source", "target", "how"):
         table.add_column(heading, justify="left" if heading in ("", "how") else "right")
@@ -26,15 +31,13 @@ def growth_table(planned: PlannedGrowth) -> Table:
     table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
-    for note in plan.notes:
-        table.add_row("note", "", "", note)
     return table
 
 
 def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
     """What a checkpoint is."""
     facts, architecture = checkpoint.facts, checkpoint.architecture
-    table = Table(title=str(facts.path), title_justify="left", show_header=False)
+    table = Table(title=str(facts.path), title_justify="left", show_header=False, box=box.SIMPLE)
     rows = {
         "kind": facts.kind,
         "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
@@ -71,13 +74,14 @@ def _ratio(planned: PlannedGrowth) -> str:
 
 
 def _layout_text(checkpoint: LogicalCheckpoint) -> str:
-    return " ".join(f"{key} {value}" for key, value in checkpoint.facts.layout.items()) or "whole"
+    return _degrees(checkpoint.facts.layout) or "whole"
+
+
+def _degrees(layout: Mapping[str, int]) -> str:
+    short = {"tensor_parallel": "tp", "pipeline_parallel": "pp", "data_parallel": "dp", "zero_stage": "zero"}
+    return " ".join(f"{name} {layout[key]}" for key, name in short.items() if key in layout)
 
 
 def _target_layout_text(planned: PlannedGrowth) -> str:
     layout = planned.plan.recipe.layout
-    if layout.format == "huggingface":
-        return "huggingface"
-    return (
-        f"tp {layout.tensor_parallel} pp {layout.pipeline_parallel} dp {layout.data_parallel} zero {layout.zero_stage}"
-    )
+    return "huggingface" if layout.format == "huggingface" else _degrees(layout.model_dump())

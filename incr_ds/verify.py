@@ -31,10 +31,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     """The checkpoint's weights in transformers' model class, in memory, in evaluation mode."""
     architecture = checkpoint.architecture
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to_empty(device="cpu")
-    _refill_buffers(model, config, dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     owned = dict(model.named_parameters())
     for spec in architecture.stored:
         owned[spec.name].data.copy_(checkpoint.read(spec.name))
@@ -96,9 +93,3 @@ def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
 def _summed_loss(logits: torch.Tensor, batch: torch.Tensor) -> float:
     flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     return float(torch.nn.functional.cross_entropy(flat, batch[:, 1:].reshape(-1), reduction="sum"))
-
-
-def _refill_buffers(model: PreTrainedModel, config: object, dtype: torch.dtype) -> None:
-    """Recompute the rotary frequencies, which are buffers that no checkpoint holds."""
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config)

@@ -32,6 +32,8 @@ def main(
     if not json:
         console.print(f"source: {planned.source.facts.kind}, {source}")
         console.print(growth_table(planned))
+        for note in planned.plan.notes:
+            console.print(f"note: {note}")
     if plan_only:
         return
     with progress_bar(quiet=json) as progress:

@@ -30,6 +30,7 @@ def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
     Raises CheckpointError if ``final`` exists and is not empty.
     """
     refuse_existing(final)
+    remove_abandoned(final)
     temporary = temporary_folder(final)
     temporary.mkdir(parents=True)
     try:
@@ -48,8 +49,26 @@ def refuse_existing(final: Path) -> None:
 
 def temporary_folder(final: Path) -> Path:
     """A name beside ``final`` that no other run uses; a run that was killed leaves it, and nothing reads it."""
-    run = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return final.parent / f".{final.name}.incomplete-{run}"
+    return final.parent / f".{final.name}.incomplete-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def remove_abandoned(final: Path) -> None:
+    """Remove what killed runs on this machine left while writing ``final``; those of living processes stay."""
+    prefix = f".{final.name}.incomplete-{socket.gethostname()}-"
+    for left in final.parent.glob(f"{prefix}*"):
+        process = left.name.removeprefix(prefix).partition("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def seal(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:

@@ -192,8 +192,6 @@ class OptimizerFile:
             for index, group in enumerate(groups)
         ]
         state = {
-            "loss_scaler": None,
-            "dynamic_loss_scale": False,
             "overflow": False,
             "clip_grad": 0.0,
             "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},

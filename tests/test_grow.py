@@ -1,0 +1,274 @@
+"""The offline story through its command line: a real ZeRO source, every target, and what happens on bad input."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from native import check_loads_in_deepspeed, write_source
+from transformers import AutoModelForCausalLM
+
+from incr_ds.source import open_source
+from incr_ds.target.commit import verify_manifest
+from incr_ds.testing.processes import run_processes
+from incr_ds.verify import compare, random_batches
+
+ROOT = Path(__file__).parent.parent
+TARGET = {
+    "hidden_size": 144,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 331,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tied llama trained for a few steps on 2 ranks, ZeRO-1, bf16: {"zero": folder, "huggingface": folder}."""
+    folder = tmp_path_factory.mktemp("source")
+    run_processes(write_source, 2, str(folder))
+    return {"zero": folder / "zero", "huggingface": folder / "huggingface"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**content):
+        path = tmp_path / f"recipe{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump({"target": TARGET, **content}))
+        return path
+
+    return write
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_tool(name, *arguments):
+    """Run a tool as its command line does, in this process: starting Python and torch costs seconds."""
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            importlib.import_module(name).main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def grow(source, recipe, output, *more):
+    return run_tool("grow_checkpoint", "--source", source, "--recipe", recipe, "--output", output, *more)
+
+
+def same_function(first, second):
+    return compare(first, second, random_batches(101, 2, 12)).relative_difference
+
+
+def test_plan_only_writes_nothing(source, recipe, tmp_path):
+    done = grow(source["zero"], recipe(), tmp_path / "out", "--plan-only")
+    assert done.returncode == 0, done.stderr
+    for shown in (
+        "llama: exact growth",
+        "hidden_size",
+        "isometric, up to 2 copies",
+        "interleave, 2 new (zero-output): 0 0 1 1 2",
+    ):
+        assert shown in done.stdout
+    assert not (tmp_path / "out").exists()
+    content = json.loads(grow(source["zero"], recipe(), tmp_path / "out", "--plan-only", "--json").stdout)
+    assert content["exact"] and content["target_config"]["hidden_size"] == 144
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 1},
+        {"tensor_parallel": 4, "pipeline_parallel": 1, "data_parallel": 2, "zero_stage": 2},
+        {"tensor_parallel": 1, "pipeline_parallel": 3, "data_parallel": 3},
+    ],
+)
+@pytest.mark.parametrize("tied", ["zero"])
+def test_native_target_reads_back(source, recipe, tmp_path, layout, tied):
+    """Every element of every state is where the layout says, whatever the grid: our reader joins it to the plan's tensors."""
+    out = tmp_path / "out"
+    done = grow(source[tied], recipe(layout=layout), out)
+    assert done.returncode == 0, done.stderr
+    target, origin = open_source(out), open_source(source[tied])
+    assert {key: target.facts.layout[key] for key in layout} == layout
+    assert target.facts.step == origin.facts.step == 3
+    assert len(list(target.self_check())) >= len(target.architecture.stored)
+    whole = tmp_path / "whole"
+    assert grow(source[tied], recipe(layout={"format": "deepspeed", "data_parallel": 1}), whole).returncode == 0
+    reference = open_source(whole)
+    for spec in target.architecture.stored:
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(target.read(spec.name, state), reference.read(spec.name, state)), (spec.name, state)
+    assert same_function(origin, target) <= 1e-5
+
+
+def test_native_target_loads_in_deepspeed(source, recipe, tmp_path):
+    folders = {}
+    for stage in (1, 2):
+        folders[stage] = tmp_path / f"stage{stage}"
+        layout = {"data_parallel": 2, "zero_stage": stage}
+        assert grow(source["zero"], recipe(layout=layout), folders[stage]).returncode == 0
+    expected = open_source(source["zero"])
+    results = run_processes(check_loads_in_deepspeed, 2, {stage: str(folder) for stage, folder in folders.items()})
+    batch = random_batches(101, 1, 12)
+    loss = compare(expected, expected, batch).source_loss
+    for stage in (1, 2):
+        found = results[0][stage]
+        assert abs(found["loss"] - loss) <= 0.02 * loss  # bf16 weights: the fp32 masters carry the exact function
+        reader = open_source(folders[stage])
+        for name, weight in found["zero_to_fp32"].items():
+            assert torch.equal(weight, reader.read(name)), name
+        assert found["moves"]
+
+
+def test_huggingface_target(source, recipe, tmp_path):
+    out = tmp_path / "out"
+    done = grow(source["zero"], recipe(layout={"format": "huggingface"}), out)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.hidden_size == 144 and model.dtype == torch.float32
+    tokens = random_batches(101, 1, 12)[0]
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+    expected = compare(open_source(source["zero"]), open_source(out), [tokens])
+    assert abs(loss - expected.source_loss) <= 1e-5
+    assert expected.relative_difference <= 1e-5
+
+
+def test_the_same_bytes_for_any_number_of_workers(source, recipe, tmp_path):
+    path = recipe(layout={"tensor_parallel": 2, "pipeline_parallel": 2}, width={"symmetry_breaking": {"seed": 5}})
+    for workers in (1, 3):
+        done = grow(source["zero"], path, tmp_path / f"w{workers}", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    one, three = (verify_manifest(tmp_path / f"w{workers}")["files"] for workers in (1, 3))
+    assert one == three and len(one) > 10
+
+
+def test_verify_and_export(source, recipe, tmp_path):
+    out = tmp_path / "out"
+    assert grow(source["zero"], recipe(layout={"pipeline_parallel": 2}), out).returncode == 0
+    done = run_tool("verify_checkpoint", out, "--against", source["zero"], "--samples", 2, "--length", 12)
+    assert done.returncode == 0, done.stderr
+    assert "logits kept" in done.stdout
+    done = run_tool("export_huggingface", out, tmp_path / "exported", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert same_function(open_source(source["zero"]), open_source(tmp_path / "exported")) <= 1e-5
+    other = run_tool(
+        "verify_checkpoint", out, "--against", source["huggingface"], "--json", "--samples", 1, "--length", 12
+    )
+    report = json.loads(other.stdout)
+    assert report["passed"] is False and other.returncode == 1
+    shown = run_tool("inspect_checkpoint", out)
+    assert shown.returncode == 0 and "DeepSpeed ZeRO-1" in shown.stdout and "pp 2" in shown.stdout
+    facts = json.loads(run_tool("inspect_checkpoint", source["huggingface"], "--json").stdout)
+    assert facts["kind"] == "Hugging Face safetensors" and facts["sizes"]["hidden"] == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])), "content changed"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "truncated or replaced"),
+        (lambda p: p.unlink(), "missing; the manifest lists it"),
+        (lambda p: p.with_name("extra.bin").write_bytes(b"x"), "extra.bin: not in the manifest"),
+    ],
+)
+def test_verify_finds_every_damage(source, recipe, tmp_path, change, message):
+    out = tmp_path / "out"
+    assert grow(source["huggingface"], recipe(layout={"format": "huggingface"}), out).returncode == 0
+    change(out / "model.safetensors")
+    done = run_tool("verify_checkpoint", out)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+BAD = [
+    ({"target": {"hidden_size": 145}}, "Nearest sizes that work: hidden_size: 144 or 150"),
+    ({"widht": {"hidden": "zero"}}, "widht: unknown key; did you mean width?"),
+    ({"width": {"hidden": "isometrical"}}, "width.hidden: Input should be 'auto', 'integer', 'isometric'"),
+    ({"layout": {"tensor_parallel": 3}}, "tensor_parallel 3: num_attention_heads 8 does not divide"),
+    ({"layout": {"pipeline_parallel": 6}}, "pipeline_parallel can be 1 to 5"),
+    ({"layout": {"pipeline_parallel": 2, "zero_stage": 2}}, "DeepSpeed's pipeline supports zero_stage 0 and 1"),
+    ({"layout": {"zero_stage": 3}}, "layout.zero_stage: 3 is not written; use 1, or 2"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_bad_recipes(source, recipe, tmp_path, content, message):
+    done = grow(source["zero"], recipe(**content), tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_sources(source, recipe, tmp_path):
+    path = recipe()
+    cases = [
+        (tmp_path / "nowhere", "not a folder"),
+        (source["huggingface"], "has no Adam moments, and optimizer: exact needs them; set optimizer: reset"),
+        (tmp_path, "neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder"),
+    ]
+    for folder, message in cases:
+        done = grow(folder, path, tmp_path / "out")
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (unknown / name).write_bytes((source["huggingface"] / name).read_bytes())
+    config = json.loads((unknown / "config.json").read_text())
+    for change, message in (
+        (
+            {"model_type": "gpt_fancy"},
+            "model_type 'gpt_fancy' is not supported; supported: llama, mistral, qwen2, qwen3",
+        ),
+        ({"logit_softcapping": 30.0}, "config field(s) logit_softcapping are unknown for llama"),
+    ):
+        (unknown / "config.json").write_text(json.dumps({**config, **change}))
+        done = grow(unknown, path, tmp_path / "out")
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_an_existing_output_is_kept(source, recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("1")
+    done = grow(source["zero"], recipe(), tmp_path / "out")
+    assert done.returncode == 2 and "exists already and is not an empty folder" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "grow_checkpoint.py"), "--source", str(source["zero"])]
+    command += ["--recipe", str(recipe(layout={"data_parallel": 32})), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.incomplete-*/grown/*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out.incomplete-*"))
+    done = grow(source["zero"], recipe(layout={"format": "huggingface"}), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert verify_manifest(tmp_path / "out")
+    assert not list(tmp_path.glob(".out.incomplete-*")), "what the killed run left is cleaned up"
