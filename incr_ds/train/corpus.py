@@ -1,0 +1,289 @@
+"""From text files to Megatron data sets: documents, tokens, and a held-out split that shares no document.
+
+Files made for PREFIX: PREFIX_tokenizer/ (when trained), PREFIX_{train,validation}_text_document.{bin,idx}, and last
+PREFIX_facts.json. They are written beside PREFIX under a temporary name and renamed when all are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from incr_ds.errors import ConfigError
+from incr_ds.train.tokenizer import TRAIN_PREFIX, encode_documents, open_tokenizer, train_sentencepiece
+
+SPLITS = ("train", "validation")
+BATCH_DOCUMENTS = 64
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRequest:
+    """What to prepare: input folders and files, and how they become tokens.
+
+    ``tokenizer`` is a folder or ``train:sentencepiece``; ``held_out`` the fraction of documents for validation;
+    ``max_bytes`` bounds the text read (None: all); ``exclude`` names folders that are not entered.
+    """
+
+    inputs: tuple[Path, ...]
+    tokenizer: str
+    output: Path
+    vocabulary_size: int = 4096
+    held_out: float = 0.05
+    patterns: tuple[str, ...] = ("*.py", "*.txt", "*.md", "*.jsonl")
+    exclude: tuple[str, ...] = ("site-packages", "__pycache__", ".git", ".venv", "node_modules")
+    max_bytes: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """Counts of one split; ``tokens`` includes the end-of-text token of each document, ``bytes`` is UTF-8 text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What was prepared. ``not_text`` lists files that are not UTF-8; ``left_out_*`` count those past max_bytes."""
+
+    vocabulary_size: int
+    end_of_text: int
+    tokenizer: str
+    source_fingerprint: str
+    files: int
+    left_out_files: int
+    left_out_bytes: int
+    not_text: tuple[str, ...]
+    splits: dict[str, SplitFacts]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Input files in reading order, and what ``max_bytes`` left out."""
+
+    files: tuple[Path, ...]
+    total_bytes: int
+    left_out_files: int
+    left_out_bytes: int
+
+
+def facts_path(data_prefix: str) -> Path | None:
+    """The facts file of a data set prefix (``X_validation_text_document`` -> ``X_facts.json``), if there is one."""
+    for split in SPLITS:
+        ending = f"_{split}_text_document"
+        if data_prefix.endswith(ending):
+            path = Path(data_prefix.removesuffix(ending) + "_facts.json")
+            return path if path.is_file() else None
+    return None
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to validation: decided by its content alone, so equal documents stay together."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) < fraction * 2**64
+
+
+def select_files(request: CorpusRequest) -> Selection:
+    """Files of the request in path order; past ``max_bytes`` an even sample (by hash of the name) is left out."""
+    found = [(root, path) for given in request.inputs for root, path in _walk(given, request)]
+    if not found:
+        raise ConfigError(
+            f"--input {', '.join(map(str, request.inputs))}: no file matches --pattern {','.join(request.patterns)}; "
+            f"folders named {', '.join(request.exclude)} are not entered."
+        )
+    sizes = {path: _size(path) for _, path in found}
+    if request.max_bytes is None:
+        return Selection(tuple(sizes), sum(sizes.values()), 0, 0)
+    relative = {path: path.relative_to(root).as_posix() for root, path in found}
+    kept, budget = set(), request.max_bytes
+    for path in sorted(sizes, key=lambda item: xxhash.xxh3_64_intdigest(relative[item].encode())):
+        if sizes[path] > budget:
+            break
+        kept.add(path)
+        budget -= sizes[path]
+    if not kept:
+        raise ConfigError(f"--max-bytes {request.max_bytes}: too small for the first file of the sample; raise it.")
+    total = sum(sizes[path] for path in kept)
+    return Selection(
+        tuple(path for path in sizes if path in kept), total, len(sizes) - len(kept), sum(sizes.values()) - total
+    )
+
+
+def prepare_corpus(request: CorpusRequest, progress: Progress = lambda done, total: None) -> CorpusFacts:
+    """Tokenize the inputs into PREFIX_*; ``progress`` gets (bytes done, bytes in all).
+
+    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, and a split left without documents.
+    """
+    _check_request(request)
+    selection = select_files(request)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{request.output.name}.", dir=request.output.parent))
+    try:
+        facts = _prepare_in(work, request, selection, progress)
+        _publish(work, request)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progress: Progress) -> CorpusFacts:
+    not_text: list[str] = []
+    documents = [item for path in selection.files for item in _documents(path, request, not_text)]
+    if not documents:
+        raise ConfigError(f"--input: the {len(selection.files)} file(s) hold no text.")
+    name = request.output.name
+    if request.tokenizer.startswith(TRAIN_PREFIX):
+        kept = (text for text in documents if not is_held_out(text, request.held_out))
+        train_sentencepiece(kept, request.vocabulary_size, work / f"{name}_tokenizer")
+        tokenizer, shown = open_tokenizer(work / f"{name}_tokenizer"), str(request.output) + "_tokenizer"
+    else:
+        tokenizer, shown = open_tokenizer(Path(request.tokenizer)), request.tokenizer
+    splits = _write_splits(work / name, tokenizer, documents, request.held_out, progress)
+    fingerprint = xxhash.xxh3_128()
+    for text in documents:
+        fingerprint.update(xxhash.xxh3_128_digest(text.encode("utf-8")))
+    facts = CorpusFacts(
+        vocabulary_size=len(tokenizer),
+        end_of_text=tokenizer.eos_token_id,
+        tokenizer=shown,
+        source_fingerprint=fingerprint.hexdigest(),
+        files=len(selection.files),
+        left_out_files=selection.left_out_files,
+        left_out_bytes=selection.left_out_bytes,
+        not_text=tuple(not_text),
+        splits=splits,
+    )
+    (work / f"{name}_facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _write_splits(
+    prefix: Path, tokenizer: Any, documents: list[str], held_out: float, progress: Progress
+) -> dict[str, SplitFacts]:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(len(tokenizer))
+    builders = {split: IndexedDatasetBuilder(_data_prefix(prefix, split) + ".bin", dtype=dtype) for split in SPLITS}
+    counts = {split: [0, 0, 0] for split in SPLITS}
+    sizes = [len(text.encode("utf-8")) for text in documents]
+    done, total = 0, sum(sizes)
+    for start in range(0, len(documents), BATCH_DOCUMENTS):
+        batch = documents[start : start + BATCH_DOCUMENTS]
+        for text, size, ids in zip(batch, sizes[start:], encode_documents(tokenizer, batch), strict=False):
+            split = "validation" if is_held_out(text, held_out) else "train"
+            ids.append(tokenizer.eos_token_id)
+            builders[split].add_document(ids, [len(ids)])
+            for index, amount in enumerate((1, len(ids), size)):
+                counts[split][index] += amount
+            done += size
+        progress(done, total)
+    for split, builder in builders.items():
+        builder.finalize(_data_prefix(prefix, split) + ".idx")
+    _check_splits(counts, held_out)
+    return {split: SplitFacts(*counts[split]) for split in SPLITS if counts[split][0]}
+
+
+def _check_splits(counts: dict[str, list[int]], held_out: float) -> None:
+    wanted = SPLITS if held_out else ("train",)
+    for split in wanted:
+        if not counts[split][0]:
+            total = sum(count[0] for count in counts.values())
+            raise ConfigError(
+                f"--held-out {held_out}: no document of {total} fell into {split}; give more documents (a .txt file is "
+                "one document, a .jsonl line is one), or change --held-out."
+            )
+
+
+def _check_request(request: CorpusRequest) -> None:
+    if not 0.0 <= request.held_out < 1.0:
+        raise ConfigError(f"--held-out {request.held_out}: a fraction of the documents, from 0 to below 1.")
+    kind = request.tokenizer.removeprefix(TRAIN_PREFIX)
+    if request.tokenizer.startswith(TRAIN_PREFIX) and kind != "sentencepiece":
+        raise ConfigError(f"--tokenizer {request.tokenizer}: unknown trainer {kind!r}; known: train:sentencepiece.")
+    existing = [str(path) for path in _outputs(request.output) if path.exists()]
+    if existing and not request.overwrite:
+        raise ConfigError(
+            f"--output {request.output}: already there: {', '.join(existing)}. Pass --overwrite, or name another."
+        )
+
+
+def _outputs(output: Path) -> list[Path]:
+    data = [Path(_data_prefix(output, split) + ending) for split in SPLITS for ending in (".bin", ".idx")]
+    return [output.with_name(f"{output.name}_tokenizer"), *data, output.with_name(f"{output.name}_facts.json")]
+
+
+def _publish(work: Path, request: CorpusRequest) -> None:
+    targets = _outputs(request.output)
+    # Facts go first and come last, so a facts file always belongs to the data beside it.
+    for target in reversed(targets):
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    for target in targets:
+        made = work / target.name
+        if made.exists():
+            os.replace(made, target)
+
+
+def _data_prefix(prefix: Path, split: str) -> str:
+    return f"{prefix}_{split}_text_document"
+
+
+def _walk(given: Path, request: CorpusRequest) -> Iterator[tuple[Path, Path]]:
+    if given.is_file():
+        yield given.parent, given
+    elif given.is_dir():
+        for folder, names, files in os.walk(given):
+            names[:] = sorted(name for name in names if name not in request.exclude)
+            for name in sorted(files):
+                if any(fnmatch(name, pattern) for pattern in request.patterns):
+                    yield given, Path(folder) / name
+    else:
+        raise ConfigError(f"--input {given}: no such file or folder.")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"--input {path}: cannot be read ({error.strerror}).") from error
+
+
+def _documents(path: Path, request: CorpusRequest, not_text: list[str]) -> Iterator[str]:
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--input {path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        if path in request.inputs:
+            raise ConfigError(f"--input {path}: not UTF-8 text (byte {error.start}).") from error
+        not_text.append(str(path))
+        return
+    texts = _json_lines(path, content) if path.suffix == ".jsonl" else [content]
+    yield from (text for text in texts if text)
+
+
+def _json_lines(path: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--input {path}, line {number}: expected a JSON object with the key text.") from error
+        if not isinstance(text, str):
+            raise ConfigError(f"--input {path}, line {number}: text is {type(text).__name__}, expected a string.")
+        yield text

@@ -1,0 +1,58 @@
+"""What changes from step to step: learning rate, distillation weight and temperature. Pure functions of the step.
+
+A step is the index of the optimizer step about to be taken, from 0 to train_steps - 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+from incr_ds.config.distillation import DistillationSettings
+from incr_ds.config.training import ScheduleSettings
+
+
+def learning_rate(schedule: ScheduleSettings, step: int) -> float:
+    """Learning rate of ``step``.
+
+    Warm-up is linear from ``warmup_from`` x peak to the peak at step ``warmup_steps``; step s has gone
+    (s + 1) / (warmup_steps + 1) of the way, so that step 0 does not waste a batch on a rate of 0. ``cosine`` then goes
+    from the peak to the minimum, reached at ``train_steps``; ``wsd`` stays at the peak and goes linearly to the
+    minimum over the last ``decay_steps``, reached at ``train_steps``; ``constant`` stays.
+    """
+    peak, lowest = schedule.learning_rate, schedule.min_learning_rate
+    if step < schedule.warmup_steps:
+        share = (step + 1) / (schedule.warmup_steps + 1)
+        return peak * (schedule.warmup_from + (1.0 - schedule.warmup_from) * share)
+    if schedule.decay == "cosine":
+        span = schedule.train_steps - schedule.warmup_steps
+        progress = min(1.0, (step - schedule.warmup_steps) / span)
+        return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    start = schedule.train_steps - schedule.decay_steps
+    if schedule.decay == "wsd" and step >= start:
+        progress = min(1.0, (step - start) / schedule.decay_steps)
+        return peak + (lowest - peak) * progress
+    return peak
+
+
+def distillation_weight(settings: DistillationSettings | None, step: int) -> float:
+    """The a of (1 - a) CE + a T^2 KL: ``weight`` at step 0, ``final_weight`` from ``anneal_steps`` on; 0 unset."""
+    if settings is None:
+        return 0.0
+    return _anneal(settings.weight, settings.final_weight, settings, step)
+
+
+def temperature(settings: DistillationSettings | None, step: int) -> float:
+    """The T of the divergence, annealed to ``final_temperature`` in the same way where that is set; 1 unset."""
+    if settings is None:
+        return 1.0
+    if settings.final_temperature is None:
+        return settings.temperature
+    return _anneal(settings.temperature, settings.final_temperature, settings, step)
+
+
+def _anneal(first: float, last: float, settings: DistillationSettings, step: int) -> float:
+    progress = min(1.0, step / settings.anneal_steps)
+    if settings.anneal == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    # Exactly ``last`` at the end: the engine drops the teacher when the weight is 0.
+    return last if step >= settings.anneal_steps else first + (last - first) * progress
