@@ -1,0 +1,236 @@
+"""A run's checkpoints: each a DeepSpeed folder that appears whole, with a manifest, or not at all.
+
+    <run.output>/checkpoints/step_00000100/
+        global_step100/   what DeepSpeed saved, all ranks
+        latest            global_step100
+        config.json       the model, so that growth and evaluation can open the folder; tokenizer files if known
+        manifest.json     size and checksum of every file; layout, step, data fingerprints and settings
+
+All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
+from incr_ds.train.metrics import Position
+
+KIND = "deepspeed training checkpoint"
+FOLDER = "checkpoints"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+
+Result = TypeVar("Result")
+
+
+class SavingEngine(Protocol):
+    """The part of the training engine that checkpoints need."""
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Every rank writes its files below folder/tag."""
+        ...
+
+    def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
+        """Load folder/tag and return its client_state."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What a run needs besides model and optimizer to go on as if it had not stopped.
+
+    ``evaluated_step`` is the last step with a held-out evaluation (-1: none), ``data`` the fingerprint per data set.
+    """
+
+    position: Position
+    evaluated_step: int
+    data: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+def save_checkpoint(engine: SavingEngine, run: RunSettings, architecture: Architecture, state: TrainingState) -> Path:
+    """Save at ``state``'s step, publish when every rank has written, then delete what ``keep_last`` does not keep.
+
+    Raises CheckpointError on all ranks if any rank could not write; the folder then does not appear.
+    """
+    final = step_folder(run, state.position.step)
+    tag = f"global_step{state.position.step}"
+    client_state = asdict(state)
+    with ExitStack() as stack:
+        facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
+        folder = on_rank_zero(lambda: stack.enter_context(publish(_vacated(final), KIND, facts)))
+        on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed")
+        on_rank_zero(lambda: _write_companions(folder, tag, run, architecture))
+        on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
+    on_rank_zero(lambda: _prune(run, final))
+    return final
+
+
+def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of the run whose manifest verifies, or None if the run has none.
+
+    Damaged ones are reported through ``say`` and skipped; CheckpointError if there are only such.
+    """
+    return on_rank_zero(lambda: _newest_complete(run, say))
+
+
+def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str]) -> TrainingState:
+    """Load the run's own checkpoint; refuse one of another layout, data, seed or batch."""
+    facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
+    check_layout_matches(folder, facts, run)
+    _check_same_run(folder, facts, run, data)
+    client_state = engine.load(folder, facts["tag"], load_optimizer=True)
+    return TrainingState(
+        position=Position(**client_state["position"]),
+        evaluated_step=client_state["evaluated_step"],
+        data=client_state["data"],
+        settings=client_state["settings"],
+    )
+
+
+def check_layout_matches(folder: Path, facts: Mapping[str, Any], run: RunSettings) -> None:
+    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint differs from ``run.layout``."""
+    found, wanted = facts.get("layout", {}), run.layout.model_dump()
+    different = [
+        f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
+    ]
+    if different:
+        raise LayoutError(
+            f"{folder}: made for {', '.join(different)}; optimizer state fits its own layout only. Run with that layout, "
+            "grow or convert the checkpoint to this one (tools/grow_checkpoint.py, layout:), or start from its weights "
+            "alone: model.initialize_from with model.load_optimizer: false."
+        )
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for every setting that differs."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changed_settings(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: {before} -> {after}")
+    return lines
+
+
+def step_folder(run: RunSettings, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return Path(run.output) / FOLDER / f"step_{step:08d}"
+
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on rank 0 and give its result to all ranks; an error of it is raised on all ranks."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_every_rank(work: Callable[[], None], what: str) -> None:
+    """Run ``work`` on all ranks; if it fails on any, raise CheckpointError on all, naming ranks and reasons."""
+    reason = None
+    try:
+        work()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    reasons = [reason]
+    if dist.is_initialized():
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
+    if failed:
+        raise CheckpointError(f"{what} on {'; '.join(failed)}. Nothing was published; check space and permissions.")
+
+
+def _vacated(final: Path) -> Path:
+    """``final``, free to be published: an earlier, damaged folder of that step is kept under another name."""
+    if final.exists():
+        number = 1
+        while (aside := final.with_name(f"damaged_{final.name}.{number}")).exists():
+            number += 1
+        final.rename(aside)
+    return final
+
+
+def _write_companions(folder: Path, tag: str, run: RunSettings, architecture: Architecture) -> None:
+    (folder / "latest").write_text(tag, encoding="utf-8")
+    content = json.dumps(dict(architecture.config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(content, encoding="utf-8")
+    if run.data.tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(run.data.tokenizer) / name).is_file():
+                shutil.copyfile(Path(run.data.tokenizer) / name, folder / name)
+
+
+def _step_folders(run: RunSettings) -> list[Path]:
+    return sorted((Path(run.output) / FOLDER).glob("step_*"), reverse=True)
+
+
+def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
+    problems = []
+    for folder in _step_folders(run):
+        try:
+            verify_manifest(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            say(f"skipped a damaged checkpoint: {error}")
+        else:
+            return folder
+    if problems:
+        raise CheckpointError(
+            f"{run.output}: no checkpoint of this run is whole, so it cannot resume; remove {FOLDER}/ to start over.\n  "
+            + "\n  ".join(problems)
+        )
+    return None
+
+
+def _prune(run: RunSettings, newest: Path) -> None:
+    if run.checkpoint.keep_last:
+        # A later folder can only be a damaged one that resuming skipped; it must not push out a whole one.
+        complete = [item for item in _step_folders(run) if (item / MANIFEST).is_file() and item.name <= newest.name]
+        for folder in complete[run.checkpoint.keep_last :]:
+            # The manifest goes first: a folder that is half deleted must not look complete.
+            (folder / MANIFEST).unlink()
+            shutil.rmtree(folder)
+
+
+def _check_same_run(folder: Path, facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str]) -> None:
+    old, new = facts["settings"], run.model_dump(mode="json")
+    problems = [f"data {name}: changed since" for name in data if facts["data"].get(name) not in (None, data[name])]
+    problems += [f"data {name}: not part of it" for name in data if name not in facts["data"]]
+    for key in ("seed", "batch.sequence_length", "batch.global_batch_size", "data.train", "data.start_sample"):
+        before, after = _at(old, key), _at(new, key)
+        if before != after:
+            problems.append(f"{key}: {before} there, {after} in this run file")
+    if problems:
+        raise ConfigError(
+            f"{folder}: resuming would not continue the same order of tokens:\n  " + "\n  ".join(problems) + "\n"
+            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
+        )
+
+
+def _at(settings: Mapping[str, Any], key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,75 @@
+"""Floating-point operations of training, and what the hardware could do at best.
+
+Counting follows the usual convention (Kaplan et al. 2020; PaLM, appendix B): a matrix of N elements costs 2 N operations
+per token forward and 4 N backward; attention scores and values cost 4 L H D S forward per token (L layers, H heads of
+size D, S the sequence length, the causal half not subtracted) and twice that backward. The embedding lookup, norms and
+activations are not counted, recomputation under activation checkpointing is not either, the output projection is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+
+# Dense bf16 operations per second of one device, from its vendor's data sheet.
+KNOWN_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+MEASURED_SIZE = 512
+MEASURED_REPEATS = 8
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Operations per second of one process's device, and where the number comes from."""
+
+    flops_per_second: float
+    origin: str
+
+
+def forward_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
+    """Operations of one forward pass per token."""
+    matrices = sum(spec.numel for spec in architecture.tensors if spec.is_matrix and spec.role != "embedding")
+    sizes = architecture.sizes
+    attention = sizes["layers"] * sizes["heads"] * sizes["head_dim"] * sequence_length
+    return 2 * matrices + 4 * attention
+
+
+def training_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
+    """Operations of forward and backward per token: three times the forward pass."""
+    return 3 * forward_flops_per_token(architecture, sequence_length)
+
+
+def device_peak(precision: str) -> Peak:
+    """Peak of this process's device: known by the GPU's name, otherwise measured with a short matrix product."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if not torch.cuda.is_available():
+        return Peak(_measured(torch.device("cpu"), dtype), f"measured, {precision} matrix product on this CPU process")
+    name = torch.cuda.get_device_name()
+    known = next((peak for part, peak in KNOWN_PEAKS.items() if part in name), None)
+    if known is not None:
+        return Peak(known, f"data sheet of {name}, dense bf16")
+    return Peak(_measured(torch.device("cuda"), dtype), f"measured, {precision} matrix product on {name}")
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    size = MEASURED_SIZE if device.type == "cpu" else 16 * MEASURED_SIZE
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(MEASURED_REPEATS):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -1,0 +1,123 @@
+"""What a run shows: metrics.jsonl, tensorboard, and the console. Only rank 0 has one; the other ranks are silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, TrainRow, row
+
+
+class Monitor(Protocol):
+    """Takes the rows of a run."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+        """Keep and show one row."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        ...
+
+
+class Silence:
+    """The monitor of every rank but the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+class RunMonitor:
+    """metrics.jsonl always, tensorboard if wanted, a progress bar on a terminal and plain lines elsewhere."""
+
+    def __init__(self, output: Path, *, resumed_step: int | None, train_steps: int, tensorboard: bool) -> None:
+        self._metrics = MetricsFile(output, resumed_step)
+        self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._train_steps = train_steps
+        self._task = self._progress.add_task("", total=train_steps, completed=resumed_step or 0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+        """Keep and show one row."""
+        content = row(position, values)
+        self._metrics.append(content)
+        if self._board is not None:
+            _write_board(self._board, content)
+        if isinstance(values, TrainRow):
+            self._progress.update(self._task, completed=position.step, description=f"loss {values.loss:.4f}")
+            self.say(f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_train_line(values)}")
+        else:
+            self.say(
+                f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_held_out_line(values)}"
+            )
+
+    def say(self, text: str) -> None:
+        """Show one line, above the bar if there is one."""
+        self._progress.console.print(text, markup=False)
+
+
+def _open_board(folder: Path, resumed_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
+
+
+def _write_board(board: Any, content: dict[str, Any]) -> None:
+    for name, value in content.items():
+        if name not in ("kind", "step") and value is not None:
+            board.add_scalar(f"{content['kind']}/{name}", value, content["step"])
+
+
+def _train_line(values: TrainRow) -> str:
+    taught = f" (ce {values.ce:.4f}, kl {values.divergence:.4f}, a {values.alpha:.3f})" if values.alpha else ""
+    return (
+        f"loss {values.loss:.4f}{taught}  lr {values.learning_rate:.2e}  |g| {values.gradient_norm:.3f}  "
+        f"{values.tokens_per_second:,.0f} tokens/s  mfu {values.mfu:.1%}{'  SKIPPED' if values.skipped else ''}"
+    )
+
+
+def _held_out_line(values: EvaluationRow) -> str:
+    bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
+    return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"

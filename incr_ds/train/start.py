@@ -1,0 +1,70 @@
+"""Where a run begins: the model's architecture, its first weights, and the sources that have to be opened for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError
+from incr_ds.source import open_source
+from incr_ds.target.commit import MANIFEST, read_manifest
+from incr_ds.train.checkpoints import check_layout_matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a run begins.
+
+    Exactly one of these holds: ``weights`` is a source whose weights are copied; ``checkpoint`` and ``tag`` name a
+    DeepSpeed folder in the run's own layout, loaded with its optimizer state; neither, and the model is fresh.
+    ``account`` is one line for people.
+    """
+
+    architecture: Architecture
+    account: str
+    weights: LogicalCheckpoint | None = None
+    checkpoint: Path | None = None
+    tag: str | None = None
+
+
+def find_start(run: RunSettings) -> Start:
+    """Decide how ``run`` begins, from ``run.model``.
+
+    A DeepSpeed checkpoint that this package published keeps its optimizer state (unless ``load_optimizer`` is false)
+    and must have the run's layout, else LayoutError. Everything else gives its weights, and the optimizer is fresh.
+    Raises CheckpointError for a DeepSpeed folder without a manifest when ``load_optimizer`` is true.
+    """
+    model = run.model
+    if model.initialize_from is None:
+        path = Path(str(model.config))
+        architecture = architecture_from_config(read_config(path), str(path))
+        return Start(architecture=architecture, account=f"fresh weights of {path}, seed {run.seed}")
+    folder = Path(model.initialize_from)
+    if model.load_optimizer and _is_deepspeed(folder):
+        return _with_optimizer(run, folder)
+    source = open_source(folder, tag=model.tag)
+    kind = source.facts.kind
+    account = f"weights of {folder} ({kind}); the optimizer starts fresh"
+    return Start(architecture=source.architecture, weights=source, account=account)
+
+
+def _with_optimizer(run: RunSettings, folder: Path) -> Start:
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder}: a DeepSpeed checkpoint that incr_ds did not write; its optimizer state cannot be taken over as "
+            "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
+        )
+    facts: dict[str, Any] = read_manifest(folder)["facts"]
+    check_layout_matches(folder, facts, run)
+    tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
+    architecture = architecture_from_config(read_config(folder / "config.json"), str(folder / "config.json"))
+    account = f"weights and optimizer state of {folder} ({tag})"
+    return Start(architecture=architecture, checkpoint=folder, tag=tag, account=account)
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    return (folder / "latest").is_file()
