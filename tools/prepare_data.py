@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from incr_ds.errors import IncrError
-
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 app = typer.Typer(add_completion=False)
 Input = Annotated[list[Path], typer.Option("--input", help="Folder or file; repeatable.")]

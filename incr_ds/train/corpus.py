@@ -147,6 +147,7 @@ def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progre
     documents = [item for path in selection.files for item in _documents(path, request, not_text)]
     if not documents:
         raise ConfigError(f"--input: the {len(selection.files)} file(s) hold no text.")
+    _check_splits(documents, request.held_out)
     name = request.output.name
     if request.tokenizer.startswith(TRAIN_PREFIX):
         kept = (text for text in documents if not is_held_out(text, request.held_out))
@@ -176,7 +177,7 @@ def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progre
 def _write_splits(
     prefix: Path, tokenizer: Any, documents: list[str], held_out: float, progress: Progress
 ) -> dict[str, SplitFacts]:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from incr_ds.train.megatron import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(len(tokenizer))
     builders = {split: IndexedDatasetBuilder(_data_prefix(prefix, split) + ".bin", dtype=dtype) for split in SPLITS}
@@ -195,18 +196,17 @@ def _write_splits(
         progress(done, total)
     for split, builder in builders.items():
         builder.finalize(_data_prefix(prefix, split) + ".idx")
-    _check_splits(counts, held_out)
     return {split: SplitFacts(*counts[split]) for split in SPLITS if counts[split][0]}
 
 
-def _check_splits(counts: dict[str, list[int]], held_out: float) -> None:
-    wanted = SPLITS if held_out else ("train",)
-    for split in wanted:
-        if not counts[split][0]:
-            total = sum(count[0] for count in counts.values())
+def _check_splits(documents: list[str], held_out: float) -> None:
+    kept_out = sum(is_held_out(text, held_out) for text in documents)
+    counts = {"train": len(documents) - kept_out, "validation": kept_out if held_out else 1}
+    for split, count in counts.items():
+        if not count:
             raise ConfigError(
-                f"--held-out {held_out}: no document of {total} fell into {split}; give more documents (a .txt file is "
-                "one document, a .jsonl line is one), or change --held-out."
+                f"--held-out {held_out}: no document of {len(documents)} fell into {split}; give more documents (a .txt "
+                "file is one document, a .jsonl line is one), or change --held-out."
             )
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from incr_ds.config.training import BatchSettings, CorpusSettings
 from incr_ds.errors import ConfigError
 
 SCAN_TOKENS = 1 << 24
+# Magic, version, type code, number of sequences, number of document starts.
+INDEX_HEADER, INDEX_MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\0\0"
 # Held-out samples do not depend on the run's seed, so that runs can be compared.
 HELD_OUT_SEED = 0
 
@@ -84,13 +86,13 @@ class Blend:
     """Corpora mixed by weight: sample i comes from the corpus that is furthest behind its share."""
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], size: int) -> None:
-        from megatron.core.datasets import helpers
+        from incr_ds.train.megatron import build_blending_indices
 
         self._corpora = corpora
         self._corpus, self._number = np.zeros(size, np.int16), np.zeros(size, np.int64)
         shares = [weight / sum(weights) for weight in weights]
         # The rule is greedy, so a longer run begins with the same samples.
-        helpers.build_blending_indices(self._corpus, self._number, np.array(shares), len(corpora), size, False)
+        build_blending_indices(self._corpus, self._number, np.array(shares), len(corpora), size, False)
 
     def tokens(self, number: int) -> np.ndarray:
         """Sample ``number``: int64 [sequence_length + 1]."""
@@ -183,7 +185,7 @@ def data_fingerprint(prefix: str) -> str:
 
 def largest_token(prefix: str) -> int:
     """The largest token id of a data set, by one pass over its data file."""
-    tokens = np.memmap(prefix + ".bin", dtype=_indexed_dataset(prefix).index.dtype, mode="r")
+    tokens = np.memmap(prefix + ".bin", dtype=open_indexed(prefix).index.dtype, mode="r")
     return max(int(tokens[start : start + SCAN_TOKENS].max()) for start in range(0, len(tokens), SCAN_TOKENS))
 
 
@@ -205,7 +207,7 @@ def check_data_files(prefix: str) -> None:
                 f"{prefix}{ending}: no such file; expected the path of a Megatron data set without its ending "
                 "(tools/prepare_data.py makes one)."
             )
-    indexed = _indexed_dataset(prefix)
+    indexed = open_indexed(prefix)
     expected, found = _num_tokens(indexed) * indexed.index.dtype_size, os.path.getsize(prefix + ".bin")
     if expected != found:
         raise ConfigError(f"{prefix}.bin: {found} bytes, its .idx describes {expected}; prepare the data again.")
@@ -216,19 +218,29 @@ def _num_tokens(indexed: Any) -> int:
     return int(indexed.sequence_lengths.sum(dtype=np.int64))
 
 
-def _indexed_dataset(prefix: str) -> Any:
-    with _quiet():
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-    try:
-        return IndexedDataset(prefix, mmap=True)
-    except (AssertionError, ValueError, OSError) as error:
-        raise ConfigError(f"{prefix}.idx: not a Megatron index file ({error}).") from error
+def open_indexed(prefix: str) -> Any:
+    """megatron-core's view of PREFIX.bin and .idx: item i is document i. ConfigError if the index is not one."""
+    from incr_ds.train.megatron import IndexedDataset
+
+    _check_index(Path(prefix + ".idx"))
+    return IndexedDataset(prefix, mmap=True)
+
+
+def _check_index(path: Path) -> None:
+    """Header and size, before megatron-core maps the file."""
+    with open(path, "rb") as stream:
+        header = stream.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or (fields := INDEX_HEADER.unpack(header))[:2] != (INDEX_MAGIC, 1):
+        raise ConfigError(f"{path}: not a Megatron index file of version 1; prepare the data again.")
+    *_, sequences, documents = fields
+    expected, found = INDEX_HEADER.size + sequences * (4 + 8) + documents * 8, path.stat().st_size
+    if expected != found:
+        raise ConfigError(f"{path}: {found} bytes, its header describes {expected}; prepare the data again.")
 
 
 def _gpt_dataset(prefix: str, sequence_length: int, seed: int, folder: Path) -> Any:
-    with _quiet():
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-        from megatron.core.datasets.utils import Split
+    from incr_ds.train.megatron import GPTDataset, GPTDatasetConfig, Split
+
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -240,7 +252,7 @@ def _gpt_dataset(prefix: str, sequence_length: int, seed: int, folder: Path) -> 
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    indexed = _indexed_dataset(prefix)
+    indexed = open_indexed(prefix)
     every = np.arange(len(indexed), dtype=np.int32)
     # The name in place of the path: the cached index belongs to the data, wherever it lies.
     return GPTDataset(indexed, Path(prefix).name, every, None, Split.train, config)
@@ -262,8 +274,3 @@ def _build_index(prefix: str, sequence_length: int, seed: int, folder: Path) -> 
 def _stack(samples: Samples, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
     rows = torch.from_numpy(np.stack([samples.tokens(number) for number in numbers]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def _quiet() -> warnings.catch_warnings:
-    """Importing megatron-core warns that GPU libraries are missing, which its data sets do not use."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

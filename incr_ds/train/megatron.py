@@ -1,0 +1,24 @@
+"""The part of megatron-core that we use, imported without its warnings about GPU libraries that data sets do not need.
+
+The import takes seconds, so callers import this module where they need it.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+with warnings.catch_warnings(action="ignore"):
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.helpers_cpp import build_blending_indices
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+
+__all__ = [
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "Split",
+    "build_blending_indices",
+]

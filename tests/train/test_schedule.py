@@ -1,0 +1,53 @@
+import math
+
+import pytest
+
+from incr_ds.config.distillation import DistillationSettings
+from incr_ds.config.training import ScheduleSettings
+from incr_ds.train.schedule import distillation_weight, learning_rate, temperature
+
+
+def rates(**settings):
+    schedule = ScheduleSettings(**settings)
+    return [learning_rate(schedule, step) for step in range(schedule.train_steps + 1)]
+
+
+def test_cosine_with_warm_up_reaches_its_corners():
+    found = rates(train_steps=10, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=3)
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[10] == pytest.approx(0.2)
+    assert found[5] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 2 / 7)))
+    assert found[3:] == sorted(found[3:], reverse=True)
+
+
+def test_rewarm_up_starts_at_its_fraction_of_the_peak():
+    found = rates(train_steps=8, learning_rate=2.0, warmup_steps=3, warmup_from=0.5, decay="constant")
+    assert found == pytest.approx([1.25, 1.5, 1.75, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+
+
+def test_wsd_is_flat_and_then_linear_to_the_minimum():
+    found = rates(train_steps=10, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=1, decay="wsd", decay_steps=4)
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_without_warm_up_the_first_step_is_at_the_peak():
+    assert rates(train_steps=4, learning_rate=1.0)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("anneal", "expected"),
+    [("linear", [0.8, 0.65, 0.5, 0.35, 0.2, 0.2]), ("cosine", [0.8, 0.7121, 0.5, 0.2879, 0.2, 0.2])],
+)
+def test_distillation_weight_and_temperature_anneal_and_stay(anneal, expected):
+    settings = DistillationSettings(
+        teacher="t", weight=0.8, final_weight=0.2, anneal_steps=4, anneal=anneal, temperature=0.8, final_temperature=0.2
+    )
+    assert [distillation_weight(settings, step) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+    assert [temperature(settings, step) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_final_weight_is_exact_and_nothing_is_taught_without_settings():
+    settings = DistillationSettings(teacher="t", weight=0.9, anneal_steps=3, temperature=2.0)
+    assert distillation_weight(settings, 3) == 0.0
+    assert temperature(settings, 3) == 2.0
+    assert (distillation_weight(None, 0), temperature(None, 0)) == (0.0, 1.0)
