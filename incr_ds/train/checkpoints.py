@@ -11,7 +11,6 @@ All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoi
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,17 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.grow import TOKENIZER_FILES
 from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
+from incr_ds.target.huggingface import config_text
 from incr_ds.train.metrics import Position
 
 KIND = "deepspeed training checkpoint"
 FOLDER = "checkpoints"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
 
 Result = TypeVar("Result")
 
@@ -88,7 +89,7 @@ def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None
 def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str]) -> TrainingState:
     """Load the run's own checkpoint; refuse one of another layout, data, seed or batch."""
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
-    check_layout_matches(folder, facts, run)
+    check_layout_matches(folder, facts["layout"], run)
     _check_same_run(folder, facts, run, data)
     client_state = engine.load(folder, facts["tag"], load_optimizer=True)
     return TrainingState(
@@ -99,16 +100,16 @@ def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: 
     )
 
 
-def check_layout_matches(folder: Path, facts: Mapping[str, Any], run: RunSettings) -> None:
-    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint differs from ``run.layout``."""
-    found, wanted = facts.get("layout", {}), run.layout.model_dump()
+def check_layout_matches(folder: Path, found: Mapping[str, int], run: RunSettings) -> None:
+    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
+    wanted = run.layout.model_dump()
     different = [
         f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
     ]
     if different:
         raise LayoutError(
-            f"{folder}: made for {', '.join(different)}; optimizer state fits its own layout only. Run with that layout, "
-            "grow or convert the checkpoint to this one (tools/grow_checkpoint.py, layout:), or start from its weights "
+            f"{folder}: laid out for {', '.join(different)}; optimizer state fits its own layout only. Run with that "
+            "layout, grow the checkpoint into this one (tools/grow_checkpoint.py, key layout), or start from its weights "
             "alone: model.initialize_from with model.load_optimizer: false."
         )
 
@@ -174,8 +175,8 @@ def _vacated(final: Path) -> Path:
 
 def _write_companions(folder: Path, tag: str, run: RunSettings, architecture: Architecture) -> None:
     (folder / "latest").write_text(tag, encoding="utf-8")
-    content = json.dumps(dict(architecture.config), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(content, encoding="utf-8")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
+    (folder / "config.json").write_text(config_text(architecture, dtype), encoding="utf-8")
     if run.data.tokenizer is not None:
         for name in TOKENIZER_FILES:
             if (Path(run.data.tokenizer) / name).is_file():

@@ -24,7 +24,7 @@ from incr_ds.train.tokenizer import TRAIN_PREFIX, encode_documents, open_tokeniz
 SPLITS = ("train", "validation")
 BATCH_DOCUMENTS = 64
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ def select_files(request: CorpusRequest) -> Selection:
     )
 
 
-def prepare_corpus(request: CorpusRequest, progress: Progress = lambda done, total: None) -> CorpusFacts:
-    """Tokenize the inputs into PREFIX_*; ``progress`` gets (bytes done, bytes in all).
+def prepare_corpus(request: CorpusRequest, progress: Progress | None = None) -> CorpusFacts:
+    """Tokenize the inputs into PREFIX_*; ``progress`` gets (phase, bytes done, bytes in all).
 
     Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, and a split left without documents.
     """
@@ -142,7 +142,7 @@ def prepare_corpus(request: CorpusRequest, progress: Progress = lambda done, tot
     return facts
 
 
-def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progress: Progress) -> CorpusFacts:
+def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progress: Progress | None) -> CorpusFacts:
     not_text: list[str] = []
     documents = [item for path in selection.files for item in _documents(path, request, not_text)]
     if not documents:
@@ -175,7 +175,7 @@ def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progre
 
 
 def _write_splits(
-    prefix: Path, tokenizer: Any, documents: list[str], held_out: float, progress: Progress
+    prefix: Path, tokenizer: Any, documents: list[str], held_out: float, progress: Progress | None
 ) -> dict[str, SplitFacts]:
     from incr_ds.train.megatron import DType, IndexedDatasetBuilder
 
@@ -193,7 +193,8 @@ def _write_splits(
             for index, amount in enumerate((1, len(ids), size)):
                 counts[split][index] += amount
             done += size
-        progress(done, total)
+        if progress:
+            progress("tokenizing bytes of text", done, total)
     for split, builder in builders.items():
         builder.finalize(_data_prefix(prefix, split) + ".idx")
     return {split: SplitFacts(*counts[split]) for split in SPLITS if counts[split][0]}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError
 from incr_ds.source import open_source
-from incr_ds.target.commit import MANIFEST, read_manifest
+from incr_ds.target.commit import MANIFEST
 from incr_ds.train.checkpoints import check_layout_matches
 
 
@@ -44,27 +43,20 @@ def find_start(run: RunSettings) -> Start:
         architecture = architecture_from_config(read_config(path), str(path))
         return Start(architecture=architecture, account=f"fresh weights of {path}, seed {run.seed}")
     folder = Path(model.initialize_from)
-    if model.load_optimizer and _is_deepspeed(folder):
-        return _with_optimizer(run, folder)
     source = open_source(folder, tag=model.tag)
-    kind = source.facts.kind
-    account = f"weights of {folder} ({kind}); the optimizer starts fresh"
+    if model.load_optimizer and (folder / "latest").is_file():
+        return _with_optimizer(run, folder, source)
+    account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
     return Start(architecture=source.architecture, weights=source, account=account)
 
 
-def _with_optimizer(run: RunSettings, folder: Path) -> Start:
+def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> Start:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{folder}: a DeepSpeed checkpoint that incr_ds did not write; its optimizer state cannot be taken over as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
-    facts: dict[str, Any] = read_manifest(folder)["facts"]
-    check_layout_matches(folder, facts, run)
+    check_layout_matches(folder, source.facts.layout, run)
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
-    architecture = architecture_from_config(read_config(folder / "config.json"), str(folder / "config.json"))
-    account = f"weights and optimizer state of {folder} ({tag})"
-    return Start(architecture=architecture, checkpoint=folder, tag=tag, account=account)
-
-
-def _is_deepspeed(folder: Path) -> bool:
-    return (folder / "latest").is_file()
+    account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
+    return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account)

@@ -1,0 +1,160 @@
+"""Publishing, choosing and pruning with a stand-in engine that writes real files; the real one is tested elsewhere."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.target.commit import verify_manifest
+from incr_ds.testing.memory import small_architecture
+from incr_ds.train.checkpoints import (
+    TrainingState,
+    changed_settings,
+    load_checkpoint,
+    newest_complete,
+    save_checkpoint,
+    step_folder,
+)
+from incr_ds.train.metrics import Position
+
+
+class FileEngine:
+    """Keeps one number and its client state in files below folder/tag."""
+
+    def __init__(self, value=0.0, fails=False):
+        self.value, self.fails = value, fails
+
+    def save(self, folder, tag, client_state):
+        (folder / tag).mkdir()
+        save_file({"value": torch.tensor(self.value)}, folder / tag / "value.safetensors")
+        (folder / tag / "client.json").write_text(json.dumps(client_state))
+        if self.fails:
+            raise OSError(28, "No space left on device")
+
+    def load(self, folder, tag, *, load_optimizer=True):
+        self.value = load_file(folder / tag / "value.safetensors")["value"].item()
+        return json.loads((folder / tag / "client.json").read_text())
+
+
+def run_settings(output, **changes):
+    content = {
+        "output": str(output),
+        "precision": "fp32",
+        "model": {"config": "config.json"},
+        "batch": {"sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
+        "schedule": {"train_steps": 10, "learning_rate": 0.1},
+        "data": {"train": [{"prefix": "a"}]},
+        "checkpoint": {"interval": 1, "keep_last": 2},
+    }
+    return parse_settings(content | changes, RunSettings, "test")
+
+
+def state(run, step):
+    position = Position(step=step, consumed_samples=2 * step, tokens=16 * step, flops=1e3 * step)
+    return TrainingState(position=position, evaluated_step=0, data={"a": "f00"}, settings=run.model_dump(mode="json"))
+
+
+def save(run, step, value=1.5):
+    return save_checkpoint(FileEngine(value), run, small_architecture("llama"), state(run, step))
+
+
+def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
+    run = run_settings(tmp_path)
+    folder = save(run, 3)
+    assert folder == tmp_path / "checkpoints" / "step_00000003"
+    facts = verify_manifest(folder)["facts"]
+    assert facts["layout"] == {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1}
+    assert (folder / "latest").read_text() == facts["tag"] == "global_step3"
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
+    engine = FileEngine()
+    assert load_checkpoint(engine, run, folder, {"a": "f00"}) == state(run, 3)
+    assert engine.value == 1.5
+
+
+def test_tokenizer_files_travel_with_the_model(tmp_path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    run = run_settings(tmp_path / "run", data={"train": [{"prefix": "a"}], "tokenizer": str(tmp_path / "tok")})
+    assert (save(run, 1) / "tokenizer.json").read_text() == "{}"
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path):
+    run = run_settings(tmp_path)
+    for step in (1, 2, 3):
+        save(run, step)
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+    with pytest.raises(CheckpointError, match="saving failed on rank 0: OSError.*No space left.*Nothing was published"):
+        save_checkpoint(FileEngine(fails=True), run, small_architecture("llama"), state(run, 4))
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_keep_last_0_keeps_all(tmp_path):
+    run = run_settings(tmp_path, checkpoint={"interval": 1, "keep_last": 0})
+    for step in range(1, 6):
+        save(run, step)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
+
+
+def test_the_newest_whole_one_is_taken_and_damage_is_reported(tmp_path):
+    run, said = run_settings(tmp_path), []
+    assert newest_complete(run, said.append) is None
+    good, bad = save(run, 1), save(run, 2)
+    (bad / "global_step2" / "value.safetensors").write_bytes(b"short")
+    assert newest_complete(run, said.append) == good
+    assert len(said) == 1 and "step_00000002/global_step2/value.safetensors: 5 bytes" in said[0]
+
+
+def test_saving_over_a_damaged_one_keeps_it_aside_and_never_drops_the_whole_ones(tmp_path):
+    run = run_settings(tmp_path, checkpoint={"interval": 1, "keep_last": 1})
+    save(run, 4)
+    (tmp_path / "checkpoints" / "step_00000004" / "latest").write_text("other")
+    save(run, 2)
+    assert newest_complete(run, lambda text: None) == step_folder(run, 2)
+    save(run, 4, value=7.0)
+    assert newest_complete(run, lambda text: None) == step_folder(run, 4)
+    assert (tmp_path / "checkpoints" / "damaged_step_00000004.1").is_dir()
+
+
+def test_only_damaged_ones_are_an_error_and_not_a_new_start(tmp_path):
+    run = run_settings(tmp_path)
+    (save(run, 1) / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole.*\n.*config.json: missing"):
+        newest_complete(run, lambda text: None)
+
+
+def test_another_layout_is_refused_with_the_way_out(tmp_path):
+    folder = save(run_settings(tmp_path), 1)
+    other = run_settings(tmp_path, layout={"tensor_parallel": 2, "data_parallel": 2})
+    with pytest.raises(
+        LayoutError, match="tensor_parallel 1 .this run: 2., data_parallel 1 .this run: 2.*load_optimizer"
+    ):
+        load_checkpoint(FileEngine(), other, folder, {"a": "f00"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        ({"seed": 9}, {"a": "f00"}, "seed: 0 there, 9 in this run file"),
+        ({}, {"a": "bad"}, "data a: changed since"),
+        ({}, {"a": "f00", "b": "f11"}, "data b: not part of it"),
+        (
+            {"batch": {"sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 4}},
+            {"a": "f00"},
+            "batch.global_batch_size: 2 there, 4 in this run file",
+        ),
+    ],
+)
+def test_what_would_change_the_order_of_tokens_is_refused(tmp_path, changes, data, message):
+    folder = save(run_settings(tmp_path), 1)
+    with pytest.raises(ConfigError, match=f"would not continue the same order of tokens:\n  {message}"):
+        load_checkpoint(FileEngine(), run_settings(tmp_path, **changes), folder, data)
+
+
+def test_changed_settings_are_listed_by_key():
+    old = {"schedule": {"train_steps": 3, "decay": "cosine"}, "seed": 1, "deepspeed": None}
+    new = {"schedule": {"train_steps": 6, "decay": "cosine"}, "seed": 1, "deepspeed": "x.json"}
+    assert changed_settings(old, new) == ["deepspeed: None -> x.json", "schedule.train_steps: 3 -> 6"]
