@@ -1,0 +1,68 @@
+"""Compare a grown run with one from scratch: table, loss.png, report.html and one merged metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from incr_ds.arch.architecture import read_config
+from incr_ds.command import command, console, print_json
+from incr_ds.errors import CheckpointError
+from incr_ds.study import Study, compare_curves, merge_metrics, read_curve, summary, table_rows
+from incr_ds.study_report import draw_study, generate_text, write_report
+from incr_ds.target.commit import read_manifest
+
+
+@command
+def main(
+    source: Annotated[Path, typer.Option(help="Output folder of the source's run.")],
+    grown: Annotated[Path, typer.Option(help="Output folder of the grown model's run.")],
+    scratch: Annotated[Path, typer.Option(help="Output folder of the run from scratch.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html, loss.png and metrics.jsonl.")],
+    growth: Annotated[Path | None, typer.Option(help="Folder that grow_checkpoint.py published.")] = None,
+    proof: Annotated[Path | None, typer.Option(help="What verify_checkpoint.py --json printed.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face export of the result, to write a sample.")] = None,
+    prompt: Annotated[str, typer.Option(help="Beginning of the sample.")] = "def ",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Report what growth saved, from the metrics of three runs."""
+    study = compare_curves(read_curve("source", source), read_curve("grown", grown), read_curve("scratch", scratch))
+    output.mkdir(parents=True, exist_ok=True)
+    merge_metrics({"source": source, "grown": grown, "scratch": scratch}, output / "metrics.jsonl")
+    draw_study(study, output / "loss.png")
+    sample = None if model is None else generate_text(model, prompt)
+    write_report(study, output / "loss.png", output / "report.html", _facts(growth, proof), sample)
+    if json:
+        print_json(summary(study))
+    else:
+        _show(study, output)
+
+
+def _facts(growth: Path | None, proof: Path | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if growth is not None:
+        recorded = read_manifest(growth)["facts"]
+        facts["Growth"] = {key: recorded[key] for key in ("exact", "notes", "target") if key in recorded}
+        facts["Recipe"] = recorded.get("recipe", {})
+        facts["Grown model's config"] = read_config(growth / "config.json")
+    if proof is not None:
+        try:
+            facts["Source and grown model on the same tokens"] = proof.read_text(encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"--proof {proof}: cannot be read ({error.strerror}).") from error
+    return facts
+
+
+def _show(study: Study, output: Path) -> None:
+    table = Table(show_header=False, title="growth against scratch", title_justify="left")
+    for label, value in table_rows(study):
+        table.add_row(label, value)
+    console.print(table)
+    console.print(f"wrote {output}/report.html, loss.png, metrics.jsonl")
+
+
+if __name__ == "__main__":
+    main()
