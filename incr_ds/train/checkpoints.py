@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.config.training import RunSettings
@@ -28,11 +27,10 @@ from incr_ds.grow import TOKENIZER_FILES
 from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
 from incr_ds.target.huggingface import config_text
 from incr_ds.train.metrics import Position
+from incr_ds.train.ranks import on_every_rank, on_rank_zero
 
 KIND = "deepspeed training checkpoint"
 FOLDER = "checkpoints"
-
-Result = TypeVar("Result")
 
 
 class SavingEngine(Protocol):
@@ -129,38 +127,6 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str =
 def step_folder(run: RunSettings, step: int) -> Path:
     """Where the checkpoint after ``step`` steps lies."""
     return Path(run.output) / FOLDER / f"step_{step:08d}"
-
-
-def on_rank_zero(work: Callable[[], Result]) -> Result:
-    """Run ``work`` on rank 0 and give its result to all ranks; an error of it is raised on all ranks."""
-    if not dist.is_initialized():
-        return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_every_rank(work: Callable[[], None], what: str) -> None:
-    """Run ``work`` on all ranks; if it fails on any, raise CheckpointError on all, naming ranks and reasons."""
-    reason = None
-    try:
-        work()
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-    reasons = [reason]
-    if dist.is_initialized():
-        reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
-    if failed:
-        raise CheckpointError(f"{what} on {'; '.join(failed)}. Nothing was published; check space and permissions.")
 
 
 def _vacated(final: Path) -> Path:

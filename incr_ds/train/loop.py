@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -21,10 +20,8 @@ from incr_ds.train.checkpoints import (
     changed_settings,
     load_checkpoint,
     newest_complete,
-    on_rank_zero,
     save_checkpoint,
 )
-from incr_ds.train.corpus import tokens_per_byte
 from incr_ds.train.data import (
     Samples,
     batches,
@@ -35,9 +32,11 @@ from incr_ds.train.data import (
     open_training_data,
 )
 from incr_ds.train.engine import StepResult, TrainingEngine, build_engine, initialize_distributed
+from incr_ds.train.evaluation import bits_per_byte
 from incr_ds.train.flops import Peak, device_peak, forward_flops_per_token, training_flops_per_token
 from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
+from incr_ds.train.ranks import is_first_rank, on_rank_zero
 from incr_ds.train.schedule import distillation_weight, learning_rate, temperature
 from incr_ds.train.signals import StopSignals
 from incr_ds.train.start import Start, find_start
@@ -185,11 +184,10 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     rank, samples = job.engine.data_parallel_rank, run.evaluation.samples
     feed = held_out_batches(job.data.held_out, samples, run.batch, rank, layout.data_parallel)
     loss = job.engine.evaluate(feed, samples // (run.batch.micro_batch_size * layout.data_parallel))
-    density = tokens_per_byte(str(run.data.validation))
     values = EvaluationRow(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=None if density is None else loss / math.log(2.0) * density,
+        bits_per_byte=bits_per_byte(loss, str(run.data.validation)),
         seconds=time.perf_counter() - start,
     )
     job.monitor.record(state.position, values)
@@ -241,7 +239,7 @@ def load_state(
 
 def open_monitor(run: RunSettings, resumed_step: int | None) -> Monitor:
     """The monitor of this rank: rank 0 records and shows, the others are silent."""
-    if dist.get_rank():
+    if not is_first_rank():
         return Silence()
     steps = run.schedule.train_steps
     return RunMonitor(Path(run.output), resumed_step=resumed_step, train_steps=steps, tensorboard=run.tensorboard)

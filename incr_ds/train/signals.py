@@ -6,8 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
+from incr_ds.train.ranks import any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -36,13 +35,3 @@ class StopSignals:
     def agreed(self) -> bool:
         """Whether any rank has received a signal; the same answer on every rank. All ranks must call."""
         return any_rank(self._received)
-
-
-def any_rank(condition: bool) -> bool:
-    """Whether ``condition`` holds on any rank; all ranks must call."""
-    if not dist.is_initialized():
-        return condition
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    flag = torch.tensor(int(condition), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())

@@ -1,0 +1,62 @@
+"""Held-out loss of a checkpoint, outside of any run: the same samples as in training, in transformers' own model."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.train.corpus import tokens_per_byte
+from incr_ds.train.data import check_vocabulary, open_held_out_data
+from incr_ds.verify import load_model
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean next-token loss in nats over ``samples`` samples; ``bits_per_byte`` None where the bytes are not known."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    samples: int
+    tokens: int
+
+
+def bits_per_byte(loss: float, prefix: str) -> float | None:
+    """Bits per byte of text for a loss in nats per token on the data set ``prefix``; None if its bytes are not known."""
+    density = tokens_per_byte(prefix)
+    return None if density is None else loss / math.log(2.0) * density
+
+
+def evaluate_checkpoint(
+    checkpoint: LogicalCheckpoint,
+    prefix: str,
+    sequence_length: int,
+    samples: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> HeldOutLoss:
+    """Loss of ``checkpoint`` on the first ``samples`` held-out samples of the data set ``prefix``.
+
+    Raises ConfigError for missing data, too few samples, and tokens outside the model's vocabulary.
+    """
+    check_vocabulary(prefix, checkpoint.architecture.sizes["vocab"])
+    with tempfile.TemporaryDirectory() as cache:
+        data = open_held_out_data(prefix, sequence_length, Path(cache), samples)
+        model, total = load_model(checkpoint, dtype), 0.0
+        with torch.no_grad():
+            for number in range(samples):
+                tokens = torch.from_numpy(data.tokens(number))
+                logits = model(tokens[None, :-1]).logits[0].float()
+                total += F.cross_entropy(logits, tokens[1:]).item()
+                if progress:
+                    progress("evaluating samples", number + 1, samples)
+    loss = total / samples
+    return HeldOutLoss(loss, math.exp(loss), bits_per_byte(loss, prefix), samples, samples * sequence_length)

@@ -1,0 +1,63 @@
+"""Decisions that all ranks must take together. Every function here is called by all ranks, or by none.
+
+Without a process group there is one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from incr_ds.errors import CheckpointError
+
+Result = TypeVar("Result")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, the one that prints and publishes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def any_rank(condition: bool) -> bool:
+    """Whether ``condition`` holds on any rank; all ranks must call."""
+    if not dist.is_initialized():
+        return condition
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    flag = torch.tensor(int(condition), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on rank 0 and give its result to all ranks; an error of it is raised on all ranks."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_every_rank(work: Callable[[], None], what: str) -> None:
+    """Run ``work`` on all ranks; if it fails on any, raise CheckpointError on all, naming ranks and reasons."""
+    reason = None
+    try:
+        work()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    reasons = [reason]
+    if dist.is_initialized():
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
+    if failed:
+        raise CheckpointError(f"{what} on {'; '.join(failed)}. Nothing was published; check space and permissions.")
