@@ -1,0 +1,154 @@
+"""The real engine through the real loop, in real processes: resuming, signals, and what a checkpoint holds."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from incr_ds.source import open_source
+from incr_ds.target.commit import verify_manifest
+from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
+from incr_ds.train.evaluation import evaluate_checkpoint
+from incr_ds.train.megatron import IndexedDatasetBuilder
+from incr_ds.train.metrics import TIMINGS, read_metrics
+
+ROOT = Path(__file__).parents[2]
+LENGTH = 16
+LAYOUTS = {
+    "data": {"data_parallel": 2, "zero_stage": 1},
+    "pipeline": {"pipeline_parallel": 2, "zero_stage": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny model's config, data for it, and a smaller teacher."""
+    folder = tmp_path_factory.mktemp("material")
+    generator = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        builder = IndexedDatasetBuilder(str(folder / f"x_{name}_text_document.bin"), dtype=np.uint16)
+        for _ in range(30):
+            ids = generator.integers(0, SMALL["vocab_size"], 50).tolist()
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(str(folder / f"x_{name}_text_document.idx"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "tie_word_embeddings": True}))
+    teacher = drawn_model(small_architecture("llama", hidden_size=48, num_hidden_layers=2), torch.float32)
+    teacher.save_pretrained(folder / "teacher")
+    return folder
+
+
+def write_run_file(material, folder, layout, **changes):
+    content = {
+        "output": str(folder / "run"),
+        "seed": 5,
+        "precision": "fp32",
+        "model": {"config": str(material / "config.json")},
+        "layout": LAYOUTS[layout],
+        "batch": {"sequence_length": LENGTH, "micro_batch_size": 1, "global_batch_size": 4},
+        "schedule": {"train_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2},
+        "data": {
+            "train": [{"prefix": str(material / "x_train_text_document")}],
+            "validation": str(material / "x_validation_text_document"),
+        },
+        "evaluation": {"interval": 3, "samples": 8},
+        "checkpoint": {"interval": 3, "keep_last": 0},
+        "distillation": {"teacher": str(material / "teacher"), "weight": 0.5, "anneal_steps": 5, "temperature": 1.5},
+        "log_interval": 1,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content | changes))
+    return folder / "run.yaml"
+
+
+def start_ranks(*command, num_ranks=2):
+    """Start one process per rank, as srun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(num_ranks)
+    ]  # fmt: skip
+
+
+def finish(processes, timeout=200):
+    try:
+        shown = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(shown)
+    return shown
+
+
+def curve(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in item.items() if key not in TIMINGS} for item in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path, layout):
+    run_file = write_run_file(material, tmp_path, layout)
+    shown = finish(start_ranks(ROOT / "tests" / "train" / "pretrain_worker.py", run_file, tmp_path))
+    whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
+    assert [item["step"] for item in whole if item["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert parts == whole
+    assert f"resumed from {tmp_path}/parts/checkpoints/step_00000003, step 3" in shown[0]
+    assert "finished" in shown[0] and "finished" not in shown[1]  # only the first rank speaks
+
+    final = [open_source(tmp_path / name / "checkpoints" / "step_00000006") for name in ("whole", "parts")]
+    assert final[0].facts.step == 6 and final[0].facts.layout["data_parallel"] == LAYOUTS[layout].get(
+        "data_parallel", 1
+    )
+    for spec in final[0].architecture.stored:
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            first, second = (checkpoint.read(spec.name, state) for checkpoint in final)
+            assert torch.equal(first, second), (spec.name, state)
+
+    # What the run measured on held-out text is what transformers computes from the checkpoint.
+    found = evaluate_checkpoint(final[0], str(material / "x_validation_text_document"), LENGTH, 8)
+    assert found.loss == pytest.approx(whole[-1]["loss"], rel=1e-5)
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_ends_well(material, tmp_path):
+    run_file = write_run_file(
+        material, tmp_path, "data", schedule={"train_steps": 100000, "learning_rate": 1e-3},
+        evaluation=None, distillation=None, checkpoint={"interval": 100000}, tensorboard=False,
+    )  # fmt: skip
+    processes = start_ranks(ROOT / "launchers" / "pretrain.py", "--config", run_file)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGUSR1)
+    shown = finish(processes)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    facts = verify_manifest(saved)["facts"]
+    last = read_metrics(metrics)[-1]
+    assert facts["position"]["step"] == last["step"] and facts["position"]["consumed_samples"] == 4 * last["step"]
+    assert f"stopped by a signal after step {last['step']} of 100000" in shown[0]
+
+
+def test_a_user_mistake_ends_with_2_and_one_message(material, tmp_path):
+    run_file = write_run_file(material, tmp_path, "data", data={"train": [{"prefix": str(tmp_path / "nowhere")}]})
+    processes = start_ranks(ROOT / "launchers" / "pretrain.py", "--config", run_file, "--set", "evaluation=null")
+    shown = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert f"{tmp_path}/nowhere.bin: no such file" in shown[0] and "nowhere" not in shown[1]
+    assert "Traceback" not in "".join(shown)
+    assert not (tmp_path / "run" / "checkpoints").exists()
