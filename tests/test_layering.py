@@ -1,0 +1,81 @@
+"""Imports go one way: a module may import what stands above it in this list, never below; lazy imports count."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "incr_ds"
+
+# From the ground up. `command` and `tables` serve command lines; `export` is the second offline story.
+ORDER = [
+    "errors",
+    "command",
+    "config",
+    "arch",
+    "source",
+    "growth",
+    "target",
+    "grow",
+    "export",
+    "verify",
+    "tables",
+    "losses",
+    "model",
+    "train",
+    "study",
+    "study_report",
+    "testing",
+]
+SIBLINGS = {"source", "growth", "target"}
+DISTRIBUTED = {"losses", "model", "train", "testing"}
+DEEPSPEED = {"model", "train"}
+LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    part = part_of(path)
+    for name in imports(path):
+        if name.startswith("incr_ds."):
+            used = name.split(".")[1]
+            if used == part:
+                continue
+            assert ORDER.index(used) < ORDER.index(part), f"{path} imports {name}"
+            assert not {used, part} <= SIBLINGS, f"{path} imports its sibling {name}"
+        if name.split(".")[0] == "deepspeed":
+            assert part in DEEPSPEED, f"{path} imports {name}"
+        if name.startswith("torch.distributed"):
+            assert part in DISTRIBUTED, f"{path} imports {name}"
+        assert not name.startswith("triton"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sizes(path):
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_MODULE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno <= LONGEST_FUNCTION, f"{path}: {node.name}"
+
+
+def test_every_part_is_in_the_order():
+    parts = {part_of(path) for path in MODULES} - {"__init__"}
+    assert parts == set(ORDER)
