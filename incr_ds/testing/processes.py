@@ -1,0 +1,106 @@
+"""Runs a function in several processes that form a gloo world, as the launcher would start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+# The server imports these once; every process is then a cheap fork of it.
+_PRELOAD = ["incr_ds.train.engine"]
+
+
+class ProcessFailure(AssertionError):
+    """A process raised; the message holds its traceback."""
+
+
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call ``function(*args)`` in ``world_size`` processes and return what each returned, by rank.
+
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as a launcher sets them. ``function`` must be
+    importable. ProcessFailure shows the traceback of the first process that fails; none outlives the call.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        environment = _environment(rank, world_size, port)
+        process = context.Process(target=_child, args=(sender, environment, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    try:
+        return _collect(pipes, time.monotonic() + timeout)
+    finally:
+        _end(processes)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _child(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(environment)
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        sender.send((True, function(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank in range(len(pipes)) if rank not in results]
+            raise ProcessFailure(f"rank(s) {missing} gave no result in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            results[rank] = _receive(pipes[rank], rank)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection, rank: int) -> Any:
+    try:
+        succeeded, value = pipe.recv()
+    except EOFError:
+        raise ProcessFailure(f"rank {rank} ended without a result; it was killed or crashed") from None
+    if not succeeded:
+        raise ProcessFailure(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+            process.join()
