@@ -1,1 +1,5 @@
 """Continued pre-training under DeepSpeed."""
+
+from incr_ds.model import choose_accelerator
+
+choose_accelerator()

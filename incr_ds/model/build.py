@@ -1,0 +1,124 @@
+"""From an architecture and a layout to this rank's module and teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import nn
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.training import ModelSettings
+from incr_ds.errors import LayoutError
+from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.model.layers import LayerFactory
+from incr_ds.model.pipeline import StagedLanguageModel
+from incr_ds.model.plain import LanguageModel
+from incr_ds.model.teacher import Teacher, check_vocabularies
+from incr_ds.model.tensor_parallel import TensorRanks
+from incr_ds.model.weights import CheckpointWeights, Weights
+from incr_ds.target.placement import ShardedTensor, check_layout, rank_parameters
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """What one rank trains. ``shards`` are its parameters in order; ``grid`` holds the process groups."""
+
+    module: LanguageModel | StagedLanguageModel
+    teacher: Teacher | None
+    shards: tuple[ShardedTensor, ...]
+    grid: PipelineParallelGrid
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What to build: the student and its initial weights, a teacher or none, how they are laid out and computed.
+
+    ``dtype`` is that of parameters and activations; the teacher is put on ``device``, the engine moves the student.
+    """
+
+    architecture: Architecture
+    weights: Weights
+    teacher: LogicalCheckpoint | None
+    layout: ParallelLayout
+    settings: ModelSettings
+    dtype: torch.dtype
+    device: torch.device
+
+
+def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
+    """Build this rank's part; torch.distributed must be initialized with layout.world_size processes.
+
+    Raises LayoutError when the model cannot be cut this way or the module differs from the declared placement, and
+    ConfigError when the teacher's vocabulary differs. ``observe`` gets the loss parts of each micro-batch of a pipeline.
+    """
+    check_layout(request.architecture, request.layout)
+    topology = _topology(request.layout)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
+        grid = PipelineParallelGrid(topology=topology)
+    ranks = _tensor_ranks(grid, request.layout)
+    stage = grid.get_stage_id()
+    teacher = _build_teacher(request, ranks, stage)
+    factory = _factory(request, request.architecture, request.weights, ranks, torch.device("cpu"))
+    if request.layout.pipeline_parallel == 1:
+        module = LanguageModel(factory, range(request.architecture.num_layers + 3))
+    else:
+        module = StagedLanguageModel(factory, topology, teacher, observe)
+        grid = module.mpu()
+    shards = rank_parameters(request.architecture, request.layout, stage, ranks.rank)
+    check_parameters(module, shards)
+    return RankModel(module, teacher, shards, grid)
+
+
+def check_parameters(module: nn.Module, shards: tuple[ShardedTensor, ...]) -> None:
+    """Raise LayoutError unless ``module`` has exactly the parameters of ``shards``: names, shapes and order."""
+    found = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+    expected = [(shard.parameter, shard.shape) for shard in shards]
+    if found == expected:
+        return
+    unlike = [f"  expected {want}, found {have}" for want, have in zip(expected, found, strict=False) if want != have]
+    raise LayoutError(
+        "\n".join(
+            [
+                f"the module's parameters are not those that the placement declares ({len(expected)} declared, "
+                f"{len(found)} found); is this transformers version supported?",
+                *unlike[:5],
+            ]
+        )
+    )
+
+
+def _topology(layout: ParallelLayout) -> PipeModelDataParallelTopology:
+    return PipeModelDataParallelTopology(
+        num_pp=layout.pipeline_parallel, num_mp=layout.tensor_parallel, num_dp=layout.data_parallel
+    )
+
+
+def _tensor_ranks(grid: PipelineParallelGrid, layout: ParallelLayout) -> TensorRanks:
+    group = grid.get_slice_parallel_group() if layout.tensor_parallel > 1 else None
+    return TensorRanks(group, grid.get_slice_parallel_rank(), layout.tensor_parallel)
+
+
+def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Teacher | None:
+    if request.teacher is None:
+        return None
+    architecture = request.teacher.architecture
+    check_vocabularies(request.architecture, architecture)
+    check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+    weights = CheckpointWeights(request.teacher)
+    return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
+
+
+def _factory(
+    request: ModelRequest, architecture: Architecture, weights: Weights, ranks: TensorRanks, device: torch.device
+) -> LayerFactory:
+    settings = request.settings
+    return LayerFactory(
+        architecture, ranks, weights, request.dtype, device, settings.attention, settings.activation_checkpointing
+    )

@@ -1,0 +1,150 @@
+"""The model as DeepSpeed pipeline stages, cut and named as incr_ds.target.placement declares."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor, nn
+
+from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.losses.head import DistillationHead
+from incr_ds.model.layers import LayerFactory
+from incr_ds.model.plain import run_block
+from incr_ds.model.teacher import Teacher, pack
+from incr_ds.target.placement import TIED_KEY, stage_layers
+
+Stream = Tensor | tuple[Tensor, Tensor]
+
+
+class EmbeddingLayer(nn.Module):
+    """Pipeline layer 0."""
+
+    def __init__(self, factory: LayerFactory) -> None:
+        super().__init__()
+        self.embed_tokens = factory.embedding()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, H]."""
+        return self.embed_tokens(input_ids)
+
+
+class BlockLayer(nn.Module):
+    """Pipeline layer ``layer`` + 1."""
+
+    def __init__(self, factory: LayerFactory, layer: int) -> None:
+        super().__init__()
+        self.block = factory.block(layer)
+        self._layer = layer
+        self._positions = factory.positions
+        self._recompute = factory.activation_checkpointing
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        arguments = self._positions.arguments(hidden, self._layer)
+        return run_block(self.block, hidden, arguments, self._recompute and self.training)
+
+
+class NormLayer(nn.Module):
+    """Pipeline layer L + 1."""
+
+    def __init__(self, factory: LayerFactory) -> None:
+        super().__init__()
+        self.norm = factory.norm()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        return self.norm(hidden)
+
+
+class HeadLayer(nn.Module):
+    """Pipeline layer L + 2: owns the head; the loss function, which gets the labels, applies it."""
+
+    def __init__(self, factory: LayerFactory) -> None:
+        super().__init__()
+        self.lm_head = factory.head()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hands ``hidden`` on."""
+        return hidden
+
+
+def _hand_on(module: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden
+
+
+class StagedLanguageModel(PipelineModule):
+    """One rank's stage. Stages exchange the student's hidden states, and the teacher's beside them when it runs.
+
+    ``observe`` is called with the loss parts of every micro-batch on the last stage; ``alpha`` and ``temperature`` are
+    set before each step, on every rank alike; ``teaching`` says whether the teacher runs.
+    """
+
+    def __init__(
+        self,
+        factory: LayerFactory,
+        topology: ProcessTopology,
+        teacher: Teacher | None,
+        observe: Callable[[DistillationLoss], None],
+    ) -> None:
+        architecture = factory.architecture
+        blocks = [LayerSpec(BlockLayer, factory, layer) for layer in range(architecture.num_layers)]
+        first, last = _ends(factory)
+        # DeepSpeed prints its partition on rank 0's standard output.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                [first, *blocks, LayerSpec(NormLayer, factory), last], topology=topology, loss_fn=self.loss
+            )
+        self.alpha: float = 0.0
+        self.temperature: float = 1.0
+        self.teaching = False
+        object.__setattr__(self, "_teacher", teacher)
+        object.__setattr__(self, "_head", self._find_head(factory))
+        self._observe = observe
+
+    @property
+    def has_teacher(self) -> bool:
+        """True when there is a teacher, on this stage as on every other."""
+        return self._teacher is not None
+
+    def forward(self, stream: Stream) -> Stream:
+        """Run this stage; see the class."""
+        student, taught = stream if isinstance(stream, tuple) else (stream, stream)
+        if not self.teaching:
+            return super().forward(student)
+        return super().forward(student), pack(self._teacher.forward(taught))
+
+    def loss(self, outputs: Stream, labels: Tensor) -> Tensor:
+        """Loss of the last stage's ``outputs`` against ``labels`` [B, S]."""
+        student, taught = outputs if isinstance(outputs, tuple) else (outputs, None)
+        teacher = (None, None) if taught is None else (self._teacher.unpack(taught), self._teacher.head)
+        parts = self._head(student, labels, *teacher, alpha=self.alpha, temperature=self.temperature)
+        self._observe(parts)
+        return parts.loss
+
+    def _find_head(self, factory: LayerFactory) -> DistillationHead | None:
+        if self.stage_id != self.num_stages - 1:
+            return None
+        if factory.architecture.tied:
+            return factory.head(self.tied_modules[TIED_KEY].embed_tokens.weight)
+        return self.forward_funcs[-1].lm_head
+
+    def _partition_layers(self, method: Any = None) -> None:
+        stages = stage_layers(self._num_layers - 3, self.num_stages)
+        self.parts = [stage.start for stage in stages] + [self._num_layers]
+        own = stages[self.stage_id]
+        self._set_bounds(start=own.start, stop=own.stop)
+
+
+def _ends(factory: LayerFactory) -> tuple[LayerSpec, LayerSpec]:
+    if not factory.architecture.tied:
+        return LayerSpec(EmbeddingLayer, factory), LayerSpec(HeadLayer, factory)
+    weight = "embed_tokens.weight"
+    return (
+        TiedLayerSpec(TIED_KEY, EmbeddingLayer, factory, tied_weight_attr=weight),
+        TiedLayerSpec(TIED_KEY, EmbeddingLayer, factory, tied_weight_attr=weight, forward_fn=_hand_on),
+    )

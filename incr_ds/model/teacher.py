@@ -1,0 +1,56 @@
+"""The frozen teacher, laid out like the student: tensor-parallel, its layers spread over the pipeline stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import ConfigError
+from incr_ds.model.layers import LayerFactory
+from incr_ds.model.plain import LanguageModel
+from incr_ds.target.placement import stage_layers
+
+
+class Teacher:
+    """The teacher's part on one pipeline stage. Not an nn.Module, so no student's parameters ever include it."""
+
+    def __init__(self, factory: LayerFactory, layout: ParallelLayout, stage: int) -> None:
+        layers = stage_layers(factory.architecture.num_layers, layout.pipeline_parallel)[stage]
+        factory = replace(factory, activation_checkpointing=False)
+        self._model = LanguageModel(factory, layers).eval().requires_grad_(False)
+        self._dtype = factory.dtype
+
+    @property
+    def head(self) -> Tensor | None:
+        """The rank's rows [V, Ht] of the teacher's output projection; None before the last stage."""
+        head = getattr(self._model, "lm_head", None)
+        return None if head is None else head.weight
+
+    @torch.no_grad()
+    def forward(self, stream: Tensor) -> Tensor:
+        """input_ids at the first stage, packed hidden states after it -> this stage's hidden states [B, S, Ht]."""
+        hidden = self.unpack(stream) if stream.dtype == torch.uint8 else stream
+        return self._model.hidden_states(hidden)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The hidden states that ``pack`` made bytes of."""
+        return packed.view(self._dtype)
+
+
+def pack(hidden: Tensor) -> Tensor:
+    """Hidden states as bytes: DeepSpeed's pipeline expects a gradient for every floating tensor that it sends."""
+    return hidden.contiguous().view(torch.uint8)
+
+
+def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
+    """Raise ConfigError unless both models predict over the same vocabulary."""
+    ours, theirs = student.sizes["vocab"], teacher.sizes["vocab"]
+    if ours != theirs:
+        raise ConfigError(
+            f"distillation.teacher: its vocabulary has {theirs} entries, the model's {ours}; they must be the same. "
+            "Use the checkpoint that the model was grown from, or train without distillation."
+        )

@@ -1,0 +1,69 @@
+"""Cuts a freshly built layer over the tensor ranks with DeepSpeed's layers, as the placement declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding, set_autotp_mode
+from torch import Tensor, nn
+
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.errors import LayoutError
+from incr_ds.target.placement import sharded_dimension
+
+
+@dataclass(frozen=True)
+class TensorRanks:
+    """This rank's place among the ranks that share one model; ``group`` is None when it is alone."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+
+def cut_linears(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:
+    """Replace, in place, the linear and embedding layers inside ``module`` that the placement cuts.
+
+    ``specs`` declares the module's parameters by their name inside ``module``. The layer slices the weight of the
+    module it is given, so ``module`` must be built for this call only.
+    """
+    if ranks.group is None:
+        return
+    # DeepSpeed's layers would otherwise be built for inference, without gradients.
+    set_autotp_mode(training=True)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear | nn.Embedding):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, _cut(child, specs[f"{name}.weight"], ranks))
+
+
+def _cut(layer: nn.Linear | nn.Embedding, spec: TensorSpec, ranks: TensorRanks) -> nn.Module:
+    dimension = sharded_dimension(spec)
+    if dimension is None:
+        return layer
+    kinds = {(nn.Linear, 0): LinearLayer, (nn.Linear, 1): LinearAllreduce, (nn.Embedding, 0): VocabParallelEmbedding}
+    kind = kinds.get((type(layer), dimension))
+    if kind is None:
+        raise LayoutError(f"{spec.name}: a {type(layer).__name__} cut along dimension {dimension} is not supported")
+    return kind(layer, ranks.group)
+
+
+def sum_partial_gradients(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:
+    """Sum over the tensor ranks the gradients of whole tensors that sit inside a cut region.
+
+    A norm over each head (role ``inner_norm``) is the same tensor on every rank, but every rank applies it to its own
+    heads only.
+    """
+    if ranks.group is None:
+        return
+    for name, parameter in module.named_parameters():
+        if specs[name].role == "inner_norm" and parameter.requires_grad:
+            parameter.register_hook(lambda gradient: _summed(gradient, ranks.group))
+
+
+def _summed(gradient: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    total = gradient.clone()
+    dist.all_reduce(total, group=group)
+    return total

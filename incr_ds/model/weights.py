@@ -1,0 +1,65 @@
+"""Initial values of a model's tensors: fresh ones, the same for every layout, or those of a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.target.placement import ShardedTensor
+
+
+class Weights(Protocol):
+    """Where a rank's initial values come from."""
+
+    def read(self, shard: ShardedTensor) -> Tensor:
+        """The values of ``shard``, in its shape, in any floating dtype."""
+        ...
+
+
+class FreshWeights:
+    """transformers' initialization: normal(0, initializer_range) matrices, norms of one, biases of zero.
+
+    Each tensor is drawn whole from a generator seeded by (seed, name) and then sliced, so every layout starts from
+    the same model.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        self._deviation = float(architecture.config.get("initializer_range") or 0.02)
+        self._padding_row = architecture.config.get("pad_token_id")
+        self._seed = seed
+
+    def read(self, shard: ShardedTensor) -> Tensor:
+        """The values of ``shard``, fp32."""
+        return self._whole(shard.tensor)[_slices(shard)].clone()
+
+    def _whole(self, spec: TensorSpec) -> Tensor:
+        if not spec.is_matrix:
+            return torch.zeros(spec.shape) if spec.name.endswith(".bias") else torch.ones(spec.shape)
+        digest = hashlib.blake2b(f"{self._seed}:{spec.name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        values = torch.empty(spec.shape).normal_(0.0, self._deviation, generator=generator)
+        if spec.role == "embedding" and self._padding_row is not None:
+            values[self._padding_row] = 0.0
+        return values
+
+
+class CheckpointWeights:
+    """The weights of a logical checkpoint; only a rank's own rows are read."""
+
+    def __init__(self, checkpoint: LogicalCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, shard: ShardedTensor) -> Tensor:
+        """The values of ``shard``, in the checkpoint's dtype."""
+        rows, *columns = _slices(shard)
+        return self._checkpoint.read(shard.tensor.name, "weight", rows=rows)[(slice(None), *columns)]
+
+
+def _slices(shard: ShardedTensor) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in shard.bounds)

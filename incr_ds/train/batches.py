@@ -1,0 +1,110 @@
+"""Runs micro-batches through DeepSpeed: a plain engine's loop, or the pipeline's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.model.teacher import Teacher
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LossRecord:
+    """Sums of one pass over the micro-batches: loss parts, and cross entropy weighted by tokens."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, parts: DistillationLoss) -> None:
+        """Note one micro-batch."""
+        values = [part.detach().double() for part in parts]
+        self._parts.append(torch.stack([*values[:3], values[1] * values[3], values[3]]))
+
+    def take(self, device: torch.device) -> Tensor:
+        """[loss, ce, divergence] averaged over micro-batches, then ce * tokens and tokens summed; starts anew.
+
+        Zeros on a rank that computes no loss.
+        """
+        if not self._parts:
+            return torch.zeros(5, dtype=torch.float64, device=device)
+        stacked = torch.stack(self._parts)
+        self._parts = []
+        return torch.cat([stacked[:, :3].mean(dim=0), stacked[:, 3:].sum(dim=0)])
+
+
+class BatchRunner(Protocol):
+    """Consumes exactly as many micro-batches as asked, and notes their losses in its record."""
+
+    def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
+        """One optimizer step over the engine's accumulation steps."""
+        ...
+
+    def evaluate(self, batches: Iterator[Batch], count: int) -> None:
+        """``count`` micro-batches of cross entropy, no gradient."""
+        ...
+
+
+class PlainRunner:
+    """For an engine without a pipeline."""
+
+    def __init__(self, engine: DeepSpeedEngine, teacher: Teacher | None, record: LossRecord) -> None:
+        self._engine, self._teacher, self._record = engine, teacher, record
+
+    def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
+        """One optimizer step."""
+        self._engine.train()
+        for _ in range(self._engine.gradient_accumulation_steps()):
+            input_ids, labels = self._next(batches)
+            taught = (None, None)
+            if self._teacher is not None and alpha > 0:
+                taught = (self._teacher.forward(input_ids), self._teacher.head)
+            parts = self._engine(input_ids, labels, *taught, alpha, temperature)
+            self._record.add(parts)
+            self._engine.backward(parts[0])
+            self._engine.step()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], count: int) -> None:
+        """``count`` micro-batches."""
+        self._engine.eval()
+        for _ in range(count):
+            self._record.add(self._engine(*self._next(batches)))
+        self._engine.train()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        input_ids, labels = next(batches)
+        return input_ids.to(self._engine.device), labels.to(self._engine.device)
+
+
+class PipelineRunner:
+    """For DeepSpeed's pipeline engine; its module notes the losses on the last stage."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        self._engine = engine
+
+    def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
+        """One optimizer step."""
+        module = self._engine.module
+        self._prepare(alpha, temperature, teaching=module.has_teacher and alpha > 0)
+        self._engine.train_batch(batches)
+
+    def evaluate(self, batches: Iterator[Batch], count: int) -> None:
+        """``count`` micro-batches."""
+        self._prepare(0.0, 1.0, teaching=False)
+        # Its average is not used: ours weighs by tokens.
+        self._engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
+        self._engine.reset_activation_shape()
+
+    def _prepare(self, alpha: float, temperature: float, *, teaching: bool) -> None:
+        module = self._engine.module
+        if module.teaching != teaching:
+            # The stages exchange another number of tensors from now on.
+            self._engine.reset_activation_shape()
+        module.alpha, module.temperature, module.teaching = alpha, temperature, teaching

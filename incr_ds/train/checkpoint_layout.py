@@ -1,0 +1,61 @@
+"""The layout that a DeepSpeed checkpoint was written with, read off its file names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import CheckpointError, LayoutError
+
+_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_ZERO_3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_LAYER = re.compile(r"layer_\d+-model_(\d+)-model_states\.pt")
+
+
+def check_checkpoint_layout(folder: Path, layout: ParallelLayout) -> None:
+    """Raise CheckpointError if ``folder`` is no DeepSpeed checkpoint, LayoutError if its layout is not ``layout``."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    found = checkpoint_layout([path.name for path in folder.iterdir()], str(folder))
+    expected = {
+        "tensor_parallel": layout.tensor_parallel,
+        "pipeline_parallel": layout.pipeline_parallel,
+        "data_parallel": layout.data_parallel if layout.zero_stage else found["data_parallel"],
+        "zero_format": _zero_format(layout.zero_stage),
+    }
+    differing = [f"{key} {found[key]} (this run: {expected[key]})" for key in expected if found[key] != expected[key]]
+    if differing:
+        raise LayoutError(
+            f"{folder}: written with another layout: {', '.join(differing)}. Set the layout of the run file to the "
+            "checkpoint's, or rewrite the checkpoint in this layout with tools/grow_checkpoint.py."
+        )
+
+
+def checkpoint_layout(names: list[str], where: str) -> dict[str, int | str]:
+    """Degrees of parallelism and the ZeRO format ("none", "1 or 2", "3"), from the file names of one tag.
+
+    Without ZeRO the files do not tell the data-parallel degree; it is given as 1.
+    """
+    model = {int(match[1]) for name in names if (match := _MODEL.fullmatch(name))}
+    zero_3 = {(int(match[1]), int(match[2])) for name in names if (match := _ZERO_3_MODEL.fullmatch(name))}
+    shards = {(int(match[1]), int(match[2])) for name in names if (match := _OPTIMIZER.fullmatch(name))}
+    layers = {int(match[1]) for name in names if (match := _LAYER.fullmatch(name))}
+    if not model and not zero_3:
+        raise CheckpointError(
+            f"{where}: no mp_rank_*_model_states.pt in it; expected a checkpoint that DeepSpeed or "
+            "tools/grow_checkpoint.py wrote"
+        )
+    model_ranks = len(model or {rank for _, rank in zero_3})
+    tensor = len(layers) if layers else model_ranks
+    return {
+        "tensor_parallel": tensor,
+        "pipeline_parallel": model_ranks // tensor if layers else 1,
+        "data_parallel": max(1, len({rank for rank, _ in shards})),
+        "zero_format": _zero_format(3 if zero_3 else int(bool(shards))),
+    }
+
+
+def _zero_format(stage: int) -> str:
+    return {0: "none", 3: "3"}.get(stage, "1 or 2")

@@ -1,0 +1,94 @@
+"""DeepSpeed's config: what the run file states, derived; what DeepSpeed alone owns, from the run's JSON file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import ConfigError
+
+# Sections of DeepSpeed's that the run file owns as a whole, and the run-file section to write instead.
+_OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule", "fp16": "precision", "amp": "precision"}
+
+
+def deepspeed_config(run: RunSettings) -> dict[str, Any]:
+    """The config for deepspeed.initialize.
+
+    Raises ConfigError, listing every problem, if the JSON states something differently from the run file, or
+    something that the run file owns.
+    """
+    user = {} if run.deepspeed is None else _read_json(Path(run.deepspeed))
+    problems = [
+        f"  {section}: state it in the run file's section {owner!r} instead, and remove it here"
+        for section, owner in _OWNED_SECTIONS.items()
+        if section in user
+    ]
+    if user.get("data_types", {}).get("grad_accum_dtype") not in (None, _dtype_name(run)):
+        problems.append(
+            f"  data_types.grad_accum_dtype: {user['data_types']['grad_accum_dtype']!r} makes DeepSpeed switch to an "
+            f"optimizer that keeps its state in another format; remove it, or set {_dtype_name(run)!r}"
+        )
+    config: dict[str, Any] = json.loads(json.dumps(user))
+    for path, value, origin in _derived(run):
+        problems += _state(config, path, value, origin)
+    if problems:
+        raise ConfigError("\n".join([f"{run.deepspeed}: {len(problems)} problem(s)", *problems]))
+    _fill_defaults(config)
+    return config
+
+
+def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
+    """(path in DeepSpeed's config, value, where the run file states it)."""
+    batch = run.batch
+    return [
+        (("train_batch_size",), batch.global_batch_size, "batch.global_batch_size"),
+        (("train_micro_batch_size_per_gpu",), batch.micro_batch_size, "batch.micro_batch_size"),
+        (("gradient_accumulation_steps",), run.accumulation_steps, "batch and layout.data_parallel"),
+        (("gradient_clipping",), run.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+        (("bf16", "enabled"), run.precision == "bf16", f"precision: {run.precision}"),
+        (("zero_optimization", "stage"), run.layout.zero_stage, "layout.zero_stage"),
+    ]
+
+
+def _state(config: dict[str, Any], path: tuple[str, ...], value: Any, origin: str) -> list[str]:
+    """Set ``path`` to ``value``; return the problem if the JSON has another value there."""
+    section = config
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            return [f"  {name}: expected a section of DeepSpeed's config, found {section!r}"]
+    found = section.get(path[-1], value)
+    section[path[-1]] = value
+    if found == value:
+        return []
+    return [f"  {'.'.join(path)}: {found!r}, but the run file derives {value!r} from {origin}; remove it here"]
+
+
+def _fill_defaults(config: dict[str, Any]) -> None:
+    # Progress is ours to report.
+    config.setdefault("steps_per_print", sys.maxsize)
+    # Cutting the activations between stages over tensor ranks does not know of the teacher's, which ride along.
+    config.setdefault("pipeline", {}).setdefault("pipe_partitioned", False)
+    config["pipeline"].setdefault("grad_partitioned", False)
+    # Optimizer offload works with the AdamW that we pass; DeepSpeed's own would need a compiler.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _dtype_name(run: RunSettings) -> str:
+    return {"bf16": "bf16", "fp32": "fp32"}[run.precision]
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); the run file names it as deepspeed.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content

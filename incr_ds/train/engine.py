@@ -1,0 +1,193 @@
+"""The training engine: one optimizer step, evaluation, saving and loading, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
+from incr_ds.model.weights import CheckpointWeights, FreshWeights
+from incr_ds.target.placement import optimizer_groups
+from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
+from incr_ds.train.checkpoint_layout import check_checkpoint_layout
+from incr_ds.train.deepspeed_config import deepspeed_config
+from incr_ds.train.distributed import initialize_distributed
+
+__all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks;
+    ``gradient_norm`` is the global norm before clipping; ``skipped`` is True when the gradients were not finite and
+    the weights stayed as they were.
+    """
+
+    loss: float
+    ce: float
+    divergence: float
+    gradient_norm: float
+    skipped: bool
+
+
+def build_engine(
+    run: RunSettings,
+    architecture: Architecture,
+    weights: LogicalCheckpoint | None,
+    teacher: LogicalCheckpoint | None,
+) -> TrainingEngine:
+    """Build this process's engine; every process of the run calls it with the same arguments.
+
+    ``weights`` are the initial ones (None: fresh, drawn from run.seed). Raises ConfigError or LayoutError if the run
+    file, the number of processes, the model and the teacher do not fit together.
+    """
+    _check_zero_0(run)
+    config = deepspeed_config(run)
+    device = initialize_distributed(run.layout)
+    source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
+    record = LossRecord()
+    request = ModelRequest(architecture, source, teacher, run.layout, run.model, DTYPES[run.precision], device)
+    model = build_rank_model(request, record.add)
+    optimizer = _optimizer(model, run, device)
+    staged = run.layout.pipeline_parallel > 1
+    engine, *_ = deepspeed.initialize(
+        model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
+    )
+    runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
+    return TrainingEngine(engine, runner, record, model, run)
+
+
+class TrainingEngine:
+    """Drives DeepSpeed. All methods are collective: every rank calls them, in the same order."""
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        runner: PlainRunner | PipelineRunner,
+        record: LossRecord,
+        model: RankModel,
+        run: RunSettings,
+    ) -> None:
+        self._engine, self._runner, self._record, self._run = engine, runner, record, run
+        self._grid = model.grid
+        self._groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which part of the global batch this rank's model sees."""
+        return int(self._grid.get_data_parallel_rank())
+
+    @property
+    def reads_data(self) -> bool:
+        """True on the first and last pipeline stage, which need the batches; the others never ask for one."""
+        return self._grid.get_stage_id() in (0, self._run.layout.pipeline_parallel - 1)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """This rank's part of the model."""
+        return self._engine.module
+
+    def train_step(
+        self, batches: Iterator[Batch], *, learning_rate: float, alpha: float = 0.0, temperature: float = 1.0
+    ) -> StepResult:
+        """One optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
+
+        ``labels`` holds the token after each input token, -100 where none counts. ``alpha`` > 0 needs a teacher.
+        """
+        if alpha > 0 and self._run.distillation is None:
+            raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self._engine.skipped_steps
+        self._runner.train(batches, alpha, temperature)
+        loss, ce, divergence, *_ = self._over_ranks().tolist()
+        layout = self._run.layout
+        shares = layout.data_parallel * layout.tensor_parallel
+        skipped = self._engine.skipped_steps > skipped_before
+        return StepResult(loss / shares, ce / shares, divergence / shares, self._gradient_norm(), skipped)
+
+    def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
+        """Mean cross entropy in nats per token over ``num_micro_batches`` of each data-parallel rank."""
+        self._runner.evaluate(batches, num_micro_batches)
+        *_, total, tokens = self._over_ranks().tolist()
+        return total / max(tokens, 1.0)
+
+    def save(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write DeepSpeed's checkpoint files into folder/tag; no ``latest`` file is written."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
+
+    def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
+        """Continue from folder/tag, written with this run's layout; returns its client_state.
+
+        The run file's betas, eps and weight decay stay in force. Raises CheckpointError if there is nothing to load,
+        LayoutError if the checkpoint has another layout.
+        """
+        check_checkpoint_layout(folder / tag, self._run.layout)
+        path, client_state = self._engine.load_checkpoint(
+            str(folder), tag=tag, load_optimizer_states=load_optimizer, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint to load")
+        for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group.update(values)
+        return dict(client_state)
+
+    def close(self) -> None:
+        """End the process groups; the engine is of no use afterwards."""
+        self._engine.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _over_ranks(self) -> Tensor:
+        totals = self._record.take(self._engine.device)
+        dist.all_reduce(totals)
+        return totals
+
+    def _gradient_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+
+def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.AdamW:
+    parameters = dict(model.module.named_parameters())
+    groups = []
+    for shards in optimizer_groups(model.shards):
+        decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
+        groups.append({"params": [parameters[shard.parameter] for shard in shards], "weight_decay": decay})
+    return torch.optim.AdamW(
+        groups,
+        lr=run.schedule.learning_rate,
+        betas=run.optimizer.betas,
+        eps=run.optimizer.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def _check_zero_0(run: RunSettings) -> None:
+    layout = run.layout
+    if layout.zero_stage == 0 and (
+        layout.tensor_parallel > 1 or layout.pipeline_parallel > 1 or run.precision != "fp32"
+    ):
+        raise ConfigError(
+            "layout.zero_stage 0 trains in fp32 without tensor or pipeline parallelism only: DeepSpeed's gradient norm "
+            "leaves out later stages, and its bf16 optimizer keeps another format. Set zero_stage: 1."
+        )
