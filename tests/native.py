@@ -1,5 +1,6 @@
 """Child processes of test_grow: a real source, and DeepSpeed's own loading of what was grown from it."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,17 +26,19 @@ def _engine(architecture, stage, seed):
 
 
 def _start():
+    """Join the process group; returns this process's rank."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
+    return int(os.environ["RANK"])
 
 
-def write_source(rank, folder):
+def write_source(folder):
     from incr_ds.target.commit import write_atomically
     from incr_ds.target.huggingface import config_text
 
-    _start()
+    rank = _start()
     architecture = small_architecture("llama", tie_word_embeddings=True)
     engine = _engine(architecture, 1, seed=0)
     generator = torch.Generator().manual_seed(rank)
@@ -49,14 +52,14 @@ def write_source(rank, folder):
         drawn_model(architecture, torch.float32, seed=5).save_pretrained(Path(folder) / "huggingface")
 
 
-def check_loads_in_deepspeed(rank, folders):
+def check_loads_in_deepspeed(folders):
     """Load each grown checkpoint into an engine that started from other weights; returns what it then computes."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     from incr_ds.source import open_source
     from incr_ds.verify import random_batches
 
-    _start()
+    rank = _start()
     found = {}
     for stage, folder in folders.items():
         engine = _engine(open_source(Path(folder)).architecture, stage, seed=77)
@@ -70,6 +73,7 @@ def check_loads_in_deepspeed(rank, folders):
         found[stage] = {
             "loss": float(loss),
             "moves": bool((engine.module.lm_head.weight != before).any()),
-            "zero_to_fp32": get_fp32_state_dict_from_zero_checkpoint(folder) if rank == 0 else {},
         }
+        if rank == 0:
+            torch.save(get_fp32_state_dict_from_zero_checkpoint(folder), Path(folder) / "zero_to_fp32.pt")
     return found

@@ -1,89 +1,106 @@
-"""Run a function in several processes of one gloo group, collect what each returns, and leave none behind."""
+"""Runs a function in several processes that form a gloo world, as the launcher would start them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-import torch
+# The server imports these once; every process is then a cheap fork of it.
+_PRELOAD = ["incr_ds.train.engine"]
 
 
-def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
-    """Call ``function(rank, *arguments)`` in ``world_size`` fresh processes; returns the results by rank.
+class ProcessFailure(AssertionError):
+    """A process raised; the message holds its traceback."""
 
-    The environment is what a launcher sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, a free MASTER_PORT), on the CPU,
-    one thread each; joining a process group is up to ``function``. The first child that fails ends the others, and its
-    traceback is raised here as a RuntimeError.
+
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call ``function(*args)`` in ``world_size`` processes and return what each returned, by rank.
+
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as a launcher sets them. ``function`` must be
+    importable. ProcessFailure shows the traceback of the first process that fails; none outlives the call.
     """
-    context = get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        children = [
-            context.Process(target=_child, args=(function, rank, world_size, port, folder, arguments), daemon=True)
-            for rank in range(world_size)
-        ]
-        for child in children:
-            child.start()
-        try:
-            _wait(children, Path(folder), timeout)
-            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
-        finally:
-            for child in children:
-                if child.is_alive():
-                    child.kill()
-                child.join()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        environment = _environment(rank, world_size, port)
+        process = context.Process(target=_child, args=(sender, environment, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    try:
+        return _collect(pipes, time.monotonic() + timeout)
+    finally:
+        _end(processes)
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on."""
+    """A TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _child(function: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, arguments: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _child(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(environment)
     try:
-        result = function(rank, *arguments)
+        import torch
+
+        torch.set_num_threads(1)
+        sender.send((True, function(*args)))
     except BaseException:
-        (Path(folder) / f"{rank}.failed").write_text(traceback.format_exc())
+        sender.send((False, traceback.format_exc()))
         raise SystemExit(1) from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    torch.save(result, Path(folder) / f"{rank}.pt")
 
 
-def _wait(children: list[BaseProcess], folder: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while any(child.is_alive() for child in children):
-        if any(child.exitcode not in (None, 0) for child in children):
-            time.sleep(0.5)  # a rank that fails takes others with it: let the first traceback be written
-            break
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{len(children)} processes did not end within {timeout:.0f} s")
-        time.sleep(0.02)
-    failures = sorted(folder.glob("*.failed"), key=lambda path: path.stat().st_mtime)
-    if failures:
-        raise RuntimeError(f"rank {failures[0].stem} failed:\n{failures[0].read_text()}")
-    dead = [rank for rank, child in enumerate(children) if child.exitcode not in (None, 0)]
-    if dead:
-        raise RuntimeError(f"rank(s) {dead} died with exit code {children[dead[0]].exitcode}")
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank in range(len(pipes)) if rank not in results]
+            raise ProcessFailure(f"rank(s) {missing} gave no result in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            results[rank] = _receive(pipes[rank], rank)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection, rank: int) -> Any:
+    try:
+        succeeded, value = pipe.recv()
+    except EOFError:
+        raise ProcessFailure(f"rank {rank} ended without a result; it was killed or crashed") from None
+    if not succeeded:
+        raise ProcessFailure(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -27,8 +27,8 @@ def written(tmp_path_factory):
     found = {}
     for ranks in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"dp{ranks}")
-        live = run_processes(write_cases, ranks, str(folder), CASES)[0]
-        found |= {(name, ranks): (folder / name, live[name]) for name in CASES}
+        run_processes(write_cases, ranks, str(folder), CASES)
+        found |= {(name, ranks): (folder / name, torch.load(folder / name / "live.pt")) for name in CASES}
     return found
 
 

@@ -5,6 +5,7 @@ After training, the flat moment buffers are overwritten element by element as fu
 weights are the live parameters of the module.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,13 +15,14 @@ from incr_ds.target.huggingface import config_text
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 
-def write_cases(rank, folder, cases):
-    """Write every case in one process group; returns {case name: {parameter: live weight}}."""
+def write_cases(folder, cases):
+    """Write every case in one process group; rank 0 leaves {parameter: live weight} in live.pt of each case's folder."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
-    return {name: _write_case(rank, Path(folder) / name, case) for name, case in cases.items()}
+    for name, case in cases.items():
+        _write_case(int(os.environ["RANK"]), Path(folder) / name, case)
 
 
 def _write_case(rank, folder, case):
@@ -54,8 +56,9 @@ def _write_case(rank, folder, case):
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=case["stage"] == 3):
             live[name] = parameter.data.clone()
+    if rank == 0:
+        torch.save(live, folder / "live.pt")
     engine.destroy()
-    return live
 
 
 def _code_moments(optimizer, stage):

@@ -7,13 +7,13 @@ import signal
 
 import numpy as np
 import pytest
-from incr_ds.train.engine import StepResult
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import SMALL
 from incr_ds.train import loop
+from incr_ds.train.engine import StepResult
 from incr_ds.train.loop import DivergedError, pretrain
 from incr_ds.train.megatron import IndexedDatasetBuilder
 from incr_ds.train.metrics import TIMINGS, read_metrics
