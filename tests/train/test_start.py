@@ -1,0 +1,91 @@
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.grow import GrowthRequest, grow, plan_request
+from incr_ds.testing.memory import drawn_model, small_architecture
+from incr_ds.train.start import find_start
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Hugging Face folder, and a native checkpoint of a 1 x 2 x 1 layout grown from it."""
+    folder = tmp_path_factory.mktemp("start")
+    model = drawn_model(small_architecture("llama"), torch.float32)
+    model.save_pretrained(folder / "hf")
+    recipe = {
+        "target": {"num_hidden_layers": 4},
+        "optimizer": "reset",
+        "layout": {"tensor_parallel": 1, "pipeline_parallel": 2, "data_parallel": 1, "zero_stage": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    grow(plan_request(GrowthRequest(folder / "hf", folder / "recipe.yaml", folder / "native")))
+    return folder, model
+
+
+def run_settings(model, **layout):
+    content = {
+        "output": "run",
+        "model": model,
+        "layout": layout or {"pipeline_parallel": 2},
+        "batch": {"sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
+        "schedule": {"train_steps": 10, "learning_rate": 0.1},
+        "data": {"train": [{"prefix": "a"}]},
+        "checkpoint": {"interval": 1},
+    }
+    return parse_settings(content, RunSettings, "test")
+
+
+def test_a_config_is_a_fresh_model(folders):
+    folder, _ = folders
+    start = find_start(run_settings({"config": str(folder / "hf" / "config.json")}))
+    assert start.weights is None and start.checkpoint is None
+    assert start.architecture.sizes["hidden"] == 96 and start.account.startswith("fresh weights")
+
+
+def test_a_hugging_face_folder_gives_its_weights_and_says_so(folders):
+    folder, model = folders
+    start = find_start(run_settings({"initialize_from": str(folder / "hf")}))
+    assert start.checkpoint is None and "the optimizer starts fresh" in start.account
+    assert torch.equal(start.weights.read("model.norm.weight"), model.model.norm.weight.data)
+
+
+def test_a_native_checkpoint_of_this_layout_keeps_its_optimizer(folders):
+    folder, _ = folders
+    start = find_start(run_settings({"initialize_from": str(folder / "native")}))
+    assert (start.checkpoint, start.tag, start.weights) == (folder / "native", "grown", None)
+    assert start.architecture.num_layers == 4
+
+
+def test_a_native_checkpoint_of_another_layout_is_refused_unless_its_weights_are_enough(folders):
+    folder, model = folders
+    layout = {"tensor_parallel": 3, "data_parallel": 2}
+    with pytest.raises(
+        LayoutError,
+        match=r"native: laid out for tensor_parallel 1 \(this run: 3\), pipeline_parallel 2 \(this run: 1\), "
+        r"data_parallel 1 \(this run: 2\); .*model.load_optimizer: false",
+    ):
+        find_start(run_settings({"initialize_from": str(folder / "native")}, **layout))
+    start = find_start(run_settings({"initialize_from": str(folder / "native"), "load_optimizer": False}, **layout))
+    assert start.checkpoint is None
+    assert torch.equal(start.weights.read("model.embed_tokens.weight"), model.model.embed_tokens.weight.data)
+
+
+def test_a_deepspeed_checkpoint_of_others_gives_its_weights_only_when_asked(folders, tmp_path):
+    folder, _ = folders
+    shutil.copytree(folder / "native", tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="that incr_ds did not write; .*set model.load_optimizer: false"):
+        find_start(run_settings({"initialize_from": str(tmp_path / "foreign")}))
+    start = find_start(run_settings({"initialize_from": str(tmp_path / "foreign"), "load_optimizer": False}))
+    assert start.weights is not None
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.json: cannot be read"):
+        find_start(run_settings({"config": str(tmp_path / "nothing.json")}))
