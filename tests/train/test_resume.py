@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,11 +17,13 @@ import yaml
 from incr_ds.source import open_source
 from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
+from incr_ds.testing.processes import free_port
 from incr_ds.train.evaluation import evaluate_checkpoint
 from incr_ds.train.megatron import IndexedDatasetBuilder
 from incr_ds.train.metrics import TIMINGS, read_metrics
 
 ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "launchers" / "pretrain.py"
 LENGTH = 16
 LAYOUTS = {
     "data": {"data_parallel": 2, "zero_stage": 1},
@@ -70,10 +72,7 @@ def write_run_file(material, folder, layout, **changes):
 
 def start_ranks(*command, num_ranks=2):
     """Start one process per rank, as srun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
     shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
@@ -95,6 +94,10 @@ def finish(processes, timeout=200):
     return shown
 
 
+def pretrain(run_file, output):
+    return finish(start_ranks(LAUNCHER, "--config", run_file, "--set", f"output={output}"))
+
+
 def curve(folder):
     rows = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in item.items() if key not in TIMINGS} for item in rows]
@@ -103,7 +106,12 @@ def curve(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path, layout):
     run_file = write_run_file(material, tmp_path, layout)
-    shown = finish(start_ranks(ROOT / "tests" / "train" / "pretrain_worker.py", run_file, tmp_path))
+    pretrain(run_file, tmp_path / "whole")
+    # The second run finds what a kill after step 3, in the middle of step 6, would have left.
+    name = "checkpoints/step_00000003"
+    shutil.copytree(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    shutil.copyfile(tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    shown = pretrain(run_file, tmp_path / "parts")
     whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
     assert [item["step"] for item in whole if item["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert parts == whole
@@ -129,7 +137,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(material, tmp_path):
         material, tmp_path, "data", schedule={"train_steps": 100000, "learning_rate": 1e-3},
         evaluation=None, distillation=None, checkpoint={"interval": 100000}, tensorboard=False,
     )  # fmt: skip
-    processes = start_ranks(ROOT / "launchers" / "pretrain.py", "--config", run_file)
+    processes = start_ranks(LAUNCHER, "--config", run_file)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 150
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
@@ -146,7 +154,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(material, tmp_path):
 
 def test_a_user_mistake_ends_with_2_and_one_message(material, tmp_path):
     run_file = write_run_file(material, tmp_path, "data", data={"train": [{"prefix": str(tmp_path / "nowhere")}]})
-    processes = start_ranks(ROOT / "launchers" / "pretrain.py", "--config", run_file, "--set", "evaluation=null")
+    processes = start_ranks(LAUNCHER, "--config", run_file, "--set", "evaluation=null")
     shown = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert f"{tmp_path}/nowhere.bin: no such file" in shown[0] and "nowhere" not in shown[1]
