@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    # DeepSpeed 0.19 calls collectives that torch 2.13 renames; nobody who trains can do anything about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     app()

@@ -91,7 +91,7 @@ def test_every_mistake_is_listed_with_its_key(tmp_path):
         ("evaluation.samples=20", "evaluation.samples 20 is not a multiple .*nearest: 16 or 32"),
         ("layout.pipeline_parallel=2.5", "layout.pipeline_parallel: Input should be a valid integer, found 2.5"),
         ("schedule.decay=wsd", "decay: wsd needs decay_steps"),
-        ("schedule.warmup_steps=500", "warmup_steps 500 .* exceed train_steps 200"),
+        ("schedule.warmup_steps=400", "warmup_steps 400 .* exceed train_steps 300"),
         ("model.initialize_from=x", "name exactly one of config .* and initialize_from"),
         ("data.validation=null", "evaluation needs data.validation"),
         ("model.config.name=x", "--set model.config.name=x: config is a single value"),
@@ -106,10 +106,10 @@ def test_overrides_are_checked_like_the_file(override, message):
 def test_the_launcher_prints_the_resolved_settings_and_refuses_bad_ones_without_a_traceback():
     launcher = [sys.executable, ROOT / "launchers" / "pretrain.py", "--config"]
     run_file = CONFIGS / "runs" / "quickstart-source.yaml"
-    options = [run_file, "--local_rank=0", "--set", "schedule.train_steps=300", "--print-config"]
+    options = [run_file, "--local_rank=0", "--set", "schedule.train_steps=310", "--print-config"]
     shown = subprocess.run([*launcher, *options], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0
-    assert RunSettings.model_validate(yaml.safe_load(shown.stdout)).schedule.train_steps == 300
+    assert RunSettings.model_validate(yaml.safe_load(shown.stdout)).schedule.train_steps == 310
     refused = subprocess.run([*launcher, run_file, "--set", "sed=3"], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
     assert "sed: unknown key; did you mean seed?" in refused.stderr and "Traceback" not in refused.stderr
