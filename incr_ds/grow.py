@@ -74,6 +74,11 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
     """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
     recipe = load_settings(request.recipe, GrowthRecipe)
     source = open_source(request.source, request.tag, request.config, trust=request.trust)
+    return plan_files(request, source, recipe)
+
+
+def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
+    """Plan the growth of an opened source, and the files of the layout that the recipe asks for."""
     plan = plan_growth(source.architecture, recipe, str(request.recipe))
     layout = recipe.layout
     if layout.format == "huggingface":

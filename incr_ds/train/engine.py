@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
@@ -68,6 +69,8 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
     )
+    if weights is not None and run.precision == "bf16":
+        _keep_masters(model, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
     return TrainingEngine(engine, runner, record, model, run)
 
@@ -176,6 +179,13 @@ def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torc
         eps=run.optimizer.eps,
         fused=device.type == "cuda",
     )
+
+
+def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -> None:
+    """Give the fp32 masters the checkpoint's own values; DeepSpeed made them from weights rounded to bf16."""
+    parameters = dict(model.module.named_parameters())
+    for shard in model.shards:
+        safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
