@@ -193,6 +193,8 @@ class _Sums:
             self.losses[1] += (chunk.divergence() * weights).sum()
         if self.hidden_gradient is None and self.head_gradient is None:
             return
+        # A label outside the vocabulary must stop the step, not vanish from its gradient.
+        weights = torch.where((weights > 0) & chunk.cross_entropy.isinf(), torch.nan, weights)
         gradient = chunk.gradient().mul_(weights[:, None])
         if self.hidden_gradient is not None:
             self.hidden_gradient[rows] = self.student.through_head(gradient)

@@ -149,10 +149,13 @@ def test_extreme_logits_stay_finite():
     assert all(torch.isfinite(gradient).all() for gradient in gradients(ours.loss, hidden, head))
 
 
-def test_an_impossible_label_shows_as_an_infinite_loss():
+def test_an_impossible_label_shows_in_loss_and_gradient():
     hidden, head, labels, *_ = problem()
     labels[0] = V
-    assert distillation_loss(hidden, head, labels, alpha=0.0).loss == torch.inf
+    ours = distillation_loss(hidden, head, labels, alpha=0.0)
+    assert ours.loss == torch.inf
+    (gradient,) = gradients(ours.loss, hidden)
+    assert gradient[0].isnan().all() and gradient[1:].isfinite().all()
 
 
 def test_without_gradients_nothing_is_kept():

@@ -15,7 +15,7 @@ from incr_ds.testing.runs import pico_run
 ROWS, LENGTH, STEPS, RATE = 2, 12, 4, 0.05
 # The teacher runs, at two temperatures, then fades out: the stages stop sending its hidden states.
 SCHEDULE = [(0.6, 2.0), (0.3, 1.0), (0.0, 1.0), (0.5, 1.5)]
-# A large eps keeps AdamW's step a smooth function of the gradient, so that a wrong gradient shows and rounding does not.
+# A large eps keeps AdamW's step a smooth function of the gradient: a wrong gradient shows, rounding does not.
 OPTIMIZER = {"eps": 0.03, "gradient_clipping": 0.5, "weight_decay": 0.2}
 
 
