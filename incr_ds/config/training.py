@@ -65,7 +65,8 @@ class ScheduleSettings(Settings):
     def _fits(self) -> Self:
         if self.warmup_steps + self.decay_steps > self.train_steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed train_steps {self.train_steps}"
+                f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed "
+                f"train_steps {self.train_steps}"
             )
         if self.decay == "wsd" and self.decay_steps == 0:
             raise ValueError("decay: wsd needs decay_steps, the length of the final decay")

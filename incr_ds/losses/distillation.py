@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from incr_ds.losses.vocabulary import combine, local_log_sum, target_values
 
@@ -46,6 +45,7 @@ class _Problem:
     ignore_index: int
     group: dist.ProcessGroup | None
     vocab_start: int
+    vocab_part: int
     chunk_bytes: int
     hidden_gradient: bool
     head_gradient: bool
@@ -63,6 +63,7 @@ def distillation_loss(
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
+    vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> DistillationLoss:
     """(1 - alpha) * CE + alpha * temperature^2 * KL(teacher || student), mean over the labels != ``ignore_index``.
@@ -72,32 +73,45 @@ def distillation_loss(
     schedule recompiles nothing. Without a teacher, or with alpha the float 0.0, the loss is the cross entropy alone.
 
     With ``group`` the vocabulary is cut over its ranks: hidden states and labels are the same on all of them, each
-    holds the rows of both heads from ``vocab_start`` on (parts may differ in size), every rank gets the same loss and
-    the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``.
+    holds the rows of both heads from ``vocab_start`` on, of ``vocab_size`` in all (parts may differ in size), every
+    rank gets the same loss and the whole gradient of ``student_hidden``, and its own rows' gradient of
+    ``student_head``.
 
-    ``chunk_bytes`` bounds the memory of a chunk's logits. A second derivative is refused with a RuntimeError; wrong
-    shapes raise ValueError.
+    ``chunk_bytes`` bounds a rank's memory for the logits of a chunk; it must be the same on every rank. A second
+    derivative is refused with a RuntimeError; wrong shapes raise ValueError.
     """
     if isinstance(alpha, float | int) and alpha == 0:
         teacher_hidden = teacher_head = None
     if teacher_hidden is None:
         alpha, temperature = 0.0, 1.0
     _check_shapes(student_hidden, student_head, labels, teacher_hidden, teacher_head)
+    group, vocab_start, vocab_part = _vocabulary(student_head, group, vocab_start, vocab_size)
     problem = _Problem(
-        labels, teacher_hidden, teacher_head, alpha, temperature, ignore_index, *_vocabulary(group, vocab_start),
+        labels=labels,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        alpha=alpha,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_part=vocab_part,
         chunk_bytes=chunk_bytes,
         hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
         head_gradient=torch.is_grad_enabled() and student_head.requires_grad,
-    )  # fmt: skip
+    )
     return DistillationLoss(*_FusedLoss.apply(student_hidden, student_head, problem))
 
 
-def _vocabulary(group: dist.ProcessGroup | None, vocab_start: int | None) -> tuple[dist.ProcessGroup | None, int]:
+def _vocabulary(
+    head: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> tuple[dist.ProcessGroup | None, int, int]:
+    """(group if it has several ranks, first row, rows of a nearly even part: the same number on every rank)."""
     if group is None or dist.get_world_size(group) == 1:
-        return None, vocab_start or 0
-    if vocab_start is None:
-        raise ValueError("distillation_loss: a group of several ranks needs vocab_start, the rank's first row")
-    return group, vocab_start
+        return None, vocab_start or 0, head.shape[0]
+    if vocab_start is None or vocab_size is None:
+        raise ValueError("distillation_loss: a group of several ranks needs vocab_start and vocab_size")
+    return group, vocab_start, -(-vocab_size // dist.get_world_size(group))
 
 
 def _check_shapes(
@@ -139,8 +153,9 @@ class _FusedLoss(torch.autograd.Function):
         return loss.clone(), ce_out, divergence, sums.tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("distillation_loss has no second derivative; call backward without create_graph=True")
         hidden_gradient, head_gradient = ctx.saved_tensors
         scale = [None if part is None else part * grad_loss.to(part.dtype) for part in (hidden_gradient, head_gradient)]
         return scale[0], scale[1], None
@@ -160,7 +175,8 @@ class _Sums:
         if problem.teacher_hidden is not None and problem.teacher_head is not None:
             self.teacher = _Projection(problem.teacher_hidden.detach(), problem.teacher_head.detach(), self.dtype)
         buffers = 3 if self.teacher is None else 7
-        row_bytes = buffers * head.shape[0] * self.weights.element_size()
+        row_bytes = buffers * problem.vocab_part * self.weights.element_size()
+        # The same on every rank, since every chunk is a collective.
         self.chunk_rows = max(1, problem.chunk_bytes // row_bytes)
         self.losses = hidden.new_zeros(2, dtype=self.dtype)
         self.hidden_gradient = hidden.new_zeros(hidden.shape, dtype=self.dtype) if problem.hidden_gradient else None
@@ -177,6 +193,8 @@ class _Sums:
             self.losses[1] += (chunk.divergence() * weights).sum()
         if self.hidden_gradient is None and self.head_gradient is None:
             return
+        # A label outside the vocabulary must stop the step, not vanish from its gradient.
+        weights = torch.where((weights > 0) & chunk.cross_entropy.isinf(), torch.nan, weights)
         gradient = chunk.gradient().mul_(weights[:, None])
         if self.hidden_gradient is not None:
             self.hidden_gradient[rows] = self.student.through_head(gradient)

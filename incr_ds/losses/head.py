@@ -9,16 +9,19 @@ from incr_ds.losses.distillation import DistillationLoss, Scalar, distillation_l
 
 
 class DistillationHead(nn.Module):
-    """The rank's rows [V, H] of the output projection, from vocabulary entry ``vocab_start`` on.
+    """The rank's rows [V, H] of the output projection, from vocabulary entry ``vocab_start`` on, of ``vocab_size``.
 
     The weight is only touched inside ``forward``, so ZeRO-3's hooks gather it in training and in evaluation.
     """
 
-    def __init__(self, weight: nn.Parameter, group: dist.ProcessGroup | None, vocab_start: int) -> None:
+    def __init__(
+        self, weight: nn.Parameter, group: dist.ProcessGroup | None, vocab_start: int, vocab_size: int
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.group = group
         self.vocab_start = vocab_start
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -41,4 +44,5 @@ class DistillationHead(nn.Module):
             temperature=temperature,
             group=self.group,
             vocab_start=self.vocab_start,
+            vocab_size=self.vocab_size,
         )

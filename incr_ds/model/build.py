@@ -56,7 +56,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     """Build this rank's part; torch.distributed must be initialized with layout.world_size processes.
 
     Raises LayoutError when the model cannot be cut this way or the module differs from the declared placement, and
-    ConfigError when the teacher's vocabulary differs. ``observe`` gets the loss parts of each micro-batch of a pipeline.
+    ConfigError when the teacher's vocabulary differs. A pipeline gives ``observe`` the loss parts of each micro-batch.
     """
     check_layout(request.architecture, request.layout)
     topology = _topology(request.layout)

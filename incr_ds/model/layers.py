@@ -77,7 +77,7 @@ class LayerFactory:
         weight = shared if shared is not None else self._parameter(shard)
         # The name that DeepSpeed's gradient norm looks for, to count a cut tensor on every tensor rank.
         weight.tensor_model_parallel = self.ranks.group is not None
-        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0])
+        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0])
 
     @cached_property
     def _outline(self) -> PreTrainedModel:

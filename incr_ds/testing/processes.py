@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 _PRELOAD = ["incr_ds.train.engine"]
 
 
-class ProcessFailure(AssertionError):
+class ProcessError(AssertionError):
     """A process raised; the message holds its traceback."""
 
 
@@ -24,7 +25,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
     """Call ``function(*args)`` in ``world_size`` processes and return what each returned, by rank.
 
     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as a launcher sets them. ``function`` must be
-    importable. ProcessFailure shows the traceback of the first process that fails; none outlives the call.
+    importable. ProcessError shows the traceback of the first process that fails; none outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -68,10 +69,13 @@ def _child(sender: Connection, environment: dict[str, str], function: Callable[.
         import torch
 
         torch.set_num_threads(1)
-        sender.send((True, function(*args)))
+        result = (True, function(*args))
     except BaseException:
-        sender.send((False, traceback.format_exc()))
-        raise SystemExit(1) from None
+        result = (False, traceback.format_exc())
+    # Pickled by value: torch's own way of sending a tensor needs the sender to outlive the receipt.
+    sender.send_bytes(pickle.dumps(result))
+    if not result[0]:
+        raise SystemExit(1)
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
@@ -81,7 +85,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             missing = [rank for rank in range(len(pipes)) if rank not in results]
-            raise ProcessFailure(f"rank(s) {missing} gave no result in time")
+            raise ProcessError(f"rank(s) {missing} gave no result in time")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             results[rank] = _receive(pipes[rank], rank)
@@ -90,11 +94,11 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 def _receive(pipe: Connection, rank: int) -> Any:
     try:
-        succeeded, value = pipe.recv()
+        succeeded, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise ProcessFailure(f"rank {rank} ended without a result; it was killed or crashed") from None
+        raise ProcessError(f"rank {rank} ended without a result; it was killed or crashed") from None
     if not succeeded:
-        raise ProcessFailure(f"rank {rank} failed:\n{value}")
+        raise ProcessError(f"rank {rank} failed:\n{value}")
     return value
 
 

@@ -19,7 +19,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import optimizer_groups
+from incr_ds.target.placement import ShardedTensor, optimizer_groups
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
@@ -57,7 +57,7 @@ def build_engine(
     ``weights`` are the initial ones (None: fresh, drawn from run.seed). Raises ConfigError or LayoutError if the run
     file, the number of processes, the model and the teacher do not fit together.
     """
-    _check_zero_0(run)
+    _check_zero_stage(run)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
@@ -88,6 +88,7 @@ class TrainingEngine:
     ) -> None:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
+        self._shards = model.shards
         self._groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
 
     @property
@@ -105,6 +106,11 @@ class TrainingEngine:
         """This rank's part of the model."""
         return self._engine.module
 
+    @property
+    def shards(self) -> tuple[ShardedTensor, ...]:
+        """What the parameters of ``module`` are, in their order."""
+        return self._shards
+
     def train_step(
         self, batches: Iterator[Batch], *, learning_rate: float, alpha: float = 0.0, temperature: float = 1.0
     ) -> StepResult:
@@ -121,8 +127,9 @@ class TrainingEngine:
         loss, ce, divergence, *_ = self._over_ranks().tolist()
         layout = self._run.layout
         shares = layout.data_parallel * layout.tensor_parallel
+        norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
-        return StepResult(loss / shares, ce / shares, divergence / shares, self._gradient_norm(), skipped)
+        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
 
     def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean cross entropy in nats per token over ``num_micro_batches`` of each data-parallel rank."""
@@ -161,10 +168,6 @@ class TrainingEngine:
         dist.all_reduce(totals)
         return totals
 
-    def _gradient_norm(self) -> float:
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
-
 
 def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.AdamW:
     parameters = dict(model.module.named_parameters())
@@ -192,12 +195,9 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
 
 
-def _check_zero_0(run: RunSettings) -> None:
-    layout = run.layout
-    if layout.zero_stage == 0 and (
-        layout.tensor_parallel > 1 or layout.pipeline_parallel > 1 or run.precision != "fp32"
-    ):
+def _check_zero_stage(run: RunSettings) -> None:
+    if run.layout.zero_stage == 0:
         raise ConfigError(
-            "layout.zero_stage 0 trains in fp32 without tensor or pipeline parallelism only: DeepSpeed's gradient norm "
-            "leaves out later stages, and its bf16 optimizer keeps another format. Set zero_stage: 1."
+            "layout.zero_stage 0: training needs 1, 2 or 3, because DeepSpeed's unpartitioned optimizer reports no "
+            "gradient norm and does not skip steps with non-finite gradients. zero_stage 1 computes the same."
         )

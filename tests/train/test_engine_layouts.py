@@ -1,0 +1,183 @@
+"""Training cut over processes equals training in one process without DeepSpeed, losses and weights."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.pico import pico_architecture
+from incr_ds.testing.processes import run_processes
+from incr_ds.testing.runs import pico_run
+
+ROWS, LENGTH, STEPS, RATE = 2, 12, 4, 0.05
+# The teacher runs, at two temperatures, then fades out: the stages stop sending its hidden states.
+SCHEDULE = [(0.6, 2.0), (0.3, 1.0), (0.0, 1.0), (0.5, 1.5)]
+# A large eps keeps AdamW's step a smooth function of the gradient: a wrong gradient shows, rounding does not.
+OPTIMIZER = {"eps": 0.03, "gradient_clipping": 0.5, "weight_decay": 0.2}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    tied: bool
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    accumulation: int = 1
+    recompute: bool = False
+
+    @property
+    def world(self):
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def micro_batches(self):
+        return self.accumulation * self.data
+
+    def run(self):
+        layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline}
+        return pico_run(
+            layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
+            batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
+            optimizer=OPTIMIZER,
+            model={"config": "pico", "activation_checkpointing": self.recompute},
+            distillation={"teacher": "pico", "anneal_steps": STEPS},
+        )
+
+
+def student(case):
+    # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
+    architecture = pico_architecture(case.family, tied=case.tied, num_key_value_heads=2)
+    return MemoryCheckpoint(architecture, seed=1)
+
+
+def teacher():
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return MemoryCheckpoint(pico_architecture("llama", **sizes), seed=2)
+
+
+def micro_batches(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for index in range(count):
+        ids = torch.randint(0, 101, (ROWS, LENGTH + 1), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[0, : index % 5] = -100  # micro-batches with unlike numbers of valid tokens
+        batches.append((ids[:, :-1].contiguous(), labels))
+    return batches
+
+
+def train(case):
+    """What one rank sees: step results, evaluations between the steps, and its final weights with their bounds."""
+    import deepspeed
+
+    from incr_ds.train.engine import build_engine
+
+    weights = student(case)
+    engine = build_engine(case.run(), weights.architecture, weights, teacher())
+    steps, evaluations = [], []
+    for step, (alpha, temperature) in enumerate(SCHEDULE):
+        mine = micro_batches(case.micro_batches, step)[engine.data_parallel_rank :: case.data]
+        # A middle stage of a pipeline would get None.
+        batches = iter(mine) if engine.reads_data else None
+        steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
+        held_out = micro_batches(3 * case.data, 100)[engine.data_parallel_rank :: case.data]
+        evaluations.append(engine.evaluate(iter(held_out), 3))
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
+        values = {
+            (shard.tensor.name, shard.bounds): parameter.detach().clone()
+            for shard, parameter in zip(engine.shards, parameters, strict=True)
+        }
+    engine.close()
+    return steps, evaluations, values
+
+
+def reference(case):
+    """The same training by transformers and torch alone."""
+    model, guide = transformers_model(student(case)), transformers_model(teacher())
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=OPTIMIZER["eps"])
+    steps, evaluations = [], []
+    for step, (alpha, temperature) in enumerate(SCHEDULE):
+        parts = [losses(model, guide, *batch, alpha, temperature) for batch in micro_batches(case.micro_batches, step)]
+        loss, ce, divergence = (torch.stack(part).mean() for part in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["gradient_clipping"])
+        optimizer.step()
+        steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
+        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100)))
+    return steps, evaluations, dict(model.named_parameters())
+
+
+def transformers_model(checkpoint):
+    config = dict(checkpoint.architecture.config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.load_state_dict(
+        {spec.name: checkpoint.read(spec.name) for spec in checkpoint.architecture.stored}, strict=False
+    )
+    return model
+
+
+def losses(model, guide, input_ids, labels, alpha, temperature):
+    valid = labels.flatten() != -100
+    logits = model(input_ids).logits.flatten(0, 1)[valid]
+    with torch.no_grad():
+        target = guide(input_ids).logits.flatten(0, 1)[valid]
+    ce = F.cross_entropy(logits, labels.flatten()[valid])
+    log_p, log_q = F.log_softmax(logits / temperature, 1), F.log_softmax(target / temperature, 1)
+    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    return (1 - alpha) * ce + alpha * temperature**2 * divergence, ce, divergence
+
+
+@torch.no_grad()
+def token_mean(model, batches):
+    total = sum(
+        F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in batches
+    )
+    return (total / sum((labels != -100).sum() for _, labels in batches)).item()
+
+
+# Every layout with tied and untied embeddings and both accumulations somewhere; Qwen3 has norms over heads, whose
+# gradients tensor ranks must sum; Qwen2 has biases; Mistral's window of 5 needs masks on every stage.
+CASES = [
+    Case("llama", tied=False, tensor=2, accumulation=4),
+    Case("qwen3", tied=True, tensor=2, accumulation=1, recompute=True),
+    Case("llama", tied=True, pipeline=2, accumulation=4),
+    Case("mistral", tied=False, pipeline=2, accumulation=1, recompute=True),
+    Case("qwen3", tied=True, tensor=2, pipeline=2, accumulation=4),
+    Case("llama", tied=False, data=2, zero=1, accumulation=4),
+    Case("qwen3", tied=True, data=2, zero=2, accumulation=1),
+    Case("qwen2", tied=False, data=2, zero=3, accumulation=4),
+    Case("llama", tied=True, data=2, zero=3, accumulation=1, recompute=True),
+    pytest.param(Case("qwen2", tied=True, pipeline=2, data=2, accumulation=2), marks=pytest.mark.slow),
+    pytest.param(Case("qwen3", tied=False, tensor=2, data=2, zero=2, accumulation=2), marks=pytest.mark.slow),
+    pytest.param(Case("qwen3", tied=True, tensor=2, data=2, zero=3, accumulation=2), marks=pytest.mark.slow),
+    pytest.param(Case("llama", tied=False, pipeline=3, accumulation=4), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_equals_one_process(case):
+    expected_steps, expected_evaluations, expected_weights = reference(case)
+    ranks = run_processes(train, case.world, case)
+    steps, evaluations, _ = ranks[0]
+    assert all(rank[:2] == (steps, evaluations) for rank in ranks), "every rank reports the same numbers"
+    found = [(step.loss, step.ce, step.divergence, step.gradient_norm) for step in steps]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected_steps), rtol=1e-5, atol=1e-6)
+    assert found[0][3] > OPTIMIZER["gradient_clipping"], "the gradients must be clipped for the test to see clipping"
+    torch.testing.assert_close(torch.tensor(evaluations), torch.tensor(expected_evaluations), rtol=1e-5, atol=0)
+    seen = dict.fromkeys(expected_weights, 0)
+    for *_, values in ranks:
+        for (name, bounds), value in values.items():
+            whole = expected_weights[name][tuple(slice(*bound) for bound in bounds)]
+            torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            seen[name] += value.numel()
+    assert all(count >= expected_weights[name].numel() for name, count in seen.items())
