@@ -11,10 +11,10 @@ quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout=1800
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow --timeout=1800
 
 check: lint types test
 
