@@ -90,7 +90,7 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     return PlannedGrowth(request, source, plan, native_files(_native_target(source, plan, dtype)), dtype)
 
 
-def grow(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
+def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
     """Write and publish the target; returns the manifest's facts. The output appears whole or not at all."""
     request = planned.request
     refuse_existing(request.output)

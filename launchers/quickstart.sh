@@ -41,12 +41,12 @@ step "1/7 text to tokens" "Name a folder with text: make quickstart TEXT=FOLDER"
     --tokenizer train:sentencepiece --vocab-size 4096 --output $runs/data/text
 step "2/7 pre-train the small source, 2 ranks, ZeRO-1" "Two free cores and 4 GB of memory are needed; then start again." pretrain source
 step "3/7 grow it, Adam's moments included" "See docs/recipe.md for what a recipe may say." \
-    python tools/grow_checkpoint.py --source "$source_checkpoint" --recipe ds_configs/growth/quickstart.yaml --output $runs/grown_checkpoint --workers 2
+    python tools/grow_checkpoint.py --source "$source_checkpoint" --recipe ds_configs/growth/quickstart.yaml --output $runs/grown_checkpoint --workers 1
 step "   prove it" "The growth is not exact: this is a defect, please report it with the message above." verify_growth
 step "4/7 continue the grown model, taught by the source, pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
 step "5/7 pre-train the same model from scratch" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \
-    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000300 $runs/huggingface --dtype float32
+    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000250 $runs/huggingface --dtype float32
 step "7/7 report" "The runs are done; repeat this one command." \
     python tools/growth_study.py --source $runs/source --grown $runs/grown --scratch $runs/scratch --growth $runs/grown_checkpoint \
     --proof $runs/proof.json --model $runs/huggingface --prompt 'def ' --output $runs

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.command import command, console, print_json, progress_bar
-from incr_ds.grow import GrowthRequest, grow, plan_request
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
 from incr_ds.tables import growth_table
 
 
@@ -37,7 +37,7 @@ def main(
     if plan_only:
         return
     with progress_bar(quiet=json) as progress:
-        facts = grow(planned, progress)
+        facts = grow_checkpoint(planned, progress)
     if json:
         print_json(facts)
     else:

@@ -6,7 +6,7 @@ from grown_layouts import load_evaluate_save, masters_after_start
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.grow import GrowthRequest, grow, plan_files
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
 from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.testing.processes import run_processes
@@ -54,7 +54,7 @@ def write_grown(folder, source, layout, precision):
     recipe_file.write_text("target: {}\n")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     recipe = parse_settings({"target": TARGET, "layout": {**layout, "dtype": dtype}}, GrowthRecipe, "test")
-    grow(plan_files(GrowthRequest(folder, recipe_file, folder / "grown"), source, recipe))
+    grow_checkpoint(plan_files(GrowthRequest(folder, recipe_file, folder / "grown"), source, recipe))
     return folder / "grown"
 
 

@@ -7,7 +7,7 @@ import yaml
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grow import GrowthRequest, grow, plan_request
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.train.start import find_start
 
@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
         "layout": {"tensor_parallel": 1, "pipeline_parallel": 2, "data_parallel": 1, "zero_stage": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    grow(plan_request(GrowthRequest(folder / "hf", folder / "recipe.yaml", folder / "native")))
+    grow_checkpoint(plan_request(GrowthRequest(folder / "hf", folder / "recipe.yaml", folder / "native")))
     return folder, model
 
 
