@@ -20,7 +20,7 @@ from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.plan import GrowthPlan, plan_growth
 from incr_ds.source import open_source
-from incr_ds.target.commit import hash_file, publish, refuse_existing, write_atomically
+from incr_ds.target.commit import MANIFEST, hash_file, publish, refuse_existing, verify_manifest, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import TargetFile
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
@@ -170,6 +170,9 @@ def _check_space(planned: PlannedGrowth) -> None:
 
 
 def _check_source(planned: PlannedGrowth, progress: Progress | None) -> None:
+    """Prove the source: its files against its manifest if it has one, and that its shards belong together."""
+    if (planned.request.source / MANIFEST).is_file():
+        verify_manifest(planned.request.source)
     total = len(planned.source.architecture.stored)
     for done, _ in enumerate(planned.source.self_check()):
         if progress:

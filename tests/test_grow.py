@@ -248,6 +248,20 @@ def test_bad_sources(source, recipe, tmp_path):
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
+def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
+    """A byte of a moment that no other file repeats: only the checksum can tell."""
+    first = tmp_path / "first"
+    assert grow(source["zero"], recipe(), first).returncode == 0
+    shard = next((first / "grown").glob("*_optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    same_size = recipe(target={})
+    done = grow(first, same_size, tmp_path / "second")
+    assert done.returncode == 2 and f"{shard}: checksum xxh3" in done.stderr and "content changed" in done.stderr
+    assert not (tmp_path / "second").exists()
+
+
 def test_an_existing_output_is_kept(source, recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("1")
