@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from incr_ds.config.fields import Settings
 from incr_ds.config.layout import ParallelLayout
@@ -46,12 +46,27 @@ class WidthRecipe(Settings):
 class DepthRecipe(Settings):
     """Where new layers go and what they hold.
 
-    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top.
-    ``zero-output`` layers write nothing at first, which keeps the function; ``copy`` layers do not keep it.
+    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top;
+    ``append`` and ``prepend`` add copies of the last or first layers at that end; ``solar`` joins two overlapping
+    copies; ``midas`` repeats the middle; ``expand`` adds a layer after each of equal groups; ``map`` takes the source
+    layer of every target layer from the list ``map``.
+
+    New layers that are ``zero-output`` (copies with zero output projections) or ``identity`` (zero norms, matrices of
+    ones on the diagonal) write nothing at first, which keeps the function. ``copy`` does not keep it, nor does
+    ``halved``: copies, with the outputs of all layers that share a source divided by their number.
     """
 
-    method: Literal["interleave", "stack"] = "interleave"
-    new: Literal["zero-output", "copy"] = "zero-output"
+    method: Literal["interleave", "stack", "append", "prepend", "solar", "midas", "expand", "map"] = "interleave"
+    map: list[int] | None = None
+    new: Literal["zero-output", "identity", "copy", "halved"] = "zero-output"
+
+    @model_validator(mode="after")
+    def _map_belongs_to_its_method(self) -> Self:
+        if (self.map is not None) != (self.method == "map"):
+            raise ValueError(
+                f"method: {self.method} and map do not fit; give the list map with method: map, and only then"
+            )
+        return self
 
 
 class TargetLayout(ParallelLayout):

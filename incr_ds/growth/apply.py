@@ -40,13 +40,15 @@ class GrownTensors:
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
         gathered = self._gather(tensor, "weight", bounds)
-        if tensor.silent:
-            return torch.zeros_like(gathered)
+        if tensor.start != "copy":
+            return _diagonal(bounds, gathered.dtype) if tensor.start == "identity" else torch.zeros_like(gathered)
         factors = [self.plan.value(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         grown = _scaled(gathered, factors)
         shares = self._uneven_shares(tensor.target, bounds)
         if shares is not None:
             grown *= torch.from_numpy(shares).to(grown.dtype)
+        if tensor.scale != 1.0:
+            grown *= tensor.scale
         return self._fill_fresh(tensor.target, grown, bounds)
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
@@ -131,6 +133,11 @@ class GrownTensors:
             whole = self._source.read(source_name, "exp_avg_sq")
             self._means[source_name] = float(whole.double().mean())
         return self._means[source_name]
+
+
+def _diagonal(bounds: Bounds, dtype: torch.dtype) -> torch.Tensor:
+    rows, columns = (torch.arange(*part) for part in bounds)
+    return (rows[:, None] == columns[None, :]).to(dtype)
 
 
 def _scaled(gathered: torch.Tensor, factors: list[Vector]) -> torch.Tensor:

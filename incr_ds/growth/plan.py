@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,21 +16,26 @@ from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Vector, identity
-from incr_ds.growth.depth import LayerSource, map_layers
+from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.width import grow_heads, grow_hidden, grow_units
 
+Start = Literal["copy", "zero", "identity"]
+SILENT = ("zero-output", "identity")
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "layers")
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One target tensor: the source tensor it is grown from; ``new_layer`` in an inserted layer, ``silent`` if it is a
-    writer there that starts at zero so that the layer changes nothing."""
+    """One target tensor: the source tensor it is grown from, and whether it is in an inserted layer.
+
+    ``start`` says what it holds: the source's values (``copy``, times ``scale``), zeros, or ones on the diagonal.
+    """
 
     target: TensorSpec
     source: str
-    new_layer: bool
-    silent: bool
+    new_layer: bool = False
+    start: Start = "copy"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,14 @@ class GrowthPlan:
     @property
     def exact(self) -> bool:
         """True when the target computes the source's function."""
-        return not any(layer.is_new for layer in self.layers) or self.recipe.depth.new == "zero-output"
+        silent = not any(layer.is_new for layer in self.layers) or self.recipe.depth.new in SILENT
+        return silent and keeps_order(self.layers, self.source.num_layers)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
+        used = {plan.source for plan in self.tensors.values()}
+        return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
         """Source position of each target position along a dimension, FRESH where there is none."""
@@ -114,19 +126,32 @@ class GrowthPlan:
             "axes": {name: asdict(axis) for name, axis in self.axes.items()},
             "layers": [asdict(layer) for layer in self.layers],
             "tensors": [
-                {"name": name, "shape": plan.target.shape, "source": plan.source, "silent": plan.silent}
+                {
+                    "name": name,
+                    "shape": plan.target.shape,
+                    "source": plan.source,
+                    "start": plan.start,
+                    "scale": plan.scale,
+                }
                 for name, plan in self.tensors.items()
             ],
+            "dropped": list(self.dropped),
         }
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     def _tensor(self, spec: TensorSpec) -> TensorPlan:
         if spec.layer is None:
-            return TensorPlan(spec, spec.name, False, False)
+            return TensorPlan(spec, spec.name)
         layer = self.layers[spec.layer]
         source = spec.name.replace(f".{spec.layer}.", f".{layer.layer}.", 1)
-        silent = layer.is_new and spec.role == "writer" and self.recipe.depth.new == "zero-output"
-        return TensorPlan(spec, source, layer.is_new, silent)
+        new, writes = self.recipe.depth.new, spec.role == "writer"
+        scale = 1.0 / layer.copies if new == "halved" and writes else 1.0
+        start: Start = "copy"
+        if layer.is_new and new == "zero-output" and writes:
+            start = "zero"
+        elif layer.is_new and new == "identity":
+            start = "identity" if spec.is_matrix else "zero"
+        return TensorPlan(spec, source, layer.is_new, start, scale)
 
     def _blocks(self, spec: TensorSpec, dimension: int) -> tuple[AxisGrowth, int]:
         dim = spec.dims[dimension]
@@ -143,14 +168,18 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
     """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written."""
     changes = _checked_changes(source, recipe, where)
     sizes = {**source.sizes, **{axis: changes[field] for axis, field in _fields(source).items() if field in changes}}
-    layers = map_layers(recipe.depth.method, source.num_layers, sizes["layers"])
+    depth = recipe.depth
+    if depth.map is not None and source.family.axes["layers"] not in changes:
+        sizes["layers"] = changes[source.family.axes["layers"]] = len(depth.map)
+    layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
     axes = _grow_axes(source, sizes, recipe)
     target = _target_architecture(source, changes, layers, axes["hidden"], where)
-    notes = _notes(recipe, axes, layers)
+    notes = _notes(recipe, axes, layers, source.num_layers)
     plan = GrowthPlan(recipe, source, target, axes, layers, notes)
     if recipe.exact == "required" and not plan.exact:
+        reason = "; ".join(note for note in notes if "does not keep" in note)
         raise GrowthError(
-            f"{where}: exact: required, but depth.new: copy does not keep the function; use depth.new: zero-output."
+            f"{where}: exact: required, but {reason}. Use depth.new: zero-output with a depth.method, or exact: preferred."
         )
     return plan
 
@@ -237,11 +266,19 @@ def _is_valid(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]) -> tuple[str, ...]:
+def _notes(
+    recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...], num_source_layers: int
+) -> tuple[str, ...]:
     checks: list[tuple[bool, Callable[[], str]]] = [
         (
-            any(layer.is_new for layer in layers) and recipe.depth.new == "copy",
-            lambda: "depth.new: copy does not keep the source's function; expect a higher loss at the first step",
+            any(layer.is_new for layer in layers) and recipe.depth.new not in SILENT,
+            lambda: (
+                f"depth.new: {recipe.depth.new} does not keep the source's function; expect a higher loss at the first step"
+            ),
+        ),
+        (
+            not keeps_order(layers, num_source_layers),
+            lambda: "depth.map leaves layers out or changes their order, which does not keep the source's function",
         ),
         (
             recipe.width.symmetry_breaking.method == "none" and any(max(axis.copies) > 1 for axis in axes.values()),

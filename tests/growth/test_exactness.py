@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from grown import grown_model, grown_tensors, recipe_of, relative_difference
+from grown import grown_model, grown_tensors, recipe_of, relative_difference, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from incr_ds.errors import IncrError
+from incr_ds.growth.depth import METHODS
+from incr_ds.growth.plan import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -61,10 +63,41 @@ def test_heads(fp64_norms, heads, new):
     assert difference("qwen3", target, width={"heads": {"new": new}}) <= 1e-12
 
 
-@pytest.mark.parametrize("method", ["interleave", "stack"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("new", ["zero-output", "identity"])
 @pytest.mark.parametrize("layers", [4, 6, 7])
-def test_depth(fp64_norms, method, layers):
-    assert difference("llama", {"num_hidden_layers": layers}, depth={"method": method}) <= 1e-12
+def test_depth(fp64_norms, method, new, layers):
+    layers = 4 if method == "solar" and layers == 7 else layers
+    assert difference("llama", {"num_hidden_layers": layers}, depth={"method": method, "new": new}) <= 1e-12
+
+
+def test_a_given_layer_map_is_exact_if_it_keeps_every_layer_in_order(fp64_norms):
+    target = {"hidden_size": 144}
+    assert difference("qwen2", target, depth={"method": "map", "map": [0, 0, 1, 0, 2, 2]}) <= 1e-12
+    architecture = small_architecture("qwen2")
+    plan = plan_growth(architecture, recipe_of(target=target, depth={"method": "map", "map": [0, 2, 0, 2]}))
+    assert plan.target.num_layers == 4 and not plan.exact
+    assert set(plan.dropped) == {spec.name for spec in architecture.stored if spec.layer == 1}
+    assert "depth.map leaves layers out or changes their order" in plan.notes[0]
+    assert not plan_growth(architecture, recipe_of(target={}, depth={"method": "map", "map": [1, 0, 2]})).exact
+
+
+def test_halved_layers_write_half_as_strongly():
+    """Twins of layer 1 share its output between them: each writes half, and the moved logits stay near the source's."""
+    architecture = small_architecture("llama")
+    source = drawn_model(architecture)
+    checkpoint = model_checkpoint(architecture, source)
+    depth = {"method": "map", "map": [0, 1, 1, 2]}
+    grown = {
+        new: grown_tensors(checkpoint, recipe_of(target={}, depth={**depth, "new": new})) for new in ("halved", "copy")
+    }
+    for layer, factor in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 1.0)):
+        old = min(layer, 1) if layer < 3 else 2
+        for name, part in (("self_attn.o_proj", factor), ("mlp.down_proj", factor), ("mlp.up_proj", 1.0)):
+            expected = part * checkpoint.read(f"model.layers.{old}.{name}.weight")
+            assert torch.equal(whole(grown["halved"], f"model.layers.{layer}.{name}.weight"), expected)
+    apart = {new: relative_difference(source, grown_model(tensors)) for new, tensors in grown.items()}
+    assert 1e-4 < apart["halved"] < apart["copy"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +152,7 @@ def test_copied_layers_change_the_function_and_say_so(fp64_norms):
     layers=st.integers(3, 7),
     method=st.sampled_from(["auto", "isometric", "zero"]),
     new=st.sampled_from(["zero-output", "copy"]),
-    depth=st.sampled_from(["interleave", "stack"]),
+    depth=st.sampled_from(sorted(METHODS)),
     family=st.sampled_from(FAMILIES),
     tied=st.booleans(),
 )
