@@ -18,7 +18,8 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import GrownTensors
-from incr_ds.growth.plan import GrowthPlan, plan_growth
+from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.planner import plan_growth
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST, hash_file, publish, refuse_existing, verify_manifest, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files

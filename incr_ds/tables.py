@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
@@ -24,7 +25,7 @@ def growth_table(planned: PlannedGrowth) -> Table:
     )
     for heading in ("", "source", "target", "how"):
         table.add_column(heading, justify="left" if heading in ("", "how") else "right")
-    for axis in SIZES:
+    for axis in _stated_sizes(plan.target):
         old, new = plan.source.sizes[axis], plan.target.sizes[axis]
         how = _depth_text(planned) if axis == "layers" else _axis_text(plan.axes[axis])
         table.add_row(plan.target.family.axes[axis], f"{old:,}", f"{new:,}", how)
@@ -42,7 +43,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "kind": facts.kind,
         "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
         "parameters": f"{architecture.num_parameters:,}",
-        **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in SIZES},
+        **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
         "layout": _layout_text(checkpoint),
         "states": ", ".join(facts.states),
         "optimizer step": "none" if facts.step is None else str(facts.step),
@@ -54,6 +55,10 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
     return table
 
 
+def _stated_sizes(architecture: Architecture) -> list[str]:
+    return [axis for axis in SIZES if axis in architecture.family.axes]
+
+
 def _axis_text(axis: AxisGrowth) -> str:
     if axis.is_identity:
         return "same"
@@ -63,7 +68,7 @@ def _axis_text(axis: AxisGrowth) -> str:
 
 def _depth_text(planned: PlannedGrowth) -> str:
     new = sum(layer.is_new for layer in planned.plan.layers)
-    if not new:
+    if [layer.layer for layer in planned.plan.layers] == list(range(planned.plan.source.num_layers)):
         return "same"
     depth = planned.plan.recipe.depth
     return f"{depth.method}, {new} new ({depth.new}): {' '.join(str(layer.layer) for layer in planned.plan.layers)}"

@@ -33,11 +33,11 @@ class WidthRecipe(Settings):
     """Operators for the width axes.
 
     ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
-    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, or ``auto``:
-    integer where it divides, isometric elsewhere.
+    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, ``mean`` padding for
+    LayerNorm, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or mean (LayerNorm).
     """
 
-    hidden: Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"] = "auto"
+    hidden: Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean"] = "auto"
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from incr_ds.arch.logical import LogicalCheckpoint, State
-from incr_ds.arch.tensors import TensorSpec
+from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.counter import normals
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
@@ -24,6 +24,7 @@ class GrownTensors:
         self.plan = plan
         self._source = source
         self._means: dict[str, float] = {}
+        self._over_rows: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
         """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
@@ -39,23 +40,29 @@ class GrownTensors:
         return self._moment(tensor, state, bounds)
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
+        spec = tensor.target
         gathered = self._gather(tensor, "weight", bounds)
-        if tensor.start != "copy":
-            return _diagonal(bounds, gathered.dtype) if tensor.start == "identity" else torch.zeros_like(gathered)
-        factors = [self.plan.value(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
+        if tensor.start == "identity":
+            return _diagonal(bounds, gathered.dtype)
+        if tensor.start == "zero":
+            return torch.full_like(gathered, -spec.offset)
+        factors = [self.plan.value(spec, d)[slice(*bounds[d])] for d in range(len(bounds))]
+        factors[0] = factors[0] * tensor.scale
         grown = _scaled(gathered, factors)
-        shares = self._uneven_shares(tensor.target, bounds)
+        if spec.offset:
+            # A norm used as offset + weight; in this form a factor of 1 changes no bit.
+            grown += torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
+        shares = self._uneven_shares(spec, bounds)
         if shares is not None:
             grown *= torch.from_numpy(shares).to(grown.dtype)
-        if tensor.scale != 1.0:
-            grown *= tensor.scale
-        return self._fill_fresh(tensor.target, grown, bounds)
+        self._fill_fresh(tensor, grown, bounds)
+        return grown
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         gathered = self._gather(tensor, state, bounds)
         if tensor.new_layer and state == "exp_avg":
             return torch.zeros_like(gathered)
-        factors = [self._moment_factor(tensor.target, d, state) for d in range(len(bounds))]
+        factors = [self._moment_factor(tensor, d, state) for d in range(len(bounds))]
         grown = _scaled(gathered, [factor[slice(*part)] for factor, part in zip(factors, bounds, strict=True)])
         fresh = self._fresh(tensor.target, bounds)
         if state == "exp_avg_sq" and fresh.any():
@@ -65,8 +72,10 @@ class GrownTensors:
             grown[torch.from_numpy(fresh)] = typical
         return grown
 
-    def _moment_factor(self, spec: TensorSpec, dimension: int, state: State) -> Vector:
-        factor = self.plan.gradient_factor(spec, dimension)
+    def _moment_factor(self, tensor: TensorPlan, dimension: int, state: State) -> Vector:
+        factor = self.plan.gradient_factor(tensor.target, dimension)
+        if dimension == 0:
+            factor = factor * tensor.gradient
         if self.plan.recipe.optimizer == "keep":
             factor = (factor != 0).astype(np.float64)
         return factor**2 if state == "exp_avg_sq" else factor
@@ -82,46 +91,74 @@ class GrownTensors:
         return gathered[:, torch.from_numpy(known[1])] if len(known) > 1 else gathered
 
     def _uneven_shares(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
-        """Per-element factors 1 + scale * z on the columns of readers that have copies, or None."""
+        """Per-element factors 1 + scale * z along the dimension that reads copies, or None."""
         breaking = self.plan.recipe.width.symmetry_breaking
-        if breaking.method == "none" or len(spec.dims) != 2 or spec.dims[1].use != "in":
+        reading = [d for d, dim in enumerate(spec.dims) if dim.use in READS]
+        if breaking.method == "none" or not reading:
             return None
-        copies = self.plan.copies(spec, 1)
+        copies = self.plan.copies(spec, reading[0])
         if copies.max() < 2:
             return None
-        (first, stop), columns = bounds[0], slice(*bounds[1])
-        width = spec.shape[1]
+        # Elements are numbered with the reading dimension inside, whichever way the tensor is stored.
+        (first, stop), read = bounds[1 - reading[0]], slice(*bounds[reading[0]])
+        width = spec.shape[reading[0]]
         drawn = normals(breaking.seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
-        return (1.0 + breaking.scale * _standardised(drawn, self.plan.index(spec, 1), copies))[:, columns]
+        shares = (1.0 + breaking.scale * _standardised(drawn, self.plan.index(spec, reading[0]), copies))[:, read]
+        return np.ascontiguousarray(shares if reading[0] == 1 else shares.T)
 
-    def _fill_fresh(self, spec: TensorSpec, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        fresh = self._fresh(spec, bounds)
+    def _fill_fresh(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> None:
+        fresh = self._fresh(tensor.target, bounds)
         if fresh.any():
             mask = torch.from_numpy(fresh)
-            grown[mask] = torch.from_numpy(self._fresh_values(spec, bounds)).to(grown.dtype)[mask]
-        return grown
+            grown[mask] = torch.from_numpy(self._fresh_values(tensor.target, bounds)).to(grown.dtype)[mask]
+        for dimension in range(len(bounds)):
+            self._fill_means(tensor, grown, bounds, dimension)
 
     def _fresh_values(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
         shape = [stop - start for start, stop in bounds]
         if len(shape) == 1:
-            return np.full(shape, 1.0 if spec.dims[0].use == "scale" else 0.0)
+            return np.full(shape, 1.0 - spec.offset if spec.dims[0].use in ("scale", "post") else 0.0)
         (first, stop), columns = bounds[0], slice(*bounds[1])
         width = spec.shape[1]
         seed = self.plan.recipe.width.symmetry_breaking.seed
         drawn = normals(seed, f"{spec.name}/fresh", first * width, (stop - first) * width).reshape(-1, width)
-        values: np.ndarray = drawn[:, columns] * float(self.plan.target.config["initializer_range"])
-        values[self._silent_fresh(spec, bounds)] = 0.0
+        deviation = float(self.plan.target.config[self.plan.target.family.config.initializer])
+        values: np.ndarray = drawn[:, columns] * deviation
+        rows, read = (self.plan.fills(spec, d, "zero")[slice(*part)] for d, part in enumerate(bounds))
+        values[rows[:, None] | read[None, :]] = 0.0
         return values
 
-    def _silent_fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
-        """True where a fresh row or column must be zero for the function to stay."""
-        masks = []
-        for d, part in enumerate(bounds):
-            axis = self.plan.axis(spec, d)
-            fill = axis.fresh_in if spec.dims[d].use == "in" else axis.fresh_out
-            masks.append((self.plan.index(spec, d)[slice(*part)] == FRESH) & (fill == "zero"))
-        silent: np.ndarray = masks[0][:, None] | masks[1][None, :]
-        return silent
+    def _fill_means(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds, dimension: int) -> None:
+        """Where a fresh position of the residual stream is to be the mean of the old ones, make its writer write that."""
+        spec = tensor.target
+        mask = self.plan.fills(spec, dimension, "mean")[slice(*bounds[dimension])]
+        if not mask.any() or spec.dims[dimension].use != "out":
+            return
+        means = self._mean_over(tensor, dimension, bounds) * tensor.scale * self.plan.axes["hidden"].amplitude[0]
+        if dimension == 0:
+            grown[torch.from_numpy(mask)] = means.to(grown.dtype)
+        else:
+            grown[:, torch.from_numpy(mask)] = means.to(grown.dtype)[:, None]
+
+    def _mean_over(self, tensor: TensorPlan, dimension: int, bounds: Bounds) -> torch.Tensor:
+        """Mean of the source over a whole dimension, at the part's positions of the other one, with its factors."""
+        if len(bounds) == 1:
+            return self._source.read(tensor.source).double().mean()
+        other = 1 - dimension
+        index = self.plan.index(tensor.target, other)[slice(*bounds[other])]
+        known = np.where(index == FRESH, 0, index)
+        if dimension == 0:
+            means = self._row_means(tensor.source)[torch.from_numpy(known)]
+        else:
+            first = int(known.min())
+            rows = self._source.read(tensor.source, "weight", slice(first, int(known.max()) + 1))
+            means = rows.double().mean(dim=1)[torch.from_numpy(known - first)]
+        return means * torch.from_numpy(self.plan.value(tensor.target, other)[slice(*bounds[other])])
+
+    def _row_means(self, source_name: str) -> torch.Tensor:
+        if source_name not in self._over_rows:
+            self._over_rows[source_name] = self._source.read(source_name).double().mean(dim=0)
+        return self._over_rows[source_name]
 
     def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
         masks = [self.plan.index(spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]

@@ -10,12 +10,14 @@ import numpy as np
 from incr_ds.errors import GrowthError
 from incr_ds.growth.axis import FRESH, AxisGrowth, identity
 
-HiddenMethod = Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"]
+HiddenMethod = Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean"]
 NewUnits = Literal["zero-output", "copy"]
 
 
-def grow_hidden(method: HiddenMethod, old: int, new: int) -> AxisGrowth:
-    """Growth of the residual stream from ``old`` to ``new`` dimensions, exact under RMSNorm for every method.
+def grow_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"] = "rms") -> AxisGrowth:
+    """Growth of the residual stream from ``old`` to ``new`` dimensions.
+
+    Every method but ``mean`` is exact under RMSNorm, ``integer`` and ``mean`` under LayerNorm.
 
     Raises GrowthError when the sizes do not allow the method, with the nearest that do.
     """
@@ -24,12 +26,18 @@ def grow_hidden(method: HiddenMethod, old: int, new: int) -> AxisGrowth:
     if new == old:
         return identity("hidden", old)
     if method == "auto":
-        method = "isometric" if new % old else "integer"
+        uneven: HiddenMethod = "isometric" if norm == "rms" else "mean"
+        method = uneven if new % old else "integer"
+    if method == "mean" and norm == "rms":
+        raise GrowthError(
+            "width.hidden: mean pads for LayerNorm, and this family has RMSNorm; use isometric or zero, which take any "
+            "larger size."
+        )
     if method == "integer" and new % old:
-        lower = new // old * old
+        lower, any_size = new // old * old, "isometric" if norm == "rms" else "mean"
         raise GrowthError(
             f"target.hidden_size: {new} is not a multiple of the source's {old}, which width.hidden: integer needs; "
-            f"nearest sizes that work: {lower}, {lower + old}. width.hidden: isometric takes any larger size."
+            f"nearest sizes that work: {lower}, {lower + old}. width.hidden: {any_size} takes any larger size."
         )
     if method in ("integer", "isometric"):
         return _copied_hidden(method, old, new)
@@ -92,11 +100,14 @@ def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
 
 
 def _padded_hidden(method: str, old: int, new: int) -> AxisGrowth:
-    """Old positions kept, new ones silent: writers write zero there, readers may read anything."""
+    """Old positions kept, and new ones that leave the norm as zero: readers may read anything there.
+
+    They are zero, or under LayerNorm the mean of the old ones (average expansion: LEMON, Wang et al., 2024).
+    """
     kept = np.arange(new) < old
     index = tuple(int(position) if position < old else FRESH for position in range(new))
-    strength = math.sqrt(new / old) if method == "zero" else 1.0
-    kappa = 1.0 if method == "zero" else math.sqrt(old / new)
+    strength = 1.0 if method == "zero-scaled-eps" else math.sqrt(new / old)
+    kappa = math.sqrt(old / new) if method == "zero-scaled-eps" else 1.0
     return AxisGrowth(
         "hidden",
         method,
@@ -106,7 +117,7 @@ def _padded_hidden(method: str, old: int, new: int) -> AxisGrowth:
         _floats(kept * 1.0),
         _floats(kept / strength),
         kappa=kappa,
-        fresh_out="zero",
+        fresh_out="mean" if method == "mean" else "zero",
         fresh_in="random",
     )
 

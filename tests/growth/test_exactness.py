@@ -6,12 +6,20 @@ from grown import grown_model, grown_tensors, recipe_of, relative_difference, wh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incr_ds.errors import IncrError
+from incr_ds.arch.family import families
+from incr_ds.errors import GrowthError, IncrError
 from incr_ds.growth.depth import METHODS
-from incr_ds.growth.plan import plan_growth
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = sorted(families())
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+LAYER_NORM = [name for name, family in families().items() if family.norm == "layer"]
+# These take the head's size from hidden / heads, so that hidden and heads grow together.
+HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]
+# Their eps serves other norms too, or is not in the config.
+SHARED_EPS = ("olmo2", "gemma3_text", "qwen3", "opt")
+OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
 # hidden 96 -> 144 is not a multiple, 250 -> 331 shares no factor, 6/3 heads -> 8/4 adds a whole group.
 EVERYTHING = {
     "hidden_size": 144,
@@ -22,10 +30,32 @@ EVERYTHING = {
 }
 
 
+AXES = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_hidden_layers": "layers",
+}
+
+
+def everything(family):
+    """A target with every axis larger, as far as the family's own rules allow."""
+    target = dict(EVERYTHING)
+    if family in HIDDEN_PER_HEAD:
+        target |= {"hidden_size": 208, "num_attention_heads": 13, "num_key_value_heads": 13}
+    if family == "olmo2":
+        target |= {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
+    if "kv_heads" not in families()[family].axes:
+        del target["num_key_value_heads"]
+    return target
+
+
 def difference(family, target, tied=False, **recipe):
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     architecture = small_architecture(family, tie_word_embeddings=tied, **biases)
     source = drawn_model(architecture)
+    target = {architecture.family.axes.get(AXES.get(field), field): size for field, size in target.items()}
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=target, **recipe))
     assert grown.plan.exact
     return relative_difference(source, grown_model(grown))
@@ -35,8 +65,37 @@ def difference(family, target, tied=False, **recipe):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
 def test_everything_at_once(fp64_norms, family, tied, new):
-    width = {"ffn": {"new": new}, "heads": {"new": new}}
-    assert difference(family, EVERYTHING, tied, width=width) <= 1e-12
+    width = {"ffn": {"new": new}, "heads": {"new": "copy" if family == "olmo2" else new}}
+    assert difference(family, everything(family), tied, width=width) <= 1e-12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "integer"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
+    """Each method on each family: kept to 1e-12, refused, or said to be inexact (and then it is)."""
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    source = drawn_model(architecture)
+    size = 288 if hidden == "integer" else {"gemma2": 150, "gemma3_text": 150}.get(family, 112)
+    if family == "olmo2":
+        size = 192
+    axes = architecture.family.axes
+    target = {axes["hidden"]: size}
+    if family in HIDDEN_PER_HEAD:
+        target |= {axes[axis]: size // 16 for axis in ("heads", "kv_heads") if axis in axes}
+    if family == "olmo2":
+        target[axes["kv_heads"]] = 6
+    new = "copy" if family == "olmo2" else "zero-output"
+    recipe = recipe_of(target=target, width={"hidden": hidden, "heads": {"new": new}})
+    if (hidden == "mean" and family not in LAYER_NORM) or (hidden == "zero-scaled-eps" and family in SHARED_EPS):
+        with pytest.raises(GrowthError, match=f"width.hidden: {hidden}|pads for LayerNorm"):
+            grown_tensors(model_checkpoint(architecture, source), recipe)
+        return
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe)
+    found = relative_difference(source, grown_model(grown))
+    assert found <= 1e-12 if grown.plan.exact else found > 1e-6, grown.plan.inexact
+    if family in LAYER_NORM:
+        assert grown.plan.exact == (hidden in ("auto", "mean", "integer"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -100,6 +159,12 @@ def test_halved_layers_write_half_as_strongly():
     assert 1e-4 < apart["halved"] < apart["copy"]
 
 
+@pytest.mark.parametrize("new", ["zero-output", "identity"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_depth_of_every_other_family(fp64_norms, family, new):
+    assert difference(family, {"num_hidden_layers": 5}, depth={"new": new}) <= 1e-12
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_growing_by_nothing_is_the_identity(fp64_norms, family):
     architecture = small_architecture(family)
@@ -153,7 +218,7 @@ def test_copied_layers_change_the_function_and_say_so(fp64_norms):
     method=st.sampled_from(["auto", "isometric", "zero"]),
     new=st.sampled_from(["zero-output", "copy"]),
     depth=st.sampled_from(sorted(METHODS)),
-    family=st.sampled_from(FAMILIES),
+    family=st.sampled_from(LLAMA_LIKE),
     tied=st.booleans(),
 )
 def test_any_shape_is_exact_or_refused(

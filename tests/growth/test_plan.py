@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from incr_ds.errors import GrowthError
 from incr_ds.growth.counter import normals
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
-from incr_ds.growth.plan import plan_growth
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 EVERYTHING = {
@@ -61,7 +61,7 @@ EVERYTHING = {
         (
             "llama",
             {"target": {"num_hidden_layers": 6}, "depth": {"new": "copy"}, "exact": "required"},
-            r"exact: required, but depth\.new: copy does not keep the source's function.*Use depth\.new: zero-output",
+            r"exact: required, but depth\.new: copy does not keep the source's function.*set exact: preferred",
         ),
         ("llama", {"target": {"num_hidden_layers": 5}, "depth": {"method": "solar"}}, r"counts that work: 4, 6\."),
         (
