@@ -15,15 +15,22 @@ from incr_ds.growth.counter import normals
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
 Bounds = tuple[tuple[int, int], ...]
+BYTES_PER_ELEMENT = 128  # of memory that reading takes at its height, per element of the source's and target's rows
+_MEAN_ROWS_ELEMENTS = 1 << 20  # fixed: a sum in other portions would round differently
 
 
 class GrownTensors:
-    """The target's tensors, computed on demand from ``source`` by ``plan``; nothing is kept but per-tensor means."""
+    """The target's tensors, computed on demand from ``source`` by ``plan``. Kept are vectors of the axes and per-tensor
+    means; a read takes about BYTES_PER_ELEMENT per element of the rows it asks for. Any number of threads may read.
+
+    What ``read`` returns may be the source's own memory: it must not be written to.
+    """
 
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
         self.plan = plan
         self._source = source
         self._means: dict[str, float] = {}
+        self._vectors: dict[tuple[object, ...], Vector] = {}
 
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
         """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
@@ -39,65 +46,78 @@ class GrownTensors:
         return self._moment(tensor, state, bounds)
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
-        gathered = self._gather(tensor, "weight", bounds)
         if tensor.silent:
-            return torch.zeros_like(gathered)
-        factors = [self.plan.value(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
+            return torch.zeros([stop - start for start, stop in bounds])
+        gathered = self._gather(tensor, "weight", bounds)
+        factors = [self._vector("value", tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         grown = _scaled(gathered, factors)
         shares = self._uneven_shares(tensor.target, bounds)
         if shares is not None:
-            grown *= torch.from_numpy(shares).to(grown.dtype)
+            grown = grown * torch.from_numpy(shares).to(grown.dtype)
         return self._fill_fresh(tensor.target, grown, bounds)
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        gathered = self._gather(tensor, state, bounds)
         if tensor.new_layer and state == "exp_avg":
-            return torch.zeros_like(gathered)
+            return torch.zeros([stop - start for start, stop in bounds])
+        gathered = self._gather(tensor, state, bounds)
         factors = [self._moment_factor(tensor.target, d, state) for d in range(len(bounds))]
         grown = _scaled(gathered, [factor[slice(*part)] for factor, part in zip(factors, bounds, strict=True)])
         fresh = self._fresh(tensor.target, bounds)
-        if state == "exp_avg_sq" and fresh.any():
+        if state == "exp_avg_sq" and fresh is not None:
             # A zero second moment at a large step count means no bias correction and a first update of several
             # learning rates; the mean of the neighbours is a second moment that fresh entries can start from.
             typical = self._mean(tensor.source) * float(np.prod([factor[factor != 0].mean() for factor in factors]))
-            grown[torch.from_numpy(fresh)] = typical
+            grown = grown.masked_fill(torch.from_numpy(fresh), typical)
         return grown
 
+    def _vector(self, kind: str, spec: TensorSpec, dimension: int) -> Vector:
+        """``index``, ``value``, ``gradient_factor`` or ``copies`` of the plan, computed once per kind of dimension."""
+        key = (kind, spec.dims[dimension], spec.role == "final_norm")
+        if key not in self._vectors:
+            self._vectors[key] = getattr(self.plan, kind)(spec, dimension)
+        return self._vectors[key]
+
     def _moment_factor(self, spec: TensorSpec, dimension: int, state: State) -> Vector:
-        factor = self.plan.gradient_factor(spec, dimension)
+        factor = self._vector("gradient_factor", spec, dimension)
         if self.plan.recipe.optimizer == "keep":
             factor = (factor != 0).astype(np.float64)
         return factor**2 if state == "exp_avg_sq" else factor
 
     def _gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Source entries at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
-        wanted = [self.plan.index(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
+        wanted = [self._vector("index", tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         known = [np.where(index == FRESH, 0, index) for index in wanted]
-        first, last = int(known[0].min()), int(known[0].max())
-        rows = self._source.read(tensor.source, state, slice(first, last + 1))
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        gathered = rows[torch.from_numpy(known[0] - first)]
-        return gathered[:, torch.from_numpy(known[1])] if len(known) > 1 else gathered
+        gathered = self._rows(tensor.source, state, known[0])
+        return _picked(gathered, known[1], 1) if len(known) > 1 else gathered
+
+    def _rows(self, name: str, state: State, wanted: np.ndarray) -> torch.Tensor:
+        """Source rows, at least fp32. Rows far apart are read in halves: what lies between them is not wanted."""
+        first, last = int(wanted.min()), int(wanted.max())
+        if len(wanted) > 1 and last - first >= 2 * len(wanted):
+            middle = len(wanted) // 2
+            return torch.cat([self._rows(name, state, wanted[:middle]), self._rows(name, state, wanted[middle:])])
+        rows = self._source.read(name, state, slice(first, last + 1))
+        return _picked(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted - first, 0)
 
     def _uneven_shares(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
         """Per-element factors 1 + scale * z on the columns of readers that have copies, or None."""
         breaking = self.plan.recipe.width.symmetry_breaking
         if breaking.method == "none" or len(spec.dims) != 2 or spec.dims[1].use != "in":
             return None
-        copies = self.plan.copies(spec, 1)
+        copies = self._vector("copies", spec, 1)
         if copies.max() < 2:
             return None
         (first, stop), columns = bounds[0], slice(*bounds[1])
         width = spec.shape[1]
         drawn = normals(breaking.seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
-        return (1.0 + breaking.scale * _standardised(drawn, self.plan.index(spec, 1), copies))[:, columns]
+        return (1.0 + breaking.scale * _standardised(drawn, self._vector("index", spec, 1), copies))[:, columns]
 
     def _fill_fresh(self, spec: TensorSpec, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         fresh = self._fresh(spec, bounds)
-        if fresh.any():
-            mask = torch.from_numpy(fresh)
-            grown[mask] = torch.from_numpy(self._fresh_values(spec, bounds)).to(grown.dtype)[mask]
-        return grown
+        if fresh is None:
+            return grown
+        values = torch.from_numpy(self._fresh_values(spec, bounds)).to(grown.dtype)
+        return torch.where(torch.from_numpy(fresh), values, grown)
 
     def _fresh_values(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
         shape = [stop - start for start, stop in bounds]
@@ -117,27 +137,46 @@ class GrownTensors:
         for d, part in enumerate(bounds):
             axis = self.plan.axis(spec, d)
             fill = axis.fresh_in if spec.dims[d].use == "in" else axis.fresh_out
-            masks.append((self.plan.index(spec, d)[slice(*part)] == FRESH) & (fill == "zero"))
+            masks.append((self._vector("index", spec, d)[slice(*part)] == FRESH) & (fill == "zero"))
         silent: np.ndarray = masks[0][:, None] | masks[1][None, :]
         return silent
 
-    def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
-        masks = [self.plan.index(spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]
+    def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
+        """True where nothing of the source is copied; None if that is nowhere."""
+        masks = [self._vector("index", spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]
+        if not any(mask.any() for mask in masks):
+            return None
         found: np.ndarray = masks[0] if len(masks) == 1 else masks[0][:, None] | masks[1][None, :]
         return found
 
     def _mean(self, source_name: str) -> float:
+        """Mean of a second moment. The portions of the sum are fixed, so it does not depend on who asks for what."""
         if source_name not in self._means:
-            whole = self._source.read(source_name, "exp_avg_sq")
-            self._means[source_name] = float(whole.double().mean())
+            spec = self._source.architecture.by_name[source_name]
+            rows = max(1, _MEAN_ROWS_ELEMENTS // (spec.numel // spec.shape[0]))
+            total = 0.0
+            for first in range(0, spec.shape[0], rows):
+                portion = self._source.read(source_name, "exp_avg_sq", slice(first, first + rows))
+                total += float(portion.double().numpy().sum())
+            self._means[source_name] = total / spec.numel
         return self._means[source_name]
 
 
+def _picked(tensor: torch.Tensor, wanted: np.ndarray, dimension: int) -> torch.Tensor:
+    """The positions ``wanted`` of a dimension: a view where they are consecutive, else a copy."""
+    first = int(wanted[0])
+    if len(wanted) == int(wanted[-1]) - first + 1 and (np.diff(wanted) == 1).all():
+        return tensor.narrow(dimension, first, len(wanted))
+    return tensor.index_select(dimension, torch.from_numpy(wanted))
+
+
 def _scaled(gathered: torch.Tensor, factors: list[Vector]) -> torch.Tensor:
-    rows = torch.from_numpy(factors[0]).to(gathered.dtype)
-    if len(factors) == 1:
-        return gathered * rows
-    return gathered * rows[:, None] * torch.from_numpy(factors[1]).to(gathered.dtype)
+    scaled = gathered
+    for dimension, factor in enumerate(factors):
+        if (factor != 1.0).any():
+            column = torch.from_numpy(factor).to(gathered.dtype)
+            scaled = scaled * (column[:, None] if dimension == 0 and len(factors) > 1 else column)
+    return scaled
 
 
 def _standardised(drawn: np.ndarray, index: np.ndarray, copies: np.ndarray) -> np.ndarray:

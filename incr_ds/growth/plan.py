@@ -111,7 +111,7 @@ class GrowthPlan:
             "target_config": dict(self.target.config),
             "exact": self.exact,
             "notes": list(self.notes),
-            "axes": {name: asdict(axis) for name, axis in self.axes.items()},
+            "axes": {name: _described(axis) for name, axis in self.axes.items()},
             "layers": [asdict(layer) for layer in self.layers],
             "tensors": [
                 {"name": name, "shape": plan.target.shape, "source": plan.source, "silent": plan.silent}
@@ -137,6 +137,13 @@ class GrowthPlan:
         if spec.role == "final_norm" and self.target.tied:
             return "tied scale"
         return spec.dims[dimension].use
+
+
+def _described(axis: AxisGrowth) -> dict[str, Any]:
+    """An axis as JSON; one that stays is its size (a vocabulary has hundreds of thousands of positions)."""
+    if axis.is_identity:
+        return {"axis": axis.axis, "method": axis.method, "old": axis.old}
+    return asdict(axis)
 
 
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from incr_ds.source.unpickle import load_pt
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+_CHECKED_ELEMENTS = 1 << 20  # compared at once
 _METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
@@ -331,7 +333,7 @@ def _check_duplicates(rank: _ModelRank) -> None:
     for group in range(len(ranks[0])):
         for later in range(1, len(ranks)):
             first, second = ranks[later - 1][group], ranks[later][group]
-            if first.numel() > 1 and first.count_nonzero() and torch.equal(first, second):
+            if first.numel() > 1 and torch.equal(first, second) and first.any():
                 raise CheckpointError(
                     f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
                     "copy of the other. Copy the right file back."
@@ -363,9 +365,14 @@ def _check_master(rank: _ModelRank, parameter: str, saved: torch.Tensor) -> None
         raise CheckpointError(
             f"{rank.model_file}: {parameter}: module weight has shape {list(saved.shape)}, its master {list(flat.shape)}."
         )
-    master = rank.shards.read(parameter, "weight", 0, flat.shape[0]).to(saved.dtype)
-    if not torch.equal(master, saved):
-        wrong = int((master != saved).sum())
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(flat.shape[1:]))
+    wrong = 0
+    for first in range(0, flat.shape[0], rows):
+        stop = min(first + rows, flat.shape[0])
+        master = rank.shards.read(parameter, "weight", first, stop).to(saved.dtype)
+        if not torch.equal(master, saved[first:stop]):
+            wrong += int((master != saved[first:stop]).sum())
+    if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
         raise CheckpointError(
             f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "
