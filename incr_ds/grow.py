@@ -28,6 +28,7 @@ from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
 from incr_ds.target.placement import check_layout
+from incr_ds.target.universal import universal_files
 from incr_ds.target.workspace import Workspace, open_workspace
 
 TAG = "grown"
@@ -115,7 +116,9 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     check_layout(plan.target, layout)
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
-    return PlannedGrowth(request, source, plan, native_files(_native_target(source, plan, dtype)), dtype)
+    target = _native_target(source, plan, dtype)
+    files = universal_files(target) if layout.format == "universal" else native_files(target)
+    return PlannedGrowth(request, source, plan, files, dtype)
 
 
 def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
@@ -240,7 +243,8 @@ def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
-        write_atomically(folder / "latest", TAG)
+        universal = planned.plan.recipe.layout.format == "universal"
+        write_atomically(folder / ("latest_universal" if universal else "latest"), TAG)
     elif (index := index_text(shards)) is not None:
         write_atomically(folder / "model.safetensors.index.json", index)
     for name in TOKENIZER_FILES:
