@@ -89,4 +89,4 @@ def _degrees(layout: Mapping[str, int]) -> str:
 
 def _target_layout_text(planned: PlannedGrowth) -> str:
     layout = planned.plan.recipe.layout
-    return "huggingface" if layout.format == "huggingface" else _degrees(layout.model_dump())
+    return _degrees(layout.model_dump()) if layout.format == "deepspeed" else layout.format

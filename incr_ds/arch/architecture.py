@@ -65,9 +65,8 @@ class Architecture:
         local_name = inside if layer is not None else template.removeprefix("model.")
         dims = tuple(Dimension(dim.use, dim.parts, sum(map(self._size, dim.parts))) for dim in item.dims)
         tied_to = item.tied_to if self.tied else None
-        return TensorSpec(
-            item.name.format(layer=layer), local_name, layer, dims, item.role, tied_to, float(item.offset)
-        )
+        name = item.name.format(layer=layer)
+        return TensorSpec(name, local_name, layer, dims, item.role, tied_to, float(item.offset), item.saved_as)
 
     def _size(self, part: tuple[str, ...]) -> int:
         return math.prod(int(axis) if axis.isdigit() else self.sizes[axis] for axis in part)

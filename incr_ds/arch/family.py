@@ -38,6 +38,7 @@ class TensorDeclaration(Settings):
     when: str | None = None
     tied_to: str | None = None
     offset: int = 0
+    saved_as: str | None = None
 
     @field_validator("dims", mode="before")
     @classmethod

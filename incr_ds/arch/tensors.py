@@ -37,7 +37,7 @@ class TensorSpec:
 
     ``name`` is the Hugging Face name, ``local_name`` the name inside its own layer, ``layer`` the decoder layer it
     belongs to (None outside the decoder), ``tied_to`` the name of the tensor that it shares its storage with. A norm's
-    weight is used as ``offset`` + weight.
+    weight is used as ``offset`` + weight. ``saved_as`` is the name in a Hugging Face folder where it is not ``name``.
     """
 
     name: str
@@ -47,6 +47,12 @@ class TensorSpec:
     role: Role
     tied_to: str | None = None
     offset: float = 0.0
+    saved_as: str | None = None
+
+    @property
+    def saved_name(self) -> str:
+        """The name in a Hugging Face folder."""
+        return self.saved_as or self.name
 
     @property
     def shape(self) -> tuple[int, ...]:

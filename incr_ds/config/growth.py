@@ -70,13 +70,14 @@ class DepthRecipe(Settings):
 
 
 class TargetLayout(ParallelLayout):
-    """The layout on disk: ``deepspeed`` (its own ZeRO files, moments included) or ``huggingface`` (weights only).
+    """The layout on disk: ``deepspeed`` (its own ZeRO files for this very layout, moments included), ``universal``
+    (DeepSpeed's one folder for every data-parallel size and ZeRO stage, moments included) or ``huggingface`` (weights only).
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
     for a Hugging Face folder and the source's precision for DeepSpeed.
     """
 
-    format: Literal["deepspeed", "huggingface"] = "deepspeed"
+    format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 

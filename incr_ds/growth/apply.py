@@ -5,6 +5,8 @@ A slice is: gather rows, gather columns, multiply by two vectors, fill the fresh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -15,16 +17,23 @@ from incr_ds.growth.counter import normals
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
 Bounds = tuple[tuple[int, int], ...]
+BYTES_PER_ELEMENT = 128  # of memory that reading takes at its height, per element of the source's and target's rows
+_MEAN_ROWS_ELEMENTS = 1 << 20  # fixed: a sum in other portions would round differently
 
 
 class GrownTensors:
-    """The target's tensors, computed on demand from ``source`` by ``plan``; nothing is kept but per-tensor means."""
+    """The target's tensors, computed on demand from ``source`` by ``plan``. Kept are vectors of the axes and per-tensor
+    means; a read takes about BYTES_PER_ELEMENT per element of the rows it asks for. Any number of threads may read.
+
+    What ``read`` returns may be the source's own memory: it must not be written to.
+    """
 
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
         self.plan = plan
         self._source = source
         self._means: dict[str, float] = {}
-        self._over_rows: dict[str, torch.Tensor] = {}
+        self._row_means: dict[str, torch.Tensor] = {}
+        self._vectors: dict[tuple[object, ...], Vector] = {}
 
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
         """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
@@ -41,39 +50,45 @@ class GrownTensors:
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
         spec = tensor.target
-        gathered = self._gather(tensor, "weight", bounds)
         if tensor.start == "identity":
-            return _diagonal(bounds, gathered.dtype)
+            return _diagonal(bounds)
         if tensor.start == "zero":
-            return torch.full_like(gathered, -spec.offset)
-        factors = [self.plan.value(spec, d)[slice(*bounds[d])] for d in range(len(bounds))]
+            return torch.full([stop - start for start, stop in bounds], -spec.offset)
+        gathered = self._gather(tensor, "weight", bounds)
+        factors = [self._vector("value", spec, d)[slice(*bounds[d])] for d in range(len(bounds))]
         factors[0] = factors[0] * tensor.scale
         grown = _scaled(gathered, factors)
         if spec.offset:
             # A norm used as offset + weight; in this form a factor of 1 changes no bit.
-            grown += torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
+            grown = grown + torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
         shares = self._uneven_shares(spec, bounds)
         if shares is not None:
-            grown *= torch.from_numpy(shares).to(grown.dtype)
-        self._fill_fresh(tensor, grown, bounds)
-        return grown
+            grown = grown * torch.from_numpy(shares).to(grown.dtype)
+        return self._fill_means(tensor, self._fill_fresh(spec, grown, bounds), bounds)
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        gathered = self._gather(tensor, state, bounds)
         if tensor.new_layer and state == "exp_avg":
-            return torch.zeros_like(gathered)
+            return torch.zeros([stop - start for start, stop in bounds])
+        gathered = self._gather(tensor, state, bounds)
         factors = [self._moment_factor(tensor, d, state) for d in range(len(bounds))]
         grown = _scaled(gathered, [factor[slice(*part)] for factor, part in zip(factors, bounds, strict=True)])
         fresh = self._fresh(tensor.target, bounds)
-        if state == "exp_avg_sq" and fresh.any():
+        if state == "exp_avg_sq" and fresh is not None:
             # A zero second moment at a large step count means no bias correction and a first update of several
             # learning rates; the mean of the neighbours is a second moment that fresh entries can start from.
             typical = self._mean(tensor.source) * float(np.prod([factor[factor != 0].mean() for factor in factors]))
-            grown[torch.from_numpy(fresh)] = typical
+            grown = grown.masked_fill(torch.from_numpy(fresh), typical)
         return grown
 
+    def _vector(self, kind: str, spec: TensorSpec, dimension: int) -> Vector:
+        """A method of the plan, like ``index`` or ``value``, computed once per kind of dimension."""
+        key = (kind, spec.dims[dimension], spec.role == "final_norm")
+        if key not in self._vectors:
+            self._vectors[key] = getattr(self.plan, kind)(spec, dimension)
+        return self._vectors[key]
+
     def _moment_factor(self, tensor: TensorPlan, dimension: int, state: State) -> Vector:
-        factor = self.plan.gradient_factor(tensor.target, dimension)
+        factor = self._vector("gradient_factor", tensor.target, dimension)
         if dimension == 0:
             factor = factor * tensor.gradient
         if self.plan.recipe.optimizer == "keep":
@@ -82,13 +97,19 @@ class GrownTensors:
 
     def _gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Source entries at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
-        wanted = [self.plan.index(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
+        wanted = [self._vector("index", tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         known = [np.where(index == FRESH, 0, index) for index in wanted]
-        first, last = int(known[0].min()), int(known[0].max())
-        rows = self._source.read(tensor.source, state, slice(first, last + 1))
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        gathered = rows[torch.from_numpy(known[0] - first)]
-        return gathered[:, torch.from_numpy(known[1])] if len(known) > 1 else gathered
+        gathered = self._rows(tensor.source, state, known[0])
+        return _picked(gathered, known[1], 1) if len(known) > 1 else gathered
+
+    def _rows(self, name: str, state: State, wanted: np.ndarray) -> torch.Tensor:
+        """Source rows, at least fp32. Rows far apart are read in halves: what lies between them is not wanted."""
+        first, last = int(wanted.min()), int(wanted.max())
+        if len(wanted) > 1 and last - first >= 2 * len(wanted):
+            middle = len(wanted) // 2
+            return torch.cat([self._rows(name, state, wanted[:middle]), self._rows(name, state, wanted[middle:])])
+        rows = self._source.read(name, state, slice(first, last + 1))
+        return _picked(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted - first, 0)
 
     def _uneven_shares(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
         """Per-element factors 1 + scale * z along the dimension that reads copies, or None."""
@@ -96,23 +117,23 @@ class GrownTensors:
         reading = [d for d, dim in enumerate(spec.dims) if dim.use in READS]
         if breaking.method == "none" or not reading:
             return None
-        copies = self.plan.copies(spec, reading[0])
+        copies = self._vector("copies", spec, reading[0])
         if copies.max() < 2:
             return None
         # Elements are numbered with the reading dimension inside, whichever way the tensor is stored.
         (first, stop), read = bounds[1 - reading[0]], slice(*bounds[reading[0]])
         width = spec.shape[reading[0]]
         drawn = normals(breaking.seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
-        shares = (1.0 + breaking.scale * _standardised(drawn, self.plan.index(spec, reading[0]), copies))[:, read]
+        deviations = _standardised(drawn, self._vector("index", spec, reading[0]), copies)[:, read]
+        shares = 1.0 + breaking.scale * deviations
         return np.ascontiguousarray(shares if reading[0] == 1 else shares.T)
 
-    def _fill_fresh(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> None:
-        fresh = self._fresh(tensor.target, bounds)
-        if fresh.any():
-            mask = torch.from_numpy(fresh)
-            grown[mask] = torch.from_numpy(self._fresh_values(tensor.target, bounds)).to(grown.dtype)[mask]
-        for dimension in range(len(bounds)):
-            self._fill_means(tensor, grown, bounds, dimension)
+    def _fill_fresh(self, spec: TensorSpec, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        fresh = self._fresh(spec, bounds)
+        if fresh is None:
+            return grown
+        values = torch.from_numpy(self._fresh_values(spec, bounds)).to(grown.dtype)
+        return torch.where(torch.from_numpy(fresh), values, grown)
 
     def _fresh_values(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
         shape = [stop - start for start, stop in bounds]
@@ -124,64 +145,87 @@ class GrownTensors:
         drawn = normals(seed, f"{spec.name}/fresh", first * width, (stop - first) * width).reshape(-1, width)
         deviation = float(self.plan.target.config[self.plan.target.family.config.initializer])
         values: np.ndarray = drawn[:, columns] * deviation
-        rows, read = (self.plan.fills(spec, d, "zero")[slice(*part)] for d, part in enumerate(bounds))
+        rows, read = (self._vector("silent", spec, d)[slice(*part)].astype(bool) for d, part in enumerate(bounds))
         values[rows[:, None] | read[None, :]] = 0.0
         return values
 
-    def _fill_means(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds, dimension: int) -> None:
+    def _fill_means(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """Where a fresh position of the residual stream is to be the mean of the old ones, make its writer write that."""
         spec = tensor.target
-        mask = self.plan.fills(spec, dimension, "mean")[slice(*bounds[dimension])]
-        if not mask.any() or spec.dims[dimension].use != "out":
-            return
-        means = self._mean_over(tensor, dimension, bounds) * tensor.scale * self.plan.axes["hidden"].amplitude[0]
-        if dimension == 0:
-            grown[torch.from_numpy(mask)] = means.to(grown.dtype)
-        else:
-            grown[:, torch.from_numpy(mask)] = means.to(grown.dtype)[:, None]
+        for d, dim in enumerate(spec.dims):
+            mask = self._vector("averaged", spec, d)[slice(*bounds[d])]
+            if dim.use == "out" and mask.any():
+                means = self._means_along(tensor, d, bounds) * tensor.scale * self.plan.axes["hidden"].amplitude[0]
+                column = means.to(grown.dtype)[:, None] if d == 1 else means.to(grown.dtype)
+                chosen = torch.from_numpy(mask)
+                chosen = chosen[:, None] if d == 0 and len(bounds) == 2 else chosen
+                grown = torch.where(chosen, column, grown)
+        return grown
 
-    def _mean_over(self, tensor: TensorPlan, dimension: int, bounds: Bounds) -> torch.Tensor:
-        """Mean of the source over a whole dimension, at the part's positions of the other one, with its factors."""
+    def _means_along(self, tensor: TensorPlan, dimension: int, bounds: Bounds) -> torch.Tensor:
+        """Mean of the source along a whole dimension, at the part's positions of the other one and with its factors."""
         if len(bounds) == 1:
             return self._source.read(tensor.source).double().mean()
         other = 1 - dimension
-        index = self.plan.index(tensor.target, other)[slice(*bounds[other])]
+        part = slice(*bounds[other])
+        index = self._vector("index", tensor.target, other)[part]
         known = np.where(index == FRESH, 0, index)
         if dimension == 0:
-            means = self._row_means(tensor.source)[torch.from_numpy(known)]
+            means = self._over_rows(tensor.source)[torch.from_numpy(known)]
         else:
-            first = int(known.min())
-            rows = self._source.read(tensor.source, "weight", slice(first, int(known.max()) + 1))
-            means = rows.double().mean(dim=1)[torch.from_numpy(known - first)]
-        return means * torch.from_numpy(self.plan.value(tensor.target, other)[slice(*bounds[other])])
+            means = self._rows(tensor.source, "weight", known).double().mean(dim=1)
+        return means * torch.from_numpy(self._vector("value", tensor.target, other)[part])
 
-    def _row_means(self, source_name: str) -> torch.Tensor:
-        if source_name not in self._over_rows:
-            self._over_rows[source_name] = self._source.read(source_name).double().mean(dim=0)
-        return self._over_rows[source_name]
+    def _over_rows(self, name: str) -> torch.Tensor:
+        """Mean over the rows of a weight, summed in fixed portions."""
+        if name not in self._row_means:
+            portions = [portion.double().sum(dim=0) for portion in self._portions(name, "weight")]
+            self._row_means[name] = torch.stack(portions).sum(dim=0) / self._source.architecture.by_name[name].shape[0]
+        return self._row_means[name]
 
-    def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
-        masks = [self.plan.index(spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]
+    def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
+        """True where nothing of the source is copied; None if that is nowhere."""
+        masks = [self._vector("index", spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]
+        if not any(mask.any() for mask in masks):
+            return None
         found: np.ndarray = masks[0] if len(masks) == 1 else masks[0][:, None] | masks[1][None, :]
         return found
 
-    def _mean(self, source_name: str) -> float:
-        if source_name not in self._means:
-            whole = self._source.read(source_name, "exp_avg_sq")
-            self._means[source_name] = float(whole.double().mean())
-        return self._means[source_name]
+    def _mean(self, name: str) -> float:
+        """Mean of a second moment, summed in fixed portions."""
+        if name not in self._means:
+            total = sum(float(portion.double().numpy().sum()) for portion in self._portions(name, "exp_avg_sq"))
+            self._means[name] = total / self._source.architecture.by_name[name].numel
+        return self._means[name]
+
+    def _portions(self, name: str, state: State) -> Iterator[torch.Tensor]:
+        """The rows of a source tensor, so many at a time that a sum over them does not depend on who asks for what."""
+        spec = self._source.architecture.by_name[name]
+        rows = max(1, _MEAN_ROWS_ELEMENTS // (spec.numel // spec.shape[0]))
+        for first in range(0, spec.shape[0], rows):
+            yield self._source.read(name, state, slice(first, first + rows))
 
 
-def _diagonal(bounds: Bounds, dtype: torch.dtype) -> torch.Tensor:
+def _diagonal(bounds: Bounds) -> torch.Tensor:
     rows, columns = (torch.arange(*part) for part in bounds)
-    return (rows[:, None] == columns[None, :]).to(dtype)
+    return (rows[:, None] == columns[None, :]).float()
+
+
+def _picked(tensor: torch.Tensor, wanted: np.ndarray, dimension: int) -> torch.Tensor:
+    """The positions ``wanted`` of a dimension: a view where they are consecutive, else a copy."""
+    first = int(wanted[0])
+    if len(wanted) == int(wanted[-1]) - first + 1 and (np.diff(wanted) == 1).all():
+        return tensor.narrow(dimension, first, len(wanted))
+    return tensor.index_select(dimension, torch.from_numpy(wanted))
 
 
 def _scaled(gathered: torch.Tensor, factors: list[Vector]) -> torch.Tensor:
-    rows = torch.from_numpy(factors[0]).to(gathered.dtype)
-    if len(factors) == 1:
-        return gathered * rows
-    return gathered * rows[:, None] * torch.from_numpy(factors[1]).to(gathered.dtype)
+    scaled = gathered
+    for dimension, factor in enumerate(factors):
+        if (factor != 1.0).any():
+            column = torch.from_numpy(factor).to(gathered.dtype)
+            scaled = scaled * (column[:, None] if dimension == 0 and len(factors) > 1 else column)
+    return scaled
 
 
 def _standardised(drawn: np.ndarray, index: np.ndarray, copies: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -104,8 +104,15 @@ class GrowthPlan:
         whole: np.ndarray = counts.astype(np.int64)
         return whole
 
-    def fills(self, spec: TensorSpec, dimension: int, fill: Fill) -> np.ndarray:
-        """True at the fresh positions of a dimension that hold ``fill``."""
+    def silent(self, spec: TensorSpec, dimension: int) -> np.ndarray:
+        """True at the fresh positions of a dimension that must be zero for the function to stay."""
+        return self._fills(spec, dimension, "zero")
+
+    def averaged(self, spec: TensorSpec, dimension: int) -> np.ndarray:
+        """True at the fresh positions of a dimension that hold the mean of the old ones."""
+        return self._fills(spec, dimension, "mean")
+
+    def _fills(self, spec: TensorSpec, dimension: int, fill: Fill) -> np.ndarray:
         reads = spec.dims[dimension].use in READS
 
         def others(axis: AxisGrowth) -> Vector:
@@ -140,7 +147,7 @@ class GrowthPlan:
             "target_config": dict(self.target.config),
             "exact": self.exact,
             "notes": list(self.notes),
-            "axes": {name: asdict(axis) for name, axis in self.axes.items()},
+            "axes": {name: _described(axis) for name, axis in self.axes.items()},
             "layers": [asdict(layer) for layer in self.layers],
             "tensors": [
                 {
@@ -198,6 +205,13 @@ class GrowthPlan:
         if spec.role == "final_norm" and self.target.tied:
             return "tied scale" if use == "scale" else "tied shift"
         return use
+
+
+def _described(axis: AxisGrowth) -> dict[str, Any]:
+    """An axis as JSON; one that stays is its size (a vocabulary has hundreds of thousands of positions)."""
+    if axis.is_identity:
+        return {"axis": axis.axis, "method": axis.method, "old": axis.old}
+    return asdict(axis)
 
 
 def _product(outer: Vector, inner: Vector) -> Vector:

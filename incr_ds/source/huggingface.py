@@ -22,7 +22,9 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self._architecture = architecture
-        self._file_of = _tensor_files(folder)
+        self._saved_as = {spec.name: spec.saved_name for spec in architecture.tensors}
+        logical = {saved: name for name, saved in self._saved_as.items()}
+        self._file_of = {logical.get(name, name): path for name, path in _tensor_files(folder).items()}
         files = tuple(sorted(set(self._file_of.values())))
         self._handles = {path: _open(path) for path in files}
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
@@ -59,7 +61,7 @@ class HuggingFaceCheckpoint:
             yield spec.name
 
     def _slice(self, name: str):  # type: ignore[no-untyped-def]  # safetensors has no types
-        return self._handles[self._file_of[name]].get_slice(name)
+        return self._handles[self._file_of[name]].get_slice(self._saved_as.get(name, name))
 
 
 def _tensor_files(folder: Path) -> Mapping[str, Path]:

@@ -7,13 +7,15 @@ from pathlib import Path
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint
+from incr_ds.source.universal import UniversalCheckpoint
 from incr_ds.source.zero import ZeroCheckpoint
 
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
-) -> ZeroCheckpoint | HuggingFaceCheckpoint:
-    """Open a checkpoint folder: DeepSpeed's (``latest`` names the tag, unless ``tag`` does) or Hugging Face's.
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
+    """Open a checkpoint folder: DeepSpeed's (``latest`` or ``latest_universal`` names the tag, unless ``tag`` does) or
+    Hugging Face's.
 
     The architecture comes from ``config``, else from config.json in the tag's folder or in ``path``. Raises
     CheckpointError if nothing known is there, and whatever the reader finds wrong.
@@ -27,16 +29,15 @@ def open_source(
     if not (path / tag).is_dir():
         tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
         raise CheckpointError(f"{path}: no folder for tag {tag!r}; folders there: {tags}.")
-    return ZeroCheckpoint(path, tag, _architecture(path, tag, config), trust=trust)
+    kind = UniversalCheckpoint if (path / tag / "zero").is_dir() else ZeroCheckpoint
+    return kind(path, tag, _architecture(path, tag, config), trust=trust)
 
 
 def _latest(path: Path) -> str:
-    latest = path / "latest"
-    if latest.is_file():
-        return latest.read_text(encoding="utf-8").strip()
+    for latest in (path / "latest", path / "latest_universal"):
+        if latest.is_file():
+            return latest.read_text(encoding="utf-8").strip()
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    if (path / "latest_universal").is_file():
-        raise CheckpointError(f"{path}: a universal checkpoint; reading those is not supported. Use the native one.")
     if list(path.glob("pytorch_model*.bin")):
         raise CheckpointError(f"{path}: holds .bin weights; convert them to safetensors (save_pretrained does) first.")
     if list(path.glob("*_optim_states.pt")):

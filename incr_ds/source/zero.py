@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from incr_ds.source.unpickle import load_pt
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+BF16_OPTIMIZER = 1  # writes ZeRO-1's partitions, but no zero_stage
+_CHECKED_ELEMENTS = 1 << 20  # compared at once
 _METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
@@ -32,6 +35,7 @@ class _ModelRank:
     model: Mapping[str, Any]
     shards: FlatShards
     stage: int
+    has_stage: bool
     step: int
     names: Mapping[str, str]
     hyperparameters: tuple[Mapping[str, Any], ...]
@@ -148,7 +152,7 @@ class ZeroCheckpoint:
         metadata = {key: first.model[key] for key in _METADATA if key in first.model}
         metadata["dtype"] = "bfloat16" if first.files[0].name.startswith("bf16_") else "float32"
         metadata["optimizer_groups"] = first.hyperparameters
-        kind = f"DeepSpeed ZeRO-{first.stage}"
+        kind = f"DeepSpeed ZeRO-{first.stage}" if first.has_stage else "DeepSpeed BF16_Optimizer"
         return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
 
 
@@ -190,7 +194,7 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     model = load_pt(model_file, trust=trust)
     states = [_optimizer_state(load_pt(path, trust=trust), path) for path in files]
     _check_partition_count(states, model, model_file, files)
-    stage = int(states[0]["zero_stage"])
+    stage = int(states[0].get("zero_stage", BF16_OPTIMIZER))
     group_shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     if stage == 3:
         parameters = scattered_parameters(group_shapes, len(files))
@@ -204,18 +208,15 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     check_bounds(shards, str(model_file.parent))
     step = _common_step(states, stage, files)
     names = logical_names(parameters, architecture)
-    return _ModelRank(index, model_file, files, model, shards, stage, step, names, _hyperparameters(states[0], stage))
+    groups = _hyperparameters(states[0], stage)
+    has_stage = "zero_stage" in states[0]
+    return _ModelRank(index, model_file, files, model, shards, stage, has_stage, step, names, groups)
 
 
 def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: no key optimizer_state_dict; not a DeepSpeed optimizer file.")
-    if "zero_stage" not in state:
-        raise CheckpointError(
-            f"{path}: no zero_stage: written by DeepSpeed's BF16_Optimizer, which is not supported. Save with "
-            "ZeRO-1 and without grad_accum_dtype fp32, or export the model to Hugging Face format."
-        )
     if isinstance(state.get("base_optimizer_state"), list):
         raise CheckpointError(
             f"{path}: an elastic checkpoint, which is not supported; save with elastic_checkpoint false."
@@ -331,7 +332,7 @@ def _check_duplicates(rank: _ModelRank) -> None:
     for group in range(len(ranks[0])):
         for later in range(1, len(ranks)):
             first, second = ranks[later - 1][group], ranks[later][group]
-            if first.numel() > 1 and first.count_nonzero() and torch.equal(first, second):
+            if first.numel() > 1 and torch.equal(first, second) and first.any():
                 raise CheckpointError(
                     f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
                     "copy of the other. Copy the right file back."
@@ -363,9 +364,14 @@ def _check_master(rank: _ModelRank, parameter: str, saved: torch.Tensor) -> None
         raise CheckpointError(
             f"{rank.model_file}: {parameter}: module weight has shape {list(saved.shape)}, its master {list(flat.shape)}."
         )
-    master = rank.shards.read(parameter, "weight", 0, flat.shape[0]).to(saved.dtype)
-    if not torch.equal(master, saved):
-        wrong = int((master != saved).sum())
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(flat.shape[1:]))
+    wrong = 0
+    for first in range(0, flat.shape[0], rows):
+        stop = min(first + rows, flat.shape[0])
+        master = rank.shards.read(parameter, "weight", first, stop).to(saved.dtype)
+        if not torch.equal(master, saved[first:stop]):
+            wrong += int((master != saved[first:stop]).sum())
+    if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
         raise CheckpointError(
             f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "

@@ -16,6 +16,7 @@ CASES = {
     "z2-bf16-round-robin": {"stage": 2, "bf16": True, "tied": False, "zero": {"round_robin_gradients": True}},
     "z1-round-robin": {"stage": 1, "bf16": False, "tied": True, "zero": {"round_robin_gradients": True}},
     "z2-aligned": {"stage": 2, "bf16": True, "tied": True, "zero": {"parameter_alignment": True}},
+    "bf16-optimizer": {"stage": 1, "bf16": True, "tied": True, "zero": {}, "bf16_optimizer": True},
     "z3": {"stage": 3, "bf16": False, "tied": False, "zero": {}},
     "z3-bf16-tied-small-groups": {"stage": 3, "bf16": True, "tied": True, "zero": {"sub_group_size": 20_000}},
 }
@@ -38,7 +39,8 @@ def test_every_tensor_is_read(written, case, ranks):
     folder, live = written[case, ranks]
     checkpoint = open_source(folder)
     stage = CASES[case]["stage"]
-    assert checkpoint.facts.kind == f"DeepSpeed ZeRO-{stage}"
+    kind = "BF16_Optimizer" if case == "bf16-optimizer" else f"ZeRO-{stage}"
+    assert checkpoint.facts.kind == f"DeepSpeed {kind}"
     assert checkpoint.facts.step == 2
     assert checkpoint.facts.layout == {
         "tensor_parallel": 1,
