@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from incr_ds.losses.distillation import DistillationLoss, Scalar, distillation_loss
+from incr_ds.losses.arguments import Scalar
+from incr_ds.losses.distillation import DistillationLoss, distillation_loss
 
 
 class DistillationHead(nn.Module):
