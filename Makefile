@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow check lint types setup clean
+.PHONY: quickstart test test-slow test-triton check lint types setup clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
@@ -15,6 +15,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow --timeout=1800
+
+# The kernels under the other Triton versions that users have: 3.6.0 with torch 2.11, and the newest.
+test-triton: $(READY)
+	for version in 3.6.0 3.9.0; do \
+	  test -d build/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$$version triton==$$version; \
+	  PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest tests/kernels -m "slow or not slow" || exit 1; \
+	done
 
 check: lint types test
 

@@ -18,7 +18,7 @@ REQUIRES = [
     "matplotlib",
     "tensorboard",
 ]
-DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "accelerate"]
+DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "accelerate", "triton"]
 
 setup(
     name="incr_ds",

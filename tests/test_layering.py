@@ -21,6 +21,7 @@ ORDER = [
     "export",
     "verify",
     "tables",
+    "kernels",
     "losses",
     "model",
     "train",
@@ -32,6 +33,8 @@ SIBLINGS = {"source", "growth", "target"}
 DISTRIBUTED = {"losses", "model", "train", "testing"}
 DEEPSPEED = {"model", "train"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
+# Triton's language has no modules of its own: what its kernels share stands in their file.
+LONGEST_KERNEL_MODULE = 600
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -64,13 +67,14 @@ def test_layers(path):
             assert part in DEEPSPEED, f"{path} imports {name}"
         if name.startswith("torch.distributed"):
             assert part in DISTRIBUTED, f"{path} imports {name}"
-        assert not name.startswith("triton"), f"{path} imports {name}"
+        if name.split(".")[0] == "triton":
+            assert part == "kernels", f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_sizes(path):
     text = path.read_text()
-    assert text.count("\n") <= LONGEST_MODULE
+    assert text.count("\n") <= (LONGEST_KERNEL_MODULE if part_of(path) == "kernels" else LONGEST_MODULE)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno <= LONGEST_FUNCTION, f"{path}: {node.name}"

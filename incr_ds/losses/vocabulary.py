@@ -1,57 +1,98 @@
-"""Softmax statistics over a vocabulary that is cut over the ranks of a process group.
+"""A vocabulary that is cut over the ranks of a process group: who holds what, and statistics over all of it.
 
-Shapes: C rows (tokens), V the rank's part of the vocabulary.
+Shapes: C rows (tokens), V the rank's real columns.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from incr_ds.kernels.rows import (
+    FAR,
+    LOGITS,
+    MAXIMUM,
+    STATISTICS,
+    TEACHER_MAXIMUM,
+    TEACHER_TEMPERED,
+    TEMPERED,
+    TOTAL,
+    WEIGHTED,
+    Tempering,
+)
 
-class LogSum(NamedTuple):
-    """log(sum(exp(v))) over the rank's columns, unfinished: the maximum [C] and the sum of exp(v - maximum) [C]."""
 
-    maximum: Tensor
-    total: Tensor
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The rank holds entries [start, start + size) of ``whole``; ``group`` is None where it holds all of them."""
+
+    group: dist.ProcessGroup | None
+    start: int
+    size: int
+    whole: int
+
+    @property
+    def largest(self) -> int:
+        """Columns that every rank plans its memory for: the same number on all of them."""
+        return self.whole if self.group is None else -(-self.whole // dist.get_world_size(self.group))
+
+    def columns(self, entries: Tensor) -> Tensor:
+        """Local columns of vocabulary ``entries``, -1 where another rank (or none) holds them."""
+        owned = (entries >= self.start) & (entries < self.start + self.size)
+        return torch.where(owned, entries - self.start, -1)
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sum ``values`` over the ranks in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
 
 
-def local_log_sum(values: Tensor) -> LogSum:
-    """The statistics of the rank's own columns of ``values`` [C, V]."""
-    maximum = values.amax(dim=1)
-    return LogSum(maximum, (values - maximum[:, None]).exp_().sum(dim=1))
+@dataclass(frozen=True)
+class Totals:
+    """Statistics of C rows over the whole vocabulary, each [C]; ``picked`` [P, C] are the logits of chosen entries.
 
-
-def target_values(logits: Tensor, labels: Tensor, vocab_start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rank's part in each row's label.
-
-    Returns (value [C] of the label's logit, -inf where another rank owns it; owned [C]; local column [C], 0 where not
-    owned). A label that no rank owns therefore ends as an infinite cross entropy instead of a plausible number.
+    ``normalizers`` [5, C] is what Rows calls so; ``logits`` the sum of z; ``entropy`` that of softmax(z).
     """
-    owned = (labels >= vocab_start) & (labels < vocab_start + logits.shape[1])
-    column = torch.where(owned, labels - vocab_start, 0)
-    value = logits.gather(1, column[:, None]).squeeze(1)
-    return torch.where(owned, value, -torch.inf), owned, column
+
+    normalizers: Tensor
+    logits: Tensor
+    entropy: Tensor
+    picked: Tensor
 
 
-def combine(parts: list[LogSum], target: Tensor, group: dist.ProcessGroup | None) -> tuple[list[Tensor], Tensor]:
-    """Finish every ``LogSum`` over the group's ranks with one collective.
+def picked_logits(logits: Tensor, columns: Tensor) -> Tensor:
+    """Logits [P, C] in the columns [P, C] of ``logits`` [C, V], -inf where the column is -1.
 
-    Returns ([log-sum-exp [C] for each part], the label's logit [C]); bit for bit the same on every rank.
+    An entry that no rank holds therefore ends as an infinite cross entropy instead of a plausible number.
     """
-    if group is None:
-        return [part.maximum + part.total.log() for part in parts], target
-    packed = torch.stack([column for part in parts for column in part] + [target])
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, packed, group=group)
-    ranks = torch.stack(gathered)
-    sums = [_log_sum_exp(ranks[:, 2 * index], ranks[:, 2 * index + 1]) for index in range(len(parts))]
-    return sums, ranks[:, -1].amax(dim=0)
+    if not logits.shape[1]:
+        return logits.new_full(columns.shape, -torch.inf)
+    values = logits.gather(1, columns.clamp_min(0).t()).t()
+    return torch.where(columns >= 0, values, -torch.inf)
 
 
-def _log_sum_exp(maximum: Tensor, total: Tensor) -> Tensor:
-    highest = maximum.amax(dim=0)
-    return highest + (total * (maximum - highest).exp()).sum(dim=0).log()
+def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: VocabularyPart) -> Totals:
+    """Finish the ``local`` statistics [STATISTICS, C] over the ranks with one collective; the same bits on every rank."""
+    packed = torch.cat([local, picked.to(local.dtype)])
+    ranks = packed[None]
+    if part.group is not None:
+        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(part.group))]
+        dist.all_gather(gathered, packed, group=part.group)
+        ranks = torch.stack(gathered)
+    maximum, teacher_maximum = (ranks[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
+    below = (ranks[:, MAXIMUM] - maximum).clamp_min(-FAR)
+    teacher_below = ranks[:, TEACHER_MAXIMUM] - teacher_maximum
+    scale = below.exp()
+    total = (ranks[:, TOTAL] * scale).sum(dim=0)
+    weighted = (scale * (ranks[:, WEIGHTED] + below * ranks[:, TOTAL])).sum(dim=0)
+    tempered = (ranks[:, TEMPERED] * (below * tempering.inverse).exp()).sum(dim=0)
+    teacher_tempered = (ranks[:, TEACHER_TEMPERED] * (teacher_below * tempering.inverse).exp()).sum(dim=0)
+    return Totals(
+        normalizers=torch.stack([maximum, total.log(), tempered.log(), teacher_maximum, teacher_tempered.log()]),
+        logits=ranks[:, LOGITS].sum(dim=0),
+        entropy=total.log() - weighted / total,
+        picked=ranks[:, STATISTICS:].amax(dim=0),
+    )

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from incr_ds.losses.distillation import DistillationLoss, Scalar
+from incr_ds.losses.arguments import Scalar
+from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.layers import LayerFactory
 
 

@@ -24,8 +24,10 @@ class LossRecord:
 
     def add(self, parts: DistillationLoss) -> None:
         """Note one micro-batch."""
-        values = [part.detach().double() for part in parts]
-        self._parts.append(torch.stack([*values[:3], values[1] * values[3], values[3]]))
+        loss, ce, divergence, tokens = (
+            part.detach().double() for part in (parts.loss, parts.ce, parts.divergence, parts.tokens)
+        )
+        self._parts.append(torch.stack([loss, ce, divergence, ce * tokens, tokens]))
 
     def take(self, device: torch.device) -> Tensor:
         """[loss, ce, divergence] averaged over micro-batches, then ce * tokens and tokens summed; starts anew.

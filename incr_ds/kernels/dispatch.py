@@ -1,0 +1,66 @@
+"""Which row kernels run: the best for the device, or the ones that were asked for, or an error that says why not."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+
+from incr_ds.kernels.rows import RowKernels
+from incr_ds.kernels.torch_rows import TorchRows
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton")
+
+_log = logging.getLogger(__name__)
+
+
+def row_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowKernels:
+    """The row kernels of ``backend`` for logits on ``device`` whose products take operands of ``dtype``.
+
+    ``auto`` takes Triton on a CUDA device that has it, else torch, and logs the choice once. Raises ValueError for an
+    unknown backend and for one that cannot run here, with the reason.
+    """
+    if backend == "auto":
+        return TorchRows() if dtype == torch.float64 else _automatic(device.type)
+    if backend == "torch":
+        return TorchRows()
+    if backend != "triton":
+        raise ValueError(f"backend {backend!r} is unknown; the backends are {', '.join(BACKENDS)}")
+    obstacle = _triton_obstacle(device.type, dtype)
+    if obstacle is not None:
+        raise ValueError(f"backend 'triton' cannot run: {obstacle}. Use backend='torch' or 'auto'")
+    return _triton_rows()
+
+
+@functools.cache
+def _automatic(device: str) -> RowKernels:
+    """Chosen and logged once per kind of device."""
+    reason = "the device is not CUDA" if device != "cuda" else _triton_obstacle(device, torch.float32)
+    kernels = TorchRows() if reason is not None else _triton_rows()
+    _log.info("distillation loss on %s: row kernels %s%s", device, kernels.name, f" ({reason})" if reason else "")
+    return kernels
+
+
+def _triton_obstacle(device: str, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels compute in fp32 and the tensors are float64"
+    try:
+        from incr_ds.kernels import triton_rows
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if device == "cuda":
+        return None
+    if not triton_rows.INTERPRETED:
+        return f"the tensors are on {device!r}, not on a CUDA device (or set TRITON_INTERPRET=1 before the import)"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter rounds bfloat16 wrongly"
+    return None
+
+
+def _triton_rows() -> RowKernels:
+    from incr_ds.kernels.triton_rows import TritonRows
+
+    return TritonRows()

@@ -1,0 +1,95 @@
+"""What a row kernel computes: the seam between the loss's matrix products and its softmax arithmetic.
+
+A row is one token's logits z over the V real entries of this rank's vocabulary, and u the teacher's. With
+p = softmax(z), p_T = softmax(z / T) and q_T = softmax(u / T), a kernel makes two passes over a chunk of C rows:
+``statistics``, whose results are combined over the ranks, and ``gradient``, which overwrites z with the loss's gradient.
+Reverse KL and JSD need ``centre`` between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Kind = Literal["none", "forward_kl", "reverse_kl", "jsd", "sparse"]
+DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
+
+# Rows of the statistics [STATISTICS, C]: max z, then sums of e, e^(1/T), z and e * (z - max z) with e = exp(z - max z);
+# max u, sum exp((u - max u) / T).
+MAXIMUM, TOTAL, TEMPERED, LOGITS, WEIGHTED, TEACHER_MAXIMUM, TEACHER_TEMPERED = range(7)
+STATISTICS = 7
+
+# Stands for minus infinity where 0 * infinity would follow.
+FAR = 1e30
+# Below this distance between two log-probabilities the termwise divergence is a polynomial or expm1.
+NEAR = 0.5
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """1 / T as a 0-d tensor on the rows' device; ``unit`` says that T is known to be 1."""
+
+    inverse: Tensor
+    unit: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Everything about C rows that their logits alone do not say.
+
+    ``normalizers`` [5, C] over the whole vocabulary: max z, log sum exp(z - max z), log sum exp((z - max z) / T), max u,
+    log sum exp((u - max u) / T). ``label`` [C] is the label's column, -1 where another rank holds it. A row's
+    gradient is
+
+        on_p * p + on_divergence * D - on_label * onehot(label) - everywhere
+
+    with D = p_T - q_T (forward KL), p_T * (log p_T - log q_T - centre) (reverse KL),
+    p_T / 2 * (log(p_T / m) - centre) (JSD, m = (p_T + q_T) / 2), or p_T (sparse); all four factors are ``factors``
+    [4, C]. Where ``live`` [C] is False the row's gradient is exactly 0. Without ``write`` the logits stay as they are.
+    """
+
+    normalizers: Tensor
+    label: Tensor
+    live: Tensor
+    factors: Tensor
+    centre: Tensor | None
+    tempering: Tempering
+    kind: Kind
+    write: bool
+
+
+class RowKernels(Protocol):
+    """The typed function that each backend implements.
+
+    ``student`` [C, V] and ``teacher`` [C, V] (None without a dense teacher) may be wider in memory than V; everything
+    else is contiguous.
+    ``temporaries`` counts the [C, V] buffers in the accumulation dtype that a call needs besides its arguments.
+    """
+
+    name: str
+    temporaries: int
+
+    def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
+        """In what precision logits are kept when the products' operands are ``operand``."""
+        ...
+
+    def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
+        """[STATISTICS, C] over this rank's columns; the teacher's mean nothing without one."""
+        ...
+
+    def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
+        """[2, C] over this rank's columns, for reverse KL and JSD: the divergence, and the gradient's centre."""
+        ...
+
+    def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
+        """Overwrite ``student`` with the gradient; returns this rank's part of forward KL, [C], else zeros."""
+        ...
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,124 @@
+"""How many tokens' logits are in memory at once: a plan made from a byte budget, printable before anything runs.
+
+Every chunk of tokens reads and writes the fp32 gradient of the head once more, so few large chunks are fast. The
+teacher's logits are only needed while a row is worked on and are walked in smaller slabs inside the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SLAB_ROWS = 1024
+ROW_QUANTUM = 128
+COLUMN_QUANTUM = 64
+
+CPU_BUDGET_BYTES = 256 * 2**20
+CUDA_BUDGET_BYTES = 2560 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds that a prediction is made for: matrix products in TFLOP/s, memory in GB/s (10^9 bytes)."""
+
+    tflops: float
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """Sizes of one call on one rank: tokens N, real columns V, widths Hs and Ht (0 without a dense teacher).
+
+    ``logits_bytes`` and ``accumulation_bytes`` are bytes per element, ``copy_bytes`` those of a copy of the logits'
+    gradient that the products need (0: they take it as it is); ``temporaries`` counts the row kernels' [rows, V] buffers
+    in the accumulation dtype.
+    """
+
+    tokens: int
+    vocabulary: int
+    student_width: int
+    teacher_width: int = 0
+    logits_bytes: int = 2
+    accumulation_bytes: int = 4
+    copy_bytes: int = 0
+    temporaries: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Elements from one row of logits to the next: aligned, and at least one column wider than V."""
+        return _round_up(self.vocabulary + 1, COLUMN_QUANTUM)
+
+    @property
+    def student_row_bytes(self) -> int:
+        """Memory of a token while its chunk is worked on."""
+        return self.stride * self.logits_bytes + self.vocabulary * self.copy_bytes
+
+    @property
+    def slab_row_bytes(self) -> int:
+        """Further memory of a token while its slab is worked on."""
+        teacher = self.stride * self.logits_bytes if self.teacher_width else 0
+        return teacher + self.temporaries * self.vocabulary * self.accumulation_bytes
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """``chunk_rows`` tokens of student logits at a time, inside them ``slab_rows`` tokens of teacher logits."""
+
+    shape: LossShape
+    chunk_rows: int
+    slab_rows: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the tokens make."""
+        return -(-self.shape.tokens // self.chunk_rows)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the logits and the row kernels' temporaries."""
+        return self.chunk_rows * self.shape.student_row_bytes + self.slab_rows * self.shape.slab_row_bytes
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the four matrix products, forward and backward."""
+        shape = self.shape
+        return 2 * shape.tokens * shape.vocabulary * (3 * shape.student_width + shape.teacher_width)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Memory traffic beside the products: two row passes, and the head's gradient once more per further chunk."""
+        shape = self.shape
+        passes = (3 + (2 if shape.teacher_width else 0)) * shape.logits_bytes
+        again = 2 * shape.accumulation_bytes * shape.vocabulary * shape.student_width
+        return shape.tokens * shape.vocabulary * passes + (self.chunks - 1) * again
+
+    def milliseconds(self, machine: Machine) -> float:
+        """Predicted time of forward and backward together."""
+        return self.flops / machine.tflops / 1e9 + self.moved_bytes / machine.gigabytes_per_second / 1e6
+
+    def describe(self, machine: Machine) -> str:
+        """One line for people."""
+        return (
+            f"{self.chunks} chunks of {self.chunk_rows} tokens, slabs of {self.slab_rows}: "
+            f"{self.buffer_bytes / 1e9:.2f} GB of logits, {self.milliseconds(machine):.1f} ms predicted "
+            f"at {machine.tflops:g} TFLOP/s and {machine.gigabytes_per_second:g} GB/s"
+        )
+
+
+def plan_loss(shape: LossShape, budget_bytes: int) -> LossPlan:
+    """The fastest plan whose buffers fit into ``budget_bytes``; one token at a time if nothing does.
+
+    The largest chunk that leaves room for a slab of SLAB_ROWS tokens; chunks then of nearly the same size. A budget
+    too small for that makes slabs of whole chunks.
+    """
+    slab = min(shape.tokens, SLAB_ROWS)
+    rows = (budget_bytes - slab * shape.slab_row_bytes) // shape.student_row_bytes
+    if rows < slab:
+        rows = slab = max(1, budget_bytes // (shape.student_row_bytes + shape.slab_row_bytes))
+    rows = max(1, min(rows, shape.tokens))
+    even = _round_up(-(-max(shape.tokens, 1) // -(-max(shape.tokens, 1) // rows)), ROW_QUANTUM)
+    rows = min(rows, even)
+    return LossPlan(shape, rows, max(1, min(slab, rows)))
+
+
+def _round_up(number: int, quantum: int) -> int:
+    return -(-number // quantum) * quantum

@@ -1,0 +1,67 @@
+"""hidden @ head.T and the two products of its gradient, with operands in one dtype and sums in another.
+
+Shapes: N tokens, C of a chunk, H width, V real rows of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from incr_ds.kernels.rows import accumulation_dtype
+
+
+class Projection:
+    """``hidden`` [N, H] and ``head`` [V, H].
+
+    On CUDA the products take low-precision operands and sum in fp32. Elsewhere the operands are converted first, because
+    only CUDA's ``mm`` gives fp32 results of other operands.
+    """
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        operand = operand_dtype(hidden, head)
+        self.operand_dtype = operand
+        self.dtype = accumulation_dtype(operand)
+        self._mixed = hidden.is_cuda and operand != self.dtype
+        self._product_dtype = operand if self._mixed else self.dtype
+        self._hidden = hidden.detach().to(operand)
+        self._head = self._operand(head.detach().to(operand))
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """Logits of the tokens ``rows`` into ``out`` [C, V]."""
+        self._product(self._operand(self._hidden[rows]), self._head.t(), out)
+
+    def through_head(self, gradient: Tensor, out: Tensor) -> None:
+        """Gradient of the hidden states into ``out`` [C, H], from that of the logits [C, V]."""
+        self._product(self._operand(gradient), self._head, out)
+
+    def through_hidden(self, gradient: Tensor, rows: slice, out: Tensor, *, add: bool) -> None:
+        """Gradient of the head into ``out`` [V, H], or added to it, from that of the logits [C, V] of ``rows``."""
+        left, right = self._operand(gradient).t(), self._operand(self._hidden[rows])
+        if not add:
+            self._product(left, right, out)
+        elif out.dtype == self._product_dtype:
+            torch.addmm(out, left, right, out=out)
+        elif self._mixed and out.dtype == self.dtype:
+            torch.ops.aten.addmm.dtype_out(out, left, right, self.dtype, out=out)
+        else:
+            out.add_(left @ right)
+
+    def _operand(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._product_dtype)
+
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if out.dtype == self._product_dtype:
+            torch.mm(left, right, out=out)
+        elif self._mixed:
+            torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+        else:
+            out.copy_(left @ right)
+
+
+def operand_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """As F.linear would have it: autocast's dtype where that is on, else the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, head.dtype)

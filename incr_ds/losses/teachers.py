@@ -1,0 +1,68 @@
+"""Who teaches: a model's hidden states and head, its cached top entries, or entries sampled from it.
+
+Shapes: N tokens, V the rank's rows of the vocabulary, K entries kept per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """The whole distribution softmax(hidden @ head.T / T): ``hidden`` [N, Ht], ``head`` [V, Ht]."""
+
+    hidden: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The K most probable entries of each token's distribution.
+
+    ``indices`` [N, K] into the whole vocabulary, distinct in a row, -1 for none; ``log_probs`` [N, K] are
+    log-probabilities at the loss's temperature. With ``tail`` "bucket" the rest of the vocabulary is one more entry, with
+    what the K leave of the probability, and the divergence is at most the full one; with "none" the rest does not count.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    tail: Literal["bucket", "none"] = "bucket"
+
+
+@dataclass(frozen=True)
+class SampledTeacher:
+    """Entries drawn from the teacher: ``weights`` [N, K] estimate probabilities at the loss's temperature.
+
+    ``indices`` [N, K] into the whole vocabulary, -1 for none; an entry that is drawn twice is one index with the sum of
+    its weights. With weights count / draws the gradient is that of the full forward KL in expectation
+    (random sampling distillation, arXiv 2503.16870).
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+Teacher = HiddenTeacher | TopKTeacher | SampledTeacher
+
+
+@dataclass(frozen=True)
+class SparseEntries:
+    """What top-k and sampled teachers share: ``probabilities`` [N, K], 0 where ``indices`` [N, K] is -1."""
+
+    indices: Tensor
+    probabilities: Tensor
+    bucket: bool
+
+
+def sparse_entries(teacher: TopKTeacher | SampledTeacher, dtype: torch.dtype) -> SparseEntries:
+    """The entries of ``teacher`` with probabilities in ``dtype``."""
+    if isinstance(teacher, TopKTeacher):
+        probabilities, bucket = teacher.log_probs.to(dtype).exp(), teacher.tail == "bucket"
+    else:
+        probabilities, bucket = teacher.weights.to(dtype), False
+    return SparseEntries(teacher.indices, torch.where(teacher.indices >= 0, probabilities, 0), bucket)

@@ -1,0 +1,84 @@
+"""Which row kernels run, said once, and refusals that say why."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from incr_ds.kernels import dispatch, triton_rows
+from incr_ds.kernels.dispatch import row_kernels
+from incr_ds.losses.distillation import distillation_loss
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def forget_choices():
+    dispatch._automatic.cache_clear()
+    yield
+    dispatch._automatic.cache_clear()
+
+
+def test_automatic_choice_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO):
+        names = [row_kernels("auto", CPU, torch.float32).name for _ in range(3)]
+    assert names == ["torch"] * 3
+    assert [record.message for record in caplog.records] == [
+        "distillation loss on cpu: row kernels torch (the device is not CUDA)"
+    ]
+
+
+def test_automatic_choice_on_a_cuda_device_is_triton_where_it_can_be_imported(caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        assert row_kernels("auto", CUDA, torch.bfloat16).name == "triton"
+    assert row_kernels("auto", CUDA, torch.float64).name == "torch"
+    dispatch._automatic.cache_clear()
+    without_triton(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert row_kernels("auto", CUDA, torch.bfloat16).name == "torch"
+    assert "distillation loss on cuda: row kernels torch (Triton cannot be imported" in caplog.text
+
+
+def without_triton(monkeypatch):
+    monkeypatch.delattr("incr_ds.kernels.triton_rows")
+    monkeypatch.setitem(sys.modules, "incr_ds.kernels.triton_rows", None)
+
+
+def test_a_request_that_cannot_be_met_says_why(monkeypatch):
+    with pytest.raises(
+        ValueError, match="'triton' cannot run: its kernels compute in fp32 and the tensors are float64"
+    ):
+        row_kernels("triton", CPU, torch.float64)
+    with pytest.raises(ValueError, match="'triton' cannot run: Triton's interpreter rounds bfloat16 wrongly"):
+        row_kernels("triton", CPU, torch.bfloat16)
+    monkeypatch.setattr(triton_rows, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="tensors are on 'cpu', not on a CUDA device .* Use backend='torch' or 'auto'"):
+        row_kernels("triton", CPU, torch.float32)
+    without_triton(monkeypatch)
+    with pytest.raises(ValueError, match="'triton' cannot run: Triton cannot be imported"):
+        row_kernels("triton", CPU, torch.float32)
+
+
+def test_unknown_backends_are_named():
+    with pytest.raises(
+        ValueError, match="backend 'tirton' is unknown; the backends are auto, reference, torch, triton"
+    ):
+        row_kernels("tirton", CPU, torch.float32)
+
+
+def test_the_reference_refuses_a_buffer_for_the_head():
+    hidden, head, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match="'reference' leaves gradients to autograd"):
+        distillation_loss(hidden, head, labels, alpha=0.0, backend="reference", head_gradient=torch.zeros_like(head))
+
+
+def test_the_loss_runs_where_triton_is_not_installed():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, incr_ds\n"
+        "hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)\n"
+        "incr_ds.distillation_loss(hidden, head, torch.tensor([1, 2, 3]), alpha=0.0).loss.backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -1,0 +1,192 @@
+"""Every backend against the reference in fp64: values and gradients, all kinds of teacher, paddings, precisions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_problem import HS, N, V, make_problem, outcome, relative_errors
+
+from incr_ds.kernels import triton_rows
+from incr_ds.kernels.triton_rows import RowLaunch
+from incr_ds.losses.distillation import distillation_loss
+from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, TopKTeacher
+
+# The interpreter evaluates both sides of a choice, also where the side not taken overflows.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+# What fp32 arithmetic leaves of a loss and of a gradient of this size.
+FP32_ERRORS = [1e-6] * 5 + [3e-6] * 2
+
+
+@pytest.fixture(autouse=True)
+def several_blocks_per_row(monkeypatch):
+    """V = 101 then takes several steps of every loop, the last one partly filled."""
+    monkeypatch.setattr(triton_rows, "STATISTICS_LAUNCH", RowLaunch(32, 1))
+    monkeypatch.setattr(triton_rows, "GRADIENT_LAUNCH", RowLaunch(64, 1))
+
+
+def sparse(problem, kind):
+    """A teacher of ``kind`` with entries missing in some rows and the label among them in others."""
+    q = F.softmax(problem.teacher_hidden.double() @ problem.teacher_head.double().T / 1.5, 1)
+    top, indices = q.topk(7, dim=1)
+    indices[:3, 0] = problem.labels[:3]
+    indices[1, 4:] = -1
+    top = torch.where(indices >= 0, q.gather(1, indices.clamp_min(0)), 0)
+    assert all(row[row >= 0].unique().numel() == (row >= 0).sum() for row in indices), "entries must be distinct"
+    if kind == "sampled":
+        return SampledTeacher(indices, top / top.sum(1, keepdim=True))
+    return TopKTeacher(indices, top.log(), tail=kind)
+
+
+SETTINGS = [
+    {"alpha": 0.3, "temperature": 2.0},
+    {"alpha": 0.3, "temperature": 1.0, "z_loss": 0.02, "label_smoothing": 0.1},
+    {"alpha": 1.0, "temperature": 0.7, "z_loss": 0.02},
+    {"alpha": torch.tensor(0.25), "temperature": torch.tensor(1.5), "label_smoothing": 0.2},
+    {"alpha": 0.0, "z_loss": 0.02, "label_smoothing": 0.1},
+]
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_torch_equals_the_reference(settings, divergence):
+    expected = outcome(make_problem(), **settings, divergence=divergence, backend="reference")
+    for budget in (None, 30_000):
+        found = outcome(make_problem(), **settings, divergence=divergence, backend="torch", budget_bytes=budget)
+        assert max(relative_errors(found, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("settings", [*SETTINGS[:3], SETTINGS[4]], ids=str)
+def test_triton_equals_the_reference(settings, divergence):
+    exact = make_problem(torch.float32).to(torch.float64)
+    expected = outcome(exact, **settings, divergence=divergence, backend="reference")
+    found = outcome(
+        make_problem(torch.float32), **settings, divergence=divergence, backend="triton", budget_bytes=2_500
+    )
+    assert all(error < bound for error, bound in zip(relative_errors(found, expected), FP32_ERRORS, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bucket", "none", "sampled"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sparse_teachers_equal_the_reference(kind, backend):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    problem = make_problem(torch.float32)
+    settings = {
+        "alpha": 0.4,
+        "temperature": 1.5,
+        "z_loss": 0.02,
+        "label_smoothing": 0.1,
+        "teacher": sparse(problem, kind),
+    }
+    expected = outcome(problem.to(torch.float64), **settings, backend="reference")
+    found = outcome(problem.to(dtype), **settings, backend=backend, budget_bytes=9_000)
+    bounds = [1e-12] * 7 if backend == "torch" else FP32_ERRORS
+    assert all(error < bound for error, bound in zip(relative_errors(found, expected), bounds, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_padding_is_outside_every_sum(backend):
+    """Each model has its own padding behind 101 entries; garbage in it must not matter."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    plain, settings = make_problem(dtype), {"alpha": 0.5, "label_smoothing": 0.1, "z_loss": 0.01, "backend": backend}
+    expected = outcome(plain, **settings)
+    padded = torch.cat([plain.head.detach(), torch.full((27, HS), torch.inf, dtype=dtype)]).requires_grad_()
+    teacher = HiddenTeacher(plain.teacher_hidden, F.pad(plain.teacher_head, (0, 0, 0, 11), value=1e4))
+    result = distillation_loss(plain.hidden, padded, plain.labels, teacher=teacher, vocab_size=V, **settings)
+    hidden_gradient, head_gradient = torch.autograd.grad(result.loss, (plain.hidden, padded))
+    found = [*result[:5], hidden_gradient, head_gradient[:V]]
+    assert all(torch.equal(a.detach().double(), b) for a, b in zip(found, expected, strict=True))
+    assert not head_gradient[V:].any()
+
+
+# The gate: no further from fp64 than torch's own bf16 arithmetic on whole logits, within a tenth.
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+@pytest.mark.parametrize("budget", [None, 12_000], ids=["one chunk", "many chunks"])
+def test_no_less_accurate_than_eager(backend, dtype, budget):
+    problem = make_problem(dtype, tokens=64, scale=0.5)
+    settings = {"alpha": 0.5, "temperature": 1.0, "z_loss": 1e-3}
+    exact = outcome(problem.to(torch.float64), **settings, backend="reference")
+    ours = relative_errors(outcome(problem.to(dtype), **settings, backend=backend, budget_bytes=budget), exact)
+    theirs = relative_errors(eager(problem.to(dtype)), exact)
+    assert ours[0] <= 1.1 * theirs[0] + 1e-6
+    assert ours[5] <= 1.1 * theirs[5] and ours[6] <= 1.1 * theirs[6]
+
+
+def eager(problem):
+    """The same loss by autograd over whole logits in the inputs' dtype, with fp32 softmax: what people write."""
+    kept = problem.labels != -100
+    logits = (problem.hidden @ problem.head.T)[kept].float()
+    scores = (problem.teacher_hidden @ problem.teacher_head.T)[kept].float()
+    ce = F.cross_entropy(logits, problem.labels[kept])
+    log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(scores, 1)
+    kl = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    z = logits.logsumexp(1).square().mean()
+    loss = 0.5 * ce + 0.5 * kl + 1e-3 * z
+    gradients = torch.autograd.grad(loss, (problem.hidden, problem.head))
+    return [value.detach().double() for value in (loss, ce, kl, z, z, *gradients)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(backend, dtype):
+    problem = make_problem(torch.float32)
+    with torch.autocast("cpu", dtype):
+        found = outcome(problem, alpha=0.5, backend=backend)
+    lower = outcome(problem.to(dtype), alpha=0.5, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found[:5], lower[:5], strict=True))
+    gradient = torch.autograd.grad(distillation_loss(*problem.tensors, alpha=0.5, backend=backend).loss, problem.head)[
+        0
+    ]
+    assert gradient.dtype == torch.float32
+    assert relative_errors(found[5:], lower[5:])[1] < 4e-3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_repeats_are_the_same_bits(backend):
+    first, second = (outcome(make_problem(torch.float32), alpha=0.5, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_without_gradients_values_are_the_same(backend):
+    problem = make_problem(torch.float32)
+    for divergence in DIVERGENCES:
+        kept = distillation_loss(*problem.tensors, alpha=0.5, divergence=divergence, backend=backend)
+        with torch.no_grad():
+            free = distillation_loss(*problem.tensors, alpha=0.5, divergence=divergence, backend=backend)
+        assert not free.loss.requires_grad
+        torch.testing.assert_close(torch.stack(free[:5]), torch.stack(kept[:5]).detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("budget", [None, 20_000])
+def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget):
+    problem, scale = make_problem(torch.bfloat16), torch.tensor(8.0)
+    expected = outcome(problem.to(torch.float64), alpha=0.5, backend="reference")[6]
+    buffer = torch.ones(V, HS)
+    result = distillation_loss(
+        *problem.tensors, alpha=0.5, head_gradient=buffer, gradient_scale=scale, budget_bytes=budget, backend="torch"
+    )
+    (scale * result.loss).backward()
+    assert problem.head.grad is None
+    assert relative_errors([buffer.double() - 1], [8 * expected])[0] < 1e-6
+    hidden = outcome(problem.to(torch.bfloat16), alpha=0.5, backend="torch")[5]
+    torch.testing.assert_close(problem.hidden.grad.double(), 8 * hidden, rtol=1e-2, atol=0)
+
+
+def test_another_scale_than_the_promised_one_shows():
+    problem = make_problem()
+    result = distillation_loss(
+        *problem.tensors,
+        alpha=0.5,
+        head_gradient=torch.zeros(V, HS, dtype=torch.float64),
+        gradient_scale=torch.tensor(2.0),
+    )
+    result.loss.backward()
+    assert problem.hidden.grad.isnan().all()
+
+
+def test_per_token_parts_are_zero_where_ignored():
+    problem = make_problem()
+    result = distillation_loss(*problem.tensors, alpha=0.5)
+    assert result.per_token.shape == (4, N)
+    assert (result.per_token == 0).all(0).nonzero().flatten().tolist() == [5, 9]

@@ -1,0 +1,45 @@
+"""Plans: the arithmetic of the reference shape by hand, and every plan fits its budget."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from incr_ds.losses.planner import SLAB_ROWS, LossShape, Machine, plan_loss
+
+REFERENCE = LossShape(tokens=8192, vocabulary=128256, student_width=4096, teacher_width=2048)
+H200 = Machine(tflops=790, gigabytes_per_second=4300)
+
+
+def test_a_budget_of_2_5_gigabytes_makes_one_chunk_of_the_reference_shape():
+    plan = plan_loss(REFERENCE, 2_500_000_000)
+    assert (plan.chunks, plan.chunk_rows, plan.slab_rows) == (1, 8192, 1024)
+    # 128320 columns of 2 bytes: 8192 rows of the student's and 1024 of the teacher's.
+    assert plan.buffer_bytes == (8192 + 1024) * 128320 * 2
+    products = 2 * 8192 * 128256 * (3 * 4096 + 2048)
+    passes = 8192 * 128256 * 5 * 2
+    assert plan.milliseconds(H200) == pytest.approx(products / 790e12 * 1e3 + passes / 4300e9 * 1e3)
+    assert plan.describe(H200) == (
+        "1 chunks of 8192 tokens, slabs of 1024: 2.37 GB of logits, 40.6 ms predicted at 790 TFLOP/s and 4300 GB/s"
+    )
+
+
+def test_each_further_chunk_costs_the_heads_gradient_once_more():
+    one, four = plan_loss(REFERENCE, 2_500_000_000), plan_loss(REFERENCE, 800_000_000)
+    assert (four.chunks, four.chunk_rows) == (4, 2048)
+    assert four.moved_bytes - one.moved_bytes == 3 * 8 * 128256 * 4096
+
+
+@given(
+    tokens=st.integers(1, 40_000),
+    vocabulary=st.integers(1, 200_000),
+    teacher_width=st.sampled_from([0, 64]),
+    temporaries=st.integers(0, 5),
+    budget=st.integers(1, 10**10),
+)
+def test_every_plan_fits_its_budget_or_is_the_smallest(tokens, vocabulary, teacher_width, temporaries, budget):
+    shape = LossShape(tokens, vocabulary, 128, teacher_width, temporaries=temporaries)
+    plan = plan_loss(shape, budget)
+    assert plan.buffer_bytes <= budget or (plan.chunk_rows, plan.slab_rows) == (1, 1)
+    assert 1 <= plan.slab_rows <= min(plan.chunk_rows, SLAB_ROWS) and plan.chunk_rows <= tokens
+    assert plan.chunk_rows * plan.chunks >= tokens > plan.chunk_rows * (plan.chunks - 1)
+    assert plan.milliseconds(H200) >= plan_loss(shape, 2 * budget).milliseconds(H200)
