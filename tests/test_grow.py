@@ -239,7 +239,7 @@ def test_bad_sources(source, recipe, tmp_path):
     for change, message in (
         (
             {"model_type": "gpt_fancy"},
-            "model_type 'gpt_fancy' is not supported; supported: llama, mistral, qwen2, qwen3",
+            "model_type 'gpt_fancy' is not supported; supported: gemma2, gemma3_text, gpt2",
         ),
         ({"logit_softcapping": 30.0}, "config field(s) logit_softcapping are unknown for llama"),
     ):
