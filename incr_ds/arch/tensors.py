@@ -26,6 +26,11 @@ class Dimension:
     size: int
 
     @property
+    def named_axes(self) -> tuple[str, ...]:
+        """Every axis that the dimension is made of."""
+        return tuple(axis for part in self.parts for axis in part if not axis.isdigit())
+
+    @property
     def outer_axis(self) -> str:
         """The outermost axis of the dimension if it is one product, else ""."""
         return self.parts[0][0] if len(self.parts) == 1 else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from incr_ds.config.fields import Settings
+from incr_ds.config.fields import Settings, parse_settings, read_yaml
 from incr_ds.config.layout import ParallelLayout
 
 
@@ -20,13 +22,21 @@ class SymmetryBreaking(Settings):
     """How copies of a residual dimension, neuron or head are made to differ without changing the function.
 
     ``per-element``: each weight that reads c copies gives copy j the share (1 + scale * z_j) / c, with z_j of mean 0 over
-    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``none``: even shares; training
-    then never leaves the copied subspace.
+    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``noise``: even shares plus noise that
+    cancels over the copies, ``snr_db`` decibels below the tensor's root mean square. ``diagonal``: where rows and
+    columns are copied equally often, the rows of copy j read copy j alone. ``none``: even shares; training then never
+    leaves the copied subspace.
     """
 
-    method: Literal["per-element", "none"] = "per-element"
+    method: Literal["per-element", "noise", "diagonal", "none"] = "per-element"
     scale: float = Field(default=0.5, ge=0.0)
+    snr_db: float = 10.0
     seed: int = Field(default=0, ge=0)
+
+
+HiddenMethod = Literal[
+    "auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean", "lemon", "fpi", "random", "constant"
+]
 
 
 class WidthRecipe(Settings):
@@ -34,10 +44,15 @@ class WidthRecipe(Settings):
 
     ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
     with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, ``mean`` padding for
-    LayerNorm, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or mean (LayerNorm).
+    LayerNorm, ``lemon``: as many whole copies as fit, and padding for the rest, or ``auto``: integer where it divides,
+    elsewhere isometric (RMSNorm) or mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some
+    more randomly chosen copies, norms unchanged; ``random`` and ``constant``, new positions filled with normal numbers of
+    deviation ``std`` (None: the config's) or with ``constant``.
     """
 
-    hidden: Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean"] = "auto"
+    hidden: HiddenMethod = "auto"
+    std: float | None = Field(default=None, gt=0.0)
+    constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
@@ -81,12 +96,50 @@ class TargetLayout(ParallelLayout):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class GrowthRecipe(Settings):
-    """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change."""
+class Method(Settings):
+    """A published method: where, how far ``recipe`` is it, and the recipe's keys."""
 
+    published: str
+    known: str
+    recipe: dict[str, Any]
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """The published methods of methods.yaml, by name."""
+    path = Path(__file__).with_name("methods.yaml")
+    return {name: parse_settings(content, Method, f"{path}: {name}") for name, content in read_yaml(path).items()}
+
+
+class GrowthRecipe(Settings):
+    """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change.
+
+    ``recipe`` names a published method (methods.yaml), whose keys hold where the file does not state them itself.
+    """
+
+    recipe: str | None = None
     target: dict[str, Any]
     width: WidthRecipe = WidthRecipe()
     depth: DepthRecipe = DepthRecipe()
-    optimizer: Literal["exact", "keep", "reset"] = "exact"
+    optimizer: Literal["exact", "keep", "reset-new", "reset"] = "exact"
     exact: Literal["required", "preferred"] = "preferred"
     layout: TargetLayout = TargetLayout()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_method(cls, content: Any) -> Any:
+        name = content.get("recipe") if isinstance(content, dict) else None
+        if not isinstance(name, str):
+            return content
+        if name not in methods():
+            raise ValueError(f"recipe: {name!r} is not a method; known: {', '.join(methods())}")
+        return _merged(methods()[name].recipe, content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, section by section."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged

@@ -5,6 +5,7 @@ A slice is: gather rows, gather columns, multiply by two vectors, fill the fresh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,6 +33,7 @@ class GrownTensors:
         self.plan = plan
         self._source = source
         self._means: dict[str, float] = {}
+        self._sizes: dict[str, float] = {}
         self._row_means: dict[str, torch.Tensor] = {}
         self._vectors: dict[tuple[object, ...], Vector] = {}
 
@@ -39,7 +41,8 @@ class GrownTensors:
         """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
 
         ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``: ``exact`` scales them as the gradient scales
-        (exp_avg_sq by the square), ``keep`` copies them, ``reset`` gives zeros.
+        (exp_avg_sq by the square), ``reset-new`` does so for the first copy of everything and starts the rest anew, ``keep``
+        copies them, ``reset`` gives zeros.
         """
         tensor = self.plan.tensors[name]
         if state == "weight":
@@ -61,9 +64,7 @@ class GrownTensors:
         if spec.offset:
             # A norm used as offset + weight; in this form a factor of 1 changes no bit.
             grown = grown + torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
-        shares = self._uneven_shares(spec, bounds)
-        if shares is not None:
-            grown = grown * torch.from_numpy(shares).to(grown.dtype)
+        grown = self._unlike_copies(tensor, grown, bounds)
         return self._fill_means(tensor, self._fill_fresh(spec, grown, bounds), bounds)
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
@@ -72,13 +73,21 @@ class GrownTensors:
         gathered = self._gather(tensor, state, bounds)
         factors = [self._moment_factor(tensor, d, state) for d in range(len(bounds))]
         grown = _scaled(gathered, [factor[slice(*part)] for factor, part in zip(factors, bounds, strict=True)])
-        fresh = self._fresh(tensor.target, bounds)
-        if state == "exp_avg_sq" and fresh is not None:
-            # A zero second moment at a large step count means no bias correction and a first update of several
-            # learning rates; the mean of the neighbours is a second moment that fresh entries can start from.
+        starting = self._starting(tensor.target, bounds)
+        if starting is None:
+            return grown
+        # A zero second moment at a large step count means no bias correction and a first update of several
+        # learning rates; the mean of the neighbours is a second moment that such entries can start from.
+        typical = 0.0
+        if state == "exp_avg_sq":
             typical = self._mean(tensor.source) * float(np.prod([factor[factor != 0].mean() for factor in factors]))
-            grown = grown.masked_fill(torch.from_numpy(fresh), typical)
-        return grown
+        return grown.masked_fill(torch.from_numpy(starting), typical)
+
+    def _starting(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
+        """True where moments start anew: at fresh entries, and for ``reset-new`` at all copies but the first."""
+        if self.plan.recipe.optimizer != "reset-new":
+            return self._fresh(spec, bounds)
+        return _either([_later_copies(self._vector("index", spec, d))[slice(*part)] for d, part in enumerate(bounds)])
 
     def _vector(self, kind: str, spec: TensorSpec, dimension: int) -> Vector:
         """A method of the plan, like ``index`` or ``value``, computed once per kind of dimension."""
@@ -111,22 +120,40 @@ class GrownTensors:
         rows = self._source.read(name, state, slice(first, last + 1))
         return _picked(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted - first, 0)
 
-    def _uneven_shares(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
-        """Per-element factors 1 + scale * z along the dimension that reads copies, or None."""
-        breaking = self.plan.recipe.width.symmetry_breaking
+    def _unlike_copies(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """``grown`` with what makes copies differ along the dimension that reads them; sums over copies stay."""
+        spec, breaking = tensor.target, self.plan.recipe.width.symmetry_breaking
         reading = [d for d, dim in enumerate(spec.dims) if dim.use in READS]
-        if breaking.method == "none" or not reading:
-            return None
-        copies = self._vector("copies", spec, reading[0])
-        if copies.max() < 2:
-            return None
+        if breaking.method == "none" or not reading or self._vector("copies", spec, reading[0]).max() < 2:
+            return grown
+        if breaking.method == "diagonal":
+            return grown * torch.from_numpy(self._own_copies(spec, bounds)).to(grown.dtype)
+        deviations = torch.from_numpy(self._deviations(spec, reading[0], bounds)).to(grown.dtype)
+        if breaking.method == "per-element":
+            return grown * (1.0 + breaking.scale * deviations)
+        factors = [self._vector("value", spec, d)[slice(*bounds[d])] for d in range(len(bounds))]
+        size = tensor.scale * self._root_mean_square(tensor.source) * math.pow(10.0, -breaking.snr_db / 20.0)
+        return grown + size * _scaled(deviations, factors)
+
+    def _deviations(self, spec: TensorSpec, reading: int, bounds: Bounds) -> np.ndarray:
+        """Per element, a draw of mean 0 over the copies of each position read, and variance 1."""
         # Elements are numbered with the reading dimension inside, whichever way the tensor is stored.
-        (first, stop), read = bounds[1 - reading[0]], slice(*bounds[reading[0]])
-        width = spec.shape[reading[0]]
-        drawn = normals(breaking.seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
-        deviations = _standardised(drawn, self._vector("index", spec, reading[0]), copies)[:, read]
-        shares = 1.0 + breaking.scale * deviations
-        return np.ascontiguousarray(shares if reading[0] == 1 else shares.T)
+        (first, stop), read = bounds[1 - reading], slice(*bounds[reading])
+        width, seed = spec.shape[reading], self.plan.recipe.width.symmetry_breaking.seed
+        drawn = normals(seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
+        copies = self._vector("copies", spec, reading)
+        deviations = _standardised(drawn, self._vector("index", spec, reading), copies)[:, read]
+        return np.ascontiguousarray(deviations if reading == 1 else deviations.T)
+
+    def _own_copies(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
+        """c where copy j of the output reads copy j of the input of c each, 0 for the other copies, 1 for other outputs."""
+        turns, counts = [], []
+        for d, part in enumerate(bounds):
+            upright = (-1, 1) if d == 0 else (1, -1)
+            turns.append(_occurrence(self._vector("index", spec, d))[slice(*part)].reshape(upright))
+            counts.append(self._vector("copies", spec, d)[slice(*part)].reshape(upright))
+        own = np.where(turns[0] == turns[1], counts[0], 0)
+        return np.where(counts[0] == counts[1], own, 1).astype(np.float64)
 
     def _fill_fresh(self, spec: TensorSpec, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         fresh = self._fresh(spec, bounds)
@@ -138,24 +165,32 @@ class GrownTensors:
     def _fresh_values(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
         shape = [stop - start for start, stop in bounds]
         if len(shape) == 1:
-            return np.full(shape, 1.0 - spec.offset if spec.dims[0].use in ("scale", "post") else 0.0)
+            return self._fresh_vector(spec, bounds[0])
         (first, stop), columns = bounds[0], slice(*bounds[1])
-        width = spec.shape[1]
-        seed = self.plan.recipe.width.symmetry_breaking.seed
-        drawn = normals(seed, f"{spec.name}/fresh", first * width, (stop - first) * width).reshape(-1, width)
-        deviation = float(self.plan.target.config[self.plan.target.family.config.initializer])
+        width, recipe = spec.shape[1], self.plan.recipe.width
+        name = f"{spec.name}/fresh"
+        drawn = normals(recipe.symmetry_breaking.seed, name, first * width, (stop - first) * width).reshape(-1, width)
+        deviation = recipe.std or float(self.plan.target.config[self.plan.target.family.config.initializer])
         values: np.ndarray = drawn[:, columns] * deviation
-        rows, read = (self._vector("silent", spec, d)[slice(*part)].astype(bool) for d, part in enumerate(bounds))
-        values[rows[:, None] | read[None, :]] = 0.0
+        for kind, filled in (("constant", recipe.constant), ("silent", 0.0)):
+            rows, read = (self._vector(kind, spec, d)[slice(*part)].astype(bool) for d, part in enumerate(bounds))
+            values[rows[:, None] | read[None, :]] = filled
         return values
+
+    def _fresh_vector(self, spec: TensorSpec, part: tuple[int, int]) -> np.ndarray:
+        """Norms start as one, biases as zero, unless they write the recipe's constant."""
+        if spec.dims[0].use in ("scale", "post"):
+            return np.full(part[1] - part[0], 1.0 - spec.offset)
+        return self._vector("constant", spec, 0)[slice(*part)] * self.plan.recipe.width.constant
 
     def _fill_means(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """Where a fresh position of the residual stream is to be the mean of the old ones, make its writer write that."""
         spec = tensor.target
         for d, dim in enumerate(spec.dims):
             mask = self._vector("averaged", spec, d)[slice(*bounds[d])]
-            if dim.use == "out" and mask.any():
-                means = self._means_along(tensor, d, bounds) * tensor.scale * self.plan.axes["hidden"].amplitude[0]
+            if dim.use in ("out", "lookup") and mask.any():
+                amplitude = max(self.plan.axes[name].amplitude[0] for name in dim.named_axes)
+                means = self._means_along(tensor, d, bounds) * tensor.scale * amplitude
                 column = means.to(grown.dtype)[:, None] if d == 1 else means.to(grown.dtype)
                 chosen = torch.from_numpy(mask)
                 chosen = chosen[:, None] if d == 0 and len(bounds) == 2 else chosen
@@ -185,11 +220,7 @@ class GrownTensors:
 
     def _fresh(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
         """True where nothing of the source is copied; None if that is nowhere."""
-        masks = [self._vector("index", spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)]
-        if not any(mask.any() for mask in masks):
-            return None
-        found: np.ndarray = masks[0] if len(masks) == 1 else masks[0][:, None] | masks[1][None, :]
-        return found
+        return _either([self._vector("index", spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)])
 
     def _mean(self, name: str) -> float:
         """Mean of a second moment, summed in fixed portions."""
@@ -198,12 +229,32 @@ class GrownTensors:
             self._means[name] = total / self._source.architecture.by_name[name].numel
         return self._means[name]
 
+    def _root_mean_square(self, name: str) -> float:
+        """Of a weight, summed in fixed portions."""
+        if name not in self._sizes:
+            total = sum(float(portion.double().square().numpy().sum()) for portion in self._portions(name, "weight"))
+            self._sizes[name] = math.sqrt(total / self._source.architecture.by_name[name].numel)
+        return self._sizes[name]
+
     def _portions(self, name: str, state: State) -> Iterator[torch.Tensor]:
         """The rows of a source tensor, so many at a time that a sum over them does not depend on who asks for what."""
         spec = self._source.architecture.by_name[name]
         rows = max(1, _MEAN_ROWS_ELEMENTS // (spec.numel // spec.shape[0]))
         for first in range(0, spec.shape[0], rows):
             yield self._source.read(name, state, slice(first, first + rows))
+
+
+def _either(masks: list[np.ndarray]) -> np.ndarray | None:
+    """Per element, whether its row or its column is masked; None if none is."""
+    if not any(mask.any() for mask in masks):
+        return None
+    found: np.ndarray = masks[0] if len(masks) == 1 else masks[0][:, None] | masks[1][None, :]
+    return found
+
+
+def _later_copies(index: np.ndarray) -> np.ndarray:
+    later: np.ndarray = (index == FRESH) | (_occurrence(index) > 0)
+    return later
 
 
 def _diagonal(bounds: Bounds) -> torch.Tensor:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 FRESH = -1
 Vector = npt.NDArray[np.float64]
 AxisUse = Literal["out", "in", "raw", "scale", "tied scale", "shift", "tied shift", "post", "lookup"]
-Fill = Literal["random", "zero", "mean"]
+Fill = Literal["random", "zero", "mean", "constant"]
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,10 @@ class GrowthPlan:
         """True at the fresh positions of a dimension that hold the mean of the old ones."""
         return self._fills(spec, dimension, "mean")
 
+    def constant(self, spec: TensorSpec, dimension: int) -> np.ndarray:
+        """True at the fresh positions of a dimension that hold the recipe's constant."""
+        return self._fills(spec, dimension, "constant")
+
     def _fills(self, spec: TensorSpec, dimension: int, fill: Fill) -> np.ndarray:
         reads = spec.dims[dimension].use in READS
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
-from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.plan import GrowthPlan
-from incr_ds.growth.width import grow_heads, grow_hidden, grow_units
+from incr_ds.growth.width import grow_entries, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
-GROWING = ("hidden", "ffn", "heads", "kv_heads", "layers")
+GROWING = ("hidden", "ffn", "heads", "kv_heads", "layers", "vocab", "positions")
+TABLES = ("vocab", "positions")
 
 
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
@@ -33,17 +34,19 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
     inexact = _inexact(source, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
         raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
-    return GrowthPlan(recipe, source, target, axes, layers, inexact, (*inexact, *_notes(recipe, axes)))
+    notes = (*_method_notes(recipe), *inexact, *_notes(recipe, axes))
+    return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
 
 
 def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRecipe) -> dict[str, AxisGrowth]:
     old, width, family = source.sizes, recipe.width, source.family
-    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm)
+    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed)
     ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new)
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
     heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
+    tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
     kept = {axis: identity(axis, size) for axis, size in old.items() if axis not in GROWING}
-    return {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **kept}
+    return {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables, **kept}
 
 
 def _fields(source: Architecture) -> dict[str, str]:
@@ -76,7 +79,8 @@ def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> 
             raise GrowthError(
                 f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {known}."
             )
-        if field not in fields and field not in source.family.without_effect and value != source.config.get(field):
+        free = field in source.family.without_effect or _is_longer_rotary_context(source, field, value)
+        if field not in fields and not free and value != source.config.get(field):
             raise GrowthError(
                 f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
                 f"grows it; fields that can grow: {', '.join(sorted(fields))}."
@@ -84,6 +88,16 @@ def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> 
         if field in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
     return dict(recipe.target)
+
+
+def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
+    """Plain rotary positions have no end: a longer context changes nothing for the old one."""
+    if field != "max_position_embeddings" or "positions" in source.sizes:
+        return False
+    rope = source.config.get("rope_parameters") or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    plain = bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
+    return plain and isinstance(value, int) and value > source.config[field]
 
 
 def _target_architecture(
@@ -169,7 +183,22 @@ def _inexact(
             "depth.map leaves layers out or changes their order, which does not keep the source's function",
         ),
         (
-            family.norm == "layer" and hidden.method != "mean" and len(set(hidden.copies)) > 1,
+            not axes["vocab"].is_identity,
+            f"target.{family.axes['vocab']}: new entries take probability from the old ones, whose logits stay",
+        ),
+        (
+            hidden.method in ("random", "constant"),
+            f"width.hidden: {hidden.method} does not keep the source's function: the norms see what the new positions hold",
+        ),
+        (
+            hidden.method == "fpi" and len(set(hidden.copies)) > 1,
+            "width.hidden: fpi with positions copied unequally often does not keep the source's function: the norms' mean "
+            "square moves",
+        ),
+        (
+            family.norm == "layer"
+            and hidden.method in ("isometric", "zero", "zero-scaled-eps")
+            and len(set(hidden.copies)) > 1,
             f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
         ),
         (
@@ -179,6 +208,13 @@ def _inexact(
         ),
     ]
     return tuple(text for applies, text in checks if applies)
+
+
+def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:
+    if recipe.recipe is None:
+        return ()
+    method = methods()[recipe.recipe]
+    return (f"{recipe.recipe}: {method.published}. {method.known}",)
 
 
 def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth]) -> tuple[str, ...]:

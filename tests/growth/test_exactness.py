@@ -51,14 +51,14 @@ def everything(family):
     return target
 
 
-def difference(family, target, tied=False, **recipe):
+def difference(family, target, tied=False, length=17, **recipe):
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     architecture = small_architecture(family, tie_word_embeddings=tied, **biases)
     source = drawn_model(architecture)
     target = {architecture.family.axes.get(AXES.get(field), field): size for field, size in target.items()}
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=target, **recipe))
     assert grown.plan.exact
-    return relative_difference(source, grown_model(grown))
+    return relative_difference(source, grown_model(grown), length=length)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -120,6 +120,121 @@ def test_zero_padding_with_scaled_eps(fp64_norms, family, tied):
 def test_heads(fp64_norms, heads, new):
     target = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     assert difference("qwen3", target, width={"heads": {"new": new}}) <= 1e-12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "breaking", [{"method": "noise", "snr_db": 3.0}, {"method": "diagonal"}], ids=lambda b: b["method"]
+)
+def test_symmetry_breaking(fp64_norms, family, tied, breaking):
+    """Twice the hidden size and the heads: each of the copies differs from the other, and together they are the source."""
+    width = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": breaking}
+    target = {"hidden_size": 192, "intermediate_size": 500, "num_attention_heads": 12}
+    if "kv_heads" in families()[family].axes:
+        target["num_key_value_heads"] = 6
+    assert difference(family, target, tied, width=width) <= 1e-12
+
+
+def test_diagonal_copies_read_their_own():
+    """Staged Training's matrices: the source twice on the diagonal, zeros beside it; the head reads both halves."""
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    width = {"ffn": {"new": "copy"}, "symmetry_breaking": {"method": "diagonal"}}
+    grown = grown_tensors(source, recipe_of(target={"hidden_size": 192, "intermediate_size": 500}, width=width))
+    for name in ("mlp.up_proj", "mlp.down_proj"):
+        old = source.read(f"model.layers.1.{name}.weight")
+        assert torch.equal(whole(grown, f"model.layers.1.{name}.weight"), torch.block_diag(old, old))
+    assert torch.equal(whole(grown, "lm_head.weight"), source.read("lm_head.weight").repeat(1, 2) / 2)
+
+
+def test_noise_has_its_size_and_cancels():
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    name = "model.layers.0.mlp.up_proj.weight"
+    old = source.read(name)
+    breaking = {"method": "noise", "snr_db": 20.0}
+    grown = whole(
+        grown_tensors(source, recipe_of(target={"hidden_size": 192}, width={"symmetry_breaking": breaking})), name
+    )
+    noise = grown - old.repeat(1, 2) / 2
+    torch.testing.assert_close(noise[:, :96], -noise[:, 96:])
+    relative = float(2 * noise.square().mean().sqrt() / old.square().mean().sqrt())
+    assert abs(relative - 0.1) < 0.005, "20 dB below the weights that are split between two copies"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "hidden"), [("llama", 222), ("qwen3", 222), ("gpt2", 208), ("olmo2", 288)])
+def test_whole_copies_and_padding(fp64_norms, family, hidden, tied):
+    """LEMON's expansion: 222 = 2 x 96 + 30."""
+    target = {"hidden_size": hidden}
+    if family in HIDDEN_PER_HEAD:
+        target["num_attention_heads"] = hidden // 16
+    if family == "olmo2":
+        target["num_key_value_heads"] = 9
+    new = "copy" if family == "olmo2" else "zero-output"
+    assert difference(family, target, tied, width={"hidden": "lemon", "heads": {"new": new}}) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("width", "reason"),
+    [
+        ({"hidden": "fpi"}, "fpi with positions copied unequally often"),
+        ({"hidden": "random", "std": 0.1}, "random does not keep the source's function"),
+        ({"hidden": "constant", "constant": 0.01}, "constant does not keep the source's function"),
+    ],
+)
+def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
+    architecture = small_architecture("llama")
+    model = drawn_model(architecture)
+    source = model_checkpoint(architecture, model)
+    grown = grown_tensors(
+        source, recipe_of(target={"hidden_size": 144}, width={**width, "symmetry_breaking": {"method": "none"}})
+    )
+    assert reason in grown.plan.inexact[0]
+    assert relative_difference(model, grown_model(grown)) > 1e-2
+    name, norm = "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"
+    old, new = source.read(name), whole(grown, name)
+    assert torch.equal(new[:96], old) and torch.equal(whole(grown, norm)[:96], source.read(norm))
+    if width["hidden"] == "fpi":
+        index = list(grown.plan.axes["hidden"].index)
+        assert torch.equal(new, old[index]) and index[:96] == list(range(96)) and len(set(index[96:])) > 20
+        read = whole(grown, "model.layers.1.mlp.up_proj.weight")
+        counts = torch.bincount(torch.tensor(index))[index]
+        torch.testing.assert_close(read, source.read("model.layers.1.mlp.up_proj.weight")[:, index] / counts)
+    elif width["hidden"] == "random":
+        assert abs(float(new[96:].std()) - 0.1) < 0.005
+    else:
+        assert (new[96:] == 0.01).all() and (whole(grown, "model.layers.1.mlp.up_proj.weight")[:, 96:] == 0.01).all()
+        assert (whole(grown, norm)[96:] == 1.0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
+    """New entries start as the mean of the old ones; they take probability, which the plan says."""
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    model = drawn_model(architecture)
+    source = model_checkpoint(architecture, model)
+    target = {"vocab_size": 118, architecture.family.axes["hidden"]: 192, architecture.family.axes["heads"]: 12}
+    grown = grown_tensors(source, recipe_of(target=target, width={"heads": {"new": "zero-output"}}))
+    assert "new entries take probability" in grown.plan.inexact[0] and len(grown.plan.inexact) == 1
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        old, new = model(tokens).logits, grown_model(grown)(tokens).logits
+    assert new.shape[-1] == 118 and float((new[..., :101] - old).abs().max() / old.abs().max()) <= 1e-12
+    table = next(spec.name for spec in architecture.stored if spec.role == "embedding")
+    rows = whole(grown, table)
+    torch.testing.assert_close(rows[101:], rows[:101].mean(dim=0).expand(17, -1))
+
+
+def test_more_positions_keep_the_function(fp64_norms):
+    assert difference("gpt2", {"n_positions": 128}, length=64) <= 1e-12
+    assert difference("opt", {"max_position_embeddings": 80}, length=64) <= 1e-12
+    assert difference("llama", {"max_position_embeddings": 128}, length=64) <= 1e-12
+    scaled = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(GrowthError, match="max_position_embeddings: 128 differs from the source's 64, and no operator"):
+        plan_growth(scaled, recipe_of(target={"max_position_embeddings": 128}))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -158,3 +158,20 @@ def test_optimizer_modes(optimizer, factor):
     assert torch.allclose(whole(grown, name, "exp_avg"), expected)
     reset = grown_tensors(source, recipe_of(target={"hidden_size": 192}, optimizer="reset"))
     assert not whole(reset, name, "exp_avg").any() and not whole(reset, name, "exp_avg_sq").any()
+
+
+def test_moments_of_new_entries_only_can_start_anew():
+    """reset-new: the first copy of everything keeps its moments, the others start at zero with a typical second moment."""
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    target = {"hidden_size": 144, "intermediate_size": 331, "num_hidden_layers": 4}
+    recipes = {name: recipe_of(target=target, optimizer=name) for name in ("exact", "reset-new")}
+    exact, anew = (grown_tensors(source, recipes[name]) for name in ("exact", "reset-new"))
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"):
+        old = tuple(slice(0, size) for size in architecture.by_name[name].shape)
+        for state in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(anew, name, state)[old], whole(exact, name, state)[old])
+        rest = torch.ones(whole(anew, name).shape, dtype=torch.bool)
+        rest[old] = False
+        assert not whole(anew, name, "exp_avg")[rest].any()
+        assert rest.sum() and (whole(anew, name, "exp_avg_sq")[rest] > 0).all()

@@ -48,8 +48,8 @@ EVERYTHING = {
         ),
         (
             "llama",
-            {"target": {"vocab_size": 200}},
-            r"target\.vocab_size: 200 differs from the source's 101, and no operator",
+            {"target": {"hidden_act": "gelu"}},
+            r"target\.hidden_act: 'gelu' differs from the source's 'silu', and no operator",
         ),
         ("llama", {"target": {"tie_word_embeddings": True}}, r"target\.tie_word_embeddings: True differs"),
         ("llama", {"target": {"hidden_size": "144"}}, r"expected a positive whole number, found '144'"),
