@@ -23,6 +23,7 @@ ORDER = [
     "tables",
     "kernels",
     "losses",
+    "bench",
     "model",
     "train",
     "study",

@@ -14,7 +14,7 @@ class TorchRows:
     """Row kernels of the ``torch`` backend; see RowKernels."""
 
     name = "torch"
-    temporaries = 5
+    temporaries = 7
 
     def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
         """Logits are kept in the accumulation dtype."""
@@ -52,9 +52,11 @@ class TorchRows:
         towards = None
         if teacher is not None:
             log_p, log_q = _log_probabilities(student, teacher, rows)
+            p, q = log_p.exp(), log_q.exp()
+            distance = log_q.sub_(log_p)
             if rows.kind == "forward_kl":
-                divergence = termwise(log_q.exp(), log_p.exp(), log_q - log_p).sum(dim=1)
-            towards = _direction(log_p, log_q, rows) if rows.write else None
+                divergence = termwise(q, p, distance).sum(dim=1)
+            towards = _direction(p, q, distance, rows) if rows.write else None
         elif rows.kind == "sparse" and rows.write:
             towards = _tempered_log(student, rows.normalizers[0], rows.normalizers[2], rows.tempering).exp_()
         if rows.write:
@@ -108,18 +110,16 @@ def _over_mixture(distance: Tensor) -> tuple[Tensor, Tensor]:
     return over_p, torch.where(near, distance / 2 - rise, math.log(2) - torch.logaddexp(zero, -distance))
 
 
-def _direction(log_p: Tensor, log_q: Tensor, rows: Rows) -> Tensor:
-    """D of the class Rows."""
-    p = log_p.exp()
+def _direction(p: Tensor, q: Tensor, distance: Tensor, rows: Rows) -> Tensor:
+    """D of the class Rows, with ``distance`` = log q - log p."""
     if rows.kind == "forward_kl":
-        return p.sub_(log_q.exp())
+        return p.sub_(q)
     assert rows.centre is not None
     if rows.kind == "reverse_kl":
-        distance = log_p - log_q
+        pull = -distance - rows.centre[:, None]
     else:
-        distance = _over_mixture(log_q - log_p)[0] / 2
-    centre = rows.centre if rows.kind == "reverse_kl" else rows.centre / 2
-    return torch.where(p > 0, p * (distance - centre[:, None]), 0)
+        pull = (_over_mixture(distance)[0] - rows.centre[:, None]) / 2
+    return torch.where(p > 0, p * pull, 0)
 
 
 def _write(student: Tensor, towards: Tensor | None, rows: Rows) -> None:

@@ -59,11 +59,12 @@ class TritonRows:
         result = torch.empty((STATISTICS, count), dtype=torch.float32, device=student.device)
         given = student if teacher is None else teacher
         launch = STATISTICS_LAUNCH
-        statistics_kernel[(count,)](
-            student, given, result, tempering.inverse, student.stride(0), given.stride(0), count, columns,
-            HAS_TEACHER=teacher is not None, UNIT=tempering.unit, BLOCK=launch.block,
-            num_warps=launch.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current device
+            statistics_kernel[(count,)](
+                student, given, result, tempering.inverse, student.stride(0), given.stride(0), count, columns,
+                HAS_TEACHER=teacher is not None, UNIT=tempering.unit, BLOCK=launch.block,
+                num_warps=launch.warps, enable_fp_fusion=True,
+            )  # fmt: skip
         return result
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
@@ -71,11 +72,12 @@ class TritonRows:
         count, columns = student.shape
         result = torch.empty((2, count), dtype=torch.float32, device=student.device)
         launch = GRADIENT_LAUNCH
-        centre_kernel[(count,)](
-            student, teacher, result, rows.normalizers, rows.tempering.inverse, student.stride(0), teacher.stride(0),
-            count, columns, KIND=_KINDS[rows.kind], UNIT=rows.tempering.unit, BLOCK=launch.block,
-            num_warps=launch.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current device
+            centre_kernel[(count,)](
+                student, teacher, result, rows.normalizers, rows.tempering.inverse, student.stride(0), teacher.stride(0),
+                count, columns, KIND=_KINDS[rows.kind], UNIT=rows.tempering.unit, BLOCK=launch.block,
+                num_warps=launch.warps, enable_fp_fusion=True,
+            )  # fmt: skip
         return result
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
@@ -86,12 +88,13 @@ class TritonRows:
         given = rows.normalizers if teacher is None else teacher
         centre = rows.normalizers if rows.centre is None else rows.centre
         launch = GRADIENT_LAUNCH
-        gradient_kernel[(count,)](
-            student, given, result, rows.normalizers, rows.factors, rows.label, rows.live.view(torch.uint8), centre,
-            rows.tempering.inverse, student.stride(0), given.stride(0), count, columns,
-            KIND=_KINDS[rows.kind], UNIT=rows.tempering.unit, WRITE=rows.write, BLOCK=launch.block,
-            num_warps=launch.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current device
+            gradient_kernel[(count,)](
+                student, given, result, rows.normalizers, rows.factors, rows.label, rows.live.view(torch.uint8), centre,
+                rows.tempering.inverse, student.stride(0), given.stride(0), count, columns,
+                KIND=_KINDS[rows.kind], UNIT=rows.tempering.unit, WRITE=rows.write, BLOCK=launch.block,
+                num_warps=launch.warps, enable_fp_fusion=True,
+            )  # fmt: skip
         return result
 
 

@@ -24,6 +24,7 @@ from incr_ds.losses.fused import CE, DIVERGENCE, ENTROPY, FusedLoss, Problem, Z,
 from incr_ds.losses.planner import CPU_BUDGET_BYTES, CUDA_BUDGET_BYTES
 from incr_ds.losses.projection import operand_dtype
 from incr_ds.losses.reference import reference_parts
+from incr_ds.losses.sequence import gather_teacher, gather_tokens
 from incr_ds.losses.teachers import HiddenTeacher, Teacher
 from incr_ds.losses.terms import Objective
 from incr_ds.losses.vocabulary import VocabularyPart
@@ -64,6 +65,7 @@ def distillation_loss(
     teacher: Teacher | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    sequence_parallel: bool = False,
     budget_bytes: int | None = None,
     head_gradient: Tensor | None = None,
     gradient_scale: Tensor | None = None,
@@ -79,7 +81,9 @@ def distillation_loss(
     Head rows from ``vocab_size`` entries on are padding: outside every sum, with no gradient; the two heads may be
     padded differently. With ``group`` the vocabulary is cut over its ranks: hidden states and labels are the same on all
     of them, each holds the rows of both heads from ``vocab_start`` on (default: equal parts), every rank gets the
-    same loss and the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``.
+    same loss and the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With
+    ``sequence_parallel`` each rank brings an equal part of the tokens instead (hidden states, labels, sparse entries), in the
+    order of the ranks, and gets the gradient of its own hidden states.
 
     ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32
     [V, Hs] (fp64 for fp64), the head's gradient is added to that buffer during this call, times ``gradient_scale`` (0-d,
@@ -90,6 +94,9 @@ def distillation_loss(
     teacher = resolve_teacher(teacher, teacher_hidden, teacher_head, alpha)
     check_shapes(student_hidden, student_head, labels, teacher)
     check_numbers(alpha, temperature, label_smoothing, divergence, teacher)
+    if sequence_parallel:
+        student_hidden, labels = gather_tokens(student_hidden, group), gather_tokens(labels, group)
+        teacher = gather_teacher(teacher, group)
     part = vocabulary_part(student_head, teacher, group, vocab_start, vocab_size)
     objective = _objective(
         student_hidden, student_head, teacher, alpha, temperature, z_loss, label_smoothing, divergence

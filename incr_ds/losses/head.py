@@ -23,6 +23,7 @@ class LossSettings:
     divergence: Divergence = "forward_kl"
     backend: Backend = "auto"
     budget_bytes: int | None = None
+    sequence_parallel: bool = False
 
 
 class DistillationHead(nn.Module):
@@ -78,6 +79,7 @@ class DistillationHead(nn.Module):
             divergence=self.settings.divergence,
             backend=self.settings.backend,
             budget_bytes=self.settings.budget_bytes,
+            sequence_parallel=self.settings.sequence_parallel,
         )
 
 

@@ -69,9 +69,9 @@ def _child(sender: Connection, environment: dict[str, str], function: Callable[.
         import torch
 
         torch.set_num_threads(1)
-        result = (True, function(*args))
+        result = (True, function(*args), time.monotonic())
     except BaseException:
-        result = (False, traceback.format_exc())
+        result = (False, traceback.format_exc(), time.monotonic())
     # Pickled by value: torch's own way of sending a tensor needs the sender to outlive the receipt.
     sender.send_bytes(pickle.dumps(result))
     if not result[0]:
@@ -86,20 +86,21 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         if not ready:
             missing = [rank for rank in range(len(pipes)) if rank not in results]
             raise ProcessError(f"rank(s) {missing} gave no result in time")
-        for pipe in ready:
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
-            results[rank] = _receive(pipes[rank], rank)
+        found = [(pipes.index(pipe), _receive(pipes.index(pipe), pipe)) for pipe in ready]  # type: ignore[arg-type]
+        # One failure makes others fail, by a broken connection; the first one tells why.
+        failures = sorted((moment, rank, value) for rank, (succeeded, value, moment) in found if not succeeded)
+        if failures:
+            raise ProcessError(f"rank {failures[0][1]} failed:\n{failures[0][2]}")
+        results.update((rank, value) for rank, (_, value, _) in found)
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _receive(pipe: Connection, rank: int) -> Any:
+def _receive(rank: int, pipe: Connection) -> tuple[bool, Any, float]:
     try:
-        succeeded, value = pickle.loads(pipe.recv_bytes())
+        result: tuple[bool, Any, float] = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        raise ProcessError(f"rank {rank} ended without a result; it was killed or crashed") from None
-    if not succeeded:
-        raise ProcessError(f"rank {rank} failed:\n{value}")
-    return value
+        return False, f"rank {rank} ended without a result; it was killed or crashed", float("inf")
+    return result
 
 
 def _end(processes: list[ForkServerProcess]) -> None:

@@ -156,6 +156,38 @@ def test_equal_parts_are_the_default_and_each_slab_is_one_collective():
         assert collectives == 2, "one for each of the two losses"
 
 
+def tokens_of_each_rank():
+    dist.init_process_group("gloo")
+    rank, (hidden, head, labels, teacher_hidden, teacher_head) = dist.get_rank(), problem()
+    tokens, rows = slice(11 * rank, 11 * rank + 11), slice(51 * rank, 51 * rank + 51)
+    own, results = head[rows].clone().requires_grad_(), []
+    for name in ("jsd", "top-k", "sampled"):
+        mine = hidden[tokens].clone().requires_grad_()
+        teacher = teacher_of(name, teacher_hidden[tokens], teacher_head[rows], teacher_head)
+        loss = distillation_loss(
+            mine, own, labels[tokens], teacher=teacher, **CASES[name], group=dist.group.WORLD, vocab_start=rows.start,
+            vocab_size=V, sequence_parallel=True,
+        )  # fmt: skip
+        results.append((loss.loss.detach(), *torch.autograd.grad(loss.loss, (mine, own))))
+    dist.destroy_process_group()
+    return results
+
+
+def test_sequence_parallel_inputs_equal_whole_ones():
+    ranks = run_processes(tokens_of_each_rank, 2)
+    for index, name in enumerate(("jsd", "top-k", "sampled")):
+        hidden, head, labels, teacher_hidden, teacher_head = problem()
+        hidden, head = hidden[:22].requires_grad_(), head.requires_grad_()
+        teacher = teacher_of(name, teacher_hidden[:22], teacher_head, teacher_head)
+        whole = distillation_loss(hidden, head, labels[:22], teacher=teacher, **CASES[name]).loss
+        expected = torch.autograd.grad(whole, (hidden, head))
+        for results in ranks:
+            torch.testing.assert_close(results[index][0], whole.detach(), rtol=1e-12, atol=0)
+        for position in (1, 2):
+            found = torch.cat([results[index][position] for results in ranks])
+            torch.testing.assert_close(found, expected[position - 1], rtol=1e-11, atol=1e-13)
+
+
 def fail(rank):
     dist.init_process_group("gloo")
     if dist.get_rank() == rank:

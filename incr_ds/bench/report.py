@@ -1,0 +1,109 @@
+"""Measurements as JSON, as a table and as a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from incr_ds.bench.measure import Measurement
+from incr_ds.losses.planner import LossShape, plan_loss
+
+COLOURS = {"floor": "#222222", "ours": "#d62728", "torch": "#1f77b4", "other": "#7f7f7f"}
+HEADINGS = ("N", "V", "variant", "computes", "ms", "of the floor", "extra GB")
+
+
+def summarise(
+    found: Sequence[Measurement], shapes: Sequence[LossShape], facts: Mapping[str, str], bandwidth: float
+) -> dict[str, Any]:
+    """Everything that was found, with the ceilings of the same run and the floating-point work of each shape."""
+    return {
+        "machine": dict(facts),
+        "copy_gigabytes_per_second": bandwidth,
+        "shapes": [
+            {
+                "tokens": shape.tokens,
+                "vocabulary": shape.vocabulary,
+                "student_width": shape.student_width,
+                "teacher_width": shape.teacher_width,
+                "flops": plan_loss(shape, 2**40).flops,
+                "floor_tflops": _floor_tflops(found, shape),
+            }
+            for shape in shapes
+        ],
+        "measurements": [asdict(measurement) for measurement in found],
+    }
+
+
+def rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
+    """Cells under HEADINGS; a missing number says why."""
+    cells: list[tuple[str, ...]] = []
+    for one in found:
+        floor = _floor_milliseconds(found, one.tokens, one.vocabulary)
+        start = (f"{one.tokens:,}", f"{one.vocabulary:,}", one.variant, one.computes)
+        if one.milliseconds is None:
+            cells.append((*start, one.absent or "", "", ""))
+            continue
+        share = "" if floor is None else f"{floor / one.milliseconds:.0%}"
+        memory = "" if one.extra_bytes is None else f"{one.extra_bytes / 1e9:.2f}"
+        cells.append((*start, f"{one.milliseconds:.2f}", share, memory))
+    return cells
+
+
+def write_report(summary: Mapping[str, Any], found: Sequence[Measurement], folder: Path) -> list[Path]:
+    """loss.json, loss.md and loss.svg in ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"loss.{ending}" for ending in ("json", "md", "svg")]
+    paths[0].write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(_markdown(summary, found), encoding="utf-8")
+    _draw(found, paths[2])
+    return paths
+
+
+def _markdown(summary: Mapping[str, Any], found: Sequence[Measurement]) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in summary["machine"].items())
+    lines = [
+        "# The loss, forward and backward",
+        "",
+        f"{facts}. Copies run at {summary['copy_gigabytes_per_second']:.0f} GB/s.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * len(HEADINGS),
+        *("| " + " | ".join(cells) + " |" for cells in rows(found)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(found: Sequence[Measurement], path: Path) -> None:
+    """Bars per shape: time, with the floor of the same run drawn through it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    shapes = sorted({(one.tokens, one.vocabulary) for one in found})
+    figure = Figure(figsize=(8, 1.2 + 3.2 * len(shapes)), layout="constrained")
+    for axes, (tokens, vocabulary) in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
+        here = [one for one in found if (one.tokens, one.vocabulary) == (tokens, vocabulary)]
+        timed = [one for one in here if one.milliseconds is not None][::-1]
+        labels = [f"{one.variant} ({one.computes})" for one in timed]
+        axes.barh(labels, [one.milliseconds for one in timed], color=[COLOURS[one.kind] for one in timed])
+        floor = _floor_milliseconds(found, tokens, vocabulary)
+        if floor is not None:
+            axes.axvline(floor, color=COLOURS["floor"], linestyle=":", linewidth=1)
+        axes.set(title=f"{tokens:,} tokens, {vocabulary:,} entries", xlabel="milliseconds, forward and backward")
+    figure.savefig(path)
+
+
+def _floor_milliseconds(found: Sequence[Measurement], tokens: int, vocabulary: int) -> float | None:
+    for one in found:
+        if one.kind == "floor" and (one.tokens, one.vocabulary) == (tokens, vocabulary):
+            return one.milliseconds
+    return None
+
+
+def _floor_tflops(found: Sequence[Measurement], shape: LossShape) -> float | None:
+    floor = _floor_milliseconds(found, shape.tokens, shape.vocabulary)
+    return None if floor is None else plan_loss(shape, 2**40).flops / floor / 1e9

@@ -1,0 +1,95 @@
+"""The benchmark runs on a machine without CUDA, says what it could not run, and writes what it found."""
+
+import json
+
+import pytest
+import torch
+from bench_kernels import SHAPES, Grid, main
+
+from incr_ds.bench.measure import measure_grid, measure_shape
+from incr_ds.bench.report import HEADINGS, rows
+from incr_ds.bench.variants import VARIANTS, Variant, eager_loss, make_problem
+from incr_ds.losses.distillation import distillation_loss
+from incr_ds.losses.planner import LossShape
+
+CPU = torch.device("cpu")
+TINY = LossShape(16, 130, 8, 6)
+
+
+def test_every_variant_of_this_project_runs_and_the_floor_is_the_least():
+    ours = [one for one in VARIANTS if one.kind in ("floor", "ours", "torch") and one.name != "torch.compile"]
+    found = measure_shape(TINY, ours, 3, torch.float32, CPU)
+    assert [one.variant for one in found] == [one.name for one in ours]
+    assert all(one.absent is None and one.milliseconds > 0 for one in found)
+
+
+def test_variants_that_say_they_compute_the_same_do():
+    problem = make_problem(TINY, torch.float64, CPU)
+    losses = {}
+    for name, settings in (("ours", {}), ("chunks", {"budget_bytes": 9_000})):
+        losses[name] = distillation_loss(*problem.taught, alpha=0.5, **settings).loss
+    eager = eager_loss(problem)
+    torch.testing.assert_close(losses["ours"], eager.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["ours"], losses["chunks"])
+
+
+def raises(error):
+    def make(problem):
+        raise error
+
+    return make
+
+
+def test_what_is_missing_is_listed_with_its_reason():
+    absent = [
+        Variant("gone", "other", "CE", raises(ImportError("No module named 'gone'"))),
+        Variant("large", "other", "CE", raises(torch.cuda.OutOfMemoryError("too large"))),
+        VARIANTS[0],
+    ]
+    found = measure_shape(TINY, absent, 1, torch.float32, CPU)
+    assert [one.absent for one in found] == ["not available: No module named 'gone'", "out of memory", None]
+    cells = rows(found)
+    assert cells[0] == ("16", "130", "gone", "CE", "not available: No module named 'gone'", "", "")
+    assert cells[2][:4] == ("16", "130", "products only", "nothing") and cells[2][5] == "100%"
+    assert len(cells[2]) == len(HEADINGS)
+
+
+def test_no_shape_begins_after_the_time_is_over():
+    assert list(measure_grid([TINY, TINY], VARIANTS[:1], 1, torch.float32, CPU, seconds=-1)) == []
+
+
+def test_the_command_writes_numbers_table_and_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, Grid.small, [TINY])
+    arguments = [
+        "bench_kernels.py",
+        "--output",
+        str(tmp_path),
+        "--repeats",
+        "2",
+        "--only",
+        "products",
+        "--only",
+        "incr_ds",
+        "--json",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "loss.json").read_text())
+    shape = printed["shapes"][0]
+    assert shape["flops"] == 2 * 16 * 130 * (3 * 8 + 6)
+    floor = next(one for one in printed["measurements"] if one["kind"] == "floor")
+    assert shape["floor_tflops"] == pytest.approx(shape["flops"] / floor["milliseconds"] / 1e9)
+    table = (tmp_path / "loss.md").read_text()
+    assert "| 16 | 130 | products only | nothing |" in table and "not available" not in table
+    assert "<svg" in (tmp_path / "loss.svg").read_text()
+
+
+def test_an_unknown_variant_is_a_mistake_of_the_user(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--output", str(tmp_path), "--only", "cutlass"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "no variant has such a name; the variants are: products only, incr_ds" in capsys.readouterr().err
