@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
@@ -120,6 +121,47 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     target = _native_target(source, plan, dtype)
     files = universal_files(target) if layout.format == "universal" else native_files(target)
     return PlannedGrowth(request, source, plan, files, dtype)
+
+
+class GrownCheckpoint:
+    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written."""
+
+    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
+        self._source, self._grown = source, GrownTensors(plan, source)
+        self._architecture = plan.target
+        reset = plan.recipe.optimizer == "reset"
+        kind = f"{source.facts.kind}, grown on load"
+        step = 0 if reset else source.facts.step
+        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={})
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """The source's, except the kind and the step."""
+        return self._facts
+
+    @property
+    def architecture(self) -> Architecture:
+        """The grown model."""
+        return self._architecture
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one grown tensor, at least fp32."""
+        spec = self._architecture.by_name[name]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        columns = ((0, size) for size in spec.shape[1:])
+        return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
+
+    def self_check(self) -> Iterator[str]:
+        """The source's own check."""
+        return self._source.self_check()
+
+
+def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
+    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
+    settings = load_settings(recipe, GrowthRecipe)
+    opened = open_source(source, tag)
+    _check_moments(opened, settings)
+    return GrownCheckpoint(plan_growth(opened.architecture, settings, str(recipe)), opened), settings
 
 
 def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:

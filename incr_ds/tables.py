@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.difference import Difference
 from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
 
@@ -44,6 +46,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
         "parameters": f"{architecture.num_parameters:,}",
         **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
+        **{f"  {name}": f"{size:,}" for name, size in component_sizes(architecture).items()},
         "layout": _layout_text(checkpoint),
         "states": ", ".join(facts.states),
         "optimizer step": "none" if facts.step is None else str(facts.step),
@@ -57,6 +60,33 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
 
 def _stated_sizes(architecture: Architecture) -> list[str]:
     return [axis for axis in SIZES if axis in architecture.family.axes]
+
+
+def component_sizes(architecture: Architecture) -> dict[str, int]:
+    """Parameters of each kind of component: embedding, attention, feed-forward, norms, head."""
+    sizes: dict[str, int] = {}
+    for spec in architecture.stored:
+        sizes[_component(spec)] = sizes.get(_component(spec), 0) + spec.numel
+    return sizes
+
+
+def difference_table(found: Sequence[Difference]) -> Table:
+    """What differs between two checkpoints."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("tensor", "state", "differs in", "elements", "by up to"):
+        table.add_column(heading, justify="right" if heading in ("elements", "by up to") else "left")
+    for item in found:
+        counts = (f"{item.elements:,}", f"{item.largest:.6g}") if item.elements else ("", "")
+        table.add_row(item.name, item.state, item.what, *counts)
+    return table
+
+
+def _component(spec: TensorSpec) -> str:
+    if "norm" in spec.role:
+        return "norms"
+    if spec.layer is None:
+        return "embedding" if spec.role in ("embedding", "positions") else "head"
+    return "attention" if "att" in spec.local_name else "feed-forward"
 
 
 def _axis_text(axis: AxisGrowth) -> str:

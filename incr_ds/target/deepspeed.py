@@ -174,13 +174,14 @@ class OptimizerFile:
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
         """The partitions of masters and moments, per parameter group."""
-        return self._archive().streamed
+        return archive_of(self.content()).streamed
 
     def write(self, sink: Sink, slices: Slices) -> None:
         """Write the file."""
-        self._archive().write(sink, Path(self.path).stem, slices)
+        archive_of(self.content()).write(sink, Path(self.path).stem, slices)
 
-    def _archive(self) -> Archive:
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
         num_data = self.target.layout.data_parallel
         groups = optimizer_groups(self.target.shards(self.model_rank))
         sizes = [_partition_size(group, num_data) for group in groups]
@@ -207,7 +208,7 @@ class OptimizerFile:
             "partition_count": [num_data] * len(groups),
             "ds_version": FORMAT_VERSION,
         }
-        return archive_of({"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION})
+        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
     def _padding(self, group: tuple[ShardedTensor, ...], size: int) -> int:
         """Zero elements at the end of this rank's partition."""

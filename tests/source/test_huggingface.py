@@ -99,7 +99,7 @@ def test_index_naming_a_tensor_that_its_shard_lacks(written):
 def test_index_that_is_none(written):
     folder, _ = written()
     (folder / INDEX).write_text("[]")
-    with pytest.raises(CheckpointError, match=r"not a safetensors index \(no weight_map\)"):
+    with pytest.raises(CheckpointError, match=r"not an index of shards \(no weight_map\)"):
         open_source(folder)
 
 
@@ -135,9 +135,38 @@ def test_wrong_shape_and_unknown_tensor(written):
     assert "model.extra.weight: not a tensor of this llama" in str(caught.value)
 
 
-def test_bin_weights_are_recognised(written):
+def write_bin(folder, parameters, shards):
+    """The layout of transformers before safetensors."""
+    for path in folder.glob("model*"):
+        path.unlink()
+    if shards == 1:
+        torch.save(parameters, folder / "pytorch_model.bin")
+        return
+    names = list(parameters)
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = names[number::shards]
+        torch.save({name: parameters[name].data for name in part}, folder / file)
+        weight_map |= {name: file for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_weights_are_read(written, shards):
     folder, parameters = written(shard="1GB")
-    (folder / "model.safetensors").unlink()
-    torch.save(parameters, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"holds \.bin weights; convert them to safetensors"):
+    write_bin(folder, {name: parameter.data for name, parameter in parameters.items()}, shards)
+    checkpoint = open_source(folder)
+    assert checkpoint.facts.kind == "Hugging Face .bin"
+    assert len(checkpoint.facts.files) == shards
+    for name, weight in parameters.items():
+        assert torch.equal(checkpoint.read(name), weight), name
+        assert torch.equal(checkpoint.read(name, rows=slice(3, 50)), weight[3:50]), name
+    assert len(list(checkpoint.self_check())) == len(parameters)
+
+
+def test_bin_payloads_do_not_run(written):
+    folder, parameters = written(shard="1GB")
+    write_bin(folder, {**parameters, "extra": slice(1)}, 1)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: refers to .*slice.*was refused.*--trust"):
         open_source(folder)

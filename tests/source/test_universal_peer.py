@@ -11,6 +11,8 @@ from writers import write_cases
 from incr_ds.source import open_source
 from incr_ds.testing.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "z1": {"stage": 1, "bf16": True, "tied": False, "zero": {}},
     "z3": {"stage": 3, "bf16": False, "tied": True, "zero": {"sub_group_size": 20_000}},

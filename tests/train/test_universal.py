@@ -80,7 +80,9 @@ def test_plain_engines(tmp_path, ranks):
     "layout",
     [
         {"tensor_parallel": 1, "pipeline_parallel": 2, "data_parallel": 1, "zero_stage": 1},
-        {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1},
+        pytest.param(
+            {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1}, marks=pytest.mark.slow
+        ),
     ],
     ids=["pp2", "tp2"],
 )
