@@ -10,7 +10,9 @@ from incr_ds.config.fields import Settings
 
 
 class DistillationSettings(Settings):
-    """Loss (1 - a) * CE + a * T^2 * KL(teacher || student), with a annealed from ``weight`` to ``final_weight``.
+    """Loss (1 - a) * CE + a * T^2 * D, with a annealed from ``weight`` to ``final_weight``.
+
+    D is KL(teacher || student), KL(student || teacher) for ``divergence: reverse_kl``, or their Jensen-Shannon mean.
 
     ``teacher`` is a folder that any source reader opens (DeepSpeed or Hugging Face); ``anneal_steps`` counts
     optimizer steps from the run's start.
@@ -21,6 +23,7 @@ class DistillationSettings(Settings):
     final_weight: float = Field(default=0.0, ge=0.0, le=1.0)
     anneal_steps: int = Field(ge=1)
     anneal: Literal["linear", "cosine"] = "linear"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = Field(default=1.0, gt=0.0)
     final_temperature: float | None = Field(default=None, gt=0.0)
 

@@ -45,6 +45,16 @@ class ModelSettings(Settings):
         return self
 
 
+class ObjectiveSettings(Settings):
+    """The training loss beside its distillation part: z_loss * (log sum exp of the logits)^2 is added to it.
+
+    ``backend`` names the row kernels; auto takes the fastest that the device has.
+    """
+
+    z_loss: float = Field(default=0.0, ge=0.0)
+    backend: Literal["auto", "torch", "triton"] = "auto"
+
+
 class BatchSettings(Settings):
     """Sizes in samples and tokens; the number of micro-batches per step follows."""
 
@@ -131,6 +141,7 @@ class RunSettings(Settings):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     model: ModelSettings
+    loss: ObjectiveSettings = ObjectiveSettings()
     layout: ParallelLayout = ParallelLayout()
     batch: BatchSettings
     schedule: ScheduleSettings

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from incr_ds.kernels.rows import RowKernels, Rows
@@ -112,6 +113,8 @@ class _Walk:
         if self._teacher is not None:
             self._problem.part.all_reduce(self.parts[DIVERGENCE])
         self.parts.masked_fill_(~self._live, 0)
+        # Not kept while the gradients are rounded.
+        del self._logits, self._teacher_logits
 
     def loss(self) -> Tensor:
         """The mean loss over the valid tokens, 0-d."""
@@ -121,7 +124,8 @@ class _Walk:
         """Gradients of hidden and head in the dtypes of those; None for the head when they went into a given buffer."""
         hidden, head = self._inputs
         if self._hidden_gradient is not None:
-            self._problem.part.all_reduce(self._hidden_gradient)
+            for reduction in self._reductions:
+                reduction.wait()
             self._hidden_gradient = self._hidden_gradient.to(hidden.dtype)
         if self._problem.head_gradient is not None or self._head_gradient is None:
             return self._hidden_gradient, None
@@ -166,16 +170,18 @@ class _Walk:
         self._teacher_logits = None
         if self._teacher is not None:
             self._teacher_logits = hidden.new_empty((plan.slab_rows, stride), dtype=self._logits_dtype)
-        self._hidden_gradient, self._head_gradient, self._started = None, problem.head_gradient, True
+        self._reductions: list[dist.Work] = []
+        self._hidden_gradient, self._head_gradient = None, problem.head_gradient
+        # Whether the head's gradient is to be added to: its own buffer is first written by the first chunk.
+        self._started = problem.head_gradient is not None
         if problem.wants_hidden:
             # Parts of it are summed over the ranks, and rounded after that.
             dtype = hidden.dtype if problem.part.group is None else self._dtype
-            self._hidden_gradient = hidden.new_zeros(hidden.shape, dtype=dtype)
+            self._hidden_gradient = hidden.new_empty(hidden.shape, dtype=dtype)
         if problem.wants_head and problem.head_gradient is None:
             # A single chunk's product is rounded once, whatever it is stored in.
-            self._started = plan.chunks > 1
-            dtype = self._dtype if self._started else head.dtype
-            self._head_gradient = head.new_zeros(head.shape, dtype=dtype)
+            self._head_gradient = head.new_empty(head.shape, dtype=self._dtype if plan.chunks > 1 else head.dtype)
+            self._head_gradient[problem.part.size if hidden.shape[0] else 0 :] = 0
 
     def _chunk(self, rows: slice) -> None:
         problem, size = self._problem, self._problem.part.size
@@ -187,8 +193,11 @@ class _Walk:
             self._slab(slab, padded[slab.start - rows.start : slab.stop - rows.start])
         if problem.wants_hidden and self._hidden_gradient is not None:
             self._student.through_head(logits, self._hidden_gradient[rows])
+            # The ranks exchange it while the next product runs.
+            self._reductions += problem.part.begin_all_reduce(self._hidden_gradient[rows])
         if problem.wants_head and self._head_gradient is not None:
             self._student.through_hidden(logits, rows, self._head_gradient[:size], add=self._started)
+            self._started = True
 
     def _slab(self, rows: slice, padded: Tensor) -> None:
         """Losses of the tokens ``rows``, and their gradient over their logits, the first columns of ``padded``."""

@@ -44,6 +44,12 @@ class VocabularyPart:
         owned = (entries >= self.start) & (entries < self.start + self.size)
         return torch.where(owned, entries - self.start, -1)
 
+    def begin_all_reduce(self, values: Tensor) -> list[dist.Work]:
+        """Begin to sum ``values`` over the ranks in place; done when all of the returned are waited for."""
+        if self.group is None:
+            return []
+        return [dist.all_reduce(values, group=self.group, async_op=True)]
+
     def all_reduce(self, values: Tensor) -> None:
         """Sum ``values`` over the ranks in place."""
         if self.group is not None:
@@ -76,23 +82,32 @@ def picked_logits(logits: Tensor, columns: Tensor) -> Tensor:
 
 def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: VocabularyPart) -> Totals:
     """Finish the ``local`` statistics [STATISTICS, C] over the ranks with one collective; the same bits on every rank."""
-    packed = torch.cat([local, picked.to(local.dtype)])
-    ranks = packed[None]
+    merged, picked = local, picked.to(local.dtype)
     if part.group is not None:
+        packed = torch.cat([local, picked])
         gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(part.group))]
         dist.all_gather(gathered, packed, group=part.group)
         ranks = torch.stack(gathered)
-    maximum, teacher_maximum = (ranks[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
-    below = (ranks[:, MAXIMUM] - maximum).clamp_min(-FAR)
-    teacher_below = ranks[:, TEACHER_MAXIMUM] - teacher_maximum
-    scale = below.exp()
-    total = (ranks[:, TOTAL] * scale).sum(dim=0)
-    weighted = (scale * (ranks[:, WEIGHTED] + below * ranks[:, TOTAL])).sum(dim=0)
-    tempered = (ranks[:, TEMPERED] * (below * tempering.inverse).exp()).sum(dim=0)
-    teacher_tempered = (ranks[:, TEACHER_TEMPERED] * (teacher_below * tempering.inverse).exp()).sum(dim=0)
+        merged, picked = _merge(ranks, tempering), ranks[:, STATISTICS:].amax(dim=0)
+    log_total, log_tempered, log_teacher = (merged[row].log() for row in (TOTAL, TEMPERED, TEACHER_TEMPERED))
     return Totals(
-        normalizers=torch.stack([maximum, total.log(), tempered.log(), teacher_maximum, teacher_tempered.log()]),
-        logits=ranks[:, LOGITS].sum(dim=0),
-        entropy=total.log() - weighted / total,
-        picked=ranks[:, STATISTICS:].amax(dim=0),
+        normalizers=torch.stack([merged[MAXIMUM], log_total, log_tempered, merged[TEACHER_MAXIMUM], log_teacher]),
+        logits=merged[LOGITS],
+        entropy=log_total - merged[WEIGHTED] / merged[TOTAL],
+        picked=picked,
     )
+
+
+def _merge(ranks: Tensor, tempering: Tempering) -> Tensor:
+    """Statistics [STATISTICS, C] of all columns from those of each rank's, [ranks, STATISTICS + picks, C]."""
+    merged = ranks[0, :STATISTICS].clone()
+    merged[MAXIMUM], merged[TEACHER_MAXIMUM] = (ranks[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
+    below = (ranks[:, MAXIMUM] - merged[MAXIMUM]).clamp_min(-FAR)
+    teacher_below = (ranks[:, TEACHER_MAXIMUM] - merged[TEACHER_MAXIMUM]).clamp_min(-FAR)
+    scale = below.exp()
+    merged[TOTAL] = (ranks[:, TOTAL] * scale).sum(dim=0)
+    merged[WEIGHTED] = (scale * (ranks[:, WEIGHTED] + below * ranks[:, TOTAL])).sum(dim=0)
+    merged[TEMPERED] = (ranks[:, TEMPERED] * (below * tempering.inverse).exp()).sum(dim=0)
+    merged[LOGITS] = ranks[:, LOGITS].sum(dim=0)
+    merged[TEACHER_TEMPERED] = (ranks[:, TEACHER_TEMPERED] * (teacher_below * tempering.inverse).exp()).sum(dim=0)
+    return merged

@@ -18,6 +18,7 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
 from incr_ds.errors import LayoutError
 from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.losses.head import LossSettings
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.pipeline import StagedLanguageModel
 from incr_ds.model.plain import LanguageModel
@@ -51,6 +52,7 @@ class ModelRequest:
     settings: ModelSettings
     dtype: torch.dtype
     device: torch.device
+    loss: LossSettings = LossSettings()
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -130,5 +132,12 @@ def _factory(
 ) -> LayerFactory:
     settings = request.settings
     return LayerFactory(
-        architecture, ranks, weights, request.dtype, device, settings.attention, settings.activation_checkpointing
+        architecture,
+        ranks,
+        weights,
+        request.dtype,
+        device,
+        settings.attention,
+        settings.activation_checkpointing,
+        request.loss,
     )

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.losses.head import DistillationHead
+from incr_ds.losses.head import DistillationHead, LossSettings
 from incr_ds.model.positions import Positions
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
@@ -34,6 +34,7 @@ class LayerFactory:
     device: torch.device
     attention: Literal["sdpa", "eager"]
     activation_checkpointing: bool = False
+    loss: LossSettings = LossSettings()
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -77,7 +78,7 @@ class LayerFactory:
         weight = shared if shared is not None else self._parameter(shard)
         # The name that DeepSpeed's gradient norm looks for, to count a cut tensor on every tensor rank.
         weight.tensor_model_parallel = self.ranks.group is not None
-        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0])
+        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
 
     @cached_property
     def _outline(self) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.target.placement import ShardedTensor, optimizer_groups
@@ -63,7 +64,8 @@ def build_engine(
     device = initialize_distributed(run.layout)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
-    request = ModelRequest(architecture, source, teacher, run.layout, run.model, DTYPES[run.precision], device)
+    dtype = DTYPES[run.precision]
+    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss_settings(run))
     model = build_rank_model(request, record.add)
     optimizer = _optimizer(model, run, device)
     staged = run.layout.pipeline_parallel > 1
@@ -74,6 +76,12 @@ def build_engine(
         _keep_masters(model, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
     return TrainingEngine(engine, runner, record, model, run)
+
+
+def _loss_settings(run: RunSettings) -> LossSettings:
+    taught = run.distillation
+    divergence = "forward_kl" if taught is None else taught.divergence
+    return LossSettings(z_loss=run.loss.z_loss, divergence=divergence, backend=run.loss.backend)
 
 
 class TrainingEngine:

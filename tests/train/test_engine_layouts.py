@@ -29,6 +29,8 @@ class Case:
     zero: int = 1
     accumulation: int = 1
     recompute: bool = False
+    divergence: str = "forward_kl"
+    z_loss: float = 0.0
 
     @property
     def world(self):
@@ -45,7 +47,8 @@ class Case:
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
             optimizer=OPTIMIZER,
             model={"config": "pico", "activation_checkpointing": self.recompute},
-            distillation={"teacher": "pico", "anneal_steps": STEPS},
+            distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
+            loss={"z_loss": self.z_loss},
         )
 
 
@@ -106,7 +109,9 @@ def reference(case):
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=OPTIMIZER["eps"])
     steps, evaluations = [], []
     for step, (alpha, temperature) in enumerate(SCHEDULE):
-        parts = [losses(model, guide, *batch, alpha, temperature) for batch in micro_batches(case.micro_batches, step)]
+        parts = [
+            losses(case, model, guide, *batch, alpha, temperature) for batch in micro_batches(case.micro_batches, step)
+        ]
         loss, ce, divergence = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         optimizer.zero_grad()
         loss.backward()
@@ -126,15 +131,18 @@ def transformers_model(checkpoint):
     return model
 
 
-def losses(model, guide, input_ids, labels, alpha, temperature):
+def losses(case, model, guide, input_ids, labels, alpha, temperature):
     valid = labels.flatten() != -100
     logits = model(input_ids).logits.flatten(0, 1)[valid]
     with torch.no_grad():
         target = guide(input_ids).logits.flatten(0, 1)[valid]
     ce = F.cross_entropy(logits, labels.flatten()[valid])
     log_p, log_q = F.log_softmax(logits / temperature, 1), F.log_softmax(target / temperature, 1)
+    if case.divergence == "reverse_kl":
+        log_p, log_q = log_q, log_p
     divergence = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
-    return (1 - alpha) * ce + alpha * temperature**2 * divergence, ce, divergence
+    z = logits.logsumexp(1).square().mean()
+    return (1 - alpha) * ce + alpha * temperature**2 * divergence + case.z_loss * z, ce, divergence
 
 
 @torch.no_grad()
@@ -152,10 +160,10 @@ CASES = [
     Case("qwen3", tied=True, tensor=2, accumulation=1, recompute=True),
     Case("llama", tied=True, pipeline=2, accumulation=4),
     Case("mistral", tied=False, pipeline=2, accumulation=1, recompute=True),
-    Case("qwen3", tied=True, tensor=2, pipeline=2, accumulation=4),
+    Case("qwen3", tied=True, tensor=2, pipeline=2, accumulation=4, divergence="reverse_kl", z_loss=0.01),
     Case("llama", tied=False, data=2, zero=1, accumulation=4),
     Case("qwen3", tied=True, data=2, zero=2, accumulation=1),
-    Case("qwen2", tied=False, data=2, zero=3, accumulation=4),
+    Case("qwen2", tied=False, data=2, zero=3, accumulation=4, divergence="reverse_kl", z_loss=0.01),
     Case("llama", tied=True, data=2, zero=3, accumulation=1, recompute=True),
     pytest.param(Case("qwen2", tied=True, pipeline=2, data=2, accumulation=2), marks=pytest.mark.slow),
     pytest.param(Case("qwen3", tied=False, tensor=2, data=2, zero=2, accumulation=2), marks=pytest.mark.slow),
