@@ -13,6 +13,7 @@ from incr_ds.arch.tensors import TensorSpec
 from incr_ds.difference import Difference
 from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
+from incr_ds.suggest import Suggestion
 
 SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
@@ -34,6 +35,23 @@ def growth_table(planned: PlannedGrowth) -> Table:
     table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
+    return table
+
+
+def suggestion_table(found: Sequence[Suggestion]) -> Table:
+    """Targets to choose from."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("target", "parameters", "times", "FLOPs a token", "bytes a rank", "to know"):
+        table.add_column(heading, justify="left" if heading in ("target", "to know") else "right")
+    for item in found:
+        target = ", ".join(f"{field}: {size}" for field, size in item.target.items())
+        numbers = (
+            f"{item.parameters:,}",
+            f"{item.ratio:.2f}",
+            f"{item.flops_per_token:.2e}",
+            f"{item.bytes_per_rank:,}",
+        )
+        table.add_row(f"{{{target}}}", *numbers, "; ".join(item.warnings))
     return table
 
 

@@ -20,6 +20,7 @@ ORDER = [
     "grow",
     "export",
     "verify",
+    "suggest",
     "difference",
     "tables",
     "kernels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,15 +31,12 @@ def map_layers(
     if new < old and method != "map":
         raise GrowthError(f"target.num_hidden_layers: {new} is smaller than the source's {old}; growth only adds.")
     copied = _given(given, old, new, where) if method == "map" else METHODS[method](old, new)
-    counts = [copied.count(layer) for layer in copied]
+    counts = Counter(copied)
     seen_from = range(new) if method != "prepend" else range(new - 1, -1, -1)
     kept: dict[int, int] = {}
     for position in seen_from:
         kept.setdefault(copied[position], position)
-    return tuple(
-        LayerSource(layer, kept[layer] != position, count)
-        for position, (layer, count) in enumerate(zip(copied, counts, strict=True))
-    )
+    return tuple(LayerSource(layer, kept[layer] != position, counts[layer]) for position, layer in enumerate(copied))
 
 
 def keeps_order(layers: Sequence[LayerSource], old: int) -> bool:

@@ -26,6 +26,7 @@ KNOWN_PEAKS = {
     "A10": 125e12,
     "L4": 121e12,
 }
+LOOKUPS = ("embedding", "positions")
 MEASURED_SIZE = 512
 MEASURED_REPEATS = 8
 
@@ -40,7 +41,7 @@ class Peak:
 
 def forward_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
     """Operations of one forward pass per token."""
-    matrices = sum(spec.numel for spec in architecture.tensors if spec.is_matrix and spec.role != "embedding")
+    matrices = sum(spec.numel for spec in architecture.tensors if spec.is_matrix and spec.role not in LOOKUPS)
     sizes = architecture.sizes
     attention = sizes["layers"] * sizes["heads"] * sizes["head_dim"] * sequence_length
     return 2 * matrices + 4 * attention
