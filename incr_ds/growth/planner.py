@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
+from incr_ds.arch.family import families
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.plan import GrowthPlan
-from incr_ds.growth.width import grow_entries, grow_heads, grow_hidden, grow_units
+from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
-GROWING = ("hidden", "ffn", "heads", "kv_heads", "layers", "vocab", "positions")
+GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 TABLES = ("vocab", "positions")
 
 
@@ -28,6 +29,9 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
     if "kv_heads" not in source.family.axes:
         sizes["kv_heads"] = sizes["heads"]
     _check_head_size(source, sizes, where)
+    if sizes["head_dim"] != source.sizes["head_dim"]:
+        _check_larger_heads(source, sizes["head_dim"], where)
+        sizes["query_dim"] = sizes["head_dim"]
     layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
     axes = _grow_axes(source, sizes, recipe)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
@@ -45,8 +49,10 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
     heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
-    kept = {axis: identity(axis, size) for axis, size in old.items() if axis not in GROWING}
-    return {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables, **kept}
+    grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
+    if sizes["head_dim"] != old["head_dim"]:
+        grown["head_dim"], grown["query_dim"] = grow_head_size(old["head_dim"], sizes["head_dim"])
+    return {**{axis: identity(axis, size) for axis, size in old.items()}, **grown}
 
 
 def _fields(source: Architecture) -> dict[str, str]:
@@ -69,6 +75,24 @@ def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str)
         f"{where}: target: {axes['hidden']} {sizes['hidden']} with {axes['heads']} {sizes['heads']} does not keep the head "
         f"size of {head_dim}, which {source.family.model_type} takes from the two; nearest sizes that work: {'; '.join(nearest)}."
     )
+
+
+def _check_larger_heads(source: Architecture, head_dim: int, where: str) -> None:
+    """A head's own size can grow where nothing but plain rotary positions and the scale of the scores depends on it."""
+    if head_dim < source.sizes["head_dim"]:
+        raise GrowthError(
+            f"{where}: target.head_dim: {head_dim} is smaller than the source's {source.sizes['head_dim']}; growth only adds."
+        )
+    if "query_dim" not in source.sizes:
+        able = ", ".join(name for name, family in families().items() if "query_dim" in family.derived)
+        raise GrowthError(
+            f"{where}: target.head_dim: {source.family.model_type}'s queries and keys pass through more than the rotary "
+            f"positions, and no operator grows them; head_dim grows in {able}."
+        )
+    if not _has_plain_rotary(source):
+        raise GrowthError(
+            f"{where}: target.head_dim: grows with rope_type: default only; this source has {source.config['rope_parameters']}."
+        )
 
 
 def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
@@ -94,10 +118,13 @@ def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> b
     """Plain rotary positions have no end: a longer context changes nothing for the old one."""
     if field != "max_position_embeddings" or "positions" in source.sizes:
         return False
+    return _has_plain_rotary(source) and isinstance(value, int) and value > source.config[field]
+
+
+def _has_plain_rotary(source: Architecture) -> bool:
     rope = source.config.get("rope_parameters") or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
-    plain = bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
-    return plain and isinstance(value, int) and value > source.config[field]
+    return bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
 
 
 def _target_architecture(

@@ -104,6 +104,31 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
     return [count for count in divisors if kv_heads * math.ceil(group / (new_heads // count)) <= count]
 
 
+def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
+    """Growth of a head's size by a whole factor k under plain rotary positions; returns keys' and values' axis, queries'.
+
+    Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), as pair k i of the larger head does,
+    so it moves there. New positions of the queries are zero, so those of the keys may be random, and queries grow by
+    sqrt(new / old), since scores are divided by the root of the head's size.
+    """
+    if new % old:
+        lower = max(old, new // old * old)
+        raise GrowthError(
+            f"target.head_dim: {new} is not a multiple of the source's {old}, so that the rotations of its pairs do not occur in "
+            f"it; nearest sizes that work: {lower}, {lower + old}."
+        )
+    factor, half = new // old, new // 2
+    places = [(position // half, position % half) for position in range(new)]
+    index = tuple(side * (old // 2) + pair // factor if pair % factor == 0 else FRESH for side, pair in places)
+    kept = np.array(index) != FRESH
+    scale = math.sqrt(new / old)
+    ones, scaled, unscaled = (_floats(kept * size) for size in (1.0, scale, 1.0 / scale))
+    return (
+        AxisGrowth("head_dim", "rotary pairs", old, index, ones, ones, ones),
+        AxisGrowth("query_dim", "rotary pairs", old, index, scaled, ones, unscaled, fresh_out="zero"),
+    )
+
+
 def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
     index = [position % old for position in range(new)]
     counts = np.bincount(index, minlength=old)[index]

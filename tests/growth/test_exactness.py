@@ -228,6 +228,34 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
     torch.testing.assert_close(rows[101:], rows[:101].mean(dim=0).expand(17, -1))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 24])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_larger_heads(fp64_norms, family, head_dim, tied):
+    """Pairs of the rotary positions move to where they turn as fast; together with everything else too."""
+    assert difference(family, {"head_dim": head_dim}, tied, length=50) <= 1e-12
+    assert difference(family, {**EVERYTHING, "head_dim": head_dim}, tied, width={"heads": {"new": "copy"}}) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "head_dim", "message"),
+    [
+        ("llama", {}, 20, r"target\.head_dim: 20 is not a multiple of the source's 8.*nearest sizes that work: 16, 24"),
+        ("llama", {}, 4, r"target\.head_dim: 4 is smaller than the source's 8"),
+        ("qwen3", {}, 16, r"qwen3's queries and keys pass through more .* head_dim grows in llama, mistral, qwen2\."),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            16,
+            "rope_type: default only",
+        ),
+    ],
+)
+def test_heads_that_cannot_grow(family, changes, head_dim, message):
+    with pytest.raises(GrowthError, match=message):
+        plan_growth(small_architecture(family, **changes), recipe_of(target={"head_dim": head_dim}))
+
+
 def test_more_positions_keep_the_function(fp64_norms):
     assert difference("gpt2", {"n_positions": 128}, length=64) <= 1e-12
     assert difference("opt", {"max_position_embeddings": 80}, length=64) <= 1e-12
