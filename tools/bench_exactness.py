@@ -84,7 +84,9 @@ def target_of(architecture: Architecture, factor: int | None) -> dict[str, int]:
 def difference(architecture: Architecture, recipe: GrowthRecipe, source: torch.dtype, result: torch.dtype) -> float:
     """Relative logit difference; both models compute in the wider of fp32 and their own dtype."""
     computed = torch.float64 if source == torch.float64 else torch.float32
-    old = drawn_model(architecture, source).to(computed)
+    old = drawn_model(architecture, computed)
+    for parameter in old.parameters():
+        parameter.data = parameter.data.to(source).to(computed)
     grown = GrownTensors(plan_growth(architecture, recipe), model_checkpoint(architecture, old))
     new = drawn_model(grown.plan.target, computed)
     for name, parameter in new.named_parameters():
