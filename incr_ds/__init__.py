@@ -16,7 +16,7 @@ _HOMES = {
     "export_huggingface": "incr_ds.export",
     "grow_checkpoint": "incr_ds.grow",
     "open_source": "incr_ds.source",
-    "plan_growth": "incr_ds.growth.plan",
+    "plan_growth": "incr_ds.growth.planner",
     "plan_request": "incr_ds.grow",
 }
 __all__ = list(_HOMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
 
+    @functools.wraps(function)
     def program() -> None:
         try:
             app()

@@ -10,7 +10,7 @@ import torch
 from incr_ds.arch.logical import LogicalCheckpoint, State
 from incr_ds.grow import TOKENIZER_FILES
 from incr_ds.target.commit import publish, write_atomically
-from incr_ds.target.files import Bounds
+from incr_ds.target.files import Bounds, Slices, write_file
 from incr_ds.target.huggingface import config_text, huggingface_files, index_text
 
 
@@ -28,7 +28,7 @@ def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dty
     facts = {"source": str(source.facts.kind), "step": source.facts.step}
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
-            file.write(folder, read)
+            write_file(file, folder, Slices(read))
         write_atomically(folder / "config.json", config_text(source.architecture, dtype))
         if (index := index_text(files)) is not None:
             write_atomically(folder / "model.safetensors.index.json", index)

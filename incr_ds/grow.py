@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
-from incr_ds.growth.apply import GrownTensors
-from incr_ds.growth.plan import GrowthPlan, plan_growth
+from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
+from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.planner import plan_growth
 from incr_ds.source import open_source
-from incr_ds.target.commit import hash_file, publish, refuse_existing, write_atomically
+from incr_ds.target.budget import anonymous_bytes, portion_elements
+from incr_ds.target.commit import hash_as_listed, listed_hashes, refuse_existing, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
-from incr_ds.target.files import TargetFile
+from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
 from incr_ds.target.placement import check_layout
+from incr_ds.target.universal import universal_files
+from incr_ds.target.workspace import Workspace, open_workspace
 
 TAG = "grown"
+MEMORY_BUDGET = 2 << 30
+FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,7 +52,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class GrowthRequest:
-    """What to grow into what: the source folder, the recipe and the output folder."""
+    """What to grow into what: the source folder, the recipe and the output folder.
+
+    ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
+    ``overwrite`` lets the output replace a checkpoint that was published there.
+    """
 
     source: Path
     recipe: Path
@@ -52,6 +65,8 @@ class GrowthRequest:
     config: Path | None = None
     workers: int = 1
     trust: bool = False
+    memory_budget: int = MEMORY_BUDGET
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,10 +79,26 @@ class PlannedGrowth:
     files: tuple[TargetFile, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of tensor data that will be written."""
-        return sum(file.num_bytes for file in self.files)
+        return sum(tensor_bytes(file) for file in self.files)
+
+    @property
+    def portion(self) -> int:
+        """Elements that each worker asks for at once. ConfigError if the memory budget is too small for the plan."""
+        rows = [spec.shape[-1] for model in (self.plan.source, self.plan.target) for spec in model.stored]
+        request = self.request
+        return portion_elements(request.memory_budget, request.workers, max(rows), BYTES_PER_ELEMENT, anonymous_bytes())
+
+    @property
+    def key(self) -> str:
+        """Stands for everything that decides the bytes of the target."""
+        digest = hashlib.blake2b(self.plan.to_json().encode(), digest_size=8)
+        for path in self.source.facts.files:
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 def plan_request(request: GrowthRequest) -> PlannedGrowth:
@@ -87,54 +118,109 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     check_layout(plan.target, layout)
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
-    return PlannedGrowth(request, source, plan, native_files(_native_target(source, plan, dtype)), dtype)
+    target = _native_target(source, plan, dtype)
+    files = universal_files(target) if layout.format == "universal" else native_files(target)
+    return PlannedGrowth(request, source, plan, files, dtype)
+
+
+class GrownCheckpoint:
+    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written."""
+
+    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
+        self._source, self._grown = source, GrownTensors(plan, source)
+        self._architecture = plan.target
+        reset = plan.recipe.optimizer == "reset"
+        kind = f"{source.facts.kind}, grown on load"
+        step = 0 if reset else source.facts.step
+        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={})
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """The source's, except the kind and the step."""
+        return self._facts
+
+    @property
+    def architecture(self) -> Architecture:
+        """The grown model."""
+        return self._architecture
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one grown tensor, at least fp32."""
+        spec = self._architecture.by_name[name]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        columns = ((0, size) for size in spec.shape[1:])
+        return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
+
+    def self_check(self) -> Iterator[str]:
+        """The source's own check."""
+        return self._source.self_check()
+
+
+def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
+    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
+    settings = load_settings(recipe, GrowthRecipe)
+    opened = open_source(source, tag)
+    _check_moments(opened, settings)
+    return GrownCheckpoint(plan_growth(opened.architecture, settings, str(recipe)), opened), settings
 
 
 def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
-    """Write and publish the target; returns the manifest's facts. The output appears whole or not at all."""
+    """Write and publish the target; returns the manifest's facts. The output appears whole or not at all.
+
+    An interrupted run goes on where it stopped, and ends with the same bytes. CheckpointError if the disk is full or
+    fails; what was finished is then kept for the next run.
+    """
+    report = progress or (lambda phase, done, total: None)
     request = planned.request
-    refuse_existing(request.output)
-    _check_space(planned)
-    _check_source(planned, progress)
-    facts = _facts(planned)
-    kind = f"{planned.plan.recipe.layout.format} checkpoint, grown"
-    with publish(request.output, kind, facts) as folder:
-        for parent in {(folder / file.path).parent for file in planned.files}:
-            parent.mkdir(exist_ok=True)
-        for done, _ in enumerate(_write_files(planned, folder)):
-            if progress:
-                progress("writing", done + 1, len(planned.files))
-        _write_companions(planned, folder)
+    refuse_existing(request.output, overwrite=request.overwrite)
+    slices = Slices(GrownTensors(planned.plan, planned.source).read, planned.portion)
+    with _resumable(request.output), open_workspace(request.output, planned.key, overwrite=request.overwrite) as space:
+        _check_room(planned, space)
+        hashes = _run_jobs(planned, space, slices, report)
+        facts = _facts(planned, hashes)
+        _write_companions(planned, space.folder)
+        space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
     return facts
 
 
-def _write_files(planned: PlannedGrowth, folder: Path) -> Iterator[TargetFile]:
-    if planned.request.workers == 1:
-        grown = GrownTensors(planned.plan, planned.source)
-        for file in planned.files:
-            file.write(folder, grown.read)
-            yield file
-        return
-    with ProcessPoolExecutor(
-        planned.request.workers, get_context("spawn"), _open_in_worker, (planned.request, planned.plan)
-    ) as pool:
-        jobs = {pool.submit(_write_in_worker, file, folder): file for file in planned.files}
-        for job in as_completed(jobs):
-            job.result()
-            yield jobs[job]
+def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress) -> dict[Path, str]:
+    """Check the source, hash its files and write the target's, ``workers`` jobs at a time; returns the hashes."""
+    files = [file for file in planned.files if file.path not in space.done]
+    with _pool(planned.request.workers) as pool:
+        listed = listed_hashes(planned.request.source)
+        hashing = {path: pool.submit(hash_as_listed, path, listed.get(path)) for path in planned.source.facts.files}
+        checking = pool.submit(_check_source, planned.source, report)
+        writing = {pool.submit(write_file, file, space.folder, slices): file for file in files}
+        written = len(planned.files) - len(files)
+        for job in as_completed([checking, *hashing.values(), *writing]):
+            result = job.result()
+            if job in writing:
+                space.record(writing[job].path, result)
+                written += 1
+                report("writing", written, len(planned.files))
+        return {path: job.result() for path, job in hashing.items()}
 
 
-_worker_tensors: list[GrownTensors] = []
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads, because all that takes time (copies, arithmetic, checksums, writes) runs outside Python's lock, and threads
+    share one process's memory. One thread of torch each; what waits is cancelled when a job fails."""
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _open_in_worker(request: GrowthRequest, plan: GrowthPlan) -> None:
-    torch.set_num_threads(1)
-    source = open_source(request.source, request.tag, request.config, trust=request.trust)
-    _worker_tensors.append(GrownTensors(plan, source))
-
-
-def _write_in_worker(file: TargetFile, folder: Path) -> None:
-    file.write(folder, _worker_tensors[0].read)
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{output}: {error.strerror or error} ({error.filename or 'while writing'}); nothing was published. Finished "
+            "files are kept beside it: the same command goes on from there."
+        ) from error
 
 
 def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
@@ -156,27 +242,27 @@ def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
         )
 
 
-def _check_space(planned: PlannedGrowth) -> None:
-    parent = planned.request.output.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if planned.num_bytes > free:
-        raise CheckpointError(
-            f"{planned.request.output}: needs {planned.num_bytes:,} bytes, {free:,} are free on its disk; nothing was written."
-        )
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{parent}: not writable; name another output.")
+def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
+    """Disk space and file count, before the first byte; what an interrupted run wrote counts."""
+    disk = os.statvfs(space.folder)
+    written = sum(int(digest["bytes"]) for digest in space.done.values())
+    needed = planned.num_bytes + FILE_OVERHEAD * len(planned.files) - written
+    free = disk.f_bavail * disk.f_frsize
+    output = planned.request.output
+    if needed > free:
+        raise CheckpointError(f"{output}: needs {needed:,} bytes, {free:,} are free on its disk; nothing was written.")
+    entries = len({Path(file.path).parent for file in planned.files}) + len(planned.files) - len(space.done)
+    if disk.f_files and entries > disk.f_favail:
+        raise CheckpointError(f"{output}: needs {entries:,} files, its disk allows {disk.f_favail:,} more.")
 
 
-def _check_source(planned: PlannedGrowth, progress: Progress | None) -> None:
-    total = len(planned.source.architecture.stored)
-    for done, _ in enumerate(planned.source.self_check()):
-        if progress:
-            progress("checking the source", min(done + 1, total), total)
+def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
+    total = len(source.architecture.stored)
+    for done, _ in enumerate(source.self_check()):
+        report("checking the source", min(done + 1, total), total)
 
 
-def _facts(planned: PlannedGrowth) -> dict[str, Any]:
+def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]:
     source, plan = planned.source, planned.plan
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -186,9 +272,7 @@ def _facts(planned: PlannedGrowth) -> dict[str, Any]:
             "kind": source.facts.kind,
             "step": source.facts.step,
             "parameters": source.architecture.num_parameters,
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)} for path in source.facts.files
-            },
+            "files": {path.name: {"bytes": path.stat().st_size, "xxh3": hash} for path, hash in hashes.items()},
         },
         "target": {
             "parameters": plan.target.num_parameters,
@@ -205,7 +289,8 @@ def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
-        write_atomically(folder / "latest", TAG)
+        universal = planned.plan.recipe.layout.format == "universal"
+        write_atomically(folder / ("latest_universal" if universal else "latest"), TAG)
     elif (index := index_text(shards)) is not None:
         write_atomically(folder / "model.safetensors.index.json", index)
     for name in TOKENIZER_FILES:

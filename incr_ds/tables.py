@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.difference import Difference
 from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
 
@@ -24,7 +27,7 @@ def growth_table(planned: PlannedGrowth) -> Table:
     )
     for heading in ("", "source", "target", "how"):
         table.add_column(heading, justify="left" if heading in ("", "how") else "right")
-    for axis in SIZES:
+    for axis in _stated_sizes(plan.target):
         old, new = plan.source.sizes[axis], plan.target.sizes[axis]
         how = _depth_text(planned) if axis == "layers" else _axis_text(plan.axes[axis])
         table.add_row(plan.target.family.axes[axis], f"{old:,}", f"{new:,}", how)
@@ -42,7 +45,8 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "kind": facts.kind,
         "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
         "parameters": f"{architecture.num_parameters:,}",
-        **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in SIZES},
+        **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
+        **{f"  {name}": f"{size:,}" for name, size in component_sizes(architecture).items()},
         "layout": _layout_text(checkpoint),
         "states": ", ".join(facts.states),
         "optimizer step": "none" if facts.step is None else str(facts.step),
@@ -54,6 +58,37 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
     return table
 
 
+def _stated_sizes(architecture: Architecture) -> list[str]:
+    return [axis for axis in SIZES if axis in architecture.family.axes]
+
+
+def component_sizes(architecture: Architecture) -> dict[str, int]:
+    """Parameters of each kind of component: embedding, attention, feed-forward, norms, head."""
+    sizes: dict[str, int] = {}
+    for spec in architecture.stored:
+        sizes[_component(spec)] = sizes.get(_component(spec), 0) + spec.numel
+    return sizes
+
+
+def difference_table(found: Sequence[Difference]) -> Table:
+    """What differs between two checkpoints."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("tensor", "state", "differs in", "elements", "by up to"):
+        table.add_column(heading, justify="right" if heading in ("elements", "by up to") else "left")
+    for item in found:
+        counts = (f"{item.elements:,}", f"{item.largest:.6g}") if item.elements else ("", "")
+        table.add_row(item.name, item.state, item.what, *counts)
+    return table
+
+
+def _component(spec: TensorSpec) -> str:
+    if "norm" in spec.role:
+        return "norms"
+    if spec.layer is None:
+        return "embedding" if spec.role in ("embedding", "positions") else "head"
+    return "attention" if "att" in spec.local_name else "feed-forward"
+
+
 def _axis_text(axis: AxisGrowth) -> str:
     if axis.is_identity:
         return "same"
@@ -63,7 +98,7 @@ def _axis_text(axis: AxisGrowth) -> str:
 
 def _depth_text(planned: PlannedGrowth) -> str:
     new = sum(layer.is_new for layer in planned.plan.layers)
-    if not new:
+    if [layer.layer for layer in planned.plan.layers] == list(range(planned.plan.source.num_layers)):
         return "same"
     depth = planned.plan.recipe.depth
     return f"{depth.method}, {new} new ({depth.new}): {' '.join(str(layer.layer) for layer in planned.plan.layers)}"
@@ -84,4 +119,4 @@ def _degrees(layout: Mapping[str, int]) -> str:
 
 def _target_layout_text(planned: PlannedGrowth) -> str:
     layout = planned.plan.recipe.layout
-    return "huggingface" if layout.format == "huggingface" else _degrees(layout.model_dump())
+    return _degrees(layout.model_dump()) if layout.format == "deepspeed" else layout.format

@@ -44,11 +44,12 @@ def compare(
     batches: Sequence[torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Comparison:
-    """Run ``batches`` (each [samples, tokens]) through both models."""
-    if source.architecture.sizes["vocab"] != target.architecture.sizes["vocab"]:
+    """Run ``batches`` (each [samples, tokens]) through both models; logits are compared over the source's vocabulary."""
+    vocab = source.architecture.sizes["vocab"]
+    if vocab > target.architecture.sizes["vocab"]:
         raise CheckpointError(
             f"{target.facts.path}: vocabulary {target.architecture.sizes['vocab']}, the source's is "
-            f"{source.architecture.sizes['vocab']}; logits cannot be compared."
+            f"{vocab}; logits cannot be compared."
         )
     first, second = load_model(source, dtype), load_model(target, dtype)
     losses = torch.zeros(2, dtype=torch.float64)
@@ -56,10 +57,11 @@ def compare(
     tokens = 0
     with torch.no_grad():
         for batch in batches:
-            old, new = first(batch).logits, second(batch).logits
+            old, whole = first(batch).logits, second(batch).logits
+            new = whole[..., :vocab]
             difference = max(difference, float((old - new).abs().max()))
             largest = max(largest, float(old.abs().max()))
-            losses += torch.tensor([_summed_loss(old, batch), _summed_loss(new, batch)], dtype=torch.float64)
+            losses += torch.tensor([_summed_loss(old, batch), _summed_loss(whole, batch)], dtype=torch.float64)
             tokens += batch[:, 1:].numel()
     source_loss, target_loss = (losses / tokens).tolist()
     return Comparison(source_loss, target_loss, difference, difference / largest, tokens)

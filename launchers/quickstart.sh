@@ -46,7 +46,7 @@ step "   prove it" "The growth is not exact: this is a defect, please report it 
 step "4/7 continue the grown model, taught by the source, pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
 step "5/7 pre-train the same model from scratch" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \
-    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000250 $runs/huggingface --dtype float32
+    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000200 $runs/huggingface --dtype float32
 step "7/7 report" "The runs are done; repeat this one command." \
     python tools/growth_study.py --source $runs/source --grown $runs/grown --scratch $runs/scratch --growth $runs/grown_checkpoint \
     --proof $runs/proof.json --model $runs/huggingface --prompt 'def ' --output $runs

@@ -239,13 +239,27 @@ def test_bad_sources(source, recipe, tmp_path):
     for change, message in (
         (
             {"model_type": "gpt_fancy"},
-            "model_type 'gpt_fancy' is not supported; supported: llama, mistral, qwen2, qwen3",
+            "model_type 'gpt_fancy' is not supported; supported: gemma2, gemma3_text, gpt2",
         ),
         ({"logit_softcapping": 30.0}, "config field(s) logit_softcapping are unknown for llama"),
     ):
         (unknown / "config.json").write_text(json.dumps({**config, **change}))
         done = grow(unknown, path, tmp_path / "out")
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
+    """A byte of a moment that no other file repeats: only the checksum can tell."""
+    first = tmp_path / "first"
+    assert grow(source["zero"], recipe(), first).returncode == 0
+    shard = next((first / "grown").glob("*_optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    same_size = recipe(target={})
+    done = grow(first, same_size, tmp_path / "second")
+    assert done.returncode == 2 and f"{shard}: checksum xxh3" in done.stderr and "content changed" in done.stderr
+    assert not (tmp_path / "second").exists()
 
 
 def test_an_existing_output_is_kept(source, recipe, tmp_path):

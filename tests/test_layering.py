@@ -20,6 +20,7 @@ ORDER = [
     "grow",
     "export",
     "verify",
+    "difference",
     "tables",
     "kernels",
     "losses",

@@ -10,22 +10,26 @@ import typer
 from incr_ds.command import command, console, print_json, progress_bar
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
 from incr_ds.tables import growth_table
+from incr_ds.target.budget import parse_bytes
 
 
 @command
 def main(
     source: Annotated[Path, typer.Option(help="DeepSpeed checkpoint or Hugging Face folder.")],
     recipe: Annotated[Path, typer.Option(help="Growth recipe (YAML); see docs/recipe.md.")],
-    output: Annotated[Path, typer.Option(help="Folder to publish; must not exist or be empty.")],
+    output: Annotated[Path, typer.Option(help="Folder to publish.")],
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the source folder.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and write nothing.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that write files.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that write files.")] = 1,
+    memory_budget: Annotated[str, typer.Option(help="Anonymous memory of the process, at most.")] = "2GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint published at OUTPUT.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Grow SOURCE by RECIPE into OUTPUT."""
-    planned = plan_request(GrowthRequest(source, recipe, output, tag, config, workers, trust))
+    budget = parse_bytes(memory_budget)
+    planned = plan_request(GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite))
     if json and plan_only:
         typer.echo(planned.plan.to_json())
         return

@@ -1,27 +1,51 @@
-"""Say what a checkpoint is: family, sizes, layout, step, moments, integrity."""
+"""Say what a checkpoint is (family, sizes, layout, step, moments, integrity), or where two of them differ."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from incr_ds.command import command, console, print_json
+from incr_ds.difference import differences
+from incr_ds.errors import ConfigError
 from incr_ds.source import open_source
-from incr_ds.tables import checkpoint_table
+from incr_ds.tables import checkpoint_table, component_sizes, difference_table
 from incr_ds.target.commit import MANIFEST, verify_manifest
 
 
 @command
 def main(
-    folder: Annotated[Path, typer.Argument(help="DeepSpeed checkpoint or Hugging Face folder.")],
+    folders: Annotated[list[Path], typer.Argument(help="A checkpoint folder; or the word diff and two folders.")],
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Print what FOLDER holds, reading no tensor."""
+    """Print what a folder holds, reading no tensor; or, with `diff A B`, every tensor that differs (then exit with 1)."""
+    if len(folders) == 3 and str(folders[0]) == "diff":
+        _differ(folders[1], folders[2], trust, json)
+    elif len(folders) == 1:
+        _inspect(folders[0], tag, config, trust, json)
+    else:
+        raise ConfigError("expected one checkpoint folder, or: diff FOLDER FOLDER.")
+
+
+def _differ(first: Path, second: Path, trust: bool, json: bool) -> None:
+    found = list(differences(open_source(first, trust=trust), open_source(second, trust=trust)))
+    if json:
+        print_json({"differences": [asdict(item) for item in found]})
+    elif found:
+        console.print(difference_table(found))
+    else:
+        console.print("no difference: every weight and moment is the same")
+    sys.exit(1 if found else 0)
+
+
+def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, json: bool) -> None:
     checkpoint = open_source(folder, tag, config, trust=trust)
     manifest = verify_manifest(folder) if (folder / MANIFEST).is_file() else None
     facts, architecture = checkpoint.facts, checkpoint.architecture
@@ -32,6 +56,7 @@ def main(
                 "family": architecture.family.model_type,
                 "sizes": dict(architecture.sizes),
                 "parameters": architecture.num_parameters,
+                "components": component_sizes(architecture),
                 "layout": dict(facts.layout),
                 "states": list(facts.states),
                 "step": facts.step,

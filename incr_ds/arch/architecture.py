@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,15 +63,13 @@ class Architecture:
     def _spec(self, item: TensorDeclaration, layer: int | None) -> TensorSpec:
         template, _, inside = item.name.partition("{layer}.")
         local_name = inside if layer is not None else template.removeprefix("model.")
-        dims = tuple(Dimension(dim.use, dim.axes, self._size(dim.axes)) for dim in item.dims)
+        dims = tuple(Dimension(dim.use, dim.parts, sum(map(self._size, dim.parts))) for dim in item.dims)
         tied_to = item.tied_to if self.tied else None
-        return TensorSpec(item.name.format(layer=layer), local_name, layer, dims, item.role, tied_to)
+        name = item.name.format(layer=layer)
+        return TensorSpec(name, local_name, layer, dims, item.role, tied_to, float(item.offset), item.saved_as)
 
-    def _size(self, axes: tuple[str, ...]) -> int:
-        size = 1
-        for axis in axes:
-            size *= self.sizes[axis]
-        return size
+    def _size(self, part: tuple[str, ...]) -> int:
+        return math.prod(int(axis) if axis.isdigit() else self.sizes[axis] for axis in part)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -108,10 +107,32 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
             raise ConfigError(
                 f"{where}: {name} is {full[name]!r}; {family.model_type} is supported with {value!r} only."
             )
-    sizes = {axis: full[field] for axis, field in family.axes.items() if field in full}
-    sizes.setdefault("head_dim", full["hidden_size"] // full["num_attention_heads"])
+    sizes = _sizes(family, full, where)
+    for field, axis in family.config.follows.items():
+        if full[field] != sizes[axis]:
+            raise ConfigError(
+                f"{where}: {field} is {full[field]}; {family.model_type} is supported with {family.axes[axis]}'s "
+                f"{sizes[axis]} only."
+            )
     _check_heads(sizes, where)
     return Architecture(family, full, sizes)
+
+
+def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The size of every axis: its config field, or where the config has none, the family's rule."""
+    sizes = {axis: int(full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
+    for axis, rule in family.derived.items():
+        if axis not in sizes:
+            sizes[axis] = _derive(rule, sizes, where)
+    return sizes
+
+
+def _derive(rule: str, sizes: Mapping[str, int], where: str) -> int:
+    over, _, under = rule.partition("/")
+    size = math.prod(int(word) if word.isdigit() else sizes[word] for word in over.split("*"))
+    if under and size % sizes[under]:
+        raise ConfigError(f"{where}: {over} {size} is not a multiple of {under} {sizes[under]}.")
+    return size // sizes[under] if under else size
 
 
 def _filled(config: Mapping[str, Any], where: str) -> dict[str, Any]:

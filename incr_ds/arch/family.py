@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -23,10 +23,10 @@ WITHOUT_EFFECT = frozenset(
 
 
 class DimensionDeclaration(Settings):
-    """``out heads*head_dim``: a use, and the axes whose sizes multiply."""
+    """``out heads*head_dim``: a use, and products of axes or numbers, joined by + where they lie one after another."""
 
     use: Use
-    axes: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
 
 
 class TensorDeclaration(Settings):
@@ -37,36 +37,63 @@ class TensorDeclaration(Settings):
     role: Role
     when: str | None = None
     tied_to: str | None = None
+    offset: int = 0
+    saved_as: str | None = None
 
     @field_validator("dims", mode="before")
     @classmethod
     def _from_text(cls, lines: Any) -> list[dict[str, Any]]:
         words = [line.split() for line in lines]
-        return [{"use": use, "axes": tuple(axes.split("*"))} for use, axes in words]
+        return [{"use": use, "parts": tuple(tuple(part.split("*")) for part in size.split("+"))} for use, size in words]
 
 
 class ConfigDeclaration(Settings):
-    """Which Hugging Face config fields the family knows, and what growth does with them."""
+    """Which Hugging Face config fields the family knows, and what growth does with them.
 
-    eps: str
+    ``eps`` names the norms' eps (None: not in the config), ``initializer`` the standard deviation of fresh weights;
+    ``keeps`` stay as they are, ``per_layer`` lists follow the layer map, ``follows`` have an axis' size, ``only`` are
+    supported at one value, ``without_effect`` change nothing for a causal language model.
+    """
+
+    eps: str | None
+    initializer: str = "initializer_range"
     keeps: list[str]
     per_layer: list[str] = Field(default_factory=list)
+    follows: dict[str, str] = Field(default_factory=dict)
     only: dict[str, Any] = Field(default_factory=dict)
+    without_effect: list[str] = Field(default_factory=list)
 
 
 class Family(Settings):
-    """A model family: its axes (name -> config field), tensors and config fields."""
+    """A model family: its axes (name -> config field), tensors and config fields.
+
+    ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
+    of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
+    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``trains``: this package has the
+    family's modules, cut over tensor and pipeline ranks.
+    """
 
     model_type: str
+    trains: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_scale: Literal["sqrt-hidden"] | None = None
+    equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]
+    derived: dict[str, str] = Field(default_factory=dict)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration
 
     @property
     def known_fields(self) -> frozenset[str]:
         """Config fields that the family understands."""
-        fields = {*self.axes.values(), *self.config.keeps, *self.config.per_layer, *self.config.only}
-        return WITHOUT_EFFECT | fields
+        config = self.config
+        fields = {*self.axes.values(), *config.keeps, *config.per_layer, *config.only, *config.follows}
+        return self.without_effect | fields
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Config fields that do not change what the model computes."""
+        return WITHOUT_EFFECT | set(self.config.without_effect)
 
 
 @cache

@@ -6,21 +6,34 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Use = Literal["out", "in", "scale", "lookup"]
-Role = Literal["embedding", "reader", "writer", "norm", "final_norm", "inner", "inner_norm"]
+Use = Literal["out", "in", "raw", "scale", "shift", "post", "lookup"]
+Role = Literal["embedding", "positions", "reader", "writer", "norm", "post_norm", "final_norm", "inner", "inner_norm"]
+READS = ("in", "raw")
 
 
 @dataclass(frozen=True)
 class Dimension:
     """One dimension of a tensor.
 
-    ``use`` is what the tensor does with the axis: ``out`` produces it, ``in`` consumes it, ``scale`` multiplies along
-    it, ``lookup`` is indexed by it. ``axes`` are the named axes whose sizes multiply to the dimension, outermost first.
+    ``use`` is what the tensor does with the axis: ``out`` produces it, ``in`` consumes it behind a norm, ``raw`` without
+    one, ``scale`` multiplies and ``shift`` adds along it inside a norm, ``post`` multiplies inside a norm that itself
+    writes to the residual stream, ``lookup`` is indexed by it. ``parts`` lie one after another; each is a product of
+    named axes (or of a number), outermost first.
     """
 
     use: Use
-    axes: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
     size: int
+
+    @property
+    def named_axes(self) -> tuple[str, ...]:
+        """Every axis that the dimension is made of."""
+        return tuple(axis for part in self.parts for axis in part if not axis.isdigit())
+
+    @property
+    def outer_axis(self) -> str:
+        """The outermost axis of the dimension if it is one product, else ""."""
+        return self.parts[0][0] if len(self.parts) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class TensorSpec:
     """A tensor of a concrete model.
 
     ``name`` is the Hugging Face name, ``local_name`` the name inside its own layer, ``layer`` the decoder layer it
-    belongs to (None outside the decoder), ``tied_to`` the name of the tensor that it shares its storage with.
+    belongs to (None outside the decoder), ``tied_to`` the name of the tensor that it shares its storage with. A norm's
+    weight is used as ``offset`` + weight. ``saved_as`` is the name in a Hugging Face folder where it is not ``name``.
     """
 
     name: str
@@ -37,6 +51,13 @@ class TensorSpec:
     dims: tuple[Dimension, ...]
     role: Role
     tied_to: str | None = None
+    offset: float = 0.0
+    saved_as: str | None = None
+
+    @property
+    def saved_name(self) -> str:
+        """The name in a Hugging Face folder."""
+        return self.saved_as or self.name
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from incr_ds.config.fields import Settings
+from incr_ds.config.fields import Settings, parse_settings, read_yaml
 from incr_ds.config.layout import ParallelLayout
 
 
@@ -20,24 +22,37 @@ class SymmetryBreaking(Settings):
     """How copies of a residual dimension, neuron or head are made to differ without changing the function.
 
     ``per-element``: each weight that reads c copies gives copy j the share (1 + scale * z_j) / c, with z_j of mean 0 over
-    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``none``: even shares; training
-    then never leaves the copied subspace.
+    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``noise``: even shares plus noise that
+    cancels over the copies, ``snr_db`` decibels below the tensor's root mean square. ``diagonal``: where rows and
+    columns are copied equally often, the rows of copy j read copy j alone. ``none``: even shares; training then never
+    leaves the copied subspace.
     """
 
-    method: Literal["per-element", "none"] = "per-element"
+    method: Literal["per-element", "noise", "diagonal", "none"] = "per-element"
     scale: float = Field(default=0.5, ge=0.0)
+    snr_db: float = 10.0
     seed: int = Field(default=0, ge=0)
+
+
+HiddenMethod = Literal[
+    "auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean", "lemon", "fpi", "random", "constant"
+]
 
 
 class WidthRecipe(Settings):
     """Operators for the width axes.
 
     ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
-    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, or ``auto``:
-    integer where it divides, isometric elsewhere.
+    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, ``mean`` padding for
+    LayerNorm, ``lemon``: as many whole copies as fit, and padding for the rest, or ``auto``: integer where it divides,
+    elsewhere isometric (RMSNorm) or mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some
+    more randomly chosen copies, norms unchanged; ``random`` and ``constant``, new positions filled with normal numbers of
+    deviation ``std`` (None: the config's) or with ``constant``.
     """
 
-    hidden: Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"] = "auto"
+    hidden: HiddenMethod = "auto"
+    std: float | None = Field(default=None, gt=0.0)
+    constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
@@ -46,31 +61,85 @@ class WidthRecipe(Settings):
 class DepthRecipe(Settings):
     """Where new layers go and what they hold.
 
-    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top.
-    ``zero-output`` layers write nothing at first, which keeps the function; ``copy`` layers do not keep it.
+    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top;
+    ``append`` and ``prepend`` add copies of the last or first layers at that end; ``solar`` joins two overlapping
+    copies; ``midas`` repeats the middle; ``expand`` adds a layer after each of equal groups; ``map`` takes the source
+    layer of every target layer from the list ``map``.
+
+    New layers that are ``zero-output`` (copies with zero output projections) or ``identity`` (zero norms, matrices of
+    ones on the diagonal) write nothing at first, which keeps the function. ``copy`` does not keep it, nor does
+    ``halved``: copies, with the outputs of all layers that share a source divided by their number.
     """
 
-    method: Literal["interleave", "stack"] = "interleave"
-    new: Literal["zero-output", "copy"] = "zero-output"
+    method: Literal["interleave", "stack", "append", "prepend", "solar", "midas", "expand", "map"] = "interleave"
+    map: list[int] | None = None
+    new: Literal["zero-output", "identity", "copy", "halved"] = "zero-output"
+
+    @model_validator(mode="after")
+    def _map_belongs_to_its_method(self) -> Self:
+        if (self.map is not None) != (self.method == "map"):
+            raise ValueError(
+                f"method: {self.method} and map do not fit; give the list map with method: map, and only then"
+            )
+        return self
 
 
 class TargetLayout(ParallelLayout):
-    """The layout on disk: ``deepspeed`` (its own ZeRO files, moments included) or ``huggingface`` (weights only).
+    """The layout on disk: ``deepspeed`` (its own ZeRO files for this very layout, moments included), ``universal``
+    (DeepSpeed's one folder for every data-parallel size and ZeRO stage, moments included) or ``huggingface`` (weights only).
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
     for a Hugging Face folder and the source's precision for DeepSpeed.
     """
 
-    format: Literal["deepspeed", "huggingface"] = "deepspeed"
+    format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class GrowthRecipe(Settings):
-    """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change."""
+class Method(Settings):
+    """A published method: where, how far ``recipe`` is it, and the recipe's keys."""
 
+    published: str
+    known: str
+    recipe: dict[str, Any]
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """The published methods of methods.yaml, by name."""
+    path = Path(__file__).with_name("methods.yaml")
+    return {name: parse_settings(content, Method, f"{path}: {name}") for name, content in read_yaml(path).items()}
+
+
+class GrowthRecipe(Settings):
+    """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change.
+
+    ``recipe`` names a published method (methods.yaml), whose keys hold where the file does not state them itself.
+    """
+
+    recipe: str | None = None
     target: dict[str, Any]
     width: WidthRecipe = WidthRecipe()
     depth: DepthRecipe = DepthRecipe()
-    optimizer: Literal["exact", "keep", "reset"] = "exact"
+    optimizer: Literal["exact", "keep", "reset-new", "reset"] = "exact"
     exact: Literal["required", "preferred"] = "preferred"
     layout: TargetLayout = TargetLayout()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_method(cls, content: Any) -> Any:
+        name = content.get("recipe") if isinstance(content, dict) else None
+        if not isinstance(name, str):
+            return content
+        if name not in methods():
+            raise ValueError(f"recipe: {name!r} is not a method; known: {', '.join(methods())}")
+        return _merged(methods()[name].recipe, content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, section by section."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged

@@ -16,15 +16,23 @@ from incr_ds.config.fields import Settings
 from incr_ds.config.layout import ParallelLayout
 
 
+class GrowthStart(Settings):
+    """A source checkpoint folder of any kind, and the growth recipe to apply to it as it is loaded."""
+
+    source: str
+    recipe: str
+
+
 class ModelSettings(Settings):
     """What to train: a fresh model of a Hugging Face config.json (``config``), or the weights of a checkpoint folder.
 
-    ``initialize_from`` takes a Hugging Face folder (weights only) or a DeepSpeed checkpoint in this run's layout,
-    grown or not, whose optimizer state is kept unless ``load_optimizer`` is false.
+    ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout, grown
+    or not, or a source of any layout with a recipe to grow it by, in memory. Optimizer state is kept unless
+    ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
     """
 
     config: str | None = None
-    initialize_from: str | None = None
+    initialize_from: str | GrowthStart | None = None
     tag: str | None = None
     load_optimizer: bool = True
     attention: Literal["sdpa", "eager"] = "sdpa"

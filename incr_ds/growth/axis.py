@@ -5,12 +5,18 @@ the new one must have orthogonal columns of equal norm). With new position j a c
 
 - a writer's row is multiplied by the amplitude s_j, so the stream carries s_j * x_i;
 - a reader's column is multiplied by the share w_j, where the shares of all copies of i sum to 1;
-- a norm's weight is multiplied by kappa / s_j, so that every copy leaves the norm as the source's value;
-- a final norm before a tied head is multiplied by kappa * w_j / s_j^2, since the head's rows carry s_j once more.
+- a norm's weight is multiplied by kappa / s_j, so that every copy leaves the norm as the source's value; its bias stays;
+- a reader that no norm precedes (raw) has its column multiplied by w_j / s_j;
+- a norm that writes (post) sees its own copies of amplitude s_j and passes them on: its weight is multiplied by kappa;
+- a final norm before a tied head is multiplied by kappa * w_j / s_j^2, since the head's rows carry s_j once more; its
+  bias by w_j / s_j.
 
 kappa = sqrt(sum of s^2 over the copies of one position * old / new) is 1 wherever eps can stay; eps scales by kappa^2.
-Gradients follow by the chain rule: a writer's gets w_j / s_j, a reader's 1, a norm's w_j s_j / kappa, the tied final
-norm's s_j^2 / kappa. For w even these are exact, and the rules for Adam's moments follow from them.
+Gradients follow by the chain rule: a writer's gets w_j / s_j, a reader's 1, a raw reader's s_j, a norm's w_j s_j / kappa
+and its bias' w_j, a writing norm's w_j / kappa, the tied final norm's s_j^2 / kappa and its bias' s_j. For w even these are
+exact, and the rules for Adam's moments follow from them.
+
+Under LayerNorm the mean must stay too: equal copies keep it, and padding with the mean of the old positions does.
 """
 
 from __future__ import annotations
@@ -23,8 +29,8 @@ import numpy.typing as npt
 
 FRESH = -1
 Vector = npt.NDArray[np.float64]
-AxisUse = Literal["out", "in", "scale", "tied scale", "lookup"]
-Fill = Literal["random", "zero"]
+AxisUse = Literal["out", "in", "raw", "scale", "tied scale", "shift", "tied shift", "post", "lookup"]
+Fill = Literal["random", "zero", "mean", "constant"]
 
 
 @dataclass(frozen=True)
@@ -69,21 +75,29 @@ class AxisGrowth:
         vectors: dict[str, Vector] = {
             "out": s,
             "in": w,
+            "raw": w / safe,
             "scale": self.kappa / safe,
             "tied scale": self.kappa * w / safe**2,
+            "shift": np.ones(self.new),
+            "tied shift": w / safe,
+            "post": np.full(self.new, self.kappa),
             "lookup": np.ones(self.new),
         }
         return np.where(fresh, 0.0, vectors[use])
 
     def gradient_factor(self, use: AxisUse) -> Vector:
         """Factor of the gradient (so of exp_avg) along this axis; squared it is exp_avg_sq's."""
-        s, w = np.array(self.amplitude), np.array(self.share)
+        s, written = np.array(self.amplitude), np.array(self.gradient)
         fresh = np.array(self.index) == FRESH
         vectors: dict[str, Vector] = {
-            "out": np.array(self.gradient),
+            "out": written,
             "in": np.ones(self.new),
-            "scale": w * s / self.kappa,
+            "raw": s,
+            "scale": written * s**2 / self.kappa,
             "tied scale": s**2 / self.kappa,
+            "shift": written * s,
+            "tied shift": s,
+            "post": written * s / self.kappa,
             "lookup": np.ones(self.new),
         }
         return np.where(fresh, 0.0, vectors[use])

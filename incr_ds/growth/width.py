@@ -7,33 +7,45 @@ from typing import Literal
 
 import numpy as np
 
+from incr_ds.config.growth import HiddenMethod
 from incr_ds.errors import GrowthError
 from incr_ds.growth.axis import FRESH, AxisGrowth, identity
 
-HiddenMethod = Literal["auto", "integer", "isometric", "zero", "zero-scaled-eps"]
 NewUnits = Literal["zero-output", "copy"]
 
 
-def grow_hidden(method: HiddenMethod, old: int, new: int) -> AxisGrowth:
-    """Growth of the residual stream from ``old`` to ``new`` dimensions, exact under RMSNorm for every method.
+def grow_hidden(
+    method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"] = "rms", seed: int = 0
+) -> AxisGrowth:
+    """Growth of the residual stream from ``old`` to ``new`` dimensions; see WidthRecipe for the methods.
 
-    Raises GrowthError when the sizes do not allow the method, with the nearest that do.
+    Raises GrowthError when the sizes or the norm do not allow the method, with the nearest sizes that do.
     """
     if new < old:
         raise GrowthError(f"target.hidden_size: {new} is smaller than the source's {old}; growth only adds.")
     if new == old:
         return identity("hidden", old)
+    uneven: HiddenMethod = "isometric" if norm == "rms" else "mean"
     if method == "auto":
-        method = "isometric" if new % old else "integer"
+        method = uneven if new % old else "integer"
+    if method == "mean" and norm == "rms":
+        raise GrowthError(
+            "width.hidden: mean pads for LayerNorm, and this family has RMSNorm; use isometric or zero, which take any "
+            "larger size."
+        )
     if method == "integer" and new % old:
         lower = new // old * old
         raise GrowthError(
             f"target.hidden_size: {new} is not a multiple of the source's {old}, which width.hidden: integer needs; "
-            f"nearest sizes that work: {lower}, {lower + old}. width.hidden: isometric takes any larger size."
+            f"nearest sizes that work: {lower}, {lower + old}. width.hidden: {uneven} takes any larger size."
         )
     if method in ("integer", "isometric"):
         return _copied_hidden(method, old, new)
-    return _padded_hidden(method, old, new)
+    if method == "fpi":
+        return _unequal_hidden(old, new, seed)
+    if method in ("random", "constant"):
+        return _filled_hidden(method, old, new)
+    return _padded_hidden(method, old, new, norm)
 
 
 def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits) -> AxisGrowth:
@@ -47,6 +59,17 @@ def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits) -> Ax
     else:
         index = [*range(old), *[FRESH] * (new - old)]
     return _inner(axis, units, old, index)
+
+
+def grow_entries(axis: str, field: str, old: int, new: int) -> AxisGrowth:
+    """Growth of a table: tokens or learned positions. New rows, of the head too, are the mean of the old ones."""
+    if new < old:
+        raise GrowthError(f"target.{field}: {new} is smaller than the source's {old}; growth only adds.")
+    if new == old:
+        return identity(axis, old)
+    kept = _floats((np.arange(new) < old) * 1.0)
+    index = tuple(position if position < old else FRESH for position in range(new))
+    return AxisGrowth(axis, "mean", old, index, kept, kept, kept, fresh_out="mean")
 
 
 def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> tuple[AxisGrowth, AxisGrowth]:
@@ -91,24 +114,46 @@ def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
     )
 
 
-def _padded_hidden(method: str, old: int, new: int) -> AxisGrowth:
-    """Old positions kept, new ones silent: writers write zero there, readers may read anything."""
-    kept = np.arange(new) < old
-    index = tuple(int(position) if position < old else FRESH for position in range(new))
-    strength = math.sqrt(new / old) if method == "zero" else 1.0
-    kappa = 1.0 if method == "zero" else math.sqrt(old / new)
+def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"]) -> AxisGrowth:
+    """Whole copies of the old positions, and new ones that leave the norm as zero: readers may read anything there.
+
+    New positions are zero, or under LayerNorm the mean of the old ones (average expansion). One copy, but for ``lemon``
+    (Wang et al., 2024) as many as fit.
+    """
+    copies = new // old if method == "lemon" else 1
+    kept = np.arange(new) < copies * old
+    index = tuple(position % old if position < copies * old else FRESH for position in range(new))
+    strength = 1.0 if method == "zero-scaled-eps" else math.sqrt(new / (copies * old))
+    kappa = math.sqrt(old / new) if method == "zero-scaled-eps" else 1.0
+    averages = method == "mean" or (method == "lemon" and norm == "layer")
     return AxisGrowth(
         "hidden",
         method,
         old,
         index,
         _floats(kept * strength),
-        _floats(kept * 1.0),
-        _floats(kept / strength),
+        _floats(kept / copies),
+        _floats(kept / (copies * strength)),
         kappa=kappa,
-        fresh_out="zero",
+        fresh_out="mean" if averages else "zero",
         fresh_in="random",
     )
+
+
+def _unequal_hidden(old: int, new: int, seed: int) -> AxisGrowth:
+    """Function-preserving initialization (Net2Net; bert2BERT's FPI) as published: random further copies, norms unchanged."""
+    chosen = np.random.default_rng(seed).integers(0, old, size=new - old)
+    index = np.concatenate([np.arange(old), chosen])
+    share = 1.0 / np.bincount(index, minlength=old)[index]
+    ones = (1.0,) * new
+    return AxisGrowth("hidden", "fpi", old, tuple(int(i) for i in index), ones, _floats(share), _floats(share))
+
+
+def _filled_hidden(method: Literal["random", "constant"], old: int, new: int) -> AxisGrowth:
+    """Initial value padding: new positions written and read by given numbers, nothing made up for."""
+    kept = _floats((np.arange(new) < old) * 1.0)
+    index = tuple(position if position < old else FRESH for position in range(new))
+    return AxisGrowth("hidden", method, old, index, kept, kept, kept, fresh_out=method, fresh_in=method)
 
 
 def _inner(axis: str, method: str, old: int, index: list[int]) -> AxisGrowth:

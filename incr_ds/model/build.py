@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.family import families
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
@@ -61,6 +62,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     ConfigError when the teacher's vocabulary differs. A pipeline gives ``observe`` the loss parts of each micro-batch.
     """
     check_layout(request.architecture, request.layout)
+    _check_trains(request.architecture)
     topology = _topology(request.layout)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
         grid = PipelineParallelGrid(topology=topology)
@@ -94,6 +96,14 @@ def check_parameters(module: nn.Module, shards: tuple[ShardedTensor, ...]) -> No
             ]
         )
     )
+
+
+def _check_trains(architecture: Architecture) -> None:
+    if not architecture.family.trains:
+        known = ", ".join(name for name, family in families().items() if family.trains)
+        raise LayoutError(
+            f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
+        )
 
 
 def _topology(layout: ParallelLayout) -> PipeModelDataParallelTopology:

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors folders (one file or sharded) as logical checkpoints: weights only, no moments."""
+"""Hugging Face folders, safetensors or .bin (one file or sharded), as logical checkpoints: weights only, no moments."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ from safetensors import SafetensorError, safe_open
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import CheckpointFacts, State, check_shapes
 from incr_ds.errors import CheckpointError
+from incr_ds.source.unpickle import load_pt
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_COMPARED_ROWS = 1024  # at once
+# In the order in which transformers looks for them.
+CONTENTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file that makes a folder a Hugging Face one: its weights, or the index of their shards."""
+    return next((folder / name for name in CONTENTS if (folder / name).is_file()), None)
 
 
 class HuggingFaceCheckpoint:
     """A folder that ``save_pretrained`` writes; slices are mapped from disk when asked for."""
 
-    def __init__(self, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, *, trust: bool = False) -> None:
         self._architecture = architecture
-        self._file_of = _tensor_files(folder)
+        self._saved_as = {spec.name: spec.saved_name for spec in architecture.tensors}
+        logical = {saved: name for name, saved in self._saved_as.items()}
+        saved_in = _tensor_files(weights_file(folder) or folder / SINGLE, trust)
+        self._file_of = {logical.get(name, name): path for name, path in saved_in.items()}
         files = tuple(sorted(set(self._file_of.values())))
-        self._handles = {path: _open(path) for path in files}
+        self._handles = {path: _open(path, trust) for path in files}
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
         check_shapes(architecture, shapes, str(folder))
-        self._facts = CheckpointFacts(folder, "Hugging Face safetensors", ("weight",), None, {}, {}, files)
+        kind = "safetensors" if files[0].suffix == ".safetensors" else ".bin"
+        self._facts = CheckpointFacts(folder, f"Hugging Face {kind}", ("weight",), None, {}, {}, files)
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -52,47 +65,76 @@ class HuggingFaceCheckpoint:
         """Tied copies must be equal; yields the name of each tensor seen. CheckpointError otherwise."""
         for spec in self._architecture.tensors:
             if spec.tied_to is not None and spec.name in self._file_of:
-                if not torch.equal(self._slice(spec.name)[:], self._slice(spec.tied_to)[:]):
+                if not self._are_equal(spec.name, spec.tied_to, spec.shape[0]):
                     raise CheckpointError(
                         f"{self._facts.path}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
                     )
             yield spec.name
 
+    def _are_equal(self, first: str, second: str, rows: int) -> bool:
+        parts = [slice(begin, begin + _COMPARED_ROWS) for begin in range(0, rows, _COMPARED_ROWS)]
+        return all(torch.equal(self._slice(first)[part], self._slice(second)[part]) for part in parts)
+
     def _slice(self, name: str):  # type: ignore[no-untyped-def]  # safetensors has no types
-        return self._handles[self._file_of[name]].get_slice(name)
+        return self._handles[self._file_of[name]].get_slice(self._saved_as.get(name, name))
 
 
-def _tensor_files(folder: Path) -> Mapping[str, Path]:
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    path = folder / SINGLE
-    return {name: path for name in _open(path).keys()}
+class _Pickled:
+    """A .bin file with the interface of an open safetensors file."""
+
+    def __init__(self, path: Path, trust: bool) -> None:
+        self._tensors = load_pt(path, trust=trust)
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _PickledSlice:
+        return _PickledSlice(self._tensors[name])
 
 
-def _indexed_files(folder: Path) -> Mapping[str, Path]:
+class _PickledSlice:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self._tensor[rows]
+
+
+def _tensor_files(contents: Path, trust: bool) -> Mapping[str, Path]:
+    if contents.suffix == ".json":
+        return _indexed_files(contents, trust)
+    return {name: contents for name in _open(contents, trust).keys()}
+
+
+def _indexed_files(index: Path, trust: bool) -> Mapping[str, Path]:
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: not a safetensors index (no weight_map): {error}") from error
+        raise CheckpointError(f"{index}: not an index of shards (no weight_map): {error}") from error
     files = {}
     for name, file in weight_map.items():
         if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: {name}: {file!r} is not a plain file name; refused.")
-        files[name] = folder / file
+            raise CheckpointError(f"{index}: {name}: {file!r} is not a plain file name; refused.")
+        files[name] = index.with_name(file)
     listed: dict[Path, set[str]] = {}
     for name, path in files.items():
         listed.setdefault(path, set()).add(name)
     for path, names in listed.items():
-        present = set(_open(path).keys())
+        present = set(_open(path, trust).keys())
         if present != names:
             odd = sorted(present ^ names)[0]
-            raise CheckpointError(f"{path}: does not hold what {INDEX} says: {odd} is in one of the two only.")
+            raise CheckpointError(f"{path}: does not hold what {index.name} says: {odd} is in one of the two only.")
     return files
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]  # safetensors has no types
+def _open(path: Path, trust: bool):  # type: ignore[no-untyped-def]  # safetensors has no types
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the folder is incomplete.")
+    if path.suffix == ".bin":
+        return _Pickled(path, trust)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.errors import CheckpointError
-from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint
+from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
+from incr_ds.source.universal import UniversalCheckpoint
 from incr_ds.source.zero import ZeroCheckpoint
 
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
-) -> ZeroCheckpoint | HuggingFaceCheckpoint:
-    """Open a checkpoint folder: DeepSpeed's (``latest`` names the tag, unless ``tag`` does) or Hugging Face's.
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
+    """Open a checkpoint folder: DeepSpeed's (``latest`` or ``latest_universal`` names the tag, unless ``tag`` does) or
+    Hugging Face's.
 
     The architecture comes from ``config``, else from config.json in the tag's folder or in ``path``. Raises
     CheckpointError if nothing known is there, and whatever the reader finds wrong.
@@ -21,30 +23,31 @@ def open_source(
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; expected a DeepSpeed checkpoint or a Hugging Face folder.")
-    if tag is None and ((path / INDEX).is_file() or (path / SINGLE).is_file()):
-        return HuggingFaceCheckpoint(path, _architecture(path, None, config))
+    # A folder of transformers' Trainer under DeepSpeed holds both; only DeepSpeed's part has the moments.
+    if tag is None and weights_file(path) and not _tag_files(path):
+        return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)
     tag = tag or _latest(path)
     if not (path / tag).is_dir():
         tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
         raise CheckpointError(f"{path}: no folder for tag {tag!r}; folders there: {tags}.")
-    return ZeroCheckpoint(path, tag, _architecture(path, tag, config), trust=trust)
+    kind = UniversalCheckpoint if (path / tag / "zero").is_dir() else ZeroCheckpoint
+    return kind(path, tag, _architecture(path, tag, config), trust=trust)
 
 
 def _latest(path: Path) -> str:
-    latest = path / "latest"
-    if latest.is_file():
+    for latest in _tag_files(path):
         return latest.read_text(encoding="utf-8").strip()
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    if (path / "latest_universal").is_file():
-        raise CheckpointError(f"{path}: a universal checkpoint; reading those is not supported. Use the native one.")
-    if list(path.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{path}: holds .bin weights; convert them to safetensors (save_pretrained does) first.")
     if list(path.glob("*_optim_states.pt")):
         raise CheckpointError(f"{path}: this is a tag folder; give its parent and --tag {path.name}.")
     raise CheckpointError(
         f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder ({SINGLE} or {INDEX}); "
         f"found {found}."
     )
+
+
+def _tag_files(path: Path) -> list[Path]:
+    return [path / name for name in ("latest", "latest_universal") if (path / name).is_file()]
 
 
 def _architecture(path: Path, tag: str | None, config: Path | None) -> Architecture:

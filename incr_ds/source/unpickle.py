@@ -53,9 +53,13 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         size = os.path.getsize(path)
         raise CheckpointError(
-            f"{path}: damaged or truncated ({size} bytes): {str(error).splitlines()[0]}. Copy the file again from where "
+            f"{path}: damaged or truncated ({size} bytes): {_first_sentence(error)}. Copy the file again from where "
             "it was written, or use another tag."
         ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _check_own_name(path: Path) -> None:

@@ -18,7 +18,7 @@ from incr_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 VERSION = 1
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -41,10 +41,20 @@ def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_existing(final: Path) -> None:
-    """Raise CheckpointError if ``final`` is something that publishing would destroy."""
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(f"{final}: exists already and is not an empty folder; name another output or remove it.")
+def refuse_existing(final: Path, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError if ``final`` is something that publishing would destroy; with ``overwrite``, a folder that
+    was itself published may be."""
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{final}: exists already and is not an empty folder; name another output or remove it (--overwrite replaces "
+            "a published checkpoint)."
+        )
+    if not (final / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{final}: holds no {MANIFEST}, so incr_ds did not publish it, and --overwrite leaves it alone; remove it."
+        )
 
 
 def temporary_folder(final: Path) -> Path:
@@ -71,9 +81,13 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def seal(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
-    """Flush every file below ``folder`` and write its manifest."""
-    files = {str(path.relative_to(folder)): _flush_and_hash(path) for path in sorted(_files(folder))}
+def seal(
+    folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Write the manifest of ``folder``, after flushing every file. ``known`` holds the digests of files flushed before."""
+    known = known or {}
+    names = sorted(str(path.relative_to(folder)) for path in _files(folder))
+    files = {name: known[name] if name in known else _flush_and_hash(folder / name) for name in names}
     content = {"manifest_version": VERSION, "kind": kind, "facts": facts, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     for inner in {path.parent for path in _files(folder)}:
@@ -135,20 +149,32 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {size} bytes, the manifest says {expected['bytes']}: truncated or replaced."
             )
-        found = hash_file(path)
-        if found != expected["xxh3"]:
-            raise CheckpointError(
-                f"{path}: checksum xxh3 {found}, the manifest says {expected['xxh3']}: content changed."
-            )
+        hash_as_listed(path, expected["xxh3"])
     return content
+
+
+def listed_hashes(folder: Path) -> dict[Path, str]:
+    """The checksum that a folder's manifest lists for each of its files; {} if it has no manifest."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    return {folder / name: digest["xxh3"] for name, digest in read_manifest(folder)["files"].items()}
+
+
+def hash_as_listed(path: Path, listed: str | None) -> str:
+    """xxh3 of a file's content; CheckpointError if it is not the one listed."""
+    found = hash_file(path)
+    if listed is not None and found != listed:
+        raise CheckpointError(f"{path}: checksum xxh3 {found}, the manifest says {listed}: content changed.")
+    return found
 
 
 def hash_file(path: Path) -> str:
     """xxh3 (128 bits, hexadecimal) of a file's content."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    buffer = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

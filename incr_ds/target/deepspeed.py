@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, State
+from incr_ds.arch.logical import State
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
-from incr_ds.target.files import Read, TargetFile
+from incr_ds.target.archive import Archive, archive_of
+from incr_ds.target.files import Part, Slices, StreamedTensor, TargetFile, slice_of
 from incr_ds.target.placement import (
     ShardedTensor,
     layer_local_name,
@@ -27,6 +28,7 @@ from incr_ds.target.placement import (
     pipeline_layer,
     rank_parameters,
 )
+from incr_ds.target.sink import Sink
 
 FORMAT_VERSION = "0.19.8"
 ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
@@ -80,20 +82,21 @@ class ModelFile:
         return f"{self.target.tag}/mp_rank_{self.model_rank:02d}_model_states.pt"
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data."""
-        if self.target.layout.pipeline_parallel > 1:
-            return 0
-        return sum(shard.numel for shard in self.target.shards(self.model_rank)) * self.target.dtype.itemsize
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The module weights, unless the pipeline keeps them by layer."""
+        return self._archive().streamed
 
-    def write(self, folder: Path, read: Read) -> None:
+    def write(self, sink: Sink, slices: Slices) -> None:
         """Write the file."""
+        self._archive().write(sink, Path(self.path).stem, slices)
+
+    def _archive(self) -> Archive:
         target, layout = self.target, self.target.layout
         shards = target.shards(self.model_rank)
         aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
         module = None
         if layout.pipeline_parallel == 1:
-            module = {shard.parameter: _weight(shard, target.dtype, read) for shard in shards}
+            module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
             module |= {alias: module[owner] for alias, owner in aliases.items()}
         state = {
             "module": module,
@@ -118,7 +121,7 @@ class ModelFile:
             "ds_config": {},
             "ds_version": FORMAT_VERSION,
         }
-        torch.save(state, folder / self.path)
+        return archive_of(state)
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,16 @@ class LayerFile:
         return f"{self.target.tag}/layer_{self.layer:02d}-model_{self.tensor_rank:02d}-model_states.pt"
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(shard.numel for shard in self._shards()) * self.target.dtype.itemsize
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The layer's weights."""
+        return self._archive().streamed
 
-    def write(self, folder: Path, read: Read) -> None:
+    def write(self, sink: Sink, slices: Slices) -> None:
         """Write the file."""
-        content = {layer_local_name(s.tensor): _weight(s, self.target.dtype, read) for s in self._shards()}
-        torch.save(content, folder / self.path)
+        self._archive().write(sink, Path(self.path).stem, slices)
+
+    def _archive(self) -> Archive:
+        return archive_of({layer_local_name(s.tensor): _weight(s, self.target.dtype) for s in self._shards()})
 
     def _shards(self) -> list[ShardedTensor]:
         num_layers = self.target.architecture.num_layers
@@ -167,25 +172,27 @@ class OptimizerFile:
         return f"{self.target.tag}/{prefix}{name}"
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data."""
-        groups = optimizer_groups(self.target.shards(self.model_rank))
-        partitions = [_partition_size(group, self.target.layout.data_parallel) for group in groups]
-        return sum(partitions) * len(STATES) * torch.float32.itemsize
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The partitions of masters and moments, per parameter group."""
+        return archive_of(self.content()).streamed
 
-    def write(self, folder: Path, read: Read) -> None:
+    def write(self, sink: Sink, slices: Slices) -> None:
         """Write the file."""
+        archive_of(self.content()).write(sink, Path(self.path).stem, slices)
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
         num_data = self.target.layout.data_parallel
         groups = optimizer_groups(self.target.shards(self.model_rank))
         sizes = [_partition_size(group, num_data) for group in groups]
         paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
         masters, moments = [], {}
         for index, (group, size, padding) in enumerate(zip(groups, sizes, paddings, strict=True)):
-            masters.append(self._partition(group, size, "weight", read)[: size - padding])
+            masters.append(self._partition(group, size, "weight", size - padding))
             moments[index] = {
                 "step": torch.tensor(float(self.target.step)),
-                "exp_avg": self._partition(group, size, "exp_avg", read),
-                "exp_avg_sq": self._partition(group, size, "exp_avg_sq", read),
+                "exp_avg": self._partition(group, size, "exp_avg", size),
+                "exp_avg_sq": self._partition(group, size, "exp_avg_sq", size),
             }
         hyperparameters = [
             {**self.target.groups[0 if group[0].tensor.is_matrix else -1], "params": [index]}
@@ -201,23 +208,22 @@ class OptimizerFile:
             "partition_count": [num_data] * len(groups),
             "ds_version": FORMAT_VERSION,
         }
-        content = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
-        torch.save(content, folder / self.path)
+        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
     def _padding(self, group: tuple[ShardedTensor, ...], size: int) -> int:
         """Zero elements at the end of this rank's partition."""
         total = sum(shard.numel for shard in group)
         return min(size, max(0, (self.data_rank + 1) * size - total))
 
-    def _partition(self, group: tuple[ShardedTensor, ...], size: int, state: State, read: Read) -> torch.Tensor:
-        flat = torch.zeros(size)
-        first, position = self.data_rank * size, 0
+    def _partition(self, group: tuple[ShardedTensor, ...], size: int, state: State, length: int) -> StreamedTensor:
+        """The first ``length`` elements of this rank's partition of ``size`` elements."""
+        first, position, parts = self.data_rank * size, 0, []
         for shard in group:
             begin, end = max(first, position), min(first + size, position + shard.numel)
             if begin < end:
-                flat[begin - first : end - first] = _elements(shard, begin - position, end - position, state, read)
+                parts.append(Part(shard.tensor.name, state, shard.bounds, begin - position, end - position))
             position += shard.numel
-        return flat
+        return StreamedTensor((length,), torch.float32, tuple(parts))
 
 
 def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
@@ -247,19 +253,10 @@ def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
     return [LayerFile(target, layer, tensor_rank, model_rank) for layer in held]
 
 
-def _weight(shard: ShardedTensor, dtype: torch.dtype, read: Read) -> torch.Tensor:
-    return read(shard.tensor.name, "weight", shard.bounds).to(torch.float32).to(dtype).contiguous()
+def _weight(shard: ShardedTensor, dtype: torch.dtype) -> StreamedTensor:
+    return slice_of(shard.tensor.name, "weight", shard.bounds, dtype)
 
 
 def _partition_size(group: tuple[ShardedTensor, ...], num_data: int) -> int:
     unit = ALIGNMENT * num_data
     return math.ceil(sum(shard.numel for shard in group) / unit) * unit // num_data
-
-
-def _elements(shard: ShardedTensor, first: int, stop: int, state: State, read: Read) -> torch.Tensor:
-    """Elements [first, stop) of a shard in its own flat order, reading only the rows that hold them."""
-    per_row = math.prod(shard.shape[1:])
-    first_row, stop_row = first // per_row, math.ceil(stop / per_row)
-    offset = shard.bounds[0][0]
-    rows = read(shard.tensor.name, state, ((offset + first_row, offset + stop_row), *shard.bounds[1:]))
-    return rows.to(torch.float32).reshape(-1)[first - first_row * per_row : stop - first_row * per_row]

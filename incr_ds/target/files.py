@@ -1,17 +1,84 @@
-"""What a target is made of: one frozen value per file, planned first, then written from a reader of tensor slices."""
+"""What a target is made of: one frozen value per file, planned first, then streamed from a reader of tensor slices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from incr_ds.arch.logical import State
+from incr_ds.target.sink import Sink
 
 Bounds = tuple[tuple[int, int], ...]
 Read = Callable[[str, State, Bounds], torch.Tensor]
+BLOCK_ELEMENTS = 1 << 20  # large enough to hide a block's fixed costs, small enough for the cache
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment."""
+
+    name: str
+    state: State
+    bounds: Bounds
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedTensor:
+    """A tensor of a target file that never exists whole: ``parts`` one after the other, zeros up to its size."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The reader that files are written from: ``read`` gives any slice of any tensor or moment, and no more than
+    about ``block_elements`` elements (one row at least) are asked for at once."""
+
+    read: Read
+    block_elements: int = BLOCK_ELEMENTS
+
+    def blocks(self, tensor: StreamedTensor) -> Iterator[torch.Tensor]:
+        """The elements of ``tensor`` in order, as one-dimensional tensors of its dtype."""
+        written = 0
+        for part in tensor.parts:
+            for block in self._part_blocks(part):
+                written += block.numel()
+                yield block.to(torch.float32).to(tensor.dtype)
+        while written < tensor.numel:
+            zeros = min(self.block_elements, tensor.numel - written)
+            written += zeros
+            yield torch.zeros(zeros, dtype=tensor.dtype)
+
+    def _part_blocks(self, part: Part) -> Iterator[torch.Tensor]:
+        """Whole rows are read; what lies outside [first, stop) in the first and the last row is cut off."""
+        (row, _), *columns = part.bounds
+        per_row = math.prod(stop - start for start, stop in columns)
+        rows = max(1, self.block_elements // per_row)
+        first_row, stop_row = part.first // per_row, math.ceil(part.stop / per_row)
+        for begin in range(first_row, stop_row, rows):
+            end = min(begin + rows, stop_row)
+            block = self.read(part.name, part.state, ((row + begin, row + end), *columns)).reshape(-1)
+            offset = begin * per_row
+            yield block[max(0, part.first - offset) : part.stop - offset]
 
 
 class TargetFile(Protocol):
@@ -23,13 +90,33 @@ class TargetFile(Protocol):
         ...
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data."""
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The tensors whose data the file holds."""
         ...
 
-    def write(self, folder: Path, read: Read) -> None:
-        """Write the file below ``folder``; ``read`` gives any slice of any tensor or moment."""
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file's bytes, from the first to the last."""
         ...
+
+
+def write_file(file: TargetFile, folder: Path, slices: Slices) -> dict[str, Any]:
+    """Write one file below ``folder``; returns its size and checksum."""
+    path = folder / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Sink(path) as sink:
+        file.write(sink, slices)
+        return sink.digest
+
+
+def tensor_bytes(file: TargetFile) -> int:
+    """Bytes of tensor data in a file."""
+    return sum(tensor.num_bytes for tensor in file.tensors)
+
+
+def slice_of(name: str, state: State, bounds: Bounds, dtype: torch.dtype) -> StreamedTensor:
+    """One slice of one tensor, as a tensor of a file."""
+    shape = tuple(stop - start for start, stop in bounds)
+    return StreamedTensor(shape, dtype, (Part(name, state, bounds, 0, math.prod(shape)),))
 
 
 def whole(shape: tuple[int, ...]) -> Bounds:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
-from incr_ds.target.files import Read, whole
+from incr_ds.target.files import Slices, StreamedTensor, slice_of, tensor_bytes, whole
+from incr_ds.target.sink import Sink, data_of
 
 SHARD_BYTES = 2 << 30
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,28 @@ class SafetensorsFile:
     """One shard: its name and the tensors in it."""
 
     path: str
-    tensors: tuple[TensorSpec, ...]
+    specs: tuple[TensorSpec, ...]
     dtype: torch.dtype
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(spec.numel for spec in self.tensors) * self.dtype.itemsize
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The shard's weights."""
+        return tuple(slice_of(spec.name, "weight", whole(spec.shape), self.dtype) for spec in self.specs)
 
-    def write(self, folder: Path, read: Read) -> None:
-        """Write the shard."""
-        content = {spec.name: read(spec.name, "weight", whole(spec.shape)).to(self.dtype) for spec in self.tensors}
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, folder / self.path, {"format": "pt"})
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the shard: the length of the header, the header, the tensors in its order (safetensors 1)."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for spec, tensor in zip(self.specs, self.tensors, strict=True):
+            offsets = [position, position + tensor.num_bytes]
+            header[spec.saved_name] = {"dtype": DTYPES[self.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            position = offsets[1]
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        sink.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in self.tensors:
+            for block in slices.blocks(tensor):
+                sink.write(data_of(block))
 
 
 def huggingface_files(
@@ -58,8 +68,8 @@ def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
     """Content of model.safetensors.index.json, or None for a single shard."""
     if len(files) == 1:
         return None
-    weight_map = {spec.name: file.path for file in files for spec in file.tensors}
-    total = sum(file.num_bytes for file in files)
+    weight_map = {spec.saved_name: file.path for file in files for spec in file.specs}
+    total = sum(tensor_bytes(file) for file in files)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
@@ -68,6 +78,6 @@ def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.family.model_type]
-    config = {key: value for key, value in architecture.config.items() if value is not None and key != "_name_or_path"}
+    config = {key: value for key, value in architecture.config.items() if key != "_name_or_path"}
     config |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -57,7 +57,12 @@ def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
     """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work."""
     problems = []
-    for axis in WHOLE_UNITS:
+    if not architecture.family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
+        raise LayoutError(
+            f"layout: {architecture.family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
+            "and pipeline_parallel: 1, or format: huggingface."
+        )
+    for axis in filter(architecture.family.axes.__contains__, WHOLE_UNITS):
         size, field = architecture.sizes[axis], architecture.family.axes[axis]
         if size % layout.tensor_parallel:
             fitting = [degree for degree in range(1, size + 1) if size % degree == 0]
@@ -129,7 +134,7 @@ def optimizer_groups(shards: tuple[ShardedTensor, ...]) -> tuple[tuple[ShardedTe
 
 def sharded_dimension(spec: TensorSpec) -> int | None:
     """The dimension that tensor parallelism cuts, or None for a tensor that every tensor rank holds whole."""
-    cut = [index for index, dim in enumerate(spec.dims) if dim.axes[0] in SHARDED_AXES]
+    cut = [index for index, dim in enumerate(spec.dims) if dim.outer_axis in SHARDED_AXES]
     return cut[0] if cut else None
 
 

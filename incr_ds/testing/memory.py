@@ -10,17 +10,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
+from incr_ds.arch.family import family_of
 from incr_ds.arch.logical import CheckpointFacts, State
 
+# A different size on every axis; where a family takes the head's size from hidden / heads, it is 16.
 SMALL = {
-    "hidden_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
+    "hidden": 96,
+    "layers": 3,
+    "heads": 6,
+    "kv_heads": 3,
     "head_dim": 8,
-    "intermediate_size": 250,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
+    "ffn": 250,
+    "vocab": 101,
+    "positions": 64,
+}
+OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "opt": {"word_embed_proj_dim": 96},
+    "phi3": {"pad_token_id": None},
+    "gemma2": {"query_pre_attn_scalar": 12, "sliding_window": 9},
+    "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window": 9, "sliding_window_pattern": 2},
 }
 
 
@@ -44,19 +52,27 @@ class MemoryCheckpoint:
         yield from self._tensors["weight"]
 
 
-def small_architecture(family: str, **changes: Any) -> Architecture:
+def small_architecture(model_type: str, **changes: Any) -> Architecture:
     """A tiny model with a different size on every axis; ``changes`` are config fields."""
-    return architecture_from_config({"model_type": family, **SMALL, **changes}, "test")
+    family = family_of(model_type, "test")
+    sizes = {field: SMALL[axis] for axis, field in family.axes.items()}
+    if "max_position_embeddings" in family.known_fields:
+        sizes["max_position_embeddings"] = SMALL["positions"]
+    return architecture_from_config(
+        {"model_type": model_type, **sizes, **OWN_FIELDS.get(model_type, {}), **changes}, "test"
+    )
 
 
 def drawn_model(architecture: Architecture, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """transformers' model with every parameter drawn: matrices at their usual scale, norms around 1, biases around 0."""
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        spec = architecture.by_name[name]
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        centre, spread = (1.0, 0.2) if "norm" in name else (0.0, 0.05)
+        is_scale = spec.dims[-1].use in ("scale", "post")
+        centre, spread = (1.0 - spec.offset, 0.2) if is_scale else (0.0, 0.05)
         parameter.data.copy_(centre + spread * drawn)
     return model
 

@@ -25,6 +25,7 @@ from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
 from incr_ds.train.distributed import initialize_distributed
+from incr_ds.train.moments import fill_optimizer
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -164,6 +165,13 @@ class TrainingEngine:
         for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group.update(values)
         return dict(client_state)
+
+    def fill_optimizer(self, checkpoint: LogicalCheckpoint) -> None:
+        """Take masters, moments, step and the number of steps from ``checkpoint``, each rank its own part."""
+        named = dict(self._engine.module.named_parameters())
+        parameters = {shard: named[shard.parameter] for shard in self._shards}
+        fill_optimizer(self._engine.optimizer, parameters, checkpoint, self._run.layout.zero_stage)
+        self._engine.global_steps = int(checkpoint.facts.metadata.get("global_steps", 0))
 
     def close(self) -> None:
         """End the process groups; the engine is of no use afterwards."""

@@ -234,6 +234,10 @@ def load_state(
         return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
     if start.checkpoint is not None:
         engine.load(start.checkpoint, str(start.tag), load_optimizer=True)
+    if start.weights is not None and start.with_moments:
+        weights = start.weights
+        on_rank_zero(lambda: sum(1 for _ in weights.self_check()))
+        engine.fill_optimizer(weights)
     return fresh, start.account
 
 

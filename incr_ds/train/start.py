@@ -7,10 +7,12 @@ from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.logical import LogicalCheckpoint
-from incr_ds.config.training import RunSettings
-from incr_ds.errors import CheckpointError
+from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.errors import CheckpointError, LayoutError
+from incr_ds.grow import open_grown
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
+from incr_ds.target.placement import check_layout
 from incr_ds.train.checkpoints import check_layout_matches
 
 
@@ -18,14 +20,15 @@ from incr_ds.train.checkpoints import check_layout_matches
 class Start:
     """How a run begins.
 
-    Exactly one of these holds: ``weights`` is a source whose weights are copied; ``checkpoint`` and ``tag`` name a
-    DeepSpeed folder in the run's own layout, loaded with its optimizer state; neither, and the model is fresh.
-    ``account`` is one line for people.
+    Exactly one of these holds: ``weights`` is a source whose weights are copied (and, with ``with_moments``, its moments
+    and step); ``checkpoint`` and ``tag`` name a DeepSpeed folder in the run's own layout, loaded with its optimizer
+    state; neither, and the model is fresh. ``account`` is one line for people.
     """
 
     architecture: Architecture
     account: str
     weights: LogicalCheckpoint | None = None
+    with_moments: bool = False
     checkpoint: Path | None = None
     tag: str | None = None
 
@@ -34,7 +37,9 @@ def find_start(run: RunSettings) -> Start:
     """Decide how ``run`` begins, from ``run.model``.
 
     A DeepSpeed checkpoint that this package published keeps its optimizer state (unless ``load_optimizer`` is false)
-    and must have the run's layout, else LayoutError. Everything else gives its weights, and the optimizer is fresh.
+    and must have the run's layout, else LayoutError. A source that is grown on load keeps it in any layout; a recipe
+    whose own layout differs from the run's is refused with LayoutError. Everything else gives its weights, and the
+    optimizer is fresh.
     Raises CheckpointError for a DeepSpeed folder without a manifest when ``load_optimizer`` is true.
     """
     model = run.model
@@ -42,12 +47,32 @@ def find_start(run: RunSettings) -> Start:
         path = Path(str(model.config))
         architecture = architecture_from_config(read_config(path), str(path))
         return Start(architecture=architecture, account=f"fresh weights of {path}, seed {run.seed}")
+    if isinstance(model.initialize_from, GrowthStart):
+        return _grown_on_load(run, model.initialize_from)
     folder = Path(model.initialize_from)
     source = open_source(folder, tag=model.tag)
     if model.load_optimizer and (folder / "latest").is_file():
         return _with_optimizer(run, folder, source)
     account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
     return Start(architecture=source.architecture, weights=source, account=account)
+
+
+def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
+    grown, recipe = open_grown(Path(growth.source), Path(growth.recipe), run.model.tag)
+    stated = recipe.layout.model_fields_set if "layout" in recipe.model_fields_set else set()
+    ours, theirs = run.layout.model_dump(), recipe.layout.model_dump()
+    differing = [
+        f"{key} {theirs[key]} (this run: {ours[key]})" for key in sorted(stated & set(ours)) if theirs[key] != ours[key]
+    ]
+    if differing:
+        raise LayoutError(
+            f"{growth.recipe}: layout states {', '.join(differing)}. A growth on load is laid out as the run file says: remove "
+            "layout from the recipe, or make the two agree."
+        )
+    check_layout(grown.architecture, run.layout)
+    kept = "weights and optimizer state" if run.model.load_optimizer else "weights"
+    account = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
+    return Start(architecture=grown.architecture, weights=grown, with_moments=run.model.load_optimizer, account=account)
 
 
 def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> Start:

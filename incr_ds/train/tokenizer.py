@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chunks(texts),
+            sentence_iterator=iter(_sample(_chunks(texts), TRAINING_CHUNKS)),
             model_writer=model,
             vocab_size=vocabulary_size,
             model_type="bpe",
@@ -44,8 +45,6 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
             add_dummy_prefix=False,
             split_digits=True,
             character_coverage=0.9999,
-            input_sentence_size=TRAINING_CHUNKS,
-            shuffle_input_sentence=True,
             max_sentence_length=4 * CHUNK_CHARACTERS + 1,
             num_threads=1,  # with more, ties between pieces depend on the number of cores
             minloglevel=2,
@@ -86,6 +85,18 @@ def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
+
+
+def _sample(chunks: Iterable[str], size: int) -> list[str]:
+    """An even sample of at most ``size`` chunks (Vitter's algorithm R), the same each time: sentencepiece's own sampling
+    differs from run to run, whatever its seed."""
+    generator, kept = random.Random(0), []
+    for number, chunk in enumerate(chunks):
+        if number < size:
+            kept.append(chunk)
+        elif (place := generator.randrange(number + 1)) < size:
+            kept[place] = chunk
+    return kept
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

@@ -1,18 +1,39 @@
-"""Exactness is shown in fp64, so transformers' RMSNorm, which computes in fp32, is replaced by one that does not."""
+"""Exactness is shown in fp64, so what transformers computes in fp32 (RMSNorm, eager softmax) is replaced in tests."""
 
 import importlib
 
 import pytest
 import torch
 
+NORMS = {
+    "llama": "LlamaRMSNorm",
+    "mistral": "MistralRMSNorm",
+    "qwen2": "Qwen2RMSNorm",
+    "qwen3": "Qwen3RMSNorm",
+    "olmo2": "Olmo2RMSNorm",
+    "phi3": "Phi3RMSNorm",
+}
+OFFSET_NORMS = {"gemma2": "Gemma2RMSNorm", "gemma3": "Gemma3RMSNorm"}
 
-def _rms_norm_in_input_dtype(self, hidden_states):
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+def _normed(hidden_states, eps):
+    return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _rms_norm(self, hidden_states):
+    return self.weight * _normed(hidden_states, self.variance_epsilon)
+
+
+def _offset_rms_norm(self, hidden_states):
+    return (1.0 + self.weight) * _normed(hidden_states, self.eps)
 
 
 @pytest.fixture
 def fp64_norms(monkeypatch):
-    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")):
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", _rms_norm_in_input_dtype)
+    for names, forward in ((NORMS, _rms_norm), (OFFSET_NORMS, _offset_rms_norm)):
+        for family, name in names.items():
+            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            monkeypatch.setattr(getattr(module, name), "forward", forward)
+    softmax = torch.nn.functional.softmax
+    # Gemma 2 soft-caps its scores, which only the eager attention does, with a softmax in fp32.
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))

@@ -5,7 +5,7 @@ import torch
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
-from incr_ds.growth.plan import plan_growth
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model
 
 

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from grown import grown_model, grown_tensors, recipe_of, relative_difference
+from grown import grown_model, grown_tensors, recipe_of, relative_difference, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incr_ds.errors import IncrError
+from incr_ds.arch.family import families
+from incr_ds.errors import GrowthError, IncrError
+from incr_ds.growth.depth import METHODS
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = sorted(families())
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+LAYER_NORM = [name for name, family in families().items() if family.norm == "layer"]
+# These take the head's size from hidden / heads, so that hidden and heads grow together.
+HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]
+# Their eps serves other norms too, or is not in the config.
+SHARED_EPS = ("olmo2", "gemma3_text", "qwen3", "opt")
+OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
 # hidden 96 -> 144 is not a multiple, 250 -> 331 shares no factor, 6/3 heads -> 8/4 adds a whole group.
 EVERYTHING = {
     "hidden_size": 144,
@@ -20,21 +30,72 @@ EVERYTHING = {
 }
 
 
-def difference(family, target, tied=False, **recipe):
+AXES = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_hidden_layers": "layers",
+}
+
+
+def everything(family):
+    """A target with every axis larger, as far as the family's own rules allow."""
+    target = dict(EVERYTHING)
+    if family in HIDDEN_PER_HEAD:
+        target |= {"hidden_size": 208, "num_attention_heads": 13, "num_key_value_heads": 13}
+    if family == "olmo2":
+        target |= {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
+    if "kv_heads" not in families()[family].axes:
+        del target["num_key_value_heads"]
+    return target
+
+
+def difference(family, target, tied=False, length=17, **recipe):
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     architecture = small_architecture(family, tie_word_embeddings=tied, **biases)
     source = drawn_model(architecture)
+    target = {architecture.family.axes.get(AXES.get(field), field): size for field, size in target.items()}
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=target, **recipe))
     assert grown.plan.exact
-    return relative_difference(source, grown_model(grown))
+    return relative_difference(source, grown_model(grown), length=length)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
 def test_everything_at_once(fp64_norms, family, tied, new):
-    width = {"ffn": {"new": new}, "heads": {"new": new}}
-    assert difference(family, EVERYTHING, tied, width=width) <= 1e-12
+    width = {"ffn": {"new": new}, "heads": {"new": "copy" if family == "olmo2" else new}}
+    assert difference(family, everything(family), tied, width=width) <= 1e-12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "integer"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
+    """Each method on each family: kept to 1e-12, refused, or said to be inexact (and then it is)."""
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    source = drawn_model(architecture)
+    size = 288 if hidden == "integer" else {"gemma2": 150, "gemma3_text": 150}.get(family, 112)
+    if family == "olmo2":
+        size = 192
+    axes = architecture.family.axes
+    target = {axes["hidden"]: size}
+    if family in HIDDEN_PER_HEAD:
+        target |= {axes[axis]: size // 16 for axis in ("heads", "kv_heads") if axis in axes}
+    if family == "olmo2":
+        target[axes["kv_heads"]] = 6
+    new = "copy" if family == "olmo2" else "zero-output"
+    recipe = recipe_of(target=target, width={"hidden": hidden, "heads": {"new": new}})
+    if (hidden == "mean" and family not in LAYER_NORM) or (hidden == "zero-scaled-eps" and family in SHARED_EPS):
+        with pytest.raises(GrowthError, match=f"width.hidden: {hidden}|pads for LayerNorm"):
+            grown_tensors(model_checkpoint(architecture, source), recipe)
+        return
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe)
+    found = relative_difference(source, grown_model(grown))
+    assert found <= 1e-12 if grown.plan.exact else found > 1e-6, grown.plan.inexact
+    if family in LAYER_NORM:
+        assert grown.plan.exact == (hidden in ("auto", "mean", "integer"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -61,10 +122,162 @@ def test_heads(fp64_norms, heads, new):
     assert difference("qwen3", target, width={"heads": {"new": new}}) <= 1e-12
 
 
-@pytest.mark.parametrize("method", ["interleave", "stack"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "breaking", [{"method": "noise", "snr_db": 3.0}, {"method": "diagonal"}], ids=lambda b: b["method"]
+)
+def test_symmetry_breaking(fp64_norms, family, tied, breaking):
+    """Twice the hidden size and the heads: each of the copies differs from the other, and together they are the source."""
+    width = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": breaking}
+    target = {"hidden_size": 192, "intermediate_size": 500, "num_attention_heads": 12}
+    if "kv_heads" in families()[family].axes:
+        target["num_key_value_heads"] = 6
+    assert difference(family, target, tied, width=width) <= 1e-12
+
+
+def test_diagonal_copies_read_their_own():
+    """Staged Training's matrices: the source twice on the diagonal, zeros beside it; the head reads both halves."""
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    width = {"ffn": {"new": "copy"}, "symmetry_breaking": {"method": "diagonal"}}
+    grown = grown_tensors(source, recipe_of(target={"hidden_size": 192, "intermediate_size": 500}, width=width))
+    for name in ("mlp.up_proj", "mlp.down_proj"):
+        old = source.read(f"model.layers.1.{name}.weight")
+        assert torch.equal(whole(grown, f"model.layers.1.{name}.weight"), torch.block_diag(old, old))
+    assert torch.equal(whole(grown, "lm_head.weight"), source.read("lm_head.weight").repeat(1, 2) / 2)
+
+
+def test_noise_has_its_size_and_cancels():
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture))
+    name = "model.layers.0.mlp.up_proj.weight"
+    old = source.read(name)
+    breaking = {"method": "noise", "snr_db": 20.0}
+    grown = whole(
+        grown_tensors(source, recipe_of(target={"hidden_size": 192}, width={"symmetry_breaking": breaking})), name
+    )
+    noise = grown - old.repeat(1, 2) / 2
+    torch.testing.assert_close(noise[:, :96], -noise[:, 96:])
+    relative = float(2 * noise.square().mean().sqrt() / old.square().mean().sqrt())
+    assert abs(relative - 0.1) < 0.005, "20 dB below the weights that are split between two copies"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "hidden"), [("llama", 222), ("qwen3", 222), ("gpt2", 208), ("olmo2", 288)])
+def test_whole_copies_and_padding(fp64_norms, family, hidden, tied):
+    """LEMON's expansion: 222 = 2 x 96 + 30."""
+    target = {"hidden_size": hidden}
+    if family in HIDDEN_PER_HEAD:
+        target["num_attention_heads"] = hidden // 16
+    if family == "olmo2":
+        target["num_key_value_heads"] = 9
+    new = "copy" if family == "olmo2" else "zero-output"
+    assert difference(family, target, tied, width={"hidden": "lemon", "heads": {"new": new}}) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("width", "reason"),
+    [
+        ({"hidden": "fpi"}, "fpi with positions copied unequally often"),
+        ({"hidden": "random", "std": 0.1}, "random does not keep the source's function"),
+        ({"hidden": "constant", "constant": 0.01}, "constant does not keep the source's function"),
+    ],
+)
+def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
+    architecture = small_architecture("llama")
+    model = drawn_model(architecture)
+    source = model_checkpoint(architecture, model)
+    grown = grown_tensors(
+        source, recipe_of(target={"hidden_size": 144}, width={**width, "symmetry_breaking": {"method": "none"}})
+    )
+    assert reason in grown.plan.inexact[0]
+    assert relative_difference(model, grown_model(grown)) > 1e-2
+    name, norm = "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"
+    old, new = source.read(name), whole(grown, name)
+    assert torch.equal(new[:96], old) and torch.equal(whole(grown, norm)[:96], source.read(norm))
+    if width["hidden"] == "fpi":
+        index = list(grown.plan.axes["hidden"].index)
+        assert torch.equal(new, old[index]) and index[:96] == list(range(96)) and len(set(index[96:])) > 20
+        read = whole(grown, "model.layers.1.mlp.up_proj.weight")
+        counts = torch.bincount(torch.tensor(index))[index]
+        torch.testing.assert_close(read, source.read("model.layers.1.mlp.up_proj.weight")[:, index] / counts)
+    elif width["hidden"] == "random":
+        assert abs(float(new[96:].std()) - 0.1) < 0.005
+    else:
+        assert (new[96:] == 0.01).all() and (whole(grown, "model.layers.1.mlp.up_proj.weight")[:, 96:] == 0.01).all()
+        assert (whole(grown, norm)[96:] == 1.0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
+    """New entries start as the mean of the old ones; they take probability, which the plan says."""
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    model = drawn_model(architecture)
+    source = model_checkpoint(architecture, model)
+    target = {"vocab_size": 118, architecture.family.axes["hidden"]: 192, architecture.family.axes["heads"]: 12}
+    grown = grown_tensors(source, recipe_of(target=target, width={"heads": {"new": "zero-output"}}))
+    assert "new entries take probability" in grown.plan.inexact[0] and len(grown.plan.inexact) == 1
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        old, new = model(tokens).logits, grown_model(grown)(tokens).logits
+    assert new.shape[-1] == 118 and float((new[..., :101] - old).abs().max() / old.abs().max()) <= 1e-12
+    table = next(spec.name for spec in architecture.stored if spec.role == "embedding")
+    rows = whole(grown, table)
+    torch.testing.assert_close(rows[101:], rows[:101].mean(dim=0).expand(17, -1))
+
+
+def test_more_positions_keep_the_function(fp64_norms):
+    assert difference("gpt2", {"n_positions": 128}, length=64) <= 1e-12
+    assert difference("opt", {"max_position_embeddings": 80}, length=64) <= 1e-12
+    assert difference("llama", {"max_position_embeddings": 128}, length=64) <= 1e-12
+    scaled = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(GrowthError, match="max_position_embeddings: 128 differs from the source's 64, and no operator"):
+        plan_growth(scaled, recipe_of(target={"max_position_embeddings": 128}))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("new", ["zero-output", "identity"])
 @pytest.mark.parametrize("layers", [4, 6, 7])
-def test_depth(fp64_norms, method, layers):
-    assert difference("llama", {"num_hidden_layers": layers}, depth={"method": method}) <= 1e-12
+def test_depth(fp64_norms, method, new, layers):
+    layers = 4 if method == "solar" and layers == 7 else layers
+    assert difference("llama", {"num_hidden_layers": layers}, depth={"method": method, "new": new}) <= 1e-12
+
+
+def test_a_given_layer_map_is_exact_if_it_keeps_every_layer_in_order(fp64_norms):
+    target = {"hidden_size": 144}
+    assert difference("qwen2", target, depth={"method": "map", "map": [0, 0, 1, 0, 2, 2]}) <= 1e-12
+    architecture = small_architecture("qwen2")
+    plan = plan_growth(architecture, recipe_of(target=target, depth={"method": "map", "map": [0, 2, 0, 2]}))
+    assert plan.target.num_layers == 4 and not plan.exact
+    assert set(plan.dropped) == {spec.name for spec in architecture.stored if spec.layer == 1}
+    assert "depth.map leaves layers out or changes their order" in plan.notes[0]
+    assert not plan_growth(architecture, recipe_of(target={}, depth={"method": "map", "map": [1, 0, 2]})).exact
+
+
+def test_halved_layers_write_half_as_strongly():
+    """Twins of layer 1 share its output between them: each writes half, and the moved logits stay near the source's."""
+    architecture = small_architecture("llama")
+    source = drawn_model(architecture)
+    checkpoint = model_checkpoint(architecture, source)
+    depth = {"method": "map", "map": [0, 1, 1, 2]}
+    grown = {
+        new: grown_tensors(checkpoint, recipe_of(target={}, depth={**depth, "new": new})) for new in ("halved", "copy")
+    }
+    for layer, factor in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 1.0)):
+        old = min(layer, 1) if layer < 3 else 2
+        for name, part in (("self_attn.o_proj", factor), ("mlp.down_proj", factor), ("mlp.up_proj", 1.0)):
+            expected = part * checkpoint.read(f"model.layers.{old}.{name}.weight")
+            assert torch.equal(whole(grown["halved"], f"model.layers.{layer}.{name}.weight"), expected)
+    apart = {new: relative_difference(source, grown_model(tensors)) for new, tensors in grown.items()}
+    assert 1e-4 < apart["halved"] < apart["copy"]
+
+
+@pytest.mark.parametrize("new", ["zero-output", "identity"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_depth_of_every_other_family(fp64_norms, family, new):
+    assert difference(family, {"num_hidden_layers": 5}, depth={"new": new}) <= 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,8 +332,8 @@ def test_copied_layers_change_the_function_and_say_so(fp64_norms):
     layers=st.integers(3, 7),
     method=st.sampled_from(["auto", "isometric", "zero"]),
     new=st.sampled_from(["zero-output", "copy"]),
-    depth=st.sampled_from(["interleave", "stack"]),
-    family=st.sampled_from(FAMILIES),
+    depth=st.sampled_from(sorted(METHODS)),
+    family=st.sampled_from(LLAMA_LIKE),
     tied=st.booleans(),
 )
 def test_any_shape_is_exact_or_refused(

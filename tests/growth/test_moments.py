@@ -5,6 +5,7 @@ import torch
 from grown import grown_model, grown_tensors, recipe_of, whole
 from torch.nn.functional import cross_entropy
 
+from incr_ds.arch.family import families
 from incr_ds.growth.plan import Dynamics
 from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
 
@@ -46,27 +47,24 @@ def checkpoint_of(architecture, model, optimizer):
     return MemoryCheckpoint(architecture, tensors, step=int(next(iter(states.values()))["step"]))
 
 
+def doubled(architecture):
+    """Every width twice as large, as config fields."""
+    axes = architecture.family.axes
+    return {axes[axis]: 2 * architecture.sizes[axis] for axis in ("hidden", "ffn", "heads", "kv_heads") if axis in axes}
+
+
+EVEN_COPIES = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "olmo2", "phi3"])
 def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
-    """growth.md 2.5: with lr, eps and decay multiplied as the plan says, integer copies train as one."""
+    """With lr, eps and decay multiplied as the plan says, integer copies train as one."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
     optimizer = adamw(source, lambda _: Dynamics(1.0, 1.0, 1.0))
     train(source, optimizer, batches(5, seed=1))
-    recipe = recipe_of(
-        target={
-            "hidden_size": 192,
-            "intermediate_size": 500,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 6,
-        },
-        width={
-            "ffn": {"new": "copy"},
-            "heads": {"new": "copy"},
-            "symmetry_breaking": {"method": "none"},
-        },
-    )
+    recipe = recipe_of(target=doubled(architecture), width=EVEN_COPIES)
     checkpoint = checkpoint_of(architecture, source, optimizer)
     grown = grown_tensors(checkpoint, recipe)
     model = grown_model(grown)
@@ -83,14 +81,16 @@ def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-12
 
 
-def test_gradients_of_isometric_copies_follow_the_rule(fp64_norms):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", sorted(families()))
+def test_gradients_of_copies_follow_the_rule(fp64_norms, family, tied):
     """The factors that scale exp_avg are those of the gradient itself, also where copies are uneven."""
-    architecture = small_architecture("llama", tie_word_embeddings=True)
+    architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
-    recipe = recipe_of(
-        target={"hidden_size": 138, "intermediate_size": 331, "num_attention_heads": 6},
-        width={"ffn": {"new": "copy"}, "symmetry_breaking": {"method": "none"}},
-    )
+    target = doubled(architecture)
+    if "head_dim" in architecture.family.axes:
+        target |= {"hidden_size": 132, architecture.family.axes["ffn"]: 331}
+    recipe = recipe_of(target=target, width=EVEN_COPIES)
     # Give the growth the source's gradient in place of exp_avg: it must come out as the grown model's gradient.
     tokens = batches(1, seed=5)[0]
     for_loss = source(tokens).logits
@@ -158,3 +158,20 @@ def test_optimizer_modes(optimizer, factor):
     assert torch.allclose(whole(grown, name, "exp_avg"), expected)
     reset = grown_tensors(source, recipe_of(target={"hidden_size": 192}, optimizer="reset"))
     assert not whole(reset, name, "exp_avg").any() and not whole(reset, name, "exp_avg_sq").any()
+
+
+def test_moments_of_new_entries_only_can_start_anew():
+    """reset-new: the first copy of everything keeps its moments, the others start at zero with a typical second moment."""
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    target = {"hidden_size": 144, "intermediate_size": 331, "num_hidden_layers": 4}
+    recipes = {name: recipe_of(target=target, optimizer=name) for name in ("exact", "reset-new")}
+    exact, anew = (grown_tensors(source, recipes[name]) for name in ("exact", "reset-new"))
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"):
+        old = tuple(slice(0, size) for size in architecture.by_name[name].shape)
+        for state in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(anew, name, state)[old], whole(exact, name, state)[old])
+        rest = torch.ones(whole(anew, name).shape, dtype=torch.bool)
+        rest[old] = False
+        assert not whole(anew, name, "exp_avg")[rest].any()
+        assert rest.sum() and (whole(anew, name, "exp_avg_sq")[rest] > 0).all()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from incr_ds.errors import GrowthError
 from incr_ds.growth.counter import normals
-from incr_ds.growth.depth import map_layers
-from incr_ds.growth.plan import plan_growth
+from incr_ds.growth.depth import METHODS, keeps_order, map_layers
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 EVERYTHING = {
@@ -48,8 +48,8 @@ EVERYTHING = {
         ),
         (
             "llama",
-            {"target": {"vocab_size": 200}},
-            r"target\.vocab_size: 200 differs from the source's 101, and no operator",
+            {"target": {"hidden_act": "gelu"}},
+            r"target\.hidden_act: 'gelu' differs from the source's 'silu', and no operator",
         ),
         ("llama", {"target": {"tie_word_embeddings": True}}, r"target\.tie_word_embeddings: True differs"),
         ("llama", {"target": {"hidden_size": "144"}}, r"expected a positive whole number, found '144'"),
@@ -61,7 +61,18 @@ EVERYTHING = {
         (
             "llama",
             {"target": {"num_hidden_layers": 6}, "depth": {"new": "copy"}, "exact": "required"},
-            r"exact: required, but depth\.new: copy does not keep the function",
+            r"exact: required, but depth\.new: copy does not keep the source's function.*set exact: preferred",
+        ),
+        ("llama", {"target": {"num_hidden_layers": 5}, "depth": {"method": "solar"}}, r"counts that work: 4, 6\."),
+        (
+            "llama",
+            {"target": {}, "depth": {"method": "map", "map": [0, 3]}},
+            r"3 is not a layer of the source; .* 0 to 2",
+        ),
+        (
+            "llama",
+            {"target": {"num_hidden_layers": 5}, "depth": {"method": "map", "map": [0, 1, 2, 2]}},
+            r"depth\.map lists 4 layers, target\.num_hidden_layers is 5",
         ),
     ],
 )
@@ -83,6 +94,39 @@ def test_layer_maps(method, old, new, layers, is_new):
     found = map_layers(method, old, new)
     assert [layer.layer for layer in found] == layers
     assert [int(layer.is_new) for layer in found] == is_new
+
+
+def test_published_layer_maps():
+    """The examples of the papers: SOLAR 32 to 48, LLaMA-Pro 32 to 40, MIDAS' middle block, MSLT's top layers."""
+    maps = {method: [layer.layer for layer in map_layers(method, 32, new)] for method, new in
+            (("solar", 48), ("expand", 40), ("midas", 40), ("append", 38))}  # fmt: skip
+    assert maps["solar"] == [*range(24), *range(8, 32)]
+    assert maps["expand"] == [layer for layer in range(32) for _ in range(2 if layer % 4 == 3 else 1)]
+    assert maps["midas"] == [*range(20), *range(12, 32)]
+    assert maps["append"] == [*range(32), *range(26, 32)]
+
+
+def test_prepended_layers_are_the_new_ones():
+    found = map_layers("prepend", 3, 5)
+    assert [(layer.layer, layer.is_new) for layer in found] == [
+        (0, True),
+        (1, True),
+        (0, False),
+        (1, False),
+        (2, False),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(method=st.sampled_from(sorted(METHODS)), old=st.integers(1, 40), added=st.integers(0, 50))
+def test_every_method_keeps_the_source_in_order(method, old, added):
+    try:
+        found = map_layers(method, old, old + added)
+    except GrowthError:
+        assert method == "solar"
+        return
+    assert len(found) == old + added and keeps_order(found, old)
+    assert all(layer.copies == sum(other.layer == layer.layer for other in found) for layer in found)
 
 
 @pytest.mark.parametrize("state", ["weight", "exp_avg", "exp_avg_sq"])
@@ -150,7 +194,7 @@ def test_the_plan_is_json_and_repeats():
     assert content["axes"]["hidden"]["method"] == "isometric"
     sources = {tensor["name"]: tensor["source"] for tensor in content["tensors"]}
     assert sources["model.layers.3.mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
-    assert {tensor["name"] for tensor in content["tensors"] if tensor["silent"]} == {
+    assert {tensor["name"] for tensor in content["tensors"] if tensor["start"] == "zero"} == {
         f"model.layers.{layer}.{name}.weight" for layer in (1, 3) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
 

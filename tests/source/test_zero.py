@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from writers import write_cases
 
 from incr_ds.errors import CheckpointError
@@ -16,6 +17,7 @@ CASES = {
     "z2-bf16-round-robin": {"stage": 2, "bf16": True, "tied": False, "zero": {"round_robin_gradients": True}},
     "z1-round-robin": {"stage": 1, "bf16": False, "tied": True, "zero": {"round_robin_gradients": True}},
     "z2-aligned": {"stage": 2, "bf16": True, "tied": True, "zero": {"parameter_alignment": True}},
+    "bf16-optimizer": {"stage": 1, "bf16": True, "tied": True, "zero": {}, "bf16_optimizer": True},
     "z3": {"stage": 3, "bf16": False, "tied": False, "zero": {}},
     "z3-bf16-tied-small-groups": {"stage": 3, "bf16": True, "tied": True, "zero": {"sub_group_size": 20_000}},
 }
@@ -38,7 +40,8 @@ def test_every_tensor_is_read(written, case, ranks):
     folder, live = written[case, ranks]
     checkpoint = open_source(folder)
     stage = CASES[case]["stage"]
-    assert checkpoint.facts.kind == f"DeepSpeed ZeRO-{stage}"
+    kind = "BF16_Optimizer" if case == "bf16-optimizer" else f"ZeRO-{stage}"
+    assert checkpoint.facts.kind == f"DeepSpeed {kind}"
     assert checkpoint.facts.step == 2
     assert checkpoint.facts.layout == {
         "tensor_parallel": 1,
@@ -199,6 +202,44 @@ def test_other_optimizers_are_named(damaged):
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"group 0 has no exp_avg \(found step, exp_avg_sq, momentum_buffer\)"):
         open_source(folder)
+
+
+def test_fp16_with_a_dynamic_loss_scaler(damaged):
+    """DeepSpeed trains in fp16 on GPUs only: what it writes there, made from an fp32 checkpoint."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    folder = damaged("z1")
+    model_file = folder / "step" / "mp_rank_00_model_states.pt"
+    content = torch.load(model_file, weights_only=False)
+    content["module"] = {name: weight.half() for name, weight in content["module"].items()}
+    torch.save(content, model_file)
+    scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, torch.float16)
+    for rank in range(3):
+        content = torch.load(optimizer_file(folder, rank), weights_only=False)
+        content["optimizer_state_dict"] |= {"loss_scaler": scaler, "dynamic_loss_scale": True}
+        torch.save(content, optimizer_file(folder, rank))
+    live = torch.load(folder / "live.pt")
+    checkpoint = open_source(folder)
+    assert all(torch.equal(checkpoint.read(name), weight) for name, weight in live.items())
+    assert len(list(checkpoint.self_check())) == len(live)
+
+
+def test_weights_exported_by_a_trainer_must_be_the_masters(damaged):
+    """transformers' Trainer saves safetensors beside DeepSpeed's folder: the only proof that a ZeRO-3 checkpoint has."""
+    folder = damaged("z3")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "latest").write_text("step")
+    weights = torch.load(folder / "live.pt")
+    save_file(weights, folder / "model.safetensors")
+    checkpoint = open_source(folder)
+    assert checkpoint.facts.kind == "DeepSpeed ZeRO-3"
+    assert len(list(checkpoint.self_check())) == len(weights)
+    weights["model.layers.1.mlp.up_proj.weight"][249, 95] += 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight: the weights exported there are not the fp32 masters"
+    ):
+        list(open_source(folder).self_check())
 
 
 def test_tag_folder_and_unknown_tag(written):

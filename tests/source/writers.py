@@ -41,6 +41,8 @@ def _write_case(rank, folder, case):
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": case["bf16"]},
     }
+    if case.get("bf16_optimizer"):
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     generator = torch.Generator().manual_seed(rank)
@@ -48,7 +50,7 @@ def _write_case(rank, folder, case):
         tokens = torch.randint(101, (1, 12), generator=generator)
         engine.backward(engine(tokens, labels=tokens, use_cache=False).loss)
         engine.step()
-    _code_moments(engine.optimizer, case["stage"])
+    _code_moments(engine.optimizer)
     engine.save_checkpoint(str(folder), tag="step")
     if rank == 0:
         write_atomically(folder / "config.json", config_text(architecture, dtype))
@@ -61,8 +63,9 @@ def _write_case(rank, folder, case):
     engine.destroy()
 
 
-def _code_moments(optimizer, stage):
-    flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+def _code_moments(optimizer):
+    kinds = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flat = next(getattr(optimizer, kind) for kind in kinds if hasattr(optimizer, kind))
     for master in flat:
         state = optimizer.optimizer.state[master]
         assert state["exp_avg_sq"].count_nonzero() > 0  # it did train

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from incr_ds.errors import ConfigError
 from incr_ds.train.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
 from incr_ds.train.data import open_indexed
-from incr_ds.train.tokenizer import encode_documents, open_tokenizer
+from incr_ds.train.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
 
 ODD_TEXT = '  def f(x):\n\treturn "</s> é漢🙂"  \n\n\n    # end\r\n\0 <s>'
 
@@ -165,3 +166,22 @@ def test_the_tool_refuses_existing_output_without_a_traceback(prepared):
 def test_the_share_that_is_held_out_is_the_one_asked_for():
     held_out = sum(is_held_out(f"document {index}", 0.2) for index in range(5000))
     assert math.isclose(held_out / 5000, 0.2, abs_tol=0.02)
+
+
+def test_training_a_tokenizer_repeats_where_it_samples(tmp_path):
+    """More text than the trainer looks at: which part it looks at must not differ from process to process."""
+    train_sentencepiece(many_texts(), 700, tmp_path / "first")
+    program = (
+        f"from train.test_corpus import *; train_sentencepiece(many_texts(), 700, Path({str(tmp_path)!r}) / 'second')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent, timeout=120)
+    train_sentencepiece(many_texts()[:-2000], 700, tmp_path / "less")
+    first, second, less = ((tmp_path / name / "tokenizer.model").read_bytes() for name in ("first", "second", "less"))
+    assert first == second
+    assert first != less, "the later texts are looked at too"
+
+
+def many_texts():
+    generator = random.Random(3)
+    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randrange(2, 9))) for _ in range(500)]
+    return [" ".join(generator.choices(words, k=12)) for _ in range(TRAINING_CHUNKS + 2000)]

@@ -11,7 +11,7 @@ import pytest
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
-from incr_ds.testing.memory import SMALL
+from incr_ds.testing.memory import SMALL, small_architecture
 from incr_ds.train import loop
 from incr_ds.train.engine import StepResult
 from incr_ds.train.loop import DivergedError, pretrain
@@ -62,10 +62,10 @@ def world(tmp_path, monkeypatch):
     for name in ("train", "validation"):
         builder = IndexedDatasetBuilder(str(tmp_path / f"x_{name}_text_document.bin"), dtype=np.uint16)
         for _ in range(20):
-            ids = generator.integers(0, SMALL["vocab_size"], 30).tolist()
+            ids = generator.integers(0, SMALL["vocab"], 30).tolist()
             builder.add_document(ids, [len(ids)])
         builder.finalize(str(tmp_path / f"x_{name}_text_document.idx"))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    (tmp_path / "config.json").write_text(json.dumps(dict(small_architecture("llama").config)))
     world = {"folder": tmp_path, "engines": [], "on_step": lambda step, number: number}
 
     def build_engine(run, architecture, weights, teacher):

@@ -39,10 +39,10 @@ def material(tmp_path_factory):
     for name in ("train", "validation"):
         builder = IndexedDatasetBuilder(str(folder / f"x_{name}_text_document.bin"), dtype=np.uint16)
         for _ in range(30):
-            ids = generator.integers(0, SMALL["vocab_size"], 50).tolist()
+            ids = generator.integers(0, SMALL["vocab"], 50).tolist()
             builder.add_document(ids, [len(ids)])
         builder.finalize(str(folder / f"x_{name}_text_document.idx"))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "tie_word_embeddings": True}))
+    (folder / "config.json").write_text(json.dumps(dict(small_architecture("llama", tie_word_embeddings=True).config)))
     teacher = drawn_model(small_architecture("llama", hidden_size=48, num_hidden_layers=2), torch.float32)
     teacher.save_pretrained(folder / "teacher")
     return folder

@@ -1,0 +1,232 @@
+"""Planning: checks a request against a source, refuses the impossible with the nearest sizes that work, says what is inexact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from incr_ds.arch.architecture import Architecture, architecture_from_config
+from incr_ds.config.growth import GrowthRecipe, methods
+from incr_ds.errors import ConfigError, GrowthError, IncrError
+from incr_ds.growth.axis import AxisGrowth, identity
+from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
+from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.width import grow_entries, grow_heads, grow_hidden, grow_units
+
+SILENT = ("zero-output", "identity")
+GROWING = ("hidden", "ffn", "heads", "kv_heads", "layers", "vocab", "positions")
+TABLES = ("vocab", "positions")
+
+
+def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
+    """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written."""
+    changes = _checked_changes(source, recipe, where)
+    sizes = {**source.sizes, **{axis: changes[field] for axis, field in _fields(source).items() if field in changes}}
+    depth = recipe.depth
+    if depth.map is not None and source.family.axes["layers"] not in changes:
+        sizes["layers"] = len(depth.map)
+    if "kv_heads" not in source.family.axes:
+        sizes["kv_heads"] = sizes["heads"]
+    _check_head_size(source, sizes, where)
+    layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
+    axes = _grow_axes(source, sizes, recipe)
+    target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
+    inexact = _inexact(source, recipe, axes, layers)
+    if recipe.exact == "required" and inexact:
+        raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
+    notes = (*_method_notes(recipe), *inexact, *_notes(recipe, axes))
+    return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
+
+
+def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRecipe) -> dict[str, AxisGrowth]:
+    old, width, family = source.sizes, recipe.width, source.family
+    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed)
+    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new)
+    pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
+    heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
+    tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
+    kept = {axis: identity(axis, size) for axis, size in old.items() if axis not in GROWING}
+    return {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables, **kept}
+
+
+def _fields(source: Architecture) -> dict[str, str]:
+    """Config field of each axis that can grow and has one."""
+    return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
+
+
+def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str) -> None:
+    """Where a head's size is hidden / heads, both must grow together: the size itself does not grow."""
+    axes, head_dim = source.family.axes, source.sizes["head_dim"]
+    if "head_dim" in axes or sizes["hidden"] == head_dim * sizes["heads"]:
+        return
+    heads = sizes["hidden"] // head_dim
+    nearest = [
+        f"{axes['heads']}: {n} with {axes['hidden']}: {n * head_dim}"
+        for n in (heads, heads + 1)
+        if n >= source.sizes["heads"]
+    ]
+    raise GrowthError(
+        f"{where}: target: {axes['hidden']} {sizes['hidden']} with {axes['heads']} {sizes['heads']} does not keep the head "
+        f"size of {head_dim}, which {source.family.model_type} takes from the two; nearest sizes that work: {'; '.join(nearest)}."
+    )
+
+
+def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
+    fields = set(_fields(source).values())
+    for field, value in recipe.target.items():
+        if field not in source.family.known_fields:
+            known = ", ".join(sorted(fields))
+            raise GrowthError(
+                f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {known}."
+            )
+        free = field in source.family.without_effect or _is_longer_rotary_context(source, field, value)
+        if field not in fields and not free and value != source.config.get(field):
+            raise GrowthError(
+                f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
+                f"grows it; fields that can grow: {', '.join(sorted(fields))}."
+            )
+        if field in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
+    return dict(recipe.target)
+
+
+def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
+    """Plain rotary positions have no end: a longer context changes nothing for the old one."""
+    if field != "max_position_embeddings" or "positions" in source.sizes:
+        return False
+    rope = source.config.get("rope_parameters") or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    plain = bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
+    return plain and isinstance(value, int) and value > source.config[field]
+
+
+def _target_architecture(
+    source: Architecture,
+    sizes: Mapping[str, int],
+    changes: Mapping[str, Any],
+    layers: tuple[LayerSource, ...],
+    hidden: AxisGrowth,
+    where: str,
+) -> Architecture:
+    family = source.family
+    stated = {field: sizes[axis] for axis, field in family.axes.items()}
+    followed = {field: sizes[axis] for field, axis in family.config.follows.items()}
+    config = {**source.config, **changes, **stated, **followed}
+    for field in family.config.per_layer:
+        if source.config.get(field) is not None:
+            config[field] = [source.config[field][layer.layer] for layer in layers]
+    if hidden.kappa != 1.0:
+        eps = _scalable_eps(source, hidden.method, where)
+        config[eps] = source.config[eps] * hidden.kappa**2
+    try:
+        return architecture_from_config(config, f"{where}: target")
+    except ConfigError as error:
+        raise GrowthError(f"{error}{_nearest(config, changes, source)}") from error
+
+
+def _scalable_eps(source: Architecture, method: str, where: str) -> str:
+    """The config field of an eps that is the residual stream's norms' own."""
+    family, eps = source.family, source.family.config.eps
+    remedy = (
+        "use width.hidden: zero, which leaves eps as it is" if family.norm == "rms" else "use width.hidden: integer"
+    )
+    if eps is None:
+        raise GrowthError(
+            f"{where}: width.hidden: {method} changes the norms' eps, which is not in {family.model_type}'s config; {remedy}."
+        )
+    if any(spec.role == "inner_norm" for spec in source.tensors):
+        raise GrowthError(
+            f"{where}: width.hidden: {method} changes {eps}, which {family.model_type} also "
+            f"uses for its query and key norms; {remedy}."
+        )
+    return eps
+
+
+def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Architecture) -> str:
+    """For a refused target, the nearest values of each changed size that transformers would take."""
+    hints = []
+    for field, value in changes.items():
+        if field in _fields(source).values():
+            below = _first_valid(config, field, range(value - 1, max(0, value - 257), -1))
+            above = _first_valid(config, field, range(value + 1, value + 257))
+            found = [str(size) for size in (below, above) if size is not None]
+            if found:
+                hints.append(f"{field}: {' or '.join(found)}")
+    return f" Nearest sizes that work: {'; '.join(hints)}." if hints else ""
+
+
+def _first_valid(config: Mapping[str, Any], field: str, candidates: range) -> int | None:
+    return next((size for size in candidates if _is_valid({**config, field: size})), None)
+
+
+def _is_valid(config: Mapping[str, Any]) -> bool:
+    try:
+        architecture_from_config(config, "candidate")
+    except IncrError:
+        return False
+    return True
+
+
+def _inexact(
+    source: Architecture, recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]
+) -> tuple[str, ...]:
+    """Why the target does not compute the source's function, one reason a line; empty when it does."""
+    family, hidden = source.family, axes["hidden"]
+    uneven = [axis for axis in family.equal_copies if len(set(axes[axis].copies)) > 1]
+    checks = [
+        (
+            any(layer.is_new for layer in layers) and recipe.depth.new not in SILENT,
+            f"depth.new: {recipe.depth.new} does not keep the source's function; expect a higher loss at the first step",
+        ),
+        (
+            not keeps_order(layers, source.num_layers),
+            "depth.map leaves layers out or changes their order, which does not keep the source's function",
+        ),
+        (
+            not axes["vocab"].is_identity,
+            f"target.{family.axes['vocab']}: new entries take probability from the old ones, whose logits stay",
+        ),
+        (
+            hidden.method in ("random", "constant"),
+            f"width.hidden: {hidden.method} does not keep the source's function: the norms see what the new positions hold",
+        ),
+        (
+            hidden.method == "fpi" and len(set(hidden.copies)) > 1,
+            "width.hidden: fpi with positions copied unequally often does not keep the source's function: the norms' mean "
+            "square moves",
+        ),
+        (
+            family.norm == "layer"
+            and hidden.method in ("isometric", "zero", "zero-scaled-eps")
+            and len(set(hidden.copies)) > 1,
+            f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
+        ),
+        (
+            bool(uneven),
+            f"{family.model_type} has a norm over all heads at once, so that {' and '.join(uneven)} keep the source's function "
+            "only with new: copy and a multiple of the old count",
+        ),
+    ]
+    return tuple(text for applies, text in checks if applies)
+
+
+def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:
+    if recipe.recipe is None:
+        return ()
+    method = methods()[recipe.recipe]
+    return (f"{recipe.recipe}: {method.published}. {method.known}",)
+
+
+def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth]) -> tuple[str, ...]:
+    breaking, hidden = recipe.width.symmetry_breaking.method, axes["hidden"]
+    checks = [
+        (
+            breaking == "none" and any(max(axis.copies) > 1 for axis in axes.values()),
+            "symmetry_breaking: none leaves copies equal, and training never makes them differ",
+        ),
+        (
+            breaking != "none" and recipe.optimizer == "exact" and max(hidden.copies) > 1,
+            "moments follow the rules of even shares; with per-element shares they are the nearest rule",
+        ),
+    ]
+    return tuple(text for applies, text in checks if applies)

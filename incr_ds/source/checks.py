@@ -1,0 +1,104 @@
+"""Proofs that the files of a ZeRO checkpoint belong together, read in portions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, LogicalCheckpoint
+from incr_ds.errors import CheckpointError
+from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
+from incr_ds.source.partitions import ModelRank
+from incr_ds.source.unpickle import load_pt
+
+_CHECKED_ELEMENTS = 1 << 20  # compared at once
+
+
+def check_padding(rank: ModelRank) -> None:
+    """ZeRO pads with zeros; anything else is another checkpoint's data."""
+    for state in STATES:
+        for padding in rank.shards.padding(state):
+            if padding.count_nonzero():
+                raise CheckpointError(
+                    f"{rank.model_file.parent}: {state} of model-parallel rank {rank.index}: ZeRO's padding is not zero. "
+                    "Shards were swapped, or belong to another checkpoint."
+                )
+
+
+def check_duplicates(rank: ModelRank) -> None:
+    """No data-parallel rank may hold what the one before it holds."""
+    ranks = rank.shards.flat["weight"]
+    for group in range(len(ranks[0])):
+        for later in range(1, len(ranks)):
+            first, second = ranks[later - 1][group], ranks[later][group]
+            if first.numel() > 1 and torch.equal(first, second) and first.any():
+                raise CheckpointError(
+                    f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
+                    "copy of the other. Copy the right file back."
+                )
+
+
+def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
+    """The weights in the model's dtype that DeepSpeed saved beside the masters, by parameter name; {} for ZeRO-3."""
+    module = rank.model.get("module")
+    if rank.stage == 3:
+        return {}
+    if module is not None:
+        return {name: tensor for name, tensor in module.items() if name in rank.names}
+    return {name: tensor for name, tensor in _layer_weights(folder, rank) if name in rank.names}
+
+
+def _layer_weights(folder: Path, rank: ModelRank) -> Iterator[tuple[str, torch.Tensor]]:
+    layers = {name.split(".")[0] for name in rank.names if name[0].isdigit()}
+    tensor_rank = rank.index % max(1, len(list(folder.glob("layer_01-model_*-model_states.pt"))))
+    for layer in sorted(layers, key=int):
+        path = folder / f"layer_{int(layer):02d}-model_{tensor_rank:02d}-model_states.pt"
+        for name, tensor in load_pt(path).items():
+            yield f"{layer}.{name}", tensor
+
+
+def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
+    """The fp32 master, cast to the module's dtype, must be the module weight bit for bit."""
+    flat = rank.shards.parameters[parameter]
+    if tuple(saved.shape) != flat.shape:
+        raise CheckpointError(
+            f"{rank.model_file}: {parameter}: module weight has shape {list(saved.shape)}, its master {list(flat.shape)}."
+        )
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(flat.shape[1:]))
+    wrong = 0
+    for first in range(0, flat.shape[0], rows):
+        stop = min(first + rows, flat.shape[0])
+        master = rank.shards.read(parameter, "weight", first, stop).to(saved.dtype)
+        if not torch.equal(master, saved[first:stop]):
+            wrong += int((master != saved[first:stop]).sum())
+    if wrong:
+        holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
+        raise CheckpointError(
+            f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "
+            f"differ from the saved {saved.dtype} weight. Shards were swapped, damaged, or mixed from two checkpoints."
+        )
+
+
+def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:
+    """What transformers' Trainer saved of the same step beside DeepSpeed's folder, or None."""
+    if not (folder / "trainer_state.json").is_file() or weights_file(folder) is None:
+        return None
+    return HuggingFaceCheckpoint(folder, architecture)
+
+
+def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, name: str) -> None:
+    """A tensor that the Trainer exported must be the fp32 master, cast to its dtype."""
+    spec = checkpoint.architecture.by_name[name]
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(spec.shape[1:]))
+    for first in range(0, spec.shape[0], rows):
+        part = slice(first, first + rows)
+        saved = exported.read(name, "weight", part)
+        if not torch.equal(checkpoint.read(name, "weight", part).to(saved.dtype), saved):
+            raise CheckpointError(
+                f"{exported.facts.path}: {name}: the weights exported there are not the fp32 masters in "
+                f"{checkpoint.facts.path.name}. Shards were swapped or damaged, or the two are of different steps."
+            )

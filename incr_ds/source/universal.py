@@ -1,0 +1,106 @@
+"""DeepSpeed's universal checkpoints as logical checkpoints: what this package or ds_to_universal wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
+from incr_ds.errors import CheckpointError
+from incr_ds.source.naming import logical_names
+from incr_ds.source.unpickle import load_pt
+
+_FILES: Mapping[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
+_METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
+
+
+class UniversalCheckpoint:
+    """A folder ``zero/`` with one folder per parameter; files are mapped when first asked for."""
+
+    def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
+        self._folder, self._architecture, self._trust = folder / tag, architecture, trust
+        found = logical_names(sorted(self._parameters()), architecture)
+        self._folders = {logical: self._folder / "zero" / parameter for parameter, logical in found.items()}
+        self._tensors: dict[tuple[str, State], torch.Tensor] = {}
+        shapes = {name: tuple(self._tensor(name, "weight").shape) for name in self._folders}
+        check_shapes(architecture, shapes, str(self._folder))
+        model = self._model_states()
+        metadata = {key: model[key] for key in _METADATA if key in model} | {"dtype": "float32"}
+        files = tuple(sorted(path for path in self._folder.rglob("*.pt") if path.is_file()))
+        self._facts = CheckpointFacts(self._folder, "DeepSpeed universal", STATES, self._step(), {}, metadata, files)
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """What is known without reading a tensor."""
+        return self._facts
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model that the checkpoint holds."""
+        return self._architecture
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one tensor, fp32."""
+        spec = self._architecture.by_name[name]
+        return self._tensor(spec.tied_to or name, state)[rows or slice(None)]
+
+    def self_check(self) -> Iterator[str]:
+        """Every state of every parameter is there and has its shape, and all steps are equal."""
+        step = self._facts.step
+        for name, folder in self._folders.items():
+            for state in STATES:
+                self._tensor(name, state)
+            if (folder / "step.pt").is_file() and (
+                found := int(load_pt(folder / "step.pt", trust=self._trust))
+            ) != step:
+                raise CheckpointError(f"{folder / 'step.pt'}: step {found}, elsewhere {step}: from another checkpoint.")
+            yield name
+
+    def _parameters(self) -> Iterator[str]:
+        zero = self._folder / "zero"
+        for path in zero.glob("*/fp32.pt"):
+            yield path.parent.name
+        for path in zero.glob("*/"):
+            if path.is_dir() and not (path / "fp32.pt").is_file():
+                raise CheckpointError(f"{path / 'fp32.pt'}: missing; the checkpoint is incomplete.")
+
+    def _tensor(self, name: str, state: State) -> torch.Tensor:
+        key = (name, state)
+        if key not in self._tensors:
+            self._tensors[key] = self._loaded(name, state)
+        return self._tensors[key]
+
+    def _loaded(self, name: str, state: State) -> torch.Tensor:
+        path = self._folders[name] / _FILES[state]
+        content = load_pt(path, trust=self._trust)
+        tensor = content.get("param") if isinstance(content, dict) else content
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
+        spec = self._architecture.by_name.get(name)
+        # A conversion from ZeRO-3 leaves tensors flat.
+        if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
+            tensor = tensor.view(spec.shape)
+        if spec is not None and tensor.shape != spec.shape and state != "weight":
+            raise CheckpointError(f"{path}: expected shape {list(spec.shape)}, found {list(tensor.shape)}.")
+        return tensor
+
+    def _model_states(self) -> Mapping[str, Any]:
+        files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))
+        if not files:
+            raise CheckpointError(f"{self._folder}: no mp_rank_*_model_states.pt; the checkpoint is incomplete.")
+        model: Mapping[str, Any] = load_pt(files[0], trust=self._trust)
+        return model
+
+    def _step(self) -> int:
+        beside = next(iter(self._folders.values())) / "step.pt"
+        if beside.is_file():
+            return int(load_pt(beside, trust=self._trust))
+        content = load_pt(self._folder / "zero" / "optimizer_state.pt", trust=self._trust)
+        try:
+            return int(content["optimizer_state_dict"]["state"][0]["step"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._folder}: neither step.pt files nor a step in optimizer_state.pt.") from error

@@ -1,0 +1,143 @@
+"""DeepSpeed's universal layout: one folder per parameter, holding its whole master and moments, whatever the ranks.
+
+One folder serves ZeRO-1, 2 and 3 and BF16_Optimizer at any data-parallel size, which DeepSpeed's own converter does not
+write: `optimizer_state.pt` and the metadata files are the union of what the loaders of the stages look for. No class of
+DeepSpeed is pickled. Format facts were read in DeepSpeed 0.19.8 (checkpoint/universal_checkpoint.py,
+runtime/base_optimizer.py, runtime/zero/stage3.py, runtime/engine.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.arch.logical import STATES, State
+from incr_ds.target.archive import Archive, archive_of
+from incr_ds.target.deepspeed import FORMAT_VERSION, NativeTarget
+from incr_ds.target.files import Slices, StreamedTensor, TargetFile, slice_of, whole
+from incr_ds.target.placement import ShardedTensor, sharded_dimension
+from incr_ds.target.sink import Sink
+
+FILES: dict[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
+# The ZeRO-1 and 2 loader stops at the shorter of its own and the saved list of parameter groups, in silence. Empty
+# groups past the engine's own are ignored, and being empty leave its learning rate, betas and decay alone.
+PARAMETER_GROUPS = 256
+
+
+@dataclass(frozen=True)
+class _ArchiveFile:
+    """A .pt file below the tag's folder."""
+
+    target: NativeTarget
+    inner: str
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.tag}/{self.inner}"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The tensors that come from a reader."""
+        return archive_of(self.content()).streamed
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        archive: Archive = archive_of(self.content())
+        archive.write(sink, Path(self.inner).stem, slices)
+
+    def content(self) -> Any:
+        """What the file holds."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StateFile(_ArchiveFile):
+    """zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt: one state of one parameter, and how tensor ranks cut it."""
+
+    tensor: ShardedTensor
+    state: State
+
+    def content(self) -> Any:
+        """The whole tensor as ``param``; ``cat_dim`` for weights that are cut along their columns."""
+        spec = self.tensor.tensor
+        content: dict[str, Any] = {"param": slice_of(spec.name, self.state, whole(spec.shape), torch.float32)}
+        cut = sharded_dimension(spec)
+        return content if cut is None else {**content, "cat_dim": cut}
+
+
+@dataclass(frozen=True)
+class StepFile(_ArchiveFile):
+    """zero/PARAMETER/step.pt: the optimizer's step, equal for all parameters."""
+
+    def content(self) -> Any:
+        """A bare number."""
+        return torch.tensor(float(self.target.step))
+
+
+@dataclass(frozen=True)
+class GlobalStateFile(_ArchiveFile):
+    """zero/optimizer_state.pt: what is not per parameter, at the places of ZeRO-1 and 2 and at those of ZeRO-3."""
+
+    def content(self) -> Any:
+        """Loss scale, clipping and hyperparameters are left out: the engine's own stay in force."""
+        step = torch.tensor(float(self.target.step))
+        return {
+            "ds_version": FORMAT_VERSION,
+            "overflow": False,
+            "param_groups": [{} for _ in range(PARAMETER_GROUPS)],
+            "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{"params": []}]},
+        }
+
+
+@dataclass(frozen=True)
+class MetadataFile(_ArchiveFile):
+    """mp_rank_XX_model_states.pt, and its name under ZeRO-3: counters, no weights."""
+
+    def content(self) -> Any:
+        """What load_checkpoint asks for before it turns to the parameters."""
+        layout = self.target.layout
+        return {
+            "module": {},
+            "buffer_names": [],
+            "optimizer": None,
+            "param_shapes": [],
+            "frozen_param_shapes": None,
+            "shared_params": {},
+            "frozen_param_fragments": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": 0,
+            "global_steps": self.target.global_steps,
+            "global_samples": 0,
+            "dp_world_size": layout.data_parallel,
+            "mp_world_size": layout.tensor_parallel * layout.pipeline_parallel,
+            "ds_config": {},
+            "ds_version": FORMAT_VERSION,
+        }
+
+
+def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
+    """Every file of a universal checkpoint. Parameters have the names of a pipeline's module if the declared layout has
+    a pipeline (of any length: the names do not depend on it), else Hugging Face's."""
+    layout = target.layout
+    files: list[TargetFile] = [GlobalStateFile(target, "zero/optimizer_state.pt")]
+    for rank in range(layout.tensor_parallel * layout.pipeline_parallel):
+        files += [
+            MetadataFile(target, f"{prefix}mp_rank_{rank:02d}_model_states.pt") for prefix in ("", "zero_pp_rank_0_")
+        ]
+    for parameter, tensor in _parameters(target).items():
+        files += [StateFile(target, f"zero/{parameter}/{FILES[state]}", tensor, state) for state in STATES]
+        files.append(StepFile(target, f"zero/{parameter}/step.pt"))
+    return tuple(files)
+
+
+def _parameters(target: NativeTarget) -> dict[str, ShardedTensor]:
+    """Each parameter once: a tied one is on two stages."""
+    tensor_parallel = target.layout.tensor_parallel
+    stages = range(target.layout.pipeline_parallel)
+    return {shard.parameter: shard for stage in stages for shard in target.shards(stage * tensor_parallel)}

@@ -1,0 +1,157 @@
+"""Where a target is written until it is whole: one run at a time, a journal of finished files, and publication.
+
+    .NAME.lock                       held while a run writes NAME; ends with the process, however that ends
+    .NAME.incomplete-plan-KEY/       the files; KEY stands for everything that decides their bytes
+    .NAME.incomplete-plan-KEY.jsonl  one line per finished file, flushed to disk: path, size, checksum
+
+A run that finds the workspace of an interrupted run with its own key goes on where that one stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from incr_ds.errors import CheckpointError, IncrError
+from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
+
+
+class Workspace:
+    """The folder that a target grows in. ``done`` maps the path of each finished file to its size and checksum."""
+
+    def __init__(self, final: Path, key: str) -> None:
+        self.final = final
+        self.folder = final.with_name(f".{final.name}.incomplete-plan-{key}")
+        self._journal = self.folder.with_name(f"{self.folder.name}.jsonl")
+        self.done: dict[str, Mapping[str, Any]] = {}
+
+    def open(self) -> None:
+        """Take over what an interrupted run with the same key finished and whose bytes are still right."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.done = {entry["path"]: entry["digest"] for entry in self._entries() if self._is_intact(entry)}
+        lines = [_line(path, digest) for path, digest in self.done.items()]
+        self._journal.write_text("".join(lines), encoding="utf-8")
+        for path in self.folder.rglob("*"):
+            if path.is_file() and str(path.relative_to(self.folder)) not in self.done:
+                path.unlink()
+
+    def record(self, path: str, digest: Mapping[str, Any]) -> None:
+        """Flush a finished file to disk and note it."""
+        _flush(self.folder / path)
+        with open(self._journal, "a", encoding="utf-8") as journal:
+            journal.write(_line(path, digest))
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.done[path] = digest
+
+    def publish(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Write the manifest and make the folder visible under its name, in place of a checkpoint that is there."""
+        seal(self.folder, kind, facts, self.done)
+        replaced = _replaced(self.final)
+        if self.final.is_dir() and any(self.final.iterdir()):
+            os.rename(self.final, replaced)
+        reveal(self.folder, self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._journal.unlink()
+
+    def discard(self) -> None:
+        """Remove the folder and its journal."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._journal.unlink(missing_ok=True)
+
+    def remove_others(self) -> None:
+        """Remove workspaces of other plans for the same output; no run that holds the lock uses them."""
+        for path in self.final.parent.glob(f".{self.final.name}.incomplete-plan-*"):
+            if path not in (self.folder, self._journal):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        if self._journal.is_file():
+            for line in self._journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return  # the line that the crash cut off
+
+    def _is_intact(self, entry: Mapping[str, Any]) -> bool:
+        path, digest = self.folder / entry["path"], entry["digest"]
+        return path.is_file() and path.stat().st_size == digest["bytes"] and hash_file(path) == str(digest["xxh3"])
+
+
+@contextmanager
+def open_workspace(final: Path, key: str, *, overwrite: bool = False) -> Iterator[Workspace]:
+    """The workspace for ``final``, locked against other runs.
+
+    If the block ends by an IncrError the workspace is removed; by anything else (a full disk, an interrupt), it stays
+    for the next run. CheckpointError if ``final`` exists, unless ``overwrite`` and it is a published checkpoint, or if
+    another run writes it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(final):
+        _restore(final)
+        refuse_existing(final, overwrite=overwrite)
+        workspace = Workspace(final, key)
+        remove_abandoned(final)
+        workspace.remove_others()
+        try:
+            workspace.open()
+            yield workspace
+        except IncrError:
+            workspace.discard()
+            raise
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    path = final.with_name(f".{final.name}.lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode() or "another process"
+            os.close(descriptor)
+            raise CheckpointError(f"{final}: {holder} is writing it; wait for it, or name another output.") from error
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)  # the run before removed this file after we opened it
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink()
+        os.close(descriptor)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _restore(final: Path) -> None:
+    """Undo a replacement that a crash cut in two, or finish removing what was replaced."""
+    replaced = _replaced(final)
+    if replaced.is_dir():
+        if (final / MANIFEST).is_file():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, final)
+
+
+def _line(path: str, digest: Mapping[str, Any]) -> str:
+    return json.dumps({"path": path, "digest": dict(digest)}, sort_keys=True) + "\n"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""A checkpoint of any size that takes no memory: each element is computed from its place when it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import STATES, CheckpointFacts, State
+
+_PRIME = 65521  # elements repeat with this period, so two misplaced slices differ
+
+
+class SyntheticCheckpoint:
+    """Element i of tensor t is ((i + 977 t + s) mod 65521) / 65521 - 1/2, a multiple that every row and state shifts;
+    exp_avg_sq is that plus 1/2. Weights are scaled by 1/8."""
+
+    def __init__(self, architecture: Architecture, step: int = 100) -> None:
+        self.architecture = architecture
+        self.facts = CheckpointFacts(Path("synthetic"), "synthetic", STATES, step, {}, {"global_steps": step}, ())
+        self._numbers = {spec.name: number for number, spec in enumerate(architecture.stored)}
+        self._period = torch.arange(_PRIME, dtype=torch.float32) / _PRIME - 0.5
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one tensor, fp32."""
+        spec = self.architecture.by_name[name]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        per_row = math.prod(spec.shape[1:])
+        start = (first * per_row + 977 * self._numbers[spec.tied_to or name] + 31 * STATES.index(state)) % _PRIME
+        count = (stop - first) * per_row
+        repeats = math.ceil((start + count) / _PRIME)
+        values = self._period.repeat(repeats)[start : start + count].view(stop - first, *spec.shape[1:])
+        return values / 8 if state == "weight" else values if state == "exp_avg" else values + 0.5
+
+    def self_check(self) -> Iterator[str]:
+        """Nothing to check."""
+        yield from self._numbers

@@ -1,0 +1,103 @@
+"""The declared tensors are transformers' own, and a config that is not understood is refused with the field."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from incr_ds.arch.architecture import architecture_from_config, read_config
+from incr_ds.arch.family import families
+from incr_ds.errors import ConfigError
+from incr_ds.testing.memory import small_architecture
+from incr_ds.testing.pico import FAMILIES, pico_architecture, pico_config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_those_of_transformers(family, tied):
+    architecture = pico_architecture(family, tied=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**pico_config(family, tied=tied)))
+    found = [(spec.name, spec.shape) for spec in architecture.stored]
+    assert found == [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert architecture.by_name["lm_head.weight"].tied_to == ("model.embed_tokens.weight" if tied else None)
+
+
+def test_every_trained_family_is_tested():
+    assert {name for name, family in families().items() if family.trains} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_no_config_field_of_transformers_is_ignored(name):
+    """Every field of the config class has a place in the family file, and those said to have no effect have none."""
+    family = families()[name]
+    assert set(AutoConfig.for_model(name).to_dict()) <= family.known_fields
+    architecture = small_architecture(name)
+    tokens = torch.arange(20).reshape(2, 10)
+    before = logits_of(architecture.config, tokens)
+    for field in set(family.config.without_effect) & set(architecture.config):
+        assert torch.equal(
+            before, logits_of({**architecture.config, field: other_than(architecture.config[field])}, tokens)
+        )
+
+
+def logits_of(config, tokens):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def other_than(value):
+    return {bool: lambda: not value, float: lambda: value + 0.3, str: lambda: "mean"}.get(type(value), lambda: "tanh")()
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_shapes_and_order_of_every_family(family):
+    architecture = small_architecture(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture.config))
+    found = [(spec.name, spec.shape) for spec in architecture.stored]
+    assert found == [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def test_head_size_follows_where_the_config_has_none():
+    assert pico_architecture("qwen2").sizes["head_dim"] == 8  # 48 / 6
+    assert pico_architecture("llama").sizes["head_dim"] == 8  # its own, not 24 / 6
+
+
+def test_biases_follow_the_config():
+    names = set(pico_architecture("llama", attention_bias=True).by_name) - set(pico_architecture("llama").by_name)
+    assert {name.split(".", 3)[3] for name in names} == {f"self_attn.{x}_proj.bias" for x in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_fancy"}, r"model_type 'gpt_fancy' is not supported; supported: gemma2, .*llama, mistral"),
+        ({"logit_softcapping": 30.0}, r"config field\(s\) logit_softcapping are unknown for llama"),
+        ({"pretraining_tp": 2}, r"pretraining_tp is 2; llama is supported with 1 only"),
+        (
+            {"num_attention_heads": 8},
+            r"num_attention_heads 8 is not a multiple of num_key_value_heads 3; with 8 query heads, "
+            r"num_key_value_heads can be 1, 2, 4, 8",
+        ),
+        ({"hidden_size": "wide"}, r"transformers refuses this llama config: .*hidden_size"),
+    ],
+)
+def test_refused_configs(change, message):
+    with pytest.raises(ConfigError, match=message):
+        architecture_from_config({**pico_config(), **change}, "test")
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read .* name one with --config FILE"):
+        read_config(tmp_path / "config.json")
+    for text, message in (("{", "not valid JSON"), ("[1]", "expected a JSON object, found list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(pico_config()))
+    assert read_config(tmp_path / "config.json") == pico_config()

@@ -1,0 +1,95 @@
+"""The benchmark measures what it says: everyone makes the same tensors from the same source, and the copy moves as much."""
+
+import json
+import subprocess
+import sys
+
+import bench_growth
+import pytest
+import torch
+
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.testing.contest import Contestant, race
+from incr_ds.testing.synthetic import SyntheticCheckpoint
+
+STATES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    bench_growth.write_source(folder, 2e6)
+    return folder
+
+
+@pytest.mark.parametrize("parameters", [1e8, 5e8, 1.5e9])
+def test_the_size_is_about_what_was_asked(parameters):
+    assert 0.75 < bench_growth.architecture_of(parameters).num_parameters / parameters < 1.25
+
+
+def test_everyone_makes_the_same_tensors(home, tmp_path):
+    (tmp_path / "reshard.yaml").write_text(bench_growth.RESHARD)
+    grow_checkpoint(plan_request(GrowthRequest(home / "source", tmp_path / "reshard.yaml", tmp_path / "ours")))
+    bench_growth.load_everything(home / "source" / "grown", tmp_path / "naive")
+    truth = SyntheticCheckpoint(bench_growth.architecture_of(2e6))
+    for spec in truth.architecture.stored:
+        for state, file in STATES.items():
+            for folder in (tmp_path / "ours" / "grown", tmp_path / "naive"):
+                found = torch.load(folder / "zero" / spec.name / f"{file}.pt")["param"]
+                assert torch.equal(found, truth.read(spec.name, state)), (folder.name, spec.name, state)
+
+
+def test_the_mappings_are_where_the_parameters_are(home):
+    truth = SyntheticCheckpoint(bench_growth.architecture_of(2e6))
+    found = {}
+    for rank in range(bench_growth.DATA_PARALLEL):
+        path = home / "source" / "grown" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        for flat, mapping in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
+            for name, piece in mapping.items():
+                found.setdefault(name, []).append(flat[piece.start : piece.start + piece.numel])
+    for spec in truth.architecture.stored:
+        assert torch.equal(torch.cat(found[spec.name]), truth.read(spec.name).reshape(-1)), spec.name
+
+
+def test_a_race_measures_each(tmp_path):
+    (tmp_path / "input").write_bytes(bytes(3_000_000))
+    hungry = "x = bytearray(60_000_000); import time; time.sleep(0.3); "
+    write = f"import os; os.makedirs({str(tmp_path / 'out')!r}); open({str(tmp_path / 'out' / 'a')!r}, 'wb').write(bytes(5000))"
+    found = race(
+        [
+            Contestant("hungry", [sys.executable, "-S", "-c", hungry + write], (tmp_path / "input",), tmp_path / "out"),
+            Contestant("modest", [sys.executable, "-S", "-c", write], (), tmp_path / "out"),
+        ],
+        rounds=2,
+    )
+    hungry, modest = found
+    assert (hungry.read, hungry.written, modest.read, modest.written) == (3_000_000, 5000, 0, 5000)
+    assert hungry.peak > 60_000_000 > modest.peak > 0
+    assert hungry.seconds > 0.3 and hungry.throughput == 3_005_000 / hungry.seconds
+    assert not (tmp_path / "out").exists()
+    failing = Contestant("failing", [sys.executable, "-c", "raise SystemExit('no such luck')"], (), tmp_path / "out")
+    with pytest.raises(RuntimeError, match="failing failed:\nno such luck"):
+        race([failing], rounds=1)
+
+
+def test_the_copy_moves_as_many_bytes(home, tmp_path):
+    inputs = sorted((home / "source" / "grown").glob("*.pt"))
+    wanted = sum(path.stat().st_size for path in inputs if "optim" in path.name)
+    command = [sys.executable, "-S", "-c", bench_growth.COPY, str(wanted), str(tmp_path / "copied"), *map(str, inputs)]
+    subprocess.run(command, check=True)
+    assert sum(path.stat().st_size for path in (tmp_path / "copied").iterdir()) == wanted
+
+
+@pytest.mark.slow
+def test_the_whole_tool(tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, "tools/bench_growth.py", "--disk", tmp_path, "--memory", tmp_path, "--parameters", "2e6"]
+    command += ["--smaller", "0", "--memory-parameters", "1e6", "--rounds", "1", "--json", report]
+    subprocess.run(command, check=True)
+    found = json.loads(report.read_text())
+    for key in ("throughput_vs_copy", "speedup_vs_ds_to_universal", "peak_anonymous_bytes"):
+        assert found[key] > 0
+    assert [race["place"] for race in found["races"]] == ["disk", "tmpfs"]
+    names = [row["name"] for row in found["races"][0]["contestants"]]
+    assert names[-3:] == ["plain copy", "ds_to_universal", "load everything"]

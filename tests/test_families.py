@@ -1,0 +1,59 @@
+"""Every family from a folder that transformers wrote to a grown folder that transformers loads, through the public functions."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import incr_ds
+from incr_ds.arch.family import families
+from incr_ds.errors import GrowthError, LayoutError
+from incr_ds.testing.memory import drawn_model, small_architecture
+from incr_ds.verify import random_batches
+
+
+@pytest.fixture
+def request_for(tmp_path):
+    def write(family, layout="{format: huggingface}"):
+        architecture = small_architecture(family, initializer_range=0.05)
+        drawn_model(architecture, torch.float32).save_pretrained(tmp_path / "source")
+        axes = architecture.family.axes
+        target = {axes["hidden"]: 192, axes["heads"]: 12, axes["ffn"]: 331, axes["layers"]: 4}
+        if "kv_heads" in axes:
+            target[axes["kv_heads"]] = 6
+        text = (
+            f"target: {target}\nwidth: {{heads: {{new: copy}}}}\noptimizer: reset\nexact: required\nlayout: {layout}\n"
+        )
+        (tmp_path / "recipe.yaml").write_text(text)
+        return incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")
+
+    return write
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_transformers_writes_and_loads(request_for, family):
+    request = request_for(family)
+    incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+    tokens = random_batches(101, 2, 12)
+    compared = incr_ds.compare(incr_ds.open_source(request.source), incr_ds.open_source(request.output), tokens)
+    assert compared.relative_difference <= 2e-5
+    model = AutoModelForCausalLM.from_pretrained(request.output, dtype=torch.float32).eval()
+    source = AutoModelForCausalLM.from_pretrained(request.source, dtype=torch.float32).eval()
+    assert model.num_parameters() > 2 * source.num_parameters()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[0]).logits, source(tokens[0]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_families_without_training_modules_have_no_parallel_layout(request_for):
+    with pytest.raises(LayoutError, match="gpt2 has no tensor- or pipeline-parallel form here; use tensor_parallel: 1"):
+        incr_ds.plan_request(request_for("gpt2", "{tensor_parallel: 2}"))
+    plain = request_for("gpt2", "{}")
+    incr_ds.grow_checkpoint(incr_ds.plan_request(plain))
+    assert incr_ds.open_source(plain.output).facts.kind == "DeepSpeed ZeRO-1"
+
+
+def test_hidden_and_heads_grow_together_where_the_head_size_follows(request_for):
+    request = request_for("gpt2")
+    request.recipe.write_text("target: {n_embd: 150}\noptimizer: reset\n")
+    message = r"n_embd 150 with n_head 6 does not keep the head size of 16.*n_head: 9 with n_embd: 144; n_head: 10 with"
+    with pytest.raises(GrowthError, match=message):
+        incr_ds.plan_request(request)

@@ -1,0 +1,60 @@
+"""inspect_checkpoint.py: what it prints, and its diff."""
+
+import json
+
+import pytest
+import yaml
+from test_grow import run_tool
+
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
+from incr_ds.testing.pico import pico_architecture
+from incr_ds.testing.synthetic import SyntheticCheckpoint
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same model in two layouts, and a wider one."""
+    home = tmp_path_factory.mktemp("inspect")
+    recipes = {
+        "native": {"target": {}, "layout": {"data_parallel": 2, "tensor_parallel": 3}},
+        "universal": {"target": {}, "layout": {"format": "universal"}},
+        "wider": {"target": {"intermediate_size": 60}},
+    }
+    source = SyntheticCheckpoint(pico_architecture())
+    for name, content in recipes.items():
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        recipe = parse_settings(content, GrowthRecipe, "test")
+        grow_checkpoint(plan_files(GrowthRequest(home, home / f"{name}.yaml", home / name), source, recipe))
+    return home
+
+
+def test_components_are_listed(folders):
+    done = run_tool("inspect_checkpoint", folders / "universal")
+    assert done.returncode == 0
+    for shown in ("DeepSpeed universal", "feed-forward", "10,800", "manifest: every file as published"):
+        assert shown in done.stdout
+    content = json.loads(run_tool("inspect_checkpoint", folders / "native", "--json").stdout)
+    assert sum(content["components"].values()) == content["parameters"]
+
+
+def test_layouts_of_one_model_do_not_differ(folders):
+    done = run_tool("inspect_checkpoint", "diff", folders / "native", folders / "universal")
+    assert (done.returncode, done.stdout.strip()) == (0, "no difference: every weight and moment is the same")
+
+
+def test_growth_differs_where_it_grew(folders):
+    done = run_tool("inspect_checkpoint", "diff", folders / "native", folders / "wider", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)["differences"]
+    assert {item["name"].split(".")[-2] for item in found} == {"gate_proj", "up_proj", "down_proj"}
+    assert "shape [50, 24] and [60, 24]" in {item["what"] for item in found}
+    shown = run_tool("inspect_checkpoint", "diff", folders / "native", folders / "wider").stdout
+    assert "model.layers.2.mlp.down_proj.weight" in shown
+
+
+@pytest.mark.parametrize("arguments", [["diff", "one"], ["one", "two"], ["one", "two", "three"]])
+def test_other_arguments_are_refused(arguments):
+    done = run_tool("inspect_checkpoint", *arguments)
+    assert done.returncode == 2 and "expected one checkpoint folder, or: diff FOLDER FOLDER" in done.stderr

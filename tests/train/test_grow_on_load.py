@@ -1,0 +1,90 @@
+"""A run that grows its source as it loads begins where a run on the grown checkpoint begins, to the bit."""
+
+import pytest
+import torch
+import yaml
+from growing_engines import grow_and_save, run_settings
+
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import ConfigError, GrowthError, LayoutError
+from incr_ds.grow import GrowthRequest, grow_checkpoint, open_grown, plan_files, plan_request
+from incr_ds.source import open_source
+from incr_ds.testing.memory import drawn_model, small_architecture
+from incr_ds.testing.processes import run_processes
+from incr_ds.testing.synthetic import SyntheticCheckpoint
+from incr_ds.train.moments import fill_optimizer
+from incr_ds.train.start import find_start
+
+TARGET = {"hidden_size": 144, "num_hidden_layers": 5, "intermediate_size": 331}
+LAYOUTS = {
+    "dp2-zero2-bf16": ("bf16", {"data_parallel": 2, "zero_stage": 2}),
+    "pp2": ("fp32", {"pipeline_parallel": 2}),
+    "tp2": ("fp32", {"tensor_parallel": 2}),
+}
+
+
+def write_source(folder):
+    """Kept in a layout that no run below has."""
+    (folder / "same.yaml").write_text("target: {}\n")
+    recipe = parse_settings({"target": {}, "layout": {"tensor_parallel": 3, "data_parallel": 2}}, GrowthRecipe, "test")
+    source = SyntheticCheckpoint(
+        small_architecture("llama", tie_word_embeddings=True, num_attention_heads=12, num_key_value_heads=6)
+    )
+    grow_checkpoint(plan_files(GrowthRequest(folder, folder / "same.yaml", folder / "source"), source, recipe))
+    return source
+
+
+@pytest.mark.parametrize("name", ["dp2-zero2-bf16", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_equal_to_loading_the_grown_checkpoint(tmp_path, name):
+    precision, layout = LAYOUTS[name]
+    write_source(tmp_path)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    (tmp_path / "laid_out.yaml").write_text(yaml.safe_dump({"target": TARGET, "layout": {**layout, "dtype": dtype}}))
+    request = GrowthRequest(tmp_path / "source", tmp_path / "laid_out.yaml", tmp_path / "target")
+    grow_checkpoint(plan_request(request))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
+    run_processes(grow_and_save, 2, str(tmp_path), layout, precision)
+    loaded, target = open_source(tmp_path / "loaded", "after"), open_source(tmp_path / "target")
+    assert loaded.facts.step == target.facts.step == 100
+    assert loaded.facts.metadata["global_steps"] == 100
+    for spec in target.architecture.stored:
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(loaded.read(spec.name, state), target.read(spec.name, state)), (spec.name, state)
+    assert len(list(loaded.self_check())) >= len(target.architecture.stored)
+
+
+def test_a_layout_that_disagrees_is_refused(tmp_path):
+    write_source(tmp_path)
+    layout = {"pipeline_parallel": 2, "zero_stage": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET, "layout": layout}))
+    with pytest.raises(
+        LayoutError, match=r"layout states pipeline_parallel 2 \(this run: 1\)\. A growth on load is laid out"
+    ):
+        find_start(run_settings(tmp_path, {"data_parallel": 2, "zero_stage": 1}, "fp32"))
+    start = find_start(run_settings(tmp_path, {"pipeline_parallel": 2, "data_parallel": 2}, "fp32"))
+    assert start.with_moments and "weights and optimizer state" in start.account and "grown on load" in start.account
+    start = find_start(run_settings(tmp_path, {"pipeline_parallel": 2}, "fp32", load_optimizer=False))
+    assert not start.with_moments
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
+    with pytest.raises(LayoutError, match=r"tensor_parallel 5: num_attention_heads 12 does not divide"):
+        find_start(run_settings(tmp_path, {"tensor_parallel": 5}, "fp32"))
+
+
+def test_zero_3_says_what_to_do_instead():
+    with pytest.raises(ConfigError, match=r"zero_stage 3: moments cannot be grown on load; use zero_stage 1 or 2"):
+        fill_optimizer(None, {}, None, 3)
+
+
+def test_a_source_without_moments(tmp_path):
+    drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path / "source")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {"intermediate_size": 260}}))
+    with pytest.raises(GrowthError, match=r"no Adam moments, and optimizer: exact needs them; set optimizer: reset"):
+        open_grown(tmp_path / "source", tmp_path / "recipe.yaml")
+    recipe = {"target": {"intermediate_size": 260}, "optimizer": "reset"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    grown, _ = open_grown(tmp_path / "source", tmp_path / "recipe.yaml")
+    assert grown.facts.step == 0 and grown.architecture.sizes["ffn"] == 260
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert grown.read(name).shape == (260, 96) and not grown.read(name, "exp_avg", slice(3, 9)).any()
+    assert torch.equal(grown.read(name, rows=slice(240, 258)), grown.read(name)[240:258])

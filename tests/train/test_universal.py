@@ -1,0 +1,116 @@
+"""A universal folder fills engines of every ZeRO stage and layout, to the bit, and is read back as what it was."""
+
+import os
+
+import pytest
+import torch
+from universal_engines import load_in_layout, load_in_plain_engines
+
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
+from incr_ds.source import open_source
+from incr_ds.target.commit import verify_manifest
+from incr_ds.testing.memory import small_architecture
+from incr_ds.testing.processes import run_processes
+from incr_ds.testing.synthetic import SyntheticCheckpoint
+
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+ENGINES = {
+    "zero1": {"stage": 1, "bf16": False},
+    "zero2-bf16": {"stage": 2, "bf16": True},
+    "zero3": {"stage": 3, "bf16": False},
+    "zero3-bf16": {"stage": 3, "bf16": True},
+    "bf16-optimizer": {"stage": 1, "bf16": True, "bf16_optimizer": True},
+}
+
+
+def truth(**changes):
+    return SyntheticCheckpoint(small_architecture("llama", **changes))
+
+
+def write_universal(folder, source, **layout):
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text("target: {}\n")
+    recipe = parse_settings({"target": {}, "layout": {"format": "universal", **layout}}, GrowthRecipe, "test")
+    grow_checkpoint(plan_files(GrowthRequest(folder, recipe_file, folder / "universal"), source, recipe))
+    return folder / "universal"
+
+
+def same(found, expected):
+    assert found.facts.step == expected.facts.step == 100
+    for spec in expected.architecture.stored:
+        for state in STATES:
+            read = found.read(spec.name, state)
+            assert torch.equal(read, expected.read(spec.name, state)), (spec.name, state)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2, "tensor_parallel": 3}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_read_back(tmp_path, layout, tied):
+    source = truth(tie_word_embeddings=tied)
+    folder = write_universal(tmp_path, source, **layout)
+    verify_manifest(folder)
+    found = open_source(folder)
+    assert found.facts.kind == "DeepSpeed universal"
+    assert found.facts.metadata["global_steps"] == 100
+    same(found, source)
+    assert len(list(found.self_check())) == len(source.architecture.stored)
+    rows = slice(40, 77)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(found.read(name, "exp_avg", rows), source.read(name, "exp_avg", rows))
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_plain_engines(tmp_path, ranks):
+    source = truth()
+    folder = write_universal(tmp_path, source)
+    for found in run_processes(load_in_plain_engines, ranks, str(folder), ENGINES):
+        losses = [engine["loss"] for engine in found.values()]
+        assert max(losses) - min(losses) < 0.01 * min(losses)
+        for engine in found.values():
+            assert engine["groups"] == [(3e-3, (0.8, 0.95), 0.1), (3e-3, (0.8, 0.95), 0.0)]
+            assert engine["global_steps"] == 100
+    for name in ENGINES:
+        same(open_source(tmp_path / f"universal-{name}"), source)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 1, "pipeline_parallel": 2, "data_parallel": 1, "zero_stage": 1},
+        pytest.param(
+            {"tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["pp2", "tp2"],
+)
+def test_parallel_engines(tmp_path, layout):
+    """The vocabulary is even here: DeepSpeed's loader cuts a universal tensor into equal parts only."""
+    source = truth(tie_word_embeddings=True, vocab_size=102, num_key_value_heads=2)
+    folder = write_universal(tmp_path, source, **{**layout, "data_parallel": 3})
+    run_processes(load_in_layout, 2, str(folder), layout, "again")
+    same(open_source(tmp_path / "universal-again"), source)
+
+
+def test_damage_is_named(tmp_path):
+    folder = write_universal(tmp_path, truth())
+    inner = folder / "grown" / "zero" / "model.norm.weight"
+    step = torch.load(inner / "step.pt")
+    torch.save(step + 1, inner / "step.pt")
+    with pytest.raises(CheckpointError, match=r"step\.pt: step 101, elsewhere 100: from another checkpoint"):
+        list(open_source(folder).self_check())
+    torch.save(step, inner / "step.pt")
+    torch.save({"param": torch.ones(95)}, inner / "exp_avg.pt")
+    with pytest.raises(CheckpointError, match=r"exp_avg\.pt: expected shape \[96\], found \[95\]"):
+        list(open_source(folder).self_check())
+    torch.save({"parma": torch.ones(96)}, inner / "exp_avg.pt")
+    with pytest.raises(CheckpointError, match=r"exp_avg\.pt: holds no tensor `param`"):
+        list(open_source(folder).self_check())
+    os.unlink(inner / "exp_avg.pt")
+    with pytest.raises(CheckpointError, match=r"exp_avg\.pt: missing; the checkpoint is incomplete"):
+        list(open_source(folder).self_check())
+    os.unlink(inner / "fp32.pt")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight/fp32\.pt: missing; the checkpoint is incomplete"):
+        open_source(folder)
