@@ -27,7 +27,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["incr_ds", "incr_ds.*"]),
-    package_data={"incr_ds.arch": ["families/*.yaml"], "incr_ds.config": ["methods.yaml"], "incr_ds": ["py.typed"]},
+    package_data={
+        "incr_ds.arch": ["families/*.yaml"],
+        "incr_ds.config": ["methods.yaml"],
+        "incr_ds": ["py.typed"],
+        "incr_ds.kernels": ["*.cu", "*.cuh"],
+    },
     install_requires=REQUIRES,
     extras_require={"dev": DEV},
 )

@@ -17,5 +17,9 @@ class GrowthError(IncrError):
     """The requested growth is impossible, or cannot be exact where exactness is required."""
 
 
+class KernelError(IncrError):
+    """The CUDA kernels cannot be built here."""
+
+
 class LayoutError(IncrError):
     """A model cannot be laid out over the requested ranks, or a checkpoint's layout is not the expected one."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from incr_ds.errors import KernelError
+from incr_ds.kernels.dispatch import row_kernels
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.planner import LossShape
 from incr_ds.losses.teachers import TopKTeacher
@@ -83,6 +85,14 @@ def floor(problem: BenchProblem) -> Step:
 
 def _ours(**settings: Any) -> Callable[[BenchProblem], Step]:
     return lambda problem: lambda: problem.backward(distillation_loss(*problem.taught, alpha=ALPHA, **settings).loss)
+
+
+def _ours_cuda(problem: BenchProblem) -> Step:
+    try:
+        row_kernels("cuda", problem.hidden.device, problem.hidden.dtype)
+    except (ValueError, KernelError) as error:
+        raise ImportError(str(error)) from error
+    return _ours(backend="cuda")(problem)
 
 
 def _ours_labels(problem: BenchProblem) -> Step:
@@ -170,6 +180,7 @@ VARIANTS = (
     Variant("incr_ds", "ours", "CE + KL", _ours()),
     Variant("incr_ds, 2048-token chunks", "ours", "CE + KL", _ours_chunked),
     Variant("incr_ds, torch rows", "ours", "CE + KL", _ours(backend="torch")),
+    Variant("incr_ds, CUDA rows", "ours", "CE + KL", _ours_cuda),
     Variant("incr_ds, JSD", "ours", "CE + JSD", _ours(divergence="jsd")),
     Variant("incr_ds, top 64", "ours", "CE + KL of 64 entries", _ours_top_k),
     Variant("incr_ds, no teacher", "ours", "CE", _ours_labels),

@@ -48,11 +48,11 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """The training loss beside its distillation part: z_loss * (log sum exp of the logits)^2 is added to it.
 
-    ``backend`` names the row kernels; auto takes the fastest that the device has.
+    ``backend`` names the row kernels; auto takes what is known to be fastest on the device.
     """
 
     z_loss: float = Field(default=0.0, ge=0.0)
-    backend: Literal["auto", "torch", "triton"] = "auto"
+    backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
 
 
 class BatchSettings(Settings):

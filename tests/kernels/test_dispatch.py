@@ -61,9 +61,33 @@ def test_a_request_that_cannot_be_met_says_why(monkeypatch):
         row_kernels("triton", CPU, torch.float32)
 
 
+def test_cuda_rows_say_what_is_missing(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="'cuda' cannot run: its kernels compute in fp32 and the tensors are float64"):
+        row_kernels("cuda", CUDA, torch.float64)
+    with pytest.raises(ValueError, match="'cuda' cannot run: the tensors are on 'cpu', not on a CUDA device. Use"):
+        row_kernels("cuda", CPU, torch.float32)
+    nvcc = tmp_path / "nvcc"
+    monkeypatch.setenv("INCR_DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"'cuda' cannot run: its library .*cache.* is not built, and there is no nvcc"
+    ):
+        row_kernels("cuda", CUDA, torch.bfloat16)
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' cannot run: torch finds no CUDA device"):
+        row_kernels("cuda", CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"built for compute capability \(9, 0\), this device's is \(8, 0\)"):
+        row_kernels("cuda", CUDA, torch.bfloat16)
+
+
 def test_unknown_backends_are_named():
     with pytest.raises(
-        ValueError, match="backend 'tirton' is unknown; the backends are auto, reference, torch, triton"
+        ValueError, match="backend 'tirton' is unknown; the backends are auto, reference, torch, triton, cuda"
     ):
         row_kernels("tirton", CPU, torch.float32)
 

@@ -1,10 +1,11 @@
-"""On a CUDA device: the Triton kernels in bf16 against fp64, within eager's own error, without synchronising."""
+"""On a CUDA device: the kernels in bf16 against fp64, within eager's own error, without synchronising."""
 
 import pytest
 import torch
 from loss_problem import LossProblem, outcome, relative_errors
 from test_backends import eager
 
+from incr_ds.kernels.cuda_library import find_nvcc, library_path
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.teachers import TopKTeacher
 
@@ -14,6 +15,8 @@ pytestmark = [
 ]
 
 N, V, HS, HT = 512, 8191, 256, 128
+CAN_BUILD = find_nvcc() is not None or library_path().exists()
+CUDA_ROWS = pytest.param("cuda", marks=pytest.mark.skipif(not CAN_BUILD, reason="there is no nvcc to build the rows"))
 
 
 def make_problem(dtype=torch.bfloat16):
@@ -29,7 +32,7 @@ def make_problem(dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("budget", [None, 3_000_000], ids=["one chunk", "many chunks"])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", CUDA_ROWS])
 def test_no_less_accurate_than_eager(backend, budget):
     exact = outcome(make_problem(torch.float64), alpha=0.5, z_loss=1e-3, backend="reference")
     ours = relative_errors(outcome(make_problem(), alpha=0.5, z_loss=1e-3, backend=backend, budget_bytes=budget), exact)
@@ -40,27 +43,30 @@ def test_no_less_accurate_than_eager(backend, budget):
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_triton_equals_torch_rows_in_fp32(divergence, temperature):
+@pytest.mark.parametrize("backend", ["triton", CUDA_ROWS])
+def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend):
     options = {"alpha": 0.5, "temperature": temperature, "divergence": divergence, "label_smoothing": 0.1}
     expected = outcome(make_problem(torch.float64), **options, backend="reference")
-    found = outcome(make_problem(torch.float32), **options, backend="triton")
+    found = outcome(make_problem(torch.float32), **options, backend=backend)
     assert max(relative_errors(found, expected)) < 1e-4
 
 
-def test_a_student_equal_to_its_teacher_has_exactly_no_divergence():
+@pytest.mark.parametrize("backend", ["triton", CUDA_ROWS])
+def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend):
     problem = make_problem()
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         for temperature in (1.0, 2.5):
             result = distillation_loss(
                 *problem.tensors[:3], problem.hidden.detach(), problem.head.detach(), alpha=1.0,
-                temperature=temperature, divergence=divergence, backend="triton",
+                temperature=temperature, divergence=divergence, backend=backend,
             )  # fmt: skip
             assert result.divergence == 0
             assert not torch.autograd.grad(result.loss, problem.hidden)[0].any()
 
 
-def test_repeats_are_the_same_bits():
-    first, second = (outcome(make_problem(), alpha=0.5, backend="triton") for _ in range(2))
+@pytest.mark.parametrize("backend", ["triton", CUDA_ROWS])
+def test_repeats_are_the_same_bits(backend):
+    first, second = (outcome(make_problem(), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
