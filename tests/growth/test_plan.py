@@ -44,7 +44,7 @@ EVERYTHING = {
         (
             "llama",
             {"target": {"hidden_sise": 192}},
-            r"target\.hidden_sise: not a config field of llama; can grow: hidden_size",
+            r"target\.hidden_sise: not a config field of llama; can grow: head_dim, hidden_size",
         ),
         (
             "llama",
