@@ -18,7 +18,19 @@ REQUIRES = [
     "matplotlib",
     "tensorboard",
 ]
-DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "accelerate", "triton"]
+LIGER = "liger-kernel>=0.8"
+DEV = [
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "accelerate",
+    "triton",
+    LIGER,
+]
 
 setup(
     name="incr_ds",
@@ -34,5 +46,5 @@ setup(
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },
     install_requires=REQUIRES,
-    extras_require={"dev": DEV},
+    extras_require={"dev": DEV, "liger": [LIGER]},
 )

@@ -15,7 +15,7 @@ from incr_ds.bench.report import HEADINGS, rows, summarise, write_report
 from incr_ds.bench.variants import VARIANTS
 from incr_ds.command import command, console, print_json
 from incr_ds.errors import ConfigError
-from incr_ds.losses.planner import LossShape, Machine, plan_loss
+from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_lean, plan_loss
 
 
 class Grid(StrEnum):
@@ -44,7 +44,7 @@ SHAPES = {
 
 @command
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for loss.json, loss.md and loss.svg.")],
+    output: Annotated[Path, typer.Option(help="Folder for loss.json, loss.md and the figures.")],
     grid: Annotated[Grid | None, typer.Option(help="Shapes; default: full on CUDA, small elsewhere.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each variant.")] = 30,
     seconds: Annotated[float, typer.Option(help="Begin no further shape after this time.")] = 480.0,
@@ -82,8 +82,10 @@ def _show(
     if tflops is None:
         return
     for shape in shapes:
-        plan = plan_loss(shape, budget)
-        console.print(f"planned for N={shape.tokens} V={shape.vocabulary}: {plan.describe(Machine(tflops, bandwidth))}")
+        lean = plan_lean(shape, default_budget(True, lean=True), accumulates=True)
+        for plan in (plan_loss(shape, budget), lean):
+            described = plan.describe(Machine(tflops, bandwidth))
+            console.print(f"planned for N={shape.tokens} V={shape.vocabulary}: {described}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant at one shape: median milliseconds, extra peak memory in bytes (CUDA only), or why there is none."""
+    """One variant at one shape: median milliseconds, or why there are none.
+
+    ``extra_bytes`` (CUDA only) is the peak memory of a pass beyond what was there before it and beyond the
+    ``gradient_bytes`` that it hands out.
+    """
 
     variant: str
     kind: str
@@ -32,6 +36,7 @@ class Measurement:
     vocabulary: int
     milliseconds: float | None
     extra_bytes: int | None
+    gradient_bytes: int | None
     repeats: int
     absent: str | None = None
 
@@ -43,11 +48,11 @@ def measure_shape(
     problem = make_problem(shape, dtype, device)
     steps: dict[str, Step] = {}
     absent: dict[str, str] = {}
-    memory: dict[str, int | None] = {}
+    memory: dict[str, tuple[int | None, int]] = {}
     for variant in variants:
         try:
             step = variant.make(problem)
-            memory[variant.name] = _extra_bytes(step, device)
+            memory[variant.name] = pass_memory(step, device)
             for _ in range(WARM_UP - 1):
                 step()
             steps[variant.name] = step
@@ -58,18 +63,19 @@ def measure_shape(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            times[name].append(_milliseconds(step, device))
+            times[name].append(milliseconds(step, device))
     return [
         Measurement(
-            variant.name,
-            variant.kind,
-            variant.computes,
-            shape.tokens,
-            shape.vocabulary,
-            median(times[variant.name]) if variant.name in times else None,
-            memory.get(variant.name) if variant.name in times else None,
-            repeats,
-            absent.get(variant.name),
+            variant=variant.name,
+            kind=variant.kind,
+            computes=variant.computes,
+            tokens=shape.tokens,
+            vocabulary=shape.vocabulary,
+            milliseconds=median(times[variant.name]) if variant.name in times else None,
+            extra_bytes=memory[variant.name][0] if variant.name in times else None,
+            gradient_bytes=memory[variant.name][1] if variant.name in times else None,
+            repeats=repeats,
+            absent=absent.get(variant.name),
         )
         for variant in variants
     ]
@@ -100,7 +106,7 @@ def copy_bandwidth(device: torch.device, repeats: int = 10) -> float:
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     target.copy_(source)
-    best = min(_milliseconds(lambda: _copy(target, source), device) for _ in range(repeats))
+    best = min(milliseconds(lambda: _copy(target, source), device) for _ in range(repeats))
     return 2 * source.numel() / best / 1e6
 
 
@@ -120,21 +126,21 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _extra_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """Peak memory of one pass beyond what was there before it, its gradients included."""
+def pass_memory(step: Step, device: torch.device) -> tuple[int | None, int]:
+    """(extra, gradient) bytes of one pass; see Measurement."""
     if device.type != "cuda":
-        step()
-        return None
+        return None, step()
     step()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step()
+    gradients = step()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - before - gradients, gradients
 
 
-def _milliseconds(step: Callable[[], None], device: torch.device) -> float:
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, on a CUDA device by its own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()

@@ -12,7 +12,7 @@ from incr_ds.bench.measure import Measurement
 from incr_ds.losses.planner import LossShape, plan_loss
 
 COLOURS = {"floor": "#222222", "ours": "#d62728", "torch": "#1f77b4", "other": "#7f7f7f"}
-HEADINGS = ("N", "V", "variant", "computes", "ms", "of the floor", "extra GB")
+HEADINGS = ("N", "V", "variant", "computes", "ms", "of the floor", "extra GB", "gradients GB")
 
 
 def summarise(
@@ -44,21 +44,22 @@ def rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
         floor = _floor_milliseconds(found, one.tokens, one.vocabulary)
         start = (f"{one.tokens:,}", f"{one.vocabulary:,}", one.variant, one.computes)
         if one.milliseconds is None:
-            cells.append((*start, one.absent or "", "", ""))
+            cells.append((*start, one.absent or "", "", "", ""))
             continue
         share = "" if floor is None else f"{floor / one.milliseconds:.0%}"
-        memory = "" if one.extra_bytes is None else f"{one.extra_bytes / 1e9:.2f}"
-        cells.append((*start, f"{one.milliseconds:.2f}", share, memory))
+        memory = [_gigabytes(count) for count in (one.extra_bytes, one.gradient_bytes)]
+        cells.append((*start, f"{one.milliseconds:.2f}", share, *memory))
     return cells
 
 
 def write_report(summary: Mapping[str, Any], found: Sequence[Measurement], folder: Path) -> list[Path]:
-    """loss.json, loss.md and loss.svg in ``folder``; returns their paths."""
+    """loss.json, loss.md and loss.svg in ``folder``, and loss-scaling.svg; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"loss.{ending}" for ending in ("json", "md", "svg")]
+    paths = [folder / name for name in ("loss.json", "loss.md", "loss.svg", "loss-scaling.svg")]
     paths[0].write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     paths[1].write_text(_markdown(summary, found), encoding="utf-8")
-    _draw(found, paths[2])
+    _draw_bars(found, paths[2])
+    _draw_lines(found, paths[3])
     return paths
 
 
@@ -68,6 +69,7 @@ def _markdown(summary: Mapping[str, Any], found: Sequence[Measurement]) -> str:
         "# The loss, forward and backward",
         "",
         f"{facts}. Copies run at {summary['copy_gigabytes_per_second']:.0f} GB/s.",
+        "Extra GB: peak memory beyond what was there before the pass and beyond the gradients that it hands out.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),
@@ -76,15 +78,10 @@ def _markdown(summary: Mapping[str, Any], found: Sequence[Measurement]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(found: Sequence[Measurement], path: Path) -> None:
+def _draw_bars(found: Sequence[Measurement], path: Path) -> None:
     """Bars per shape: time, with the floor of the same run drawn through it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     shapes = sorted({(one.tokens, one.vocabulary) for one in found})
-    figure = Figure(figsize=(8, 1.2 + 3.2 * len(shapes)), layout="constrained")
+    figure = _figure(8, 1.2 + 3.2 * len(shapes))
     for axes, (tokens, vocabulary) in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
         here = [one for one in found if (one.tokens, one.vocabulary) == (tokens, vocabulary)]
         timed = [one for one in here if one.milliseconds is not None][::-1]
@@ -95,6 +92,38 @@ def _draw(found: Sequence[Measurement], path: Path) -> None:
             axes.axvline(floor, color=COLOURS["floor"], linestyle=":", linewidth=1)
         axes.set(title=f"{tokens:,} tokens, {vocabulary:,} entries", xlabel="milliseconds, forward and backward")
     figure.savefig(path)
+
+
+def _draw_lines(found: Sequence[Measurement], path: Path) -> None:
+    """Per vocabulary: time and extra memory over the number of tokens."""
+    sizes = sorted({one.vocabulary for one in found})
+    figure = _figure(13, 1.0 + 4.0 * len(sizes))
+    grid = figure.subplots(len(sizes), 2, squeeze=False)
+    for (time, memory), vocabulary in zip(grid, sizes, strict=True):
+        for name, kind in dict.fromkeys((one.variant, one.kind) for one in found):
+            here = [one for one in found if (one.variant, one.vocabulary) == (name, vocabulary)]
+            here = sorted((one for one in here if one.milliseconds is not None), key=lambda one: one.tokens)
+            style = {"marker": ".", "label": name, "linestyle": ":" if kind == "floor" else "-"}
+            time.plot([one.tokens for one in here], [one.milliseconds for one in here], **style)
+            held = [one for one in here if one.extra_bytes is not None]
+            memory.plot([one.tokens for one in held], [(one.extra_bytes or 0) / 1e9 for one in held], **style)
+        time.set(title=f"{vocabulary:,} entries", xlabel="tokens", ylabel="milliseconds", xscale="log", yscale="log")
+        memory.set(xlabel="tokens", ylabel="extra GB", xscale="log")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _gigabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f}"
 
 
 def _floor_milliseconds(found: Sequence[Measurement], tokens: int, vocabulary: int) -> float | None:

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from incr_ds.errors import KernelError
 from incr_ds.kernels.dispatch import row_kernels
+from incr_ds.kernels.rows import accumulation_dtype
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.planner import LossShape
 from incr_ds.losses.teachers import TopKTeacher
 
 ALPHA = 0.5
-Step = Callable[[], None]
+# One forward and backward pass; returns the bytes of the gradients that it handed out.
+Step = Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class BenchProblem:
         """Arguments of the loss."""
         return self.hidden, self.head, self.labels, self.teacher_hidden, self.teacher_head
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients and drop them."""
-        torch.autograd.grad(loss, (self.hidden, self.head))
+    def backward(self, loss: Tensor) -> int:
+        """Compute the gradients and drop them; returns their bytes."""
+        gradients = torch.autograd.grad(loss, (self.hidden, self.head), allow_unused=True)
+        return sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,10 @@ def floor(problem: BenchProblem) -> Step:
     """The four products and nothing else, whole, in the inputs' dtype."""
     hidden, head, _, teacher_hidden, teacher_head = (tensor.detach() for tensor in problem.taught)
 
-    def step() -> None:
+    def step() -> int:
         logits = hidden @ head.T
         torch.mm(teacher_hidden, teacher_head.T)
-        torch.mm(logits, head)
-        torch.mm(logits.T, hidden)
+        return torch.mm(logits, head).nbytes + torch.mm(logits.T, hidden).nbytes
 
     return step
 
@@ -93,6 +95,12 @@ def _ours_cuda(problem: BenchProblem) -> Step:
     except (ValueError, KernelError) as error:
         raise ImportError(str(error)) from error
     return _ours(backend="cuda")(problem)
+
+
+def _ours_buffered(problem: BenchProblem) -> Step:
+    """The head's gradient is added to an fp32 buffer, as Megatron and DeepSpeed keep one."""
+    buffer = torch.zeros_like(problem.head, dtype=accumulation_dtype(problem.head.dtype))
+    return lambda: problem.backward(distillation_loss(*problem.taught, alpha=ALPHA, head_gradient=buffer).loss)
 
 
 def _ours_labels(problem: BenchProblem) -> Step:
@@ -168,9 +176,9 @@ def _trl(problem: BenchProblem) -> Step:
         raise ImportError("its kernels need CUDA")
     hidden, head, _, teacher_hidden, teacher_head = problem.taught
 
-    def step() -> None:
+    def step() -> int:
         divergence, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, teacher_head, None, 0.0)
-        problem.backward(divergence.mean())
+        return problem.backward(divergence.mean())
 
     return step
 
@@ -179,6 +187,8 @@ VARIANTS = (
     Variant("products only", "floor", "nothing", floor),
     Variant("incr_ds", "ours", "CE + KL", _ours()),
     Variant("incr_ds, 2048-token chunks", "ours", "CE + KL", _ours_chunked),
+    Variant("incr_ds, into an fp32 buffer", "ours", "CE + KL", _ours_buffered),
+    Variant("incr_ds, lean", "ours", "CE + KL", _ours(backend="lean")),
     Variant("incr_ds, torch rows", "ours", "CE + KL", _ours(backend="torch")),
     Variant("incr_ds, CUDA rows", "ours", "CE + KL", _ours_cuda),
     Variant("incr_ds, JSD", "ours", "CE + JSD", _ours(divergence="jsd")),

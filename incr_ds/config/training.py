@@ -29,13 +29,17 @@ class ModelSettings(Settings):
     ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout, grown
     or not, or a source of any layout with a recipe to grow it by, in memory. Optimizer state is kept unless
     ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
+
+    ``attention`` cudnn is sdpa that tries cuDNN's kernel first; ``layer_kernels`` liger has norms, gated FFNs and rotary
+    positions computed by Liger's kernels.
     """
 
     config: str | None = None
     initialize_from: str | GrowthStart | None = None
     tag: str | None = None
     load_optimizer: bool = True
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "cudnn"] = "sdpa"
+    layer_kernels: Literal["transformers", "liger"] = "transformers"
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -48,11 +52,11 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """The training loss beside its distillation part: z_loss * (log sum exp of the logits)^2 is added to it.
 
-    ``backend`` names the row kernels; auto takes what is known to be fastest on the device.
+    ``backend`` names the row kernels; auto takes what is known to be fastest on the device. lean stores no logits.
     """
 
     z_loss: float = Field(default=0.0, ge=0.0)
-    backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "triton", "cuda", "lean"] = "auto"
 
 
 class BatchSettings(Settings):
@@ -96,12 +100,13 @@ class ScheduleSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW; norms and biases do not decay."""
+    """AdamW, torch's own or DeepSpeed's FusedAdam (built when first used); norms and biases do not decay."""
 
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
     gradient_clipping: float = Field(default=1.0, ge=0.0)
+    implementation: Literal["torch", "deepspeed"] = "torch"
 
 
 class CorpusSettings(Settings):

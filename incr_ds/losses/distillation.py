@@ -20,8 +20,9 @@ from incr_ds.losses.arguments import (
     resolve_teacher,
     vocabulary_part,
 )
-from incr_ds.losses.fused import CE, DIVERGENCE, ENTROPY, FusedLoss, Problem, Z, means
-from incr_ds.losses.planner import CPU_BUDGET_BYTES, CUDA_BUDGET_BYTES
+from incr_ds.losses.fused import FusedLoss
+from incr_ds.losses.planner import default_budget
+from incr_ds.losses.problem import CE, DIVERGENCE, ENTROPY, Problem, Z, means
 from incr_ds.losses.projection import operand_dtype
 from incr_ds.losses.reference import reference_parts
 from incr_ds.losses.sequence import gather_teacher, gather_tokens
@@ -135,7 +136,8 @@ def _fused(
         ignore_index=call.ignore_index,
         part=call.part,
         kernels=row_kernels(backend, hidden.device, operand_dtype(hidden, head)),
-        budget_bytes=budget_bytes or (CUDA_BUDGET_BYTES if hidden.is_cuda else CPU_BUDGET_BYTES),
+        lean=backend == "lean",
+        budget_bytes=budget_bytes or default_budget(hidden.is_cuda, lean=backend == "lean"),
         head_gradient=buffer if wants else None,
         gradient_scale=scale,
         wants_hidden=wants and hidden.requires_grad,

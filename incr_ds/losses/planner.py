@@ -6,7 +6,7 @@ teacher's logits are only needed while a row is worked on and are walked in smal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SLAB_ROWS = 1024
 ROW_QUANTUM = 128
@@ -14,6 +14,15 @@ COLUMN_QUANTUM = 64
 
 CPU_BUDGET_BYTES = 256 * 2**20
 CUDA_BUDGET_BYTES = 2560 * 2**20
+LEAN_CPU_BUDGET_BYTES = 64 * 2**20
+LEAN_CUDA_BUDGET_BYTES = 360 * 2**20
+
+
+def default_budget(cuda: bool, *, lean: bool) -> int:
+    """Bytes for logits where the caller names none."""
+    if lean:
+        return LEAN_CUDA_BUDGET_BYTES if cuda else LEAN_CPU_BUDGET_BYTES
+    return CUDA_BUDGET_BYTES if cuda else CPU_BUDGET_BYTES
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,13 @@ class Machine:
 
     tflops: float
     gigabytes_per_second: float
+
+    def milliseconds(self, flops: int, moved_bytes: int) -> float:
+        """Time of products and memory traffic, one after the other."""
+        return flops / self.tflops / 1e9 + moved_bytes / self.gigabytes_per_second / 1e6
+
+    def __str__(self) -> str:
+        return f"{self.tflops:g} TFLOP/s and {self.gigabytes_per_second:g} GB/s"
 
 
 @dataclass(frozen=True)
@@ -93,15 +109,82 @@ class LossPlan:
 
     def milliseconds(self, machine: Machine) -> float:
         """Predicted time of forward and backward together."""
-        return self.flops / machine.tflops / 1e9 + self.moved_bytes / machine.gigabytes_per_second / 1e6
+        return machine.milliseconds(self.flops, self.moved_bytes)
 
     def describe(self, machine: Machine) -> str:
         """One line for people."""
         return (
             f"{self.chunks} chunks of {self.chunk_rows} tokens, slabs of {self.slab_rows}: "
-            f"{self.buffer_bytes / 1e9:.2f} GB of logits, {self.milliseconds(machine):.1f} ms predicted "
-            f"at {machine.tflops:g} TFLOP/s and {machine.gigabytes_per_second:g} GB/s"
+            f"{self.buffer_bytes / 1e9:.2f} GB of logits, {self.milliseconds(machine):.1f} ms predicted at {machine}"
         )
+
+
+@dataclass(frozen=True)
+class LeanPlan:
+    """``columns`` of the vocabulary at a time, logits of all tokens, in ``walks`` passes over the vocabulary.
+
+    With ``accumulates`` the gradient of the hidden states is summed in a buffer of its own, wider than its dtype.
+    """
+
+    shape: LossShape
+    columns: int
+    walks: int
+    accumulates: bool
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the vocabulary makes."""
+        return -(-self.shape.vocabulary // self.columns)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of a block's logits, of the row kernels' temporaries and of the hidden states' gradient."""
+        block = replace(self.shape, vocabulary=self.columns)
+        return self.shape.tokens * (block.student_row_bytes + block.slab_row_bytes) + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that no size of a block changes."""
+        shape = self.shape
+        return shape.tokens * shape.student_width * shape.accumulation_bytes if self.accumulates else 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the products: every walk computes the logits of both models again."""
+        shape = self.shape
+        widths = self.walks * (shape.student_width + shape.teacher_width) + 2 * shape.student_width
+        return 2 * shape.tokens * shape.vocabulary * widths
+
+    @property
+    def moved_bytes(self) -> int:
+        """Memory traffic beside the products: the row passes, and the hidden states' gradient once more per further block."""
+        shape = self.shape
+        passes = (self.walks * (2 if shape.teacher_width else 1) + 1) * shape.logits_bytes
+        again = 2 * shape.accumulation_bytes * shape.tokens * shape.student_width
+        return shape.tokens * shape.vocabulary * passes + (self.blocks - 1) * again
+
+    def milliseconds(self, machine: Machine) -> float:
+        """Predicted time of forward and backward together."""
+        return machine.milliseconds(self.flops, self.moved_bytes)
+
+    def describe(self, machine: Machine) -> str:
+        """One line for people."""
+        return (
+            f"{self.blocks} blocks of {self.columns} columns, {self.walks} walks: {self.buffer_bytes / 1e9:.2f} GB, "
+            f"{self.milliseconds(machine):.1f} ms predicted at {machine}"
+        )
+
+
+def plan_lean(shape: LossShape, budget_bytes: int, *, accumulates: bool, walks: int = 2) -> LeanPlan:
+    """The widest blocks whose buffers fit into ``budget_bytes``, all of nearly the same size; else COLUMN_QUANTUM columns."""
+    quantum = COLUMN_QUANTUM
+    plan = LeanPlan(shape, quantum, walks, accumulates)
+    spare = (budget_bytes - plan.buffer_bytes) // max(
+        1, replace(plan, columns=2 * quantum).buffer_bytes - plan.buffer_bytes
+    )
+    most = min(quantum * (1 + max(0, spare)), max(shape.vocabulary, 1))
+    even = _round_up(-(-shape.vocabulary // -(-shape.vocabulary // most)), quantum) if shape.vocabulary else most
+    return replace(plan, columns=min(most, even))
 
 
 def plan_loss(shape: LossShape, budget_bytes: int) -> LossPlan:

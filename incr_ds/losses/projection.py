@@ -5,6 +5,8 @@ Shapes: N tokens, C of a chunk, H width, V real rows of the head.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,17 +29,25 @@ class Projection:
         self._hidden = hidden.detach().to(operand)
         self._head = self._operand(head.detach().to(operand))
 
+    def of_columns(self, columns: slice) -> Projection:
+        """The same tokens against the rows ``columns`` of the head."""
+        part = copy.copy(self)
+        part._head = self._head[columns]
+        return part
+
     def logits(self, rows: slice, out: Tensor) -> None:
         """Logits of the tokens ``rows`` into ``out`` [C, V]."""
         self._product(self._operand(self._hidden[rows]), self._head.t(), out)
 
-    def through_head(self, gradient: Tensor, out: Tensor) -> None:
-        """Gradient of the hidden states into ``out`` [C, H], from that of the logits [C, V]."""
-        self._product(self._operand(gradient), self._head, out)
+    def through_head(self, gradient: Tensor, out: Tensor, *, add: bool) -> None:
+        """Gradient of the hidden states into ``out`` [C, H], or added to it, from that of the logits [C, V]."""
+        self._sum(self._operand(gradient), self._head, out, add)
 
     def through_hidden(self, gradient: Tensor, rows: slice, out: Tensor, *, add: bool) -> None:
         """Gradient of the head into ``out`` [V, H], or added to it, from that of the logits [C, V] of ``rows``."""
-        left, right = self._operand(gradient).t(), self._operand(self._hidden[rows])
+        self._sum(self._operand(gradient).t(), self._operand(self._hidden[rows]), out, add)
+
+    def _sum(self, left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
         if not add:
             self._product(left, right, out)
         elif out.dtype == self._product_dtype:

@@ -88,7 +88,7 @@ def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: Vocabular
         gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(part.group))]
         dist.all_gather(gathered, packed, group=part.group)
         ranks = torch.stack(gathered)
-        merged, picked = _merge(ranks, tempering), ranks[:, STATISTICS:].amax(dim=0)
+        merged, picked = merge(ranks[:, :STATISTICS], tempering), ranks[:, STATISTICS:].amax(dim=0)
     log_total, log_tempered, log_teacher = (merged[row].log() for row in (TOTAL, TEMPERED, TEACHER_TEMPERED))
     return Totals(
         normalizers=torch.stack([merged[MAXIMUM], log_total, log_tempered, merged[TEACHER_MAXIMUM], log_teacher]),
@@ -98,16 +98,16 @@ def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: Vocabular
     )
 
 
-def _merge(ranks: Tensor, tempering: Tempering) -> Tensor:
-    """Statistics [STATISTICS, C] of all columns from those of each rank's, [ranks, STATISTICS + picks, C]."""
-    merged = ranks[0, :STATISTICS].clone()
-    merged[MAXIMUM], merged[TEACHER_MAXIMUM] = (ranks[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
-    below = (ranks[:, MAXIMUM] - merged[MAXIMUM]).clamp_min(-FAR)
-    teacher_below = (ranks[:, TEACHER_MAXIMUM] - merged[TEACHER_MAXIMUM]).clamp_min(-FAR)
+def merge(parts: Tensor, tempering: Tempering) -> Tensor:
+    """Statistics [STATISTICS, C] of all columns from those of each part of them, [parts, STATISTICS, C]."""
+    merged = parts[0].clone()
+    merged[MAXIMUM], merged[TEACHER_MAXIMUM] = (parts[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
+    below = (parts[:, MAXIMUM] - merged[MAXIMUM]).clamp_min(-FAR)
+    teacher_below = (parts[:, TEACHER_MAXIMUM] - merged[TEACHER_MAXIMUM]).clamp_min(-FAR)
     scale = below.exp()
-    merged[TOTAL] = (ranks[:, TOTAL] * scale).sum(dim=0)
-    merged[WEIGHTED] = (scale * (ranks[:, WEIGHTED] + below * ranks[:, TOTAL])).sum(dim=0)
-    merged[TEMPERED] = (ranks[:, TEMPERED] * (below * tempering.inverse).exp()).sum(dim=0)
-    merged[LOGITS] = ranks[:, LOGITS].sum(dim=0)
-    merged[TEACHER_TEMPERED] = (ranks[:, TEACHER_TEMPERED] * (teacher_below * tempering.inverse).exp()).sum(dim=0)
+    merged[TOTAL] = (parts[:, TOTAL] * scale).sum(dim=0)
+    merged[WEIGHTED] = (scale * (parts[:, WEIGHTED] + below * parts[:, TOTAL])).sum(dim=0)
+    merged[TEMPERED] = (parts[:, TEMPERED] * (below * tempering.inverse).exp()).sum(dim=0)
+    merged[LOGITS] = parts[:, LOGITS].sum(dim=0)
+    merged[TEACHER_TEMPERED] = (parts[:, TEACHER_TEMPERED] * (teacher_below * tempering.inverse).exp()).sum(dim=0)
     return merged

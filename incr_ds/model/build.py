@@ -19,7 +19,9 @@ from incr_ds.config.training import ModelSettings
 from incr_ds.errors import LayoutError
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import LossSettings
+from incr_ds.model.attention import check_attention
 from incr_ds.model.layers import LayerFactory
+from incr_ds.model.liger import use_liger
 from incr_ds.model.pipeline import StagedLanguageModel
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.teacher import Teacher, check_vocabularies
@@ -63,6 +65,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     """
     check_layout(request.architecture, request.layout)
     _check_trains(request.architecture)
+    _choose_kernels(request)
     topology = _topology(request.layout)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
         grid = PipelineParallelGrid(topology=topology)
@@ -104,6 +107,15 @@ def _check_trains(architecture: Architecture) -> None:
         raise LayoutError(
             f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
         )
+
+
+def _choose_kernels(request: ModelRequest) -> None:
+    """See that attention and layers can run as asked, before the first layer is built."""
+    check_attention(request.settings.attention, request.device)
+    if request.settings.layer_kernels == "liger":
+        taught = [] if request.teacher is None else [request.teacher.architecture]
+        for model_type in {one.family.model_type for one in (request.architecture, *taught)}:
+            use_liger(model_type, request.device)
 
 
 def _topology(layout: ParallelLayout) -> PipeModelDataParallelTopology:

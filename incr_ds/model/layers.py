@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.losses.head import DistillationHead, LossSettings
+from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
@@ -32,7 +32,7 @@ class LayerFactory:
     weights: Weights
     dtype: torch.dtype
     device: torch.device
-    attention: Literal["sdpa", "eager"]
+    attention: Attention
     activation_checkpointing: bool = False
     loss: LossSettings = LossSettings()
 
@@ -41,7 +41,7 @@ class LayerFactory:
         """transformers' config of the model."""
         fields = {key: value for key, value in self.architecture.config.items() if key != "model_type"}
         config = AutoConfig.for_model(self.architecture.family.model_type, **fields)
-        config._attn_implementation = self.attention
+        config._attn_implementation = transformers_attention(self.attention)
         return config
 
     @cached_property

@@ -42,11 +42,12 @@ class BlockLayer(nn.Module):
         self._layer = layer
         self._positions = factory.positions
         self._recompute = factory.activation_checkpointing
+        self._attention = factory.attention
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
         arguments = self._positions.arguments(hidden, self._layer)
-        return run_block(self.block, hidden, arguments, self._recompute and self.training)
+        return run_block(self.block, hidden, arguments, self._recompute and self.training, self._attention)
 
 
 class NormLayer(nn.Module):

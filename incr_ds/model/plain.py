@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.model.attention import Attention, preferred_kernels
 from incr_ds.model.layers import LayerFactory
 
 
@@ -35,6 +36,7 @@ class LanguageModel(nn.Module):
             self.lm_head = factory.head(body["embed_tokens"].weight if shares else None)
         self._positions = factory.positions
         self._recompute = factory.activation_checkpointing
+        self._attention = factory.attention
 
     def forward(
         self,
@@ -55,12 +57,15 @@ class LanguageModel(nn.Module):
             stream = self.model["embed_tokens"](stream)
         for name, block in self.model["layers"].items():
             arguments = self._positions.arguments(stream, int(name))
-            stream = run_block(block, stream, arguments, self._recompute and self.training)
+            stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)
         return self.model["norm"](stream) if "norm" in self.model else stream
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool, attention: Attention) -> Tensor:
     """One decoder layer; with ``recompute`` its activations are computed again in the backward pass."""
-    if recompute:
-        return checkpoint(block, hidden, use_reentrant=False, **arguments)
-    return block(hidden, **arguments)
+
+    def run(stream: Tensor) -> Tensor:
+        with preferred_kernels(attention):
+            return block(stream, **arguments)
+
+    return checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)

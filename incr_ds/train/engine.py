@@ -26,6 +26,7 @@ from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
 from incr_ds.train.distributed import initialize_distributed
 from incr_ds.train.moments import fill_optimizer
+from incr_ds.train.optimizer import adapt_steps, build_adamw
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -164,6 +165,7 @@ class TrainingEngine:
             raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint to load")
         for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group.update(values)
+        adapt_steps(self._engine.optimizer.optimizer, self._run)
         return dict(client_state)
 
     def fill_optimizer(self, checkpoint: LogicalCheckpoint) -> None:
@@ -171,6 +173,7 @@ class TrainingEngine:
         named = dict(self._engine.module.named_parameters())
         parameters = {shard: named[shard.parameter] for shard in self._shards}
         fill_optimizer(self._engine.optimizer, parameters, checkpoint, self._run.layout.zero_stage)
+        adapt_steps(self._engine.optimizer.optimizer, self._run)
         self._engine.global_steps = int(checkpoint.facts.metadata.get("global_steps", 0))
 
     def close(self) -> None:
@@ -185,19 +188,13 @@ class TrainingEngine:
         return totals
 
 
-def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.AdamW:
+def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
     for shards in optimizer_groups(model.shards):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
         groups.append({"params": [parameters[shard.parameter] for shard in shards], "weight_decay": decay})
-    return torch.optim.AdamW(
-        groups,
-        lr=run.schedule.learning_rate,
-        betas=run.optimizer.betas,
-        eps=run.optimizer.eps,
-        fused=device.type == "cuda",
-    )
+    return build_adamw(groups, run, device)
 
 
 def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -> None:
@@ -208,7 +205,8 @@ def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    # All of them: an AdamW of another implementation, which wrote a checkpoint, lacks some.
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _check_zero_stage(run: RunSettings) -> None:

@@ -33,11 +33,21 @@ def test_cuda_rows_say_why_they_are_absent():
 def test_variants_that_say_they_compute_the_same_do():
     problem = make_problem(TINY, torch.float64, CPU)
     losses = {}
-    for name, settings in (("ours", {}), ("chunks", {"budget_bytes": 9_000})):
+    for name, settings in (("ours", {}), ("chunks", {"budget_bytes": 9_000}), ("lean", {"backend": "lean"})):
         losses[name] = distillation_loss(*problem.taught, alpha=0.5, **settings).loss
     eager = eager_loss(problem)
     torch.testing.assert_close(losses["ours"], eager.double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(losses["ours"], losses["chunks"])
+    torch.testing.assert_close(losses["ours"], losses["lean"])
+
+
+def test_gradients_that_are_handed_out_are_counted():
+    names = ["products only", "incr_ds", "incr_ds, into an fp32 buffer", "incr_ds, lean"]
+    chosen = [one for name in names for one in VARIANTS if one.name == name]
+    found = measure_shape(TINY, chosen, 1, torch.float32, CPU)
+    hidden, head = 16 * 8 * 4, 130 * 8 * 4
+    assert [one.gradient_bytes for one in found] == [hidden + head, hidden + head, hidden, hidden + head]
+    assert [one.extra_bytes for one in found] == [None] * 4
 
 
 def raises(error):
@@ -56,7 +66,7 @@ def test_what_is_missing_is_listed_with_its_reason():
     found = measure_shape(TINY, absent, 1, torch.float32, CPU)
     assert [one.absent for one in found] == ["not available: No module named 'gone'", "out of memory", None]
     cells = rows(found)
-    assert cells[0] == ("16", "130", "gone", "CE", "not available: No module named 'gone'", "", "")
+    assert cells[0] == ("16", "130", "gone", "CE", "not available: No module named 'gone'", "", "", "")
     assert cells[2][:4] == ("16", "130", "products only", "nothing") and cells[2][5] == "100%"
     assert len(cells[2]) == len(HEADINGS)
 
@@ -94,7 +104,8 @@ def test_the_command_writes_numbers_table_and_figure(tmp_path, monkeypatch, caps
     assert [line.split("|")[3].strip() for line in table.splitlines() if "not available" in line] == [
         "incr_ds, CUDA rows"
     ]
-    assert "<svg" in (tmp_path / "loss.svg").read_text()
+    for figure in ("loss.svg", "loss-scaling.svg"):
+        assert "<svg" in (tmp_path / figure).read_text()
 
 
 def test_an_unknown_variant_is_a_mistake_of_the_user(tmp_path, monkeypatch, capsys):

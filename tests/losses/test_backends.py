@@ -7,6 +7,7 @@ from loss_problem import HS, N, V, make_problem, outcome, relative_errors
 
 from incr_ds.kernels import triton_rows
 from incr_ds.kernels.triton_rows import RowLaunch
+from incr_ds.losses import planner
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, TopKTeacher
 
@@ -19,7 +20,8 @@ FP32_ERRORS = [1e-6] * 5 + [3e-6] * 2
 
 @pytest.fixture(autouse=True)
 def several_blocks_per_row(monkeypatch):
-    """V = 101 then takes several steps of every loop, the last one partly filled."""
+    """V = 101 then takes several steps of every loop, the last one partly filled; lean has 7 blocks of columns."""
+    monkeypatch.setattr(planner, "COLUMN_QUANTUM", 16)
     monkeypatch.setattr(triton_rows, "STATISTICS_LAUNCH", RowLaunch(32, 1))
     monkeypatch.setattr(triton_rows, "GRADIENT_LAUNCH", RowLaunch(64, 1))
 
@@ -57,6 +59,15 @@ def test_torch_equals_the_reference(settings, divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_lean_equals_the_reference(settings, divergence):
+    expected = outcome(make_problem(), **settings, divergence=divergence, backend="reference")
+    for budget in (None, 40_000, 1):
+        found = outcome(make_problem(), **settings, divergence=divergence, backend="lean", budget_bytes=budget)
+        assert max(relative_errors(found, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("settings", [*SETTINGS[:3], SETTINGS[4]], ids=str)
 def test_triton_equals_the_reference(settings, divergence):
     exact = make_problem(torch.float32).to(torch.float64)
@@ -68,9 +79,9 @@ def test_triton_equals_the_reference(settings, divergence):
 
 
 @pytest.mark.parametrize("kind", ["bucket", "none", "sampled"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_sparse_teachers_equal_the_reference(kind, backend):
-    dtype = torch.float64 if backend == "torch" else torch.float32
+    dtype = torch.float32 if backend == "triton" else torch.float64
     problem = make_problem(torch.float32)
     settings = {
         "alpha": 0.4,
@@ -81,14 +92,14 @@ def test_sparse_teachers_equal_the_reference(kind, backend):
     }
     expected = outcome(problem.to(torch.float64), **settings, backend="reference")
     found = outcome(problem.to(dtype), **settings, backend=backend, budget_bytes=9_000)
-    bounds = [1e-12] * 7 if backend == "torch" else FP32_ERRORS
+    bounds = FP32_ERRORS if backend == "triton" else [1e-12] * 7
     assert all(error < bound for error, bound in zip(relative_errors(found, expected), bounds, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_padding_is_outside_every_sum(backend):
     """Each model has its own padding behind 101 entries; garbage in it must not matter."""
-    dtype = torch.float64 if backend == "torch" else torch.float32
+    dtype = torch.float32 if backend == "triton" else torch.float64
     plain, settings = make_problem(dtype), {"alpha": 0.5, "label_smoothing": 0.1, "z_loss": 0.01, "backend": backend}
     expected = outcome(plain, **settings)
     padded = torch.cat([plain.head.detach(), torch.full((27, HS), torch.inf, dtype=dtype)]).requires_grad_()
@@ -101,7 +112,9 @@ def test_padding_is_outside_every_sum(backend):
 
 
 # The gate: no further from fp64 than torch's own bf16 arithmetic on whole logits, within a tenth.
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("lean", torch.bfloat16)]
+)
 @pytest.mark.parametrize("budget", [None, 12_000], ids=["one chunk", "many chunks"])
 def test_no_less_accurate_than_eager(backend, dtype, budget):
     problem = make_problem(dtype, tokens=64, scale=0.5)
@@ -127,7 +140,9 @@ def eager(problem):
     return [value.detach().double() for value in (loss, ce, kl, z, z, *gradients)]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("lean", torch.bfloat16)]
+)
 def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(backend, dtype):
     problem = make_problem(torch.float32)
     with torch.autocast("cpu", dtype):
@@ -141,13 +156,13 @@ def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(bac
     assert relative_errors(found[5:], lower[5:])[1] < 4e-3
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_repeats_are_the_same_bits(backend):
     first, second = (outcome(make_problem(torch.float32), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_without_gradients_values_are_the_same(backend):
     problem = make_problem(torch.float32)
     for divergence in DIVERGENCES:
@@ -158,13 +173,14 @@ def test_without_gradients_values_are_the_same(backend):
         torch.testing.assert_close(torch.stack(free[:5]), torch.stack(kept[:5]).detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["torch", "lean"])
 @pytest.mark.parametrize("budget", [None, 20_000])
-def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget):
+def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget, backend):
     problem, scale = make_problem(torch.bfloat16), torch.tensor(8.0)
     expected = outcome(problem.to(torch.float64), alpha=0.5, backend="reference")[6]
     buffer = torch.ones(V, HS)
     result = distillation_loss(
-        *problem.tensors, alpha=0.5, head_gradient=buffer, gradient_scale=scale, budget_bytes=budget, backend="torch"
+        *problem.tensors, alpha=0.5, head_gradient=buffer, gradient_scale=scale, budget_bytes=budget, backend=backend
     )
     (scale * result.loss).backward()
     assert problem.head.grad is None

@@ -37,12 +37,13 @@ def test_only_the_loss_has_a_gradient():
     assert ours.loss.requires_grad and not any(part.requires_grad for part in ours[1:])
 
 
+@pytest.mark.parametrize("backend", ["torch", "lean"])
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_what_needs_no_gradient_gets_none(frozen):
+def test_what_needs_no_gradient_gets_none(frozen, backend):
     problem = make_problem()
     expected = outcome(make_problem(), alpha=0.5)[5:]
     getattr(problem, frozen).requires_grad_(False)
-    distillation_loss(*problem.tensors, alpha=0.5).loss.backward()
+    distillation_loss(*problem.tensors, alpha=0.5, backend=backend).loss.backward()
     assert getattr(problem, frozen).grad is None
     other, index = ("head", 1) if frozen == "hidden" else ("hidden", 0)
     torch.testing.assert_close(getattr(problem, other).grad, expected[index])
@@ -113,9 +114,12 @@ def test_a_tied_embedding_gets_the_gradient_of_both_uses():
     torch.testing.assert_close(gradient("torch"), gradient("reference"), rtol=1e-12, atol=1e-14)
 
 
-def test_no_tokens_at_all_is_zero():
+@pytest.mark.parametrize("backend", ["torch", "lean"])
+def test_no_tokens_at_all_is_zero(backend):
     hidden, head = torch.zeros(0, HS, requires_grad=True), torch.randn(V, HS, requires_grad=True)
-    loss = distillation_loss(hidden, head, torch.zeros(0, dtype=torch.long), alpha=0.0, z_loss=0.1).loss
+    loss = distillation_loss(
+        hidden, head, torch.zeros(0, dtype=torch.long), alpha=0.0, z_loss=0.1, backend=backend
+    ).loss
     loss.backward()
     assert loss == 0 and not head.grad.any() and hidden.grad.shape == (0, HS)
 

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incr_ds.losses.planner import SLAB_ROWS, LossShape, Machine, plan_loss
+from incr_ds.losses.planner import (
+    LEAN_CUDA_BUDGET_BYTES,
+    SLAB_ROWS,
+    LossShape,
+    Machine,
+    default_budget,
+    plan_lean,
+    plan_loss,
+)
 
 REFERENCE = LossShape(tokens=8192, vocabulary=128256, student_width=4096, teacher_width=2048)
 H200 = Machine(tflops=790, gigabytes_per_second=4300)
@@ -43,3 +51,40 @@ def test_every_plan_fits_its_budget_or_is_the_smallest(tokens, vocabulary, teach
     assert 1 <= plan.slab_rows <= min(plan.chunk_rows, SLAB_ROWS) and plan.chunk_rows <= tokens
     assert plan.chunk_rows * plan.chunks >= tokens > plan.chunk_rows * (plan.chunks - 1)
     assert plan.milliseconds(H200) >= plan_loss(shape, 2 * budget).milliseconds(H200)
+
+
+def test_the_reference_shape_without_stored_logits_needs_less_than_0_4_gigabytes():
+    plan = plan_lean(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True)
+    assert (plan.blocks, plan.columns, plan.walks) == (18, 7168, 2)
+    # The fp32 gradient of the hidden states, and a block of both models' logits, 64 columns wider than it is.
+    assert plan.buffer_bytes == 8192 * 4096 * 4 + 8192 * (7168 + 64) * 2 * 2 < 400_000_000
+    products = 2 * 8192 * 128256 * (4 * 4096 + 2 * 2048)
+    traffic = 8192 * 128256 * 5 * 2 + 17 * 8 * 8192 * 4096
+    assert plan.milliseconds(H200) == pytest.approx(products / 790e12 * 1e3 + traffic / 4300e9 * 1e3)
+    assert plan.describe(H200) == (
+        "18 blocks of 7168 columns, 2 walks: 0.37 GB, 58.0 ms predicted at 790 TFLOP/s and 4300 GB/s"
+    )
+    jsd = plan_lean(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True, walks=3)
+    assert jsd.flops - plan.flops == 2 * 8192 * 128256 * (4096 + 2048)
+
+
+@given(
+    tokens=st.integers(0, 40_000),
+    vocabulary=st.integers(0, 200_000),
+    teacher_width=st.sampled_from([0, 64]),
+    temporaries=st.integers(0, 5),
+    accumulates=st.booleans(),
+    budget=st.integers(1, 10**10),
+)
+def test_every_lean_plan_fits_its_budget_or_has_the_narrowest_blocks(
+    tokens, vocabulary, teacher_width, temporaries, accumulates, budget
+):
+    shape = LossShape(tokens, vocabulary, 128, teacher_width, temporaries=temporaries)
+    plan = plan_lean(shape, budget, accumulates=accumulates)
+    assert plan.buffer_bytes <= budget or plan.columns == min(64, max(vocabulary, 1))
+    assert 1 <= plan.columns <= max(vocabulary, 1) and plan.columns * plan.blocks >= vocabulary
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_lean_has_the_smaller_budget(cuda):
+    assert default_budget(cuda, lean=True) < default_budget(cuda, lean=False) / 2

@@ -19,7 +19,13 @@ from incr_ds.losses.teachers import TopKTeacher
 # The interpreter evaluates both sides of a choice, also where the side not taken overflows.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 
-BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32), ("triton", torch.float16)]
+BACKENDS = [
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("triton", torch.float32),
+    ("triton", torch.float16),
+    ("lean", torch.float32),
+]
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
 FEW = settings(max_examples=20, deadline=None)
 
@@ -32,7 +38,9 @@ def taught_by_itself(problem):
     return LossProblem(problem.hidden, problem.head, problem.labels, problem.hidden.detach(), problem.head.detach())
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [*BACKENDS, ("torch", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*BACKENDS, ("torch", torch.bfloat16), ("lean", torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype, divergence):
     problem = taught_by_itself(make_problem(dtype))
@@ -46,7 +54,7 @@ def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("distance", [1e-2, 1e-3])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_a_small_divergence_keeps_its_digits_in_fp32(backend, distance, divergence):
     """Heads that are the identity: the logits are exact, so that only the divergence's own error shows."""
     generator = torch.Generator().manual_seed(1)
@@ -66,12 +74,17 @@ def test_a_small_divergence_keeps_its_digits_in_fp32(backend, distance, divergen
     torch.testing.assert_close(divergence_of(torch.float32, backend), exact, rtol=3e-4, atol=0)
 
 
-@given(budget=st.integers(1, 300_000), seed=st.integers(0, 5), divergence=st.sampled_from(DIVERGENCES))
+@given(
+    budget=st.integers(1, 300_000),
+    seed=st.integers(0, 5),
+    divergence=st.sampled_from(DIVERGENCES),
+    backend=st.sampled_from(["torch", "lean"]),
+)
 @FEW
-def test_chunks_change_nothing(budget, seed, divergence):
+def test_chunks_and_blocks_change_nothing(budget, seed, divergence, backend):
     options = {"alpha": 0.4, "temperature": 1.7, "z_loss": 0.01, "divergence": divergence}
     whole = outcome(make_problem(seed=seed), **options)
-    cut = outcome(make_problem(seed=seed), **options, budget_bytes=budget)
+    cut = outcome(make_problem(seed=seed), **options, budget_bytes=budget, backend=backend)
     assert max(relative_errors(cut, whole)) < 1e-13
 
 
@@ -99,7 +112,7 @@ def test_a_batch_without_a_valid_token_is_zero(backend, dtype):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_logits_of_ten_thousand_stay_finite(backend, divergence):
     problem = make_problem(torch.float32)
     far = LossProblem(

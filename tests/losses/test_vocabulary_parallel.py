@@ -22,6 +22,8 @@ CASES = {
     "top-k": {"alpha": 0.5, "temperature": 1.5, "label_smoothing": 0.1},
     "sampled": {"alpha": 0.5},
     "triton": {"alpha": 0.3, "temperature": 2.0, "backend": "triton"},
+    "lean": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "backend": "lean"},
+    "lean jsd": {"alpha": 0.6, "divergence": "jsd", "backend": "lean"},
 }
 
 

@@ -1,0 +1,182 @@
+"""What one call of the loss works on, and the arithmetic per token that does not depend on how its logits are walked.
+
+Shapes: N tokens, C of a part of them, Hs and Ht the widths of student and teacher, V this rank's real columns, K entries of a
+sparse teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from incr_ds.kernels.rows import RowKernels, Rows
+from incr_ds.losses.planner import LossShape
+from incr_ds.losses.projection import Projection
+from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, SparseEntries, TopKTeacher, sparse_entries
+from incr_ds.losses.terms import Objective, label_terms, sparse_terms
+from incr_ds.losses.vocabulary import Totals, VocabularyPart
+
+CE, DIVERGENCE, Z, ENTROPY = range(4)
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one call works on, apart from the tensors that may need a gradient.
+
+    ``head_gradient``, if given, is the buffer that the head's gradient is added to, times ``gradient_scale``. With
+    ``lean`` no logits are stored.
+    """
+
+    labels: Tensor
+    teacher: HiddenTeacher | TopKTeacher | SampledTeacher | None
+    objective: Objective
+    ignore_index: int
+    part: VocabularyPart
+    kernels: RowKernels
+    lean: bool
+    budget_bytes: int
+    head_gradient: Tensor | None
+    gradient_scale: Tensor | None
+    wants_hidden: bool
+    wants_head: bool
+
+    @property
+    def writes(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.wants_hidden or self.wants_head
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A problem with its products opened: what a walk over the logits needs.
+
+    ``tokens`` (0-d) counts the valid ones, ``live`` [N] marks them, ``weights`` [N] are what they count with in the
+    gradient, ``picks`` [N, 1 + K] the columns whose logits are needed one by one: the label's, then the sparse teacher's.
+    """
+
+    problem: Problem
+    hidden: Tensor
+    head: Tensor
+    student: Projection
+    teacher: Projection | None
+    entries: SparseEntries | None
+    logits_dtype: torch.dtype
+    tokens: Tensor
+    live: Tensor
+    weights: Tensor
+    picks: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which sums are taken."""
+        return self.student.dtype
+
+    @property
+    def shape(self) -> LossShape:
+        """Sizes for the planner, the same on every rank, since every part of a walk is a collective."""
+        problem, operand = self.problem, self.student.operand_dtype
+        copied = self.logits_dtype != operand and self.hidden.is_cuda
+        return LossShape(
+            tokens=self.hidden.shape[0],
+            vocabulary=problem.part.largest,
+            student_width=self.hidden.shape[1],
+            teacher_width=problem.teacher.head.shape[1] if isinstance(problem.teacher, HiddenTeacher) else 0,
+            logits_bytes=self.logits_dtype.itemsize,
+            accumulation_bytes=self.dtype.itemsize,
+            copy_bytes=operand.itemsize if copied else 0,
+            temporaries=problem.kernels.temporaries,
+        )
+
+    def empty_parts(self) -> Tensor:
+        """[PARTS, N] for the losses of each token."""
+        return self.hidden.new_zeros((PARTS, self.hidden.shape[0]), dtype=self.dtype)
+
+
+def prepare(hidden: Tensor, head: Tensor, problem: Problem) -> Prepared:
+    """Open the products of student and teacher in the dtype that autocast or the tensors give."""
+    student = Projection(hidden, head[: problem.part.size])
+    teacher, entries = _open_teacher(problem, student.dtype)
+    live = problem.labels != problem.ignore_index
+    tokens = live.sum()
+    weights = live.to(student.dtype) / tokens.clamp_min(1)
+    if problem.gradient_scale is not None:
+        weights = weights * problem.gradient_scale
+    picks = problem.labels[:, None] if entries is None else torch.cat([problem.labels[:, None], entries.indices], dim=1)
+    return Prepared(
+        problem=problem,
+        hidden=hidden,
+        head=head,
+        student=student,
+        teacher=teacher,
+        entries=entries,
+        logits_dtype=problem.kernels.logits_dtype(student.operand_dtype),
+        tokens=tokens,
+        live=live,
+        weights=weights,
+        picks=problem.part.columns(picks),
+    )
+
+
+def _open_teacher(problem: Problem, dtype: torch.dtype) -> tuple[Projection | None, SparseEntries | None]:
+    teacher = problem.teacher
+    if teacher is None:
+        return None, None
+    if isinstance(teacher, HiddenTeacher):
+        return Projection(teacher.hidden, teacher.head[: problem.part.size]), None
+    return None, sparse_entries(teacher, dtype)
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """What the statistics of C tokens give for their gradient: ``factors`` as Rows has them, and at sparse entries [C, K]."""
+
+    factors: Tensor
+    at_entries: Tensor | None
+
+
+def row_terms(prepared: Prepared, rows: slice, totals: Totals, parts: Tensor) -> RowTerms:
+    """Terms of the tokens ``rows``; puts into ``parts`` [PARTS, N] the losses that follow from statistics alone."""
+    objective = prepared.problem.objective
+    labels = label_terms(totals, prepared.weights[rows], objective, prepared.problem.part.whole)
+    parts[CE, rows], parts[Z, rows], parts[ENTROPY, rows] = labels.ce, labels.z, totals.entropy
+    if prepared.entries is None:
+        return RowTerms(labels.factors, None)
+    entries = prepared.entries
+    chosen = SparseEntries(entries.indices[rows], entries.probabilities[rows], entries.bucket)
+    sparse = sparse_terms(totals, labels.factors, chosen, prepared.problem.labels[rows], objective.tempering)
+    parts[DIVERGENCE, rows] = sparse.divergence
+    on_p, _, on_label, everywhere = labels.factors
+    return RowTerms(torch.stack([on_p, sparse.on_tempered, on_label, everywhere]), sparse.at_entries)
+
+
+def row_numbers(
+    prepared: Prepared, rows: slice, totals: Totals, terms: RowTerms, label: Tensor, centre: Tensor | None = None
+) -> Rows:
+    """The row kernels' argument for the tokens ``rows``, whose labels stand in the columns ``label`` [C]."""
+    return Rows(
+        normalizers=totals.normalizers,
+        label=label.contiguous(),
+        live=prepared.live[rows],
+        factors=terms.factors,
+        centre=centre,
+        tempering=prepared.problem.objective.tempering,
+        kind=prepared.problem.objective.kind,
+        write=prepared.problem.writes,
+    )
+
+
+def place_entries(padded: Tensor, width: int, columns: Tensor, values: Tensor, live: Tensor) -> None:
+    """Put exact gradients ``values`` [C, K] at a sparse teacher's ``columns`` [C, K] of ``padded`` [C, > width].
+
+    Those of no column here (-1) go into the one after the last.
+    """
+    kept = torch.where(live[:, None], values, 0).to(padded.dtype)
+    padded.scatter_(1, torch.where(columns >= 0, columns, width), kept)
+
+
+def means(parts: Tensor, tokens: Tensor) -> Tensor:
+    """Means [PARTS] over the ``tokens`` valid ones of ``parts`` [PARTS, N]."""
+    return parts.sum(dim=1) / tokens.clamp_min(1)

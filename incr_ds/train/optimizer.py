@@ -1,0 +1,45 @@
+"""AdamW as torch or as DeepSpeed implements it, and the one thing in which their states differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import ConfigError
+
+
+def build_adamw(groups: Sequence[Mapping[str, Any]], run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over parameter ``groups`` with the run's settings.
+
+    DeepSpeed compiles its FusedAdam when it is first used. Raises ConfigError with its reason if that fails.
+    """
+    settings = run.optimizer
+    options = {"lr": run.schedule.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if settings.implementation == "torch":
+        return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+    from deepspeed.ops.adam import FusedAdam
+
+    try:
+        return FusedAdam(groups, **options, adam_w_mode=True)
+    # Whatever goes wrong between ninja, the compiler and the loader.
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer.implementation: deepspeed: FusedAdam could not be built ({type(error).__name__}: {error}). See "
+            "DeepSpeed's ds_report for its compiler, or set torch."
+        ) from error
+
+
+def adapt_steps(optimizer: torch.optim.Optimizer, run: RunSettings) -> None:
+    """Give the loaded step counts of ``optimizer`` the type that it computes with: torch a tensor, FusedAdam an int."""
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for state in optimizer.state.values():
+        if "step" not in state:
+            continue
+        if run.optimizer.implementation == "deepspeed":
+            state["step"] = int(state["step"])
+        else:
+            where = state["exp_avg"].device if on_device else "cpu"
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=where)
