@@ -35,7 +35,7 @@ class SymmetryBreaking(Settings):
 
 
 HiddenMethod = Literal[
-    "auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean", "lemon", "fpi", "random", "constant"
+    "auto", "integer", "isometric", "zero", "zero-scaled-eps", "mean", "centred", "lemon", "fpi", "random", "constant"
 ]
 
 
@@ -44,10 +44,11 @@ class WidthRecipe(Settings):
 
     ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
     with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, ``mean`` padding for
-    LayerNorm, ``lemon``: as many whole copies as fit, and padding for the rest, or ``auto``: integer where it divides,
-    elsewhere isometric (RMSNorm) or mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some
-    more randomly chosen copies, norms unchanged; ``random`` and ``constant``, new positions filled with normal numbers of
-    deviation ``std`` (None: the config's) or with ``constant``.
+    LayerNorm, ``centred``: zero padding for LayerNorm, with writers from which their mean was taken, ``lemon``: as many
+    whole copies as fit, and padding for the rest, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or
+    mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some more randomly chosen copies, norms
+    unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
+    config's) or with ``constant``.
     """
 
     hidden: HiddenMethod = "auto"

@@ -57,7 +57,7 @@ class GrownTensors:
             return _diagonal(bounds)
         if tensor.start == "zero":
             return torch.full([stop - start for start, stop in bounds], -spec.offset)
-        gathered = self._gather(tensor, "weight", bounds)
+        gathered = self._centred(tensor, self._gather(tensor, "weight", bounds), bounds)
         factors = [self._vector("value", spec, d)[slice(*bounds[d])] for d in range(len(bounds))]
         factors[0] = factors[0] * tensor.scale
         grown = _scaled(gathered, factors)
@@ -66,6 +66,14 @@ class GrownTensors:
             grown = grown + torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
         grown = self._unlike_copies(tensor, grown, bounds)
         return self._fill_means(tensor, self._fill_fresh(spec, grown, bounds), bounds)
+
+    def _centred(self, tensor: TensorPlan, gathered: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """``gathered`` less its mean over the old residual stream, where the growth centres what writes to it."""
+        for d, dim in enumerate(tensor.target.dims):
+            if dim.use == "out" and any(self.plan.axes[axis].centred for axis in dim.named_axes):
+                means = self._source_means(tensor, d, bounds).to(gathered.dtype)
+                return gathered - (means[:, None] if d == 1 else means)
+        return gathered
 
     def _moment(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         if tensor.new_layer and state == "exp_avg":
@@ -199,17 +207,22 @@ class GrownTensors:
 
     def _means_along(self, tensor: TensorPlan, dimension: int, bounds: Bounds) -> torch.Tensor:
         """Mean of the source along a whole dimension, at the part's positions of the other one and with its factors."""
+        means = self._source_means(tensor, dimension, bounds)
+        if len(bounds) == 1:
+            return means
+        factors = self._vector("value", tensor.target, 1 - dimension)[slice(*bounds[1 - dimension])]
+        return means * torch.from_numpy(factors)
+
+    def _source_means(self, tensor: TensorPlan, dimension: int, bounds: Bounds) -> torch.Tensor:
+        """Mean of the source along a whole dimension, at the part's positions of the other one."""
         if len(bounds) == 1:
             return self._source.read(tensor.source).double().mean()
         other = 1 - dimension
-        part = slice(*bounds[other])
-        index = self._vector("index", tensor.target, other)[part]
+        index = self._vector("index", tensor.target, other)[slice(*bounds[other])]
         known = np.where(index == FRESH, 0, index)
         if dimension == 0:
-            means = self._over_rows(tensor.source)[torch.from_numpy(known)]
-        else:
-            means = self._rows(tensor.source, "weight", known).double().mean(dim=1)
-        return means * torch.from_numpy(self._vector("value", tensor.target, other)[part])
+            return self._over_rows(tensor.source)[torch.from_numpy(known)]
+        return self._rows(tensor.source, "weight", known).double().mean(dim=1)
 
     def _over_rows(self, name: str) -> torch.Tensor:
         """Mean over the rows of a weight, summed in fixed portions."""

@@ -16,7 +16,8 @@ Gradients follow by the chain rule: a writer's gets w_j / s_j, a reader's 1, a r
 and its bias' w_j, a writing norm's w_j / kappa, the tied final norm's s_j^2 / kappa and its bias' s_j. For w even these are
 exact, and the rules for Adam's moments follow from them.
 
-Under LayerNorm the mean must stay too: equal copies keep it, and padding with the mean of the old positions does.
+Under LayerNorm the mean must stay too: equal copies keep it, padding with the mean of the old positions does, and so does
+padding with zeros once every writer's mean over the positions is 0, which LayerNorm subtracts anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class AxisGrowth:
     """One axis. ``index`` is the old position of each new one, FRESH for a new unit that copies none.
 
     ``amplitude`` and ``share`` are s and w (0 at fresh positions), ``gradient`` the factor of a writer's gradient,
-    ``kappa`` the norm's factor. ``fresh_out`` and ``fresh_in`` say what a fresh unit writes and how it is read.
+    ``kappa`` the norm's factor. ``centred`` writers lose their mean over the old positions. ``fresh_out`` and
+    ``fresh_in`` say what a fresh unit writes and how it is read.
     """
 
     axis: str
@@ -49,6 +51,7 @@ class AxisGrowth:
     share: tuple[float, ...]
     gradient: tuple[float, ...]
     kappa: float = 1.0
+    centred: bool = False
     fresh_out: Fill = "random"
     fresh_in: Fill = "zero"
     copies: tuple[int, ...] = field(init=False)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import families
+from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
@@ -89,9 +92,30 @@ def _check_larger_heads(source: Architecture, head_dim: int, where: str) -> None
             f"{where}: target.head_dim: {source.family.model_type}'s queries and keys pass through more than the rotary "
             f"positions, and no operator grows them; head_dim grows in {able}."
         )
-    if not _has_plain_rotary(source):
+    _check_rotations(source, head_dim, where)
+
+
+def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
+    """Pair i of the source must turn as fast as the pair of the larger head that it moves to; see grow_head_size."""
+    (rope,) = rotary_kinds(source.config)
+    kind = rope["rope_type"]
+    if kind not in STEADY:
         raise GrowthError(
-            f"{where}: target.head_dim: grows with rope_type: default only; this source has {source.config['rope_parameters']}."
+            f"{where}: target.head_dim: under rope_type {kind} how fast a pair turns depends on more than the config, and no "
+            f"operator moves it; head_dim grows under {', '.join(STEADY)}."
+        )
+    factor = head_dim // source.sizes["head_dim"]
+    if head_dim % source.sizes["head_dim"]:
+        return  # grow_head_size says which sizes work
+    old, strength = rotary_frequencies(source.config)
+    new, new_strength = rotary_frequencies({**source.config, source.family.axes["head_dim"]: head_dim})
+    unlike = np.flatnonzero(~np.isclose(new[::factor], old, rtol=1e-6, atol=0.0))
+    if len(unlike) or strength != new_strength:
+        pair = int(unlike[0]) if len(unlike) else 0
+        raise GrowthError(
+            f"{where}: target.head_dim: {head_dim}: pair {pair} of a head turns {old[pair]:.6g} radians a position, and the pair "
+            f"{factor * pair} that it moves to {new[factor * pair]:.6g}, under rope_type {kind}. YaRN rounds the ends of its "
+            "ramp to whole pairs unless rope_parameters has truncate: false; a source that was trained so cannot grow its heads."
         )
 
 
@@ -122,8 +146,7 @@ def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> b
 
 
 def _has_plain_rotary(source: Architecture) -> bool:
-    rope = source.config.get("rope_parameters") or {}
-    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    kinds = rotary_kinds(source.config)
     return bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
 
 
@@ -227,6 +250,11 @@ def _inexact(
             and hidden.method in ("isometric", "zero", "zero-scaled-eps")
             and len(set(hidden.copies)) > 1,
             f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
+        ),
+        (
+            hidden.centred and source.tied,
+            "width.hidden: centred does not keep the source's function with tied embeddings, since the head's rows lose their "
+            "mean too; width.hidden: mean does",
         ),
         (
             bool(uneven),

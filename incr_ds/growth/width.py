@@ -28,9 +28,9 @@ def grow_hidden(
     uneven: HiddenMethod = "isometric" if norm == "rms" else "mean"
     if method == "auto":
         method = uneven if new % old else "integer"
-    if method == "mean" and norm == "rms":
+    if method in ("mean", "centred") and norm == "rms":
         raise GrowthError(
-            "width.hidden: mean pads for LayerNorm, and this family has RMSNorm; use isometric or zero, which take any "
+            f"width.hidden: {method} pads for LayerNorm, and this family has RMSNorm; use isometric or zero, which take any "
             "larger size."
         )
     if method == "integer" and new % old:
@@ -105,11 +105,12 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
 
 
 def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
-    """Growth of a head's size by a whole factor k under plain rotary positions; returns keys' and values' axis, queries'.
+    """Growth of a head's size by a whole factor k under rotary positions; returns keys' and values' axis, queries'.
 
     Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), as pair k i of the larger head does,
-    so it moves there. New positions of the queries are zero, so those of the keys may be random, and queries grow by
-    sqrt(new / old), since scores are divided by the root of the head's size.
+    so it moves there; the planner checks that a scaling of the frequencies leaves it so. New positions of the queries
+    are zero, so those of the keys may be random, and queries grow by sqrt(new / old), since scores are divided by the
+    root of the head's size.
     """
     if new % old:
         lower = max(old, new // old * old)
@@ -142,8 +143,8 @@ def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
 def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"]) -> AxisGrowth:
     """Whole copies of the old positions, and new ones that leave the norm as zero: readers may read anything there.
 
-    New positions are zero, or under LayerNorm the mean of the old ones (average expansion). One copy, but for ``lemon``
-    (Wang et al., 2024) as many as fit.
+    New positions are zero, or under LayerNorm the mean of the old ones (average expansion), or zero beside centred ones.
+    One copy, but for ``lemon`` (Wang et al., 2024) as many as fit.
     """
     copies = new // old if method == "lemon" else 1
     kept = np.arange(new) < copies * old
@@ -160,6 +161,7 @@ def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms"
         _floats(kept / copies),
         _floats(kept / (copies * strength)),
         kappa=kappa,
+        centred=method == "centred",
         fresh_out="mean" if averages else "zero",
         fresh_in="random",
     )

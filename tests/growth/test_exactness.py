@@ -70,7 +70,7 @@ def test_everything_at_once(fp64_norms, family, tied, new):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "integer"])
+@pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "centred", "integer"])
 @pytest.mark.parametrize("family", OTHERS)
 def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
     """Each method on each family: kept to 1e-12, refused, or said to be inexact (and then it is)."""
@@ -87,7 +87,9 @@ def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
         target[axes["kv_heads"]] = 6
     new = "copy" if family == "olmo2" else "zero-output"
     recipe = recipe_of(target=target, width={"hidden": hidden, "heads": {"new": new}})
-    if (hidden == "mean" and family not in LAYER_NORM) or (hidden == "zero-scaled-eps" and family in SHARED_EPS):
+    if (hidden in ("mean", "centred") and family not in LAYER_NORM) or (
+        hidden == "zero-scaled-eps" and family in SHARED_EPS
+    ):
         with pytest.raises(GrowthError, match=f"width.hidden: {hidden}|pads for LayerNorm"):
             grown_tensors(model_checkpoint(architecture, source), recipe)
         return
@@ -95,7 +97,7 @@ def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
     found = relative_difference(source, grown_model(grown))
     assert found <= 1e-12 if grown.plan.exact else found > 1e-6, grown.plan.inexact
     if family in LAYER_NORM:
-        assert grown.plan.exact == (hidden in ("auto", "mean", "integer"))
+        assert grown.plan.exact == (hidden in ("auto", "mean", "integer") or (hidden == "centred" and not tied))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -237,6 +239,39 @@ def test_larger_heads(fp64_norms, family, head_dim, tied):
     assert difference(family, {**EVERYTHING, "head_dim": head_dim}, tied, width={"heads": {"new": "copy"}}) <= 1e-12
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+SCALED = {
+    "another base": {"rope_type": "default", "rope_theta": 77.0},
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3", "factor": 4.0, "rope_theta": 500.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {**YARN, "truncate": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
+    """The frequencies are fp32 numbers of transformers' own, so the bound is theirs."""
+    architecture = small_architecture("llama", max_position_embeddings=256, rope_parameters=SCALED[kind])
+    source = drawn_model(architecture)
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target={"head_dim": 24}))
+    assert grown.plan.exact
+    assert relative_difference(source, grown_model(grown), length=100) <= 1e-6
+    plain = small_architecture("llama", max_position_embeddings=256)
+    moved = grown_tensors(model_checkpoint(plain, drawn_model(plain)), recipe_of(target={"head_dim": 24}))
+    unscaled = grown_model(moved)
+    assert relative_difference(source, unscaled, length=100) > 1e-3, "the scaling matters at this length"
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "head_dim", "message"),
     [
@@ -245,9 +280,15 @@ def test_larger_heads(fp64_norms, family, head_dim, tied):
         ("qwen3", {}, 16, r"qwen3's queries and keys pass through more .* head_dim grows in llama, mistral, qwen2\."),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             16,
-            "rope_type: default only",
+            "under rope_type dynamic .*; head_dim grows under default, linear, llama3, yarn",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**YARN, "truncate": True}},
+            16,
+            r"pair 1 of a head turns .* and the pair 2 that it moves",
         ),
     ],
 )
