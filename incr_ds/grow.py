@@ -6,11 +6,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.source import open_source
 from incr_ds.target.budget import anonymous_bytes, portion_elements
-from incr_ds.target.commit import hash_as_listed, listed_hashes, refuse_existing, write_atomically
+from incr_ds.target.commit import flush, hash_as_listed, listed_hashes, refuse_existing, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
@@ -35,6 +36,7 @@ from incr_ds.target.workspace import Workspace, open_workspace
 
 TAG = "grown"
 MEMORY_BUDGET = 2 << 30
+FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -186,18 +188,25 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) ->
 def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress) -> dict[Path, str]:
     """Check the source, hash its files and write the target's, ``workers`` jobs at a time; returns the hashes."""
     files = [file for file in planned.files if file.path not in space.done]
-    with _pool(planned.request.workers) as pool:
+    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
         listed = listed_hashes(planned.request.source)
         hashing = {path: pool.submit(hash_as_listed, path, listed.get(path)) for path in planned.source.facts.files}
         checking = pool.submit(_check_source, planned.source, report)
-        writing = {pool.submit(write_file, file, space.folder, slices): file for file in files}
-        written = len(planned.files) - len(files)
-        for job in as_completed([checking, *hashing.values(), *writing]):
+        writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
+        finished: SimpleQueue[Future[Any]] = SimpleQueue()
+        for job in (checking, *hashing.values(), *writing):
+            job.add_done_callback(finished.put)
+        flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
+        for _ in range(1 + len(hashing) + 2 * len(files)):
+            job = finished.get()
             result = job.result()
             if job in writing:
-                space.record(writing[job].path, result)
-                written += 1
-                report("writing", written, len(planned.files))
+                waiting = flushing.submit(flush, space.folder / writing[job])
+                flushed[waiting] = (writing[job], result)
+                waiting.add_done_callback(finished.put)
+            elif job in flushed:
+                space.record(*flushed[job])
+                report("writing", len(space.done), len(planned.files))
         return {path: job.result() for path, job in hashing.items()}
 
 

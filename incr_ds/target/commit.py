@@ -91,7 +91,7 @@ def seal(
     content = {"manifest_version": VERSION, "kind": kind, "facts": facts, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     for inner in {path.parent for path in _files(folder)}:
-        _flush_folder(inner)
+        flush(inner)
 
 
 def reveal(temporary: Path, final: Path) -> None:
@@ -99,7 +99,7 @@ def reveal(temporary: Path, final: Path) -> None:
     if final.is_dir():
         final.rmdir()
     os.rename(temporary, final)
-    _flush_folder(final.parent)
+    flush(final.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,7 +113,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -184,8 +184,9 @@ def _flush_and_hash(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are safe on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -75,9 +75,6 @@ def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
 
 def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
     """Content of config.json: the architecture, with its class name and dtype."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.family.model_type]
     config = {key: value for key, value in architecture.config.items() if key != "_name_or_path"}
-    config |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": [architecture.family.class_name], "dtype": str(dtype).removeprefix("torch.")}
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
