@@ -24,9 +24,10 @@ from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.integrity import check_file
 from incr_ds.source import open_source
 from incr_ds.target.budget import anonymous_bytes, portion_elements
-from incr_ds.target.commit import flush, hash_as_listed, listed_hashes, refuse_existing, write_atomically
+from incr_ds.target.commit import flush, listed_files, refuse_existing, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
@@ -189,8 +190,8 @@ def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: 
     """Check the source, hash its files and write the target's, ``workers`` jobs at a time; returns the hashes."""
     files = [file for file in planned.files if file.path not in space.done]
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
-        listed = listed_hashes(planned.request.source)
-        hashing = {path: pool.submit(hash_as_listed, path, listed.get(path)) for path in planned.source.facts.files}
+        listed = listed_files(planned.request.source)
+        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in planned.source.facts.files}
         checking = pool.submit(_check_source, planned.source, report)
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()

@@ -10,7 +10,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.target.files import Slices, StreamedTensor, slice_of, tensor_bytes, whole
-from incr_ds.target.sink import Sink, data_of
+from incr_ds.target.sink import Sink
 
 SHARD_BYTES = 2 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -41,8 +41,8 @@ class SafetensorsFile:
         encoded += b" " * (-len(encoded) % 8)
         sink.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in self.tensors:
-            for block in slices.blocks(tensor):
-                sink.write(data_of(block))
+            for data, label in slices.data(tensor):
+                sink.write(data, label)
 
 
 def huggingface_files(
