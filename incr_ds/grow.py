@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,6 +86,12 @@ class PlannedGrowth:
     def num_bytes(self) -> int:
         """Bytes of tensor data that will be written."""
         return sum(tensor_bytes(file) for file in self.files)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the plan and of the source."""
+        frozen = self.source.facts.metadata.get("frozen") or ()
+        return (*self.plan.notes, *self.source.facts.metadata.get("notes", ()), *_frozen_note(frozen))
 
     @property
     def portion(self) -> int:
@@ -244,6 +250,13 @@ def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dty
     return NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, int(metadata.get("global_steps", 0)), groups)
 
 
+def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
+    if not frozen:
+        return ()
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
+
+
 def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
         raise GrowthError(
@@ -277,7 +290,7 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "exact": plan.exact,
-        "notes": list(plan.notes),
+        "notes": list(planned.notes),
         "source": {
             "kind": source.facts.kind,
             "step": source.facts.step,

@@ -71,7 +71,8 @@ class Family(Settings):
 
     ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
-    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``class_name`` is transformers' causal
+    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``buffers`` are endings of names
+    that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal
     language model, which a config.json names. ``trains``: this package has the family's modules, cut over tensor and
     pipeline ranks.
     """
@@ -84,6 +85,7 @@ class Family(Settings):
     equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
+    buffers: list[str] = Field(default_factory=list)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration
 
