@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.integrity import check_file
 from incr_ds.source import open_source
 from incr_ds.target.budget import anonymous_bytes, portion_elements
-from incr_ds.target.commit import hash_as_listed, listed_hashes, refuse_existing, write_atomically
+from incr_ds.target.commit import flush, listed_files, refuse_existing, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
@@ -35,6 +37,7 @@ from incr_ds.target.workspace import Workspace, open_workspace
 
 TAG = "grown"
 MEMORY_BUDGET = 2 << 30
+FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,6 +86,12 @@ class PlannedGrowth:
     def num_bytes(self) -> int:
         """Bytes of tensor data that will be written."""
         return sum(tensor_bytes(file) for file in self.files)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the plan and of the source."""
+        frozen = self.source.facts.metadata.get("frozen") or ()
+        return (*self.plan.notes, *self.source.facts.metadata.get("notes", ()), *_frozen_note(frozen))
 
     @property
     def portion(self) -> int:
@@ -186,18 +195,25 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) ->
 def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress) -> dict[Path, str]:
     """Check the source, hash its files and write the target's, ``workers`` jobs at a time; returns the hashes."""
     files = [file for file in planned.files if file.path not in space.done]
-    with _pool(planned.request.workers) as pool:
-        listed = listed_hashes(planned.request.source)
-        hashing = {path: pool.submit(hash_as_listed, path, listed.get(path)) for path in planned.source.facts.files}
+    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
+        listed = listed_files(planned.request.source)
+        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in planned.source.facts.files}
         checking = pool.submit(_check_source, planned.source, report)
-        writing = {pool.submit(write_file, file, space.folder, slices): file for file in files}
-        written = len(planned.files) - len(files)
-        for job in as_completed([checking, *hashing.values(), *writing]):
+        writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
+        finished: SimpleQueue[Future[Any]] = SimpleQueue()
+        for job in (checking, *hashing.values(), *writing):
+            job.add_done_callback(finished.put)
+        flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
+        for _ in range(1 + len(hashing) + 2 * len(files)):
+            job = finished.get()
             result = job.result()
             if job in writing:
-                space.record(writing[job].path, result)
-                written += 1
-                report("writing", written, len(planned.files))
+                waiting = flushing.submit(flush, space.folder / writing[job])
+                flushed[waiting] = (writing[job], result)
+                waiting.add_done_callback(finished.put)
+            elif job in flushed:
+                space.record(*flushed[job])
+                report("writing", len(space.done), len(planned.files))
         return {path: job.result() for path, job in hashing.items()}
 
 
@@ -234,6 +250,13 @@ def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dty
     return NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, int(metadata.get("global_steps", 0)), groups)
 
 
+def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
+    if not frozen:
+        return ()
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
+
+
 def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
         raise GrowthError(
@@ -267,7 +290,7 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "exact": plan.exact,
-        "notes": list(plan.notes),
+        "notes": list(planned.notes),
         "source": {
             "kind": source.facts.kind,
             "step": source.facts.step,

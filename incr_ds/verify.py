@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 
@@ -29,6 +32,8 @@ class Comparison:
 
 def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The checkpoint's weights in transformers' model class, in memory, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds, for those who compare only
+
     architecture = checkpoint.architecture
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

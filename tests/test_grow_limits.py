@@ -178,11 +178,11 @@ def test_a_failing_disk_publishes_nothing(home, tmp_path, monkeypatch, number, m
     write = sink.Sink.write
     written = [0]
 
-    def failing(self, data):
+    def failing(self, data, label=None):
         written[0] += len(data)
         if written[0] > 200_000:
             raise OSError(number, os.strerror(number))
-        write(self, data)
+        write(self, data, label)
 
     monkeypatch.setattr(sink.Sink, "write", failing)
     with pytest.raises(CheckpointError, match=rf"out: {message}.*nothing was published"):

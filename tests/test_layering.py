@@ -17,6 +17,7 @@ ORDER = [
     "source",
     "growth",
     "target",
+    "integrity",
     "grow",
     "export",
     "verify",

@@ -52,7 +52,7 @@ def main(
     if not json:
         console.print(f"source: {planned.source.facts.kind}, {source}")
         console.print(growth_table(planned))
-        for note in planned.plan.notes:
+        for note in planned.notes:
             console.print(f"note: {note}")
     if plan_only:
         return

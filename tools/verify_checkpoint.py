@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from incr_ds.command import command, console, print_json
+from incr_ds.integrity import check_folder
 from incr_ds.source import open_source
-from incr_ds.target.commit import MANIFEST, verify_manifest
+from incr_ds.target.commit import MANIFEST
 from incr_ds.verify import compare, data_batches, random_batches
 
 
@@ -27,8 +28,10 @@ def main(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Exit with 0 if FOLDER is sound (and computes what --against computes), 2 if a file is wrong, 1 if logits differ."""
-    manifest = verify_manifest(folder) if (folder / MANIFEST).is_file() else None
+    manifest = check_folder(folder)
     checkpoint = open_source(folder, trust=trust)
+    if manifest is None:
+        check_folder(folder, checkpoint)
     checked = sum(1 for _ in checkpoint.self_check())
     report: dict[str, object] = {"files": len(manifest["files"]) if manifest else None, "tensors": checked}
     passed = True
@@ -50,7 +53,9 @@ def main(
 def _print(report: dict[str, object], folder: Path) -> None:
     files = report["files"]
     console.print(
-        f"{folder}: {files} files as in {MANIFEST}" if files else f"{folder}: no {MANIFEST}; files not checked"
+        f"{folder}: {files} files as in {MANIFEST}"
+        if files
+        else f"{folder}: no {MANIFEST}; the checksums that torch.save left in its files are right"
     )
     console.print(f"shards belong together: {report['tensors']} tensors checked")
     if "source_loss" in report:

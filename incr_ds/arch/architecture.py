@@ -94,6 +94,24 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
     transformers fills the defaults and validates. Raises ConfigError for an unsupported family, an unknown field, a
     field at an unsupported value, and whatever transformers refuses; ``where`` names the config's origin.
     """
+    family = _known_family(config, where)
+    return _architecture(family, _filled(config, where), where)
+
+
+def saved_architecture(path: Path) -> Architecture:
+    """The architecture of a checkpoint's config.json.
+
+    One that has every field of its family, as transformers and this package write them, is taken as it is: starting
+    transformers costs seconds, and would fill nothing in. Raises ConfigError as ``architecture_from_config`` does.
+    """
+    config, where = read_config(path), str(path)
+    family = _known_family(config, where)
+    needed = family.effective_fields | {family.config.initializer}
+    complete = needed <= set(config) and not set(family.config.older) & set(config)
+    return _architecture(family, config if complete else _filled(config, where), where)
+
+
+def _known_family(config: Mapping[str, Any], where: str) -> Family:
     family = family_of(config.get("model_type"), where)
     unknown = sorted(set(config) - family.known_fields)
     if unknown:
@@ -101,7 +119,10 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
             f"{where}: config field(s) {', '.join(unknown)} are unknown for {family.model_type}; each may change the "
             "mathematics, so nothing was done. Remove the field if it has no effect, or add it to the family file."
         )
-    full = _filled(config, where)
+    return family
+
+
+def _architecture(family: Family, full: Mapping[str, Any], where: str) -> Architecture:
     for name, value in family.config.only.items():
         if full.get(name, value) != value:
             raise ConfigError(
@@ -120,7 +141,11 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
 
 def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
     """The size of every axis: its config field, or where the config has none, the family's rule."""
-    sizes = {axis: int(full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
+    stated = {axis: (field, full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
+    for field, value in stated.values():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}: {field}: expected a positive whole number, found {value!r}.")
+    sizes = {axis: value for axis, (_, value) in stated.items()}
     for axis, rule in family.derived.items():
         if axis not in sizes:
             sizes[axis] = _derive(rule, sizes, where)

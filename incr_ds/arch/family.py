@@ -52,12 +52,14 @@ class ConfigDeclaration(Settings):
 
     ``eps`` names the norms' eps (None: not in the config), ``initializer`` the standard deviation of fresh weights;
     ``keeps`` stay as they are, ``per_layer`` lists follow the layer map, ``follows`` have an axis' size, ``only`` are
-    supported at one value, ``without_effect`` change nothing for a causal language model.
+    supported at one value, ``without_effect`` change nothing for a causal language model. ``older`` are those that older
+    versions of transformers wrote and newer ones translate into others.
     """
 
     eps: str | None
     initializer: str = "initializer_range"
     keeps: list[str]
+    older: list[str] = Field(default_factory=list)
     per_layer: list[str] = Field(default_factory=list)
     follows: dict[str, str] = Field(default_factory=dict)
     only: dict[str, Any] = Field(default_factory=dict)
@@ -69,26 +71,34 @@ class Family(Settings):
 
     ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
-    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``trains``: this package has the
-    family's modules, cut over tensor and pipeline ranks.
+    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``buffers`` are endings of names
+    that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal
+    language model, which a config.json names. ``trains``: this package has the family's modules, cut over tensor and
+    pipeline ranks.
     """
 
     model_type: str
+    class_name: str
     trains: bool = False
     norm: Literal["rms", "layer"] = "rms"
     embedding_scale: Literal["sqrt-hidden"] | None = None
     equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
+    buffers: list[str] = Field(default_factory=list)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration
 
     @property
     def known_fields(self) -> frozenset[str]:
         """Config fields that the family understands."""
+        return self.without_effect | self.effective_fields | set(self.config.older)
+
+    @property
+    def effective_fields(self) -> frozenset[str]:
+        """Config fields that change what the model computes, as today's transformers writes them."""
         config = self.config
-        fields = {*self.axes.values(), *config.keeps, *config.per_layer, *config.only, *config.follows}
-        return self.without_effect | fields
+        return frozenset({*self.axes.values(), *config.keeps, *config.per_layer, *config.only, *config.follows})
 
     @property
     def without_effect(self) -> frozenset[str]:
@@ -97,18 +107,27 @@ class Family(Settings):
 
 
 @cache
+def _shipped() -> dict[str, Path]:
+    """A family's file has the name of its model_type."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+@cache
+def _read(path: Path) -> Family:
+    return parse_settings(read_yaml(path), Family, str(path))
+
+
 def families() -> dict[str, Family]:
     """Every family shipped, by model_type."""
-    read = (parse_settings(read_yaml(path), Family, str(path)) for path in sorted(FOLDER.glob("*.yaml")))
-    return {family.model_type: family for family in read}
+    return {name: _read(path) for name, path in _shipped().items()}
 
 
 def family_of(model_type: Any, where: str) -> Family:
     """The family of a config's model_type; ConfigError with the known ones otherwise."""
-    known = families()
+    known = _shipped()
     if model_type not in known:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(known)}. "
             "A family is one YAML file in incr_ds/arch/families."
         )
-    return known[model_type]
+    return _read(known[model_type])

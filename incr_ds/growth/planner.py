@@ -168,6 +168,8 @@ def _target_architecture(
     if hidden.kappa != 1.0:
         eps = _scalable_eps(source, hidden.method, where)
         config[eps] = source.config[eps] * hidden.kappa**2
+    if config == source.config:
+        return source
     try:
         return architecture_from_config(config, f"{where}: target")
     except ConfigError as error:

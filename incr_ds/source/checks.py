@@ -34,6 +34,8 @@ def check_duplicates(rank: ModelRank) -> None:
     ranks = rank.shards.flat["weight"]
     for group in range(len(ranks[0])):
         for later in range(1, len(ranks)):
+            if group >= len(ranks[later]):
+                continue  # frozen parameters, which one rank holds
             first, second = ranks[later - 1][group], ranks[later][group]
             if first.numel() > 1 and torch.equal(first, second) and first.any():
                 raise CheckpointError(
@@ -59,6 +61,17 @@ def _layer_weights(folder: Path, rank: ModelRank) -> Iterator[tuple[str, torch.T
         path = folder / f"layer_{int(layer):02d}-model_{tensor_rank:02d}-model_states.pt"
         for name, tensor in load_pt(path).items():
             yield f"{layer}.{name}", tensor
+
+
+def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
+    """What the module saved of a tied tensor's other name must be the tensor."""
+    saved = rank.model.get("module") or {}
+    for spec in architecture.tensors:
+        owner = modules.get(spec.tied_to) if spec.tied_to else None
+        if owner is not None and spec.name in saved and not torch.equal(saved[spec.name], owner):
+            raise CheckpointError(
+                f"{rank.model_file}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
+            )
 
 
 def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:

@@ -32,15 +32,21 @@ class FlatParameter:
 
 @dataclass(frozen=True)
 class FlatShards:
-    """All data-parallel files of one model-parallel rank. ``flat[state][rank][group]`` are one-dimensional tensors."""
+    """All data-parallel files of one model-parallel rank. ``flat[state][rank][group]`` are one-dimensional tensors.
+
+    ``frozen`` parameters were not trained: they have weights, and moments of zero.
+    """
 
     parameters: Mapping[str, FlatParameter]
     flat: Mapping[State, Sequence[Sequence[torch.Tensor]]]
+    frozen: frozenset[str] = frozenset()
 
     def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
         """Rows [first, stop) of a parameter as stored on this rank."""
         parameter = self.parameters[name]
         per_row = math.prod(parameter.shape[1:])
+        if name in self.frozen and state != "weight":
+            return torch.zeros(stop - first, *parameter.shape[1:])
         found = self._elements(parameter, state, first * per_row, stop * per_row)
         return found.view(stop - first, *parameter.shape[1:])
 
@@ -107,7 +113,7 @@ def check_bounds(shards: FlatShards, where: str) -> None:
     """Raise CheckpointError if any piece lies outside the flat tensor that should hold it."""
     for state, ranks in shards.flat.items():
         for name, parameter in shards.parameters.items():
-            for piece in parameter.pieces:
+            for piece in parameter.pieces if state == "weight" or name not in shards.frozen else ():
                 groups = ranks[piece.rank]
                 length = groups[piece.group].numel() if piece.group < len(groups) else 0
                 if piece.start + piece.length > length:

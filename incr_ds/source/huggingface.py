@@ -34,8 +34,13 @@ class HuggingFaceCheckpoint:
         self._saved_as = {spec.name: spec.saved_name for spec in architecture.tensors}
         logical = {saved: name for name, saved in self._saved_as.items()}
         saved_in = _tensor_files(weights_file(folder) or folder / SINGLE, trust)
-        self._file_of = {logical.get(name, name): path for name, path in saved_in.items()}
-        files = tuple(sorted(set(self._file_of.values())))
+        files = tuple(sorted(set(saved_in.values())))
+        buffers = tuple(architecture.family.buffers)
+        self._file_of = {
+            logical.get(name, name): path
+            for name, path in saved_in.items()
+            if not buffers or not name.endswith(buffers)
+        }
         self._handles = {path: _open(path, trust) for path in files}
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
         check_shapes(architecture, shapes, str(folder))

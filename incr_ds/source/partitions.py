@@ -14,7 +14,9 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, State
 from incr_ds.errors import CheckpointError
 from incr_ds.source.flat import FlatShards, check_bounds, contiguous_parameters, scattered_parameters
+from incr_ds.source.frozen import add_frozen
 from incr_ds.source.naming import logical_names
+from incr_ds.source.unpartitioned import unpartitioned
 from incr_ds.source.unpickle import load_pt
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -24,7 +26,10 @@ BF16_OPTIMIZER = 1  # writes ZeRO-1's partitions, but no zero_stage
 
 @dataclass(frozen=True)
 class ModelRank:
-    """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them."""
+    """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them.
+
+    ``kind`` names the format for people, ``dtype`` is the model's own, ``universal_info`` what DeepSpeed notes for conversions.
+    """
 
     index: int
     model_file: Path
@@ -32,13 +37,20 @@ class ModelRank:
     model: Mapping[str, Any]
     shards: FlatShards
     stage: int
-    has_stage: bool
+    kind: str
+    dtype: str
     step: int
     names: Mapping[str, str]
     hyperparameters: tuple[Mapping[str, Any], ...]
+    universal_info: Any = None
 
 
-def rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
+def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[ModelRank]:
+    """Every model-parallel rank of a checkpoint, its files mapped; CheckpointError for what is missing or not supported."""
+    return [_open_rank(paths, architecture, trust) for paths in _rank_files(folder)]
+
+
+def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     """(model-parallel rank, model file, optimizer files by data-parallel rank), refusing gaps in the grid."""
     names = sorted(path.name for path in folder.iterdir())
     if any(name.startswith("expp_rank_") or "_expert_" in name for name in names):
@@ -47,13 +59,17 @@ def rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     for name in names:
         if match := _OPTIMIZER_FILE.fullmatch(name):
             optimizer.setdefault(int(match[2]), {})[int(match[1])] = folder / name
-    if not optimizer:
-        raise CheckpointError(
-            f"{folder}: no ZeRO optimizer file (zero_pp_rank_*_optim_states.pt); a ZeRO stage 1, 2 or 3 checkpoint has "
-            "one per rank. ZeRO-0 checkpoints are not supported; export the model to Hugging Face format instead."
-        )
     models = {int(match[1]): folder / name for name in names if (match := _MODEL_FILE.fullmatch(name))}
+    if not optimizer and not models:
+        raise CheckpointError(
+            f"{folder}: no file mp_rank_XX_model_states.pt; not the folder of a DeepSpeed checkpoint's tag."
+        )
     ranks = range(max([*optimizer, *models]) + 1)
+    if not optimizer:
+        missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in ranks if rank not in models]
+        if missing:
+            raise CheckpointError(f"{folder}: missing {', '.join(missing)}. Copy the files back or use another tag.")
+        return [(rank, models[rank], ()) for rank in ranks]
     num_data = max(max(files) for files in optimizer.values()) + 1
     prefix = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
     missing = [
@@ -71,10 +87,11 @@ def rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     return [(rank, models[rank], tuple(optimizer[rank][data] for data in range(num_data))) for rank in ranks]
 
 
-def open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
-    """Open the files of one model-parallel rank, mapped; CheckpointError for what is not supported or does not fit."""
+def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
     index, model_file, files = paths
     model = load_pt(model_file, trust=trust)
+    if not files:
+        return _unpartitioned_rank(index, model_file, model, architecture)
     states = [_optimizer_state(load_pt(path, trust=trust), path) for path in files]
     _check_partition_count(states, model, model_file, files)
     stage = int(states[0].get("zero_stage", BF16_OPTIMIZER))
@@ -86,14 +103,31 @@ def open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architect
         flats = [_stage12_tensors(state, path) for state, path in zip(states, files, strict=True)]
         sizes = [moment.numel() for moment in flats[0]["exp_avg"]]
         parameters = contiguous_parameters(group_shapes, _paddings(states[0], group_shapes), sizes)
+    frozen = add_frozen(parameters, flats, model_file, model, stage, trust)
     flat = {state: [tensors[state] for tensors in flats] for state in STATES}
-    shards = FlatShards(parameters, flat)
+    shards = FlatShards(parameters, flat, frozen)
     check_bounds(shards, str(model_file.parent))
     step = _common_step(states, stage, files)
     names = logical_names(parameters, architecture)
     groups = _hyperparameters(states[0], stage)
-    has_stage = "zero_stage" in states[0]
-    return ModelRank(index, model_file, files, model, shards, stage, has_stage, step, names, groups)
+    kind = f"DeepSpeed ZeRO-{stage}" if "zero_stage" in states[0] else "DeepSpeed BF16_Optimizer"
+    dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
+    info = states[0].get("universal_checkpoint_info") or model.get("universal_checkpoint_info")
+    return ModelRank(index, model_file, files, model, shards, stage, kind, dtype, step, names, groups, info)
+
+
+def _unpartitioned_rank(
+    index: int, model_file: Path, model: Mapping[str, Any], architecture: Architecture
+) -> ModelRank:
+    """A rank of ZeRO-0: one file holds the module and its optimizer."""
+    found = unpartitioned(model_file, model, architecture)
+    info = model.get("universal_checkpoint_info")
+    names = {name: name for name in found.shards.parameters}
+    files = (model_file,)
+    kind, dtype = "DeepSpeed ZeRO-0", str(found.dtype).removeprefix("torch.")
+    return ModelRank(
+        index, model_file, files, model, found.shards, 0, kind, dtype, found.step, names, found.hyperparameters, info
+    )
 
 
 def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -110,9 +144,6 @@ def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any
 def _check_partition_count(
     states: Sequence[Mapping[str, Any]], model: Mapping[str, Any], model_file: Path, files: Sequence[Path]
 ) -> None:
-    if model.get("frozen_param_shapes"):
-        frozen = ", ".join(list(model["frozen_param_shapes"])[:3])
-        raise CheckpointError(f"{model_file}: holds frozen parameters ({frozen}, ...), which are not supported.")
     expected = model.get("dp_world_size")
     if expected != len(files):
         raise CheckpointError(

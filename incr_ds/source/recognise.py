@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
+from incr_ds.arch.architecture import Architecture, saved_architecture
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
 from incr_ds.source.universal import UniversalCheckpoint
@@ -53,4 +53,4 @@ def _tag_files(path: Path) -> list[Path]:
 def _architecture(path: Path, tag: str | None, config: Path | None) -> Architecture:
     inside = path / tag / "config.json" if tag else path / "config.json"
     chosen = config or (inside if inside.is_file() else path / "config.json")
-    return architecture_from_config(read_config(chosen), str(chosen))
+    return saved_architecture(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class Stub:
         return int(self.arguments[0])
 
 
+def inert_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """The types that are read as stubs, as torch.serialization.safe_globals takes them."""
+    return [(Stub, name) for name in DEEPSPEED_TYPES]
+
+
 def load_pt(path: Path, *, trust: bool = False) -> Any:
     """Load a .pt file with its tensors mapped from disk.
 
@@ -46,7 +52,7 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
     _check_own_name(path)
     try:
-        with torch.serialization.safe_globals([(Stub, name) for name in DEEPSPEED_TYPES]):
+        with torch.serialization.safe_globals(inert_types()):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error

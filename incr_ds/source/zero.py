@@ -1,17 +1,18 @@
-"""DeepSpeed ZeRO checkpoints (stages 1, 2 and 3; any data, tensor and pipeline degree) as logical checkpoints."""
+"""DeepSpeed checkpoints (ZeRO-0 to 3; any data, tensor and pipeline degree) as logical checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
+from incr_ds.arch.logical import STATES, CheckpointFacts, State
 from incr_ds.errors import CheckpointError
+from incr_ds.source.assembly import check_copies
 from incr_ds.source.checks import (
+    check_aliases,
     check_duplicates,
     check_exported,
     check_master,
@@ -19,39 +20,10 @@ from incr_ds.source.checks import (
     exported_weights,
     module_weights,
 )
-from incr_ds.source.partitions import ModelRank, open_rank, rank_files
+from incr_ds.source.holders import assembled_tensors
+from incr_ds.source.partitions import ModelRank, open_ranks
 
 _METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """A logical tensor as parts (rank, parameter name there), joined along ``dimension`` in tensor-parallel order."""
-
-    parts: tuple[tuple[ModelRank, str], ...]
-    dimension: int
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [rank.shards.parameters[parameter].shape for rank, parameter in self.parts]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        whole = list(self.shapes[0])
-        whole[self.dimension] = sum(shape[self.dimension] for shape in self.shapes)
-        return tuple(whole)
-
-    def read(self, state: State, first: int, stop: int) -> torch.Tensor:
-        """Rows [first, stop) of the whole."""
-        found, position = [], 0
-        for (rank, parameter), shape in zip(self.parts, self.shapes, strict=True):
-            begin, end = first, stop
-            if self.dimension == 0:
-                begin, end = max(first - position, 0), min(stop - position, shape[0])
-                position += shape[0]
-            if begin < end:
-                found.append(rank.shards.read(parameter, state, begin, end))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=self.dimension)
 
 
 class ZeroCheckpoint:
@@ -60,10 +32,9 @@ class ZeroCheckpoint:
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder = folder / tag
         self._architecture = architecture
-        self._ranks = [open_rank(paths, architecture, trust) for paths in rank_files(self._folder)]
+        self._ranks = open_ranks(self._folder, architecture, trust)
         self._tensor_parallel, self._pipeline_parallel = _model_degrees(self._folder, self._ranks)
-        self._joined = self._assemble()
-        check_shapes(architecture, {name: joined.shape for name, joined in self._joined.items()}, str(self._folder))
+        self._tensors = assembled_tensors(self._folder, self._ranks, architecture, self._tensor_parallel)
         self._facts = self._collect_facts()
 
     @property
@@ -77,49 +48,34 @@ class ZeroCheckpoint:
         return self._architecture
 
     def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor (fp32 masters and moments), joined over tensor-parallel ranks."""
+        """Rows of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
         spec = self._architecture.by_name[name]
         first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
-        return self._joined[spec.tied_to or name].read(state, first, stop)
+        return self._tensors[spec.tied_to or name].read(state, first, stop)
 
     def self_check(self) -> Iterator[str]:
         """Prove that the shards belong together, yielding the name of each parameter checked.
 
-        Stages 1 and 2: the fp32 master cast to the model's dtype equals the saved module weight bit for bit. Stage 3
+        Stages 0 to 2: the fp32 master cast to the model's dtype equals the saved module weight bit for bit. Stage 3
         saves no module weights: there the zero padding must be zero and no two ranks may hold the same bytes. Weights
-        that transformers' Trainer exported beside the tag must be the masters too. Raises CheckpointError naming the
-        first tensor that does not fit.
+        that transformers' Trainer exported beside the tag must be the masters too. Tied and replicated copies must be
+        equal, in every state. Raises CheckpointError naming the first tensor that does not fit.
         """
         exported = exported_weights(self._folder.parent, self._architecture)
         for rank in self._ranks:
             check_padding(rank)
             check_duplicates(rank)
             modules = module_weights(self._folder, rank)
+            check_aliases(rank, modules, self._architecture)
             for parameter, logical in rank.names.items():
                 if parameter in modules:
                     check_master(rank, parameter, modules[parameter])
-                if exported is not None:
-                    check_exported(self, exported, logical)
                 yield logical
-
-    def _assemble(self) -> dict[str, _Joined]:
-        parts: dict[str, list[tuple[ModelRank, str]]] = {}
-        stages: dict[str, int] = {}
-        for rank in self._ranks:
-            stage = rank.index // self._tensor_parallel
-            for parameter, logical in rank.names.items():
-                if stages.setdefault(logical, stage) == stage:
-                    parts.setdefault(logical, []).append((rank, parameter))
-        return {logical: self._join(logical, found) for logical, found in parts.items()}
-
-    def _join(self, logical: str, parts: list[tuple[ModelRank, str]]) -> _Joined:
-        rank, parameter = parts[0]
-        local = rank.shards.parameters[parameter].shape
-        whole = self._architecture.by_name[logical].shape if logical in self._architecture.by_name else local
-        if local == whole or len(local) != len(whole):
-            return _Joined((parts[0],), 0)
-        cut = [dimension for dimension, size in enumerate(local) if size != whole[dimension]]
-        return _Joined(tuple(parts), cut[0])
+        for name, tensor in self._tensors.items():
+            for _ in check_copies(tensor):
+                pass
+            if exported is not None:
+                check_exported(self, exported, name)
 
     def _collect_facts(self) -> CheckpointFacts:
         first = self._ranks[0]
@@ -132,15 +88,17 @@ class ZeroCheckpoint:
         layout = {
             "tensor_parallel": self._tensor_parallel,
             "pipeline_parallel": self._pipeline_parallel,
-            "data_parallel": len(first.files),
+            "data_parallel": int(first.model.get("dp_world_size") or len(first.files)),
             "zero_stage": first.stage,
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
         metadata = {key: first.model[key] for key in _METADATA if key in first.model}
-        metadata["dtype"] = "bfloat16" if first.files[0].name.startswith("bf16_") else "float32"
+        metadata["dtype"] = first.dtype
         metadata["optimizer_groups"] = first.hyperparameters
-        kind = f"DeepSpeed ZeRO-{first.stage}" if first.has_stage else "DeepSpeed BF16_Optimizer"
-        return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
+        frozen = sorted({rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen})
+        if frozen:
+            metadata["frozen"] = frozen
+        return CheckpointFacts(self._folder, first.kind, STATES, first.step, layout, metadata, files)
 
 
 def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from incr_ds.target.files import Slices, StreamedTensor
-from incr_ds.target.sink import Sink, data_of
+from incr_ds.target.sink import Label, Sink, data_of
 
 ALIGNMENT = 64
 _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
@@ -43,11 +43,11 @@ class Archive:
     def write(self, sink: Sink, name: str, slices: Slices) -> None:
         """Write the archive; ``name`` is its inner folder, the file's stem."""
         records = _Records(sink, name)
-        records.add("data.pkl", [memoryview(self.pickled)])
-        records.add("byteorder", [memoryview(b"little")])
+        records.add("data.pkl", [(memoryview(self.pickled), None)])
+        records.add("byteorder", [(memoryview(b"little"), None)])
         for number, tensor in enumerate(self.tensors):
             records.add(f"data/{number}", _data(tensor, slices))
-        records.add("version", [memoryview(b"3\n")])
+        records.add("version", [(memoryview(b"3\n"), None)])
         records.finish()
 
 
@@ -98,9 +98,10 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _data(tensor: StreamedTensor | torch.Tensor, slices: Slices) -> Iterator[memoryview]:
-    blocks = slices.blocks(tensor) if isinstance(tensor, StreamedTensor) else [tensor.contiguous().reshape(-1)]
-    return (data_of(block) for block in blocks)
+def _data(tensor: StreamedTensor | torch.Tensor, slices: Slices) -> Iterator[tuple[memoryview, Label | None]]:
+    if isinstance(tensor, StreamedTensor):
+        return slices.data(tensor)
+    return iter([(data_of(tensor.contiguous().reshape(-1)), None)])
 
 
 @dataclass
@@ -111,7 +112,7 @@ class _Records:
     folder: str
     directory: list[bytes] = field(default_factory=list)
 
-    def add(self, name: str, blocks: Iterable[memoryview]) -> None:
+    def add(self, name: str, blocks: Iterable[tuple[memoryview, Label | None]]) -> None:
         """One stored record."""
         encoded, offset = f"{self.folder}/{name}".encode(), self.sink.position
         padding = -(offset + 30 + len(encoded) + 4) % ALIGNMENT
@@ -119,9 +120,9 @@ class _Records:
         fields = (0x04034B50, 45, _HAS_DESCRIPTOR, 0, 0, 0, 0, 0, 0, len(encoded), len(extra))
         self.sink.write(struct.pack("<IHHHHHIIIHH", *fields) + encoded + extra)
         start, checksum = self.sink.position, 0
-        for block in blocks:
+        for block, label in blocks:
             checksum = zlib.crc32(block, checksum)
-            self.sink.write(block)
+            self.sink.write(block, label)
         size = self.sink.position - start
         form = "<IIQQ" if size >= _WIDE else "<IIII"
         self.sink.write(struct.pack(form, 0x08074B50, checksum, size, size))

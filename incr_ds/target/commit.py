@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import xxhash
 from incr_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 _BLOCK = 1 << 20
+Check = Callable[[Path, Mapping[str, Any]], str]
 
 
 @contextmanager
@@ -88,10 +89,9 @@ def seal(
     known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in _files(folder))
     files = {name: known[name] if name in known else _flush_and_hash(folder / name) for name in names}
-    content = {"manifest_version": VERSION, "kind": kind, "facts": facts, "files": files}
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_atomically(folder / MANIFEST, _manifest_text({"kind": kind, "facts": facts, "files": files}))
     for inner in {path.parent for path in _files(folder)}:
-        _flush_folder(inner)
+        flush(inner)
 
 
 def reveal(temporary: Path, final: Path) -> None:
@@ -99,7 +99,7 @@ def reveal(temporary: Path, final: Path) -> None:
     if final.is_dir():
         final.rmdir()
     os.rename(temporary, final)
-    _flush_folder(final.parent)
+    flush(final.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,28 +113,40 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; CheckpointError if there is none or it is not one."""
+    """The manifest of a published folder; CheckpointError if there is none, it is not one, or it was changed."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path}: missing; the folder was not published by incr_ds, or is incomplete.") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("manifest_version") != VERSION or "files" not in content:
         raise CheckpointError(f"{path}: not a manifest of version {VERSION}.")
+    if text != _manifest_text({key: content.get(key) for key in ("kind", "facts", "files")}):
+        raise CheckpointError(f"{path}: its own checksum does not fit its content: the manifest was changed.")
     return content
 
 
-def verify_manifest(folder: Path) -> dict[str, Any]:
+def _manifest_text(content: Mapping[str, Any]) -> str:
+    """Canonical: the same content is the same text, and any other text is another content."""
+    content = {"manifest_version": VERSION, **content}
+    checksum = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True) + "\n"
+
+
+def verify_manifest(folder: Path, check: Check | None = None) -> dict[str, Any]:
     """Check every file of a published folder against its manifest and return the manifest.
 
-    Raises CheckpointError naming the first missing, foreign, truncated or changed file, with expected and found.
+    Raises CheckpointError naming the first missing, foreign, truncated or changed file, with expected and found, and
+    where the manifest lists the tensors in the file, those that changed. ``check`` replaces hash_as_listed.
     """
+    check = check or hash_as_listed
     content = read_manifest(folder)
     listed = content["files"]
     present = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
@@ -149,32 +161,52 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {size} bytes, the manifest says {expected['bytes']}: truncated or replaced."
             )
-        hash_as_listed(path, expected["xxh3"])
+        check(path, expected)
     return content
 
 
-def listed_hashes(folder: Path) -> dict[Path, str]:
-    """The checksum that a folder's manifest lists for each of its files; {} if it has no manifest."""
+def listed_files(folder: Path) -> dict[Path, Mapping[str, Any]]:
+    """What a folder's manifest lists of each of its files; {} if it has no manifest."""
     if not (folder / MANIFEST).is_file():
         return {}
-    return {folder / name: digest["xxh3"] for name, digest in read_manifest(folder)["files"].items()}
+    return {folder / name: digest for name, digest in read_manifest(folder)["files"].items()}
 
 
-def hash_as_listed(path: Path, listed: str | None) -> str:
-    """xxh3 of a file's content; CheckpointError if it is not the one listed."""
+def hash_as_listed(path: Path, listed: Mapping[str, Any] | None) -> str:
+    """xxh3 of a file's content; CheckpointError if it is not the one listed, naming the tensors that changed."""
     found = hash_file(path)
-    if listed is not None and found != listed:
-        raise CheckpointError(f"{path}: checksum xxh3 {found}, the manifest says {listed}: content changed.")
+    if listed is not None and found != listed["xxh3"]:
+        raise CheckpointError(
+            f"{path}: checksum xxh3 {found}, the manifest says {listed['xxh3']}: content changed{_changed(path, listed)}."
+        )
     return found
 
 
-def hash_file(path: Path) -> str:
-    """xxh3 (128 bits, hexadecimal) of a file's content."""
+def _changed(path: Path, listed: Mapping[str, Any]) -> str:
+    """Which tensors of a damaged file are not what they were."""
+    if "tensors" not in listed:
+        return ""
+    wrong = [
+        f"{extent['tensor']} ({extent['state']}, bytes {extent['offset']} to {extent['offset'] + extent['bytes']})"
+        for extent in listed["tensors"]
+        if hash_file(path, extent["offset"], extent["bytes"]) != extent["xxh3"]
+    ]
+    if not wrong:
+        return " outside of its tensors: headers, padding or metadata"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f" in {', '.join(wrong[:3])}{more}"
+
+
+def hash_file(path: Path, offset: int = 0, length: int | None = None) -> str:
+    """xxh3 (128 bits, hexadecimal) of a file's content, or of ``length`` bytes of it from ``offset``."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_BLOCK))
+    left = path.stat().st_size - offset if length is None else length
     with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
+        stream.seek(offset)
+        while left and (count := stream.readinto(buffer[: min(_BLOCK, left)])):
             digest.update(buffer[:count])
+            left -= count
     return digest.hexdigest()
 
 
@@ -184,8 +216,9 @@ def _flush_and_hash(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are safe on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from incr_ds.arch.logical import State
-from incr_ds.target.sink import Sink
+from incr_ds.target.sink import Label, Sink, data_of
 
 Bounds = tuple[tuple[int, int], ...]
 Read = Callable[[str, State, Bounds], torch.Tensor]
@@ -58,15 +58,22 @@ class Slices:
 
     def blocks(self, tensor: StreamedTensor) -> Iterator[torch.Tensor]:
         """The elements of ``tensor`` in order, as one-dimensional tensors of its dtype."""
+        return (block for _, block in self._labelled(tensor))
+
+    def data(self, tensor: StreamedTensor) -> Iterator[tuple[memoryview, Label | None]]:
+        """The bytes of ``tensor`` in order, and whose they are (None for padding)."""
+        return ((data_of(block), label) for label, block in self._labelled(tensor))
+
+    def _labelled(self, tensor: StreamedTensor) -> Iterator[tuple[Label | None, torch.Tensor]]:
         written = 0
         for part in tensor.parts:
             for block in self._part_blocks(part):
                 written += block.numel()
-                yield block.to(torch.float32).to(tensor.dtype)
+                yield (part.name, part.state), block.to(torch.float32).to(tensor.dtype)
         while written < tensor.numel:
             zeros = min(self.block_elements, tensor.numel - written)
             written += zeros
-            yield torch.zeros(zeros, dtype=tensor.dtype)
+            yield None, torch.zeros(zeros, dtype=tensor.dtype)
 
     def _part_blocks(self, part: Part) -> Iterator[torch.Tensor]:
         """Whole rows are read; what lies outside [first, stop) in the first and the last row is cut off."""

@@ -10,7 +10,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.target.files import Slices, StreamedTensor, slice_of, tensor_bytes, whole
-from incr_ds.target.sink import Sink, data_of
+from incr_ds.target.sink import Sink
 
 SHARD_BYTES = 2 << 30
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -41,8 +41,8 @@ class SafetensorsFile:
         encoded += b" " * (-len(encoded) % 8)
         sink.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in self.tensors:
-            for block in slices.blocks(tensor):
-                sink.write(data_of(block))
+            for data, label in slices.data(tensor):
+                sink.write(data, label)
 
 
 def huggingface_files(
@@ -75,9 +75,6 @@ def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
 
 def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
     """Content of config.json: the architecture, with its class name and dtype."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.family.model_type]
     config = {key: value for key, value in architecture.config.items() if key != "_name_or_path"}
-    config |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": [architecture.family.class_name], "dtype": str(dtype).removeprefix("torch.")}
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

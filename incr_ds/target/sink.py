@@ -1,7 +1,8 @@
-"""A file written from front to back whose checksum is known when it is closed: nothing is read again."""
+"""A file written from front to back whose checksums are known when it is closed: nothing is read again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,18 +10,38 @@ from typing import Any
 import torch
 import xxhash
 
+Label = tuple[str, str]  # a tensor and one of its states
+
+
+@dataclass
+class _Extent:
+    """A run of bytes that holds elements of one tensor."""
+
+    label: Label
+    offset: int
+    bytes: int = 0
+    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+
+    def described(self) -> dict[str, Any]:
+        name, state = self.label
+        checksum = self.digest.hexdigest()
+        return {"tensor": name, "state": state, "offset": self.offset, "bytes": self.bytes, "xxh3": checksum}
+
 
 class Sink:
-    """Appends bytes to a new file and keeps their size and xxh3."""
+    """Appends bytes to a new file and keeps their size and xxh3, of the whole and of each tensor in it."""
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "wb", buffering=0)
         self._digest = xxhash.xxh3_128()
+        self._extents: list[_Extent] = []
         self.position = 0
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``."""
+    def write(self, data: bytes | memoryview, label: Label | None = None) -> None:
+        """Append ``data``, which holds elements of the tensor ``label``."""
         self._digest.update(data)
+        if label is not None:
+            self._extent(label, data)
         left = memoryview(data)
         while len(left):
             left = left[self._stream.write(left) :]
@@ -28,8 +49,17 @@ class Sink:
 
     @property
     def digest(self) -> dict[str, Any]:
-        """Size and checksum of what was written, as a manifest lists them."""
-        return {"bytes": self.position, "xxh3": self._digest.hexdigest()}
+        """Size and checksum of what was written, and of each tensor in it, as a manifest lists them."""
+        tensors = {"tensors": [extent.described() for extent in self._extents]} if self._extents else {}
+        return {"bytes": self.position, "xxh3": self._digest.hexdigest(), **tensors}
+
+    def _extent(self, label: Label, data: bytes | memoryview) -> None:
+        last = self._extents[-1] if self._extents else None
+        if last is None or last.label != label or last.offset + last.bytes != self.position:
+            last = _Extent(label, self.position)
+            self._extents.append(last)
+        last.digest.update(data)
+        last.bytes += len(data)
 
     def __enter__(self) -> Sink:
         return self

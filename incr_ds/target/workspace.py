@@ -2,7 +2,7 @@
 
     .NAME.lock                       held while a run writes NAME; ends with the process, however that ends
     .NAME.incomplete-plan-KEY/       the files; KEY stands for everything that decides their bytes
-    .NAME.incomplete-plan-KEY.jsonl  one line per finished file, flushed to disk: path, size, checksum
+    .NAME.incomplete-plan-KEY.jsonl  one line per file that is safe on disk: path, size, checksum
 
 A run that finds the workspace of an interrupted run with its own key goes on where that one stopped.
 """
@@ -43,12 +43,9 @@ class Workspace:
                 path.unlink()
 
     def record(self, path: str, digest: Mapping[str, Any]) -> None:
-        """Flush a finished file to disk and note it."""
-        _flush(self.folder / path)
+        """Note a file that is flushed to disk. A note that a crash loses costs the work on that file again, no more."""
         with open(self._journal, "a", encoding="utf-8") as journal:
             journal.write(_line(path, digest))
-            journal.flush()
-            os.fsync(journal.fileno())
         self.done[path] = digest
 
     def publish(self, kind: str, facts: Mapping[str, Any]) -> None:
@@ -147,11 +144,3 @@ def _restore(final: Path) -> None:
 
 def _line(path: str, digest: Mapping[str, Any]) -> str:
     return json.dumps({"path": path, "digest": dict(digest)}, sort_keys=True) + "\n"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,15 @@
 """The declared tensors are transformers' own, and a config that is not understood is refused with the field."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from incr_ds.arch.architecture import architecture_from_config, read_config
+from incr_ds.arch.architecture import architecture_from_config, read_config, saved_architecture
 from incr_ds.arch.family import families
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import small_architecture
@@ -33,6 +36,7 @@ def test_every_trained_family_is_tested():
 def test_no_config_field_of_transformers_is_ignored(name):
     """Every field of the config class has a place in the family file, and those said to have no effect have none."""
     family = families()[name]
+    assert family.model_type == name
     assert set(AutoConfig.for_model(name).to_dict()) <= family.known_fields
     architecture = small_architecture(name)
     tokens = torch.arange(20).reshape(2, 10)
@@ -61,6 +65,43 @@ def test_shapes_and_order_of_every_family(family):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture.config))
     found = [(spec.name, spec.shape) for spec in architecture.stored]
     assert found == [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_a_complete_config_is_taken_as_it_is(name, tmp_path):
+    """What transformers saves gives the architecture that transformers fills in, without asking it again."""
+    asked = small_architecture(name)
+    config = AutoConfig.for_model(**asked.config)
+    config.save_pretrained(tmp_path)
+    saved = saved_architecture(tmp_path / "config.json")
+    assert saved.sizes == asked.sizes and saved.tensors == asked.tensors and saved.tied == asked.tied
+    effective = asked.family.effective_fields
+    assert {key: saved.config.get(key) for key in effective} == {key: asked.config.get(key) for key in effective}
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] == asked.family.class_name
+
+
+@pytest.mark.parametrize("value", ["wide", 0, True, 24.0])
+def test_sizes_of_a_complete_config(tmp_path, value):
+    config = {**pico_architecture().config, "hidden_size": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=rf"config.json: hidden_size: expected a positive whole number, found {value!r}"
+    ):
+        saved_architecture(tmp_path / "config.json")
+
+
+def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_path):
+    """It takes longer to import than many checkpoints take to grow."""
+    config = dict(pico_architecture().config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = (
+        "import sys; from pathlib import Path; import incr_ds.grow, incr_ds.verify, incr_ds.tables\n"
+        "from incr_ds.arch.architecture import saved_architecture\n"
+        "from incr_ds.config.growth import GrowthRecipe; from incr_ds.growth.planner import plan_growth\n"
+        "plan = plan_growth(saved_architecture(Path(sys.argv[1])), GrowthRecipe(target={}))\n"
+        "assert plan.exact and not {'transformers', 'deepspeed', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.json")], check=True)
 
 
 def test_head_size_follows_where_the_config_has_none():

@@ -121,6 +121,14 @@ def test_tied_copy_that_differs(written):
         list(open_source(folder).self_check())
 
 
+def test_buffers_of_old_checkpoints_are_left_out(written):
+    """They follow from the config; transformers no longer saves them."""
+    folder, parameters = written(shard="1GB")
+    rewrite(folder, lambda content: content.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    checkpoint = open_source(folder)
+    assert len(list(checkpoint.self_check())) == len(parameters)
+
+
 def test_wrong_shape_and_unknown_tensor(written):
     folder, _ = written(shard="1GB")
 

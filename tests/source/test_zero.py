@@ -11,8 +11,15 @@ from incr_ds.errors import CheckpointError
 from incr_ds.source import open_source
 from incr_ds.testing.processes import run_processes
 
+# A matrix that has a twin of its shape, and a norm.
+FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight")
 CASES = {
+    "z0": {"stage": 0, "bf16": False, "tied": True, "zero": {}, "buffer": True},
+    "z0-bf16-frozen": {"stage": 0, "bf16": True, "tied": False, "zero": {}, "frozen": FROZEN},
     "z1": {"stage": 1, "bf16": False, "tied": False, "zero": {}},
+    "z1-bf16-frozen": {"stage": 1, "bf16": True, "tied": True, "zero": {}, "frozen": FROZEN, "buffer": True},
+    "z2-frozen": {"stage": 2, "bf16": False, "tied": True, "zero": {}, "frozen": FROZEN},
+    "z3-bf16-frozen": {"stage": 3, "bf16": True, "tied": False, "zero": {}, "frozen": FROZEN},
     "z1-bf16-tied": {"stage": 1, "bf16": True, "tied": True, "zero": {}},
     "z2-bf16-round-robin": {"stage": 2, "bf16": True, "tied": False, "zero": {"round_robin_gradients": True}},
     "z1-round-robin": {"stage": 1, "bf16": False, "tied": True, "zero": {"round_robin_gradients": True}},
@@ -42,7 +49,8 @@ def test_every_tensor_is_read(written, case, ranks):
     stage = CASES[case]["stage"]
     kind = "BF16_Optimizer" if case == "bf16-optimizer" else f"ZeRO-{stage}"
     assert checkpoint.facts.kind == f"DeepSpeed {kind}"
-    assert checkpoint.facts.step == 2
+    # DeepSpeed's bf16 optimizer without ZeRO takes a step of its own to make the states.
+    assert checkpoint.facts.step == (3 if case == "z0-bf16-frozen" else 2)
     assert checkpoint.facts.layout == {
         "tensor_parallel": 1,
         "pipeline_parallel": 1,
@@ -53,13 +61,17 @@ def test_every_tensor_is_read(written, case, ranks):
     assert set(live) == {spec.name for spec in checkpoint.architecture.stored}
     for name, weight in live.items():
         master = checkpoint.read(name)
-        assert master.dtype == torch.float32
+        assert master.dtype == (weight.dtype if name in CASES[case].get("frozen", ()) else torch.float32)
         assert torch.equal(master.to(weight.dtype), weight), name
+        if name in CASES[case].get("frozen", ()):
+            assert not checkpoint.read(name, "exp_avg").any() and not checkpoint.read(name, "exp_avg_sq").any()
+            continue
         assert torch.equal(checkpoint.read(name, "exp_avg"), 2 * master), name
         assert torch.equal(checkpoint.read(name, "exp_avg_sq"), master**2), name
         middle = slice(len(weight) // 3, len(weight) // 2 + 1)
         assert torch.equal(checkpoint.read(name, "exp_avg", middle), 2 * master[middle]), name
     assert len(list(checkpoint.self_check())) == len(live)
+    assert checkpoint.facts.metadata.get("frozen", []) == sorted(CASES[case].get("frozen", ()))
 
 
 def test_a_tied_alias_reads_its_owner(written):
@@ -248,3 +260,71 @@ def test_tag_folder_and_unknown_tag(written):
         open_source(folder / "step")
     with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; folders there: step"):
         open_source(folder, "other")
+
+
+def model_file(folder):
+    return folder / "step" / "mp_rank_00_model_states.pt"
+
+
+def rewrite(path, change):
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def test_a_tied_copy_that_differs(damaged):
+    folder = damaged("z1-bf16-tied")
+
+    def change(content):
+        content["module"]["lm_head.weight"] = content["module"]["lm_head.weight"].clone()
+        content["module"]["lm_head.weight"][3, 5] += 1
+
+    rewrite(model_file(folder), change)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        list(open_source(folder).self_check())
+
+
+def test_zero_0_whose_order_cannot_be_told(damaged):
+    """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
+    folder = damaged("z0")
+
+    def regroup(content):
+        first, second = content["optimizer"]["param_groups"]
+        gates = [
+            number for number in first["params"] if content["optimizer"]["state"][number]["exp_avg"].shape == (250, 96)
+        ]
+        first["params"] = [number for number in first["params"] if number != gates[1]]
+        content["optimizer"]["param_groups"].append({**second, "params": [gates[1]]})
+
+    rewrite(model_file(folder), regroup)
+    with pytest.raises(CheckpointError, match=r"29 parameters in 3 group\(s\) without names, and more than one of the"):
+        open_source(folder)
+
+
+def test_zero_0_in_an_order_of_its_own(damaged):
+    folder = damaged("z0")
+    rewrite(model_file(folder), lambda content: content["optimizer"]["param_groups"][0]["params"].reverse())
+    with pytest.raises(CheckpointError, match=r"without names, and none of the module's orders fits; save with ZeRO-1"):
+        open_source(folder)
+
+
+def test_zero_0_before_the_first_step(damaged):
+    folder = damaged("z0")
+    rewrite(model_file(folder), lambda content: content["optimizer"]["state"].clear())
+    with pytest.raises(
+        CheckpointError, match=r"optimizer parameter 0 has no exp_avg, exp_avg_sq, step \(found nothing\)"
+    ):
+        open_source(folder)
+
+
+def test_a_frozen_parameter_that_was_not_saved(damaged):
+    folder = damaged("z2-frozen")
+    rewrite(model_file(folder), lambda content: content["frozen_param_fragments"].popitem())
+    with pytest.raises(CheckpointError, match=r"a frozen parameter of shape \[.*\] that was not saved"):
+        open_source(folder)
+    folder = folder.rename(folder.with_name("first"))
+    other = damaged("z3-bf16-frozen")
+    path = other / "step" / "zero_pp_rank_2_mp_rank_00_model_states.pt"
+    rewrite(path, lambda content: content["frozen_param_fragments"].clear())
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_2.*: no share of the frozen parameter"):
+        open_source(other)

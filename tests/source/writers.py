@@ -30,10 +30,15 @@ def _write_case(rank, folder, case):
 
     architecture = small_architecture("llama", tie_word_embeddings=case["tied"])
     model = drawn_model(architecture, torch.float32)
+    for parameter in case.get("frozen", ()):
+        model.get_parameter(parameter).requires_grad_(False)
+    if case.get("buffer"):
+        model.model.register_buffer("seen_tokens", torch.arange(7))
+    trained = [p for p in model.parameters() if p.requires_grad]
     dtype = torch.bfloat16 if case["bf16"] else torch.float32
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -64,10 +69,18 @@ def _write_case(rank, folder, case):
 
 
 def _code_moments(optimizer):
+    if hasattr(optimizer, "fp32_groups"):  # ZeRO-0 in bf16: masters one by one
+        return _code(optimizer.optimizer, [master for group in optimizer.fp32_groups for master in group])
+    if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in fp32: the parameters are the masters
+        return _code(optimizer, [parameter for group in optimizer.param_groups for parameter in group["params"]])
     kinds = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     flat = next(getattr(optimizer, kind) for kind in kinds if hasattr(optimizer, kind))
-    for master in flat:
-        state = optimizer.optimizer.state[master]
+    return _code(optimizer.optimizer, flat)
+
+
+def _code(optimizer, masters):
+    for master in masters:
+        state = optimizer.state[master]
         assert state["exp_avg_sq"].count_nonzero() > 0  # it did train
-        state["exp_avg"].copy_(2 * master)
-        state["exp_avg_sq"].copy_(master**2)
+        state["exp_avg"].copy_(2 * master.detach())
+        state["exp_avg_sq"].copy_(master.detach() ** 2)

@@ -63,8 +63,9 @@ def test_every_damage_is_named(published, name):
     [
         (None, r"manifest\.json: missing; the folder was not published by incr_ds"),
         ("{", r"manifest\.json: not valid JSON"),
-        ("[]", r"not a manifest of version 1"),
-        ('{"manifest_version": 2, "files": {}}', r"not a manifest of version 1"),
+        ("[]", r"not a manifest of version 2"),
+        ('{"manifest_version": 3, "files": {}}', r"not a manifest of version 2"),
+        ('{"manifest_version": 2, "files": {}}', r"its own checksum does not fit its content"),
     ],
 )
 def test_what_is_no_manifest(tmp_path, text, message):

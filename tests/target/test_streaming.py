@@ -121,7 +121,21 @@ def test_an_archive_reads_as_torch_wrote_it(tmp_path, block):
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None  # checksums are right
         assert archive.namelist()[0] == "mp_rank_00_model_states/data.pkl"
-    assert sink.digest == {"bytes": path.stat().st_size, "xxh3": xxhash.xxh3_128(path.read_bytes()).hexdigest()}
+    data = path.read_bytes()
+    digest = sink.digest
+    tensors = digest.pop("tensors")
+    assert digest == {"bytes": len(data), "xxh3": xxhash.xxh3_128(data).hexdigest()}
+    # Tied tensors share one record; what is empty or constant has no extent.
+    assert [(extent["tensor"], extent["state"]) for extent in tensors] == [
+        ("matrix", "weight"),
+        ("wide", "weight"),
+        ("vector", "weight"),
+    ]
+    for extent in tensors:
+        dtype = torch.bfloat16 if extent["tensor"] == "wide" else torch.float32
+        own = data[extent["offset"] : extent["offset"] + extent["bytes"]]
+        assert own == coded(extent["tensor"]).to(dtype).view(torch.uint8).numpy().tobytes()
+        assert extent["xxh3"] == xxhash.xxh3_128(own).hexdigest()
 
 
 def test_mapped_tensors_are_aligned(tmp_path):

@@ -1,0 +1,37 @@
+"""Are a checkpoint's files what was written? By its manifest; without one, by the checksums inside its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.errors import CheckpointError
+from incr_ds.source.records import check_records
+from incr_ds.target.commit import MANIFEST, hash_as_listed, hash_file, verify_manifest
+
+
+def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
+    """xxh3 of a file that is what its manifest entry says or, without one, what its own checksums say.
+
+    CheckpointError names the tensors that are not.
+    """
+    if listed is None:
+        check_records(path)
+        return hash_file(path)
+    try:
+        return hash_as_listed(path, listed)
+    except CheckpointError:
+        if "tensors" not in listed:
+            check_records(path)
+        raise
+
+
+def check_folder(folder: Path, checkpoint: LogicalCheckpoint | None = None) -> dict[str, Any] | None:
+    """Check every file of a folder by its manifest, and return that; without one, the files of ``checkpoint``."""
+    if (folder / MANIFEST).is_file():
+        return verify_manifest(folder, check_file)
+    for path in checkpoint.facts.files if checkpoint is not None else ():
+        check_records(path)
+    return None
