@@ -14,13 +14,14 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import Dynamics
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import ShardedTensor, optimizer_groups
+from incr_ds.target.placement import ShardedTensor, group_count, group_dynamics, optimizer_groups
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
@@ -53,10 +54,12 @@ def build_engine(
     architecture: Architecture,
     weights: LogicalCheckpoint | None,
     teacher: LogicalCheckpoint | None,
+    dynamics: Mapping[str, Dynamics] | None = None,
 ) -> TrainingEngine:
     """Build this process's engine; every process of the run calls it with the same arguments.
 
-    ``weights`` are the initial ones (None: fresh, drawn from run.seed). Raises ConfigError or LayoutError if the run
+    ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``dynamics`` are the AdamW multipliers of single
+    tensors, which become parameter groups. Raises ConfigError or LayoutError if the run
     file, the number of processes, the model and the teacher do not fit together.
     """
     _check_zero_stage(run)
@@ -67,7 +70,7 @@ def build_engine(
     dtype = DTYPES[run.precision]
     request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss_settings(run))
     model = build_rank_model(request, record.add)
-    optimizer = _optimizer(model, run, device)
+    optimizer = _optimizer(model, run, device, dynamics or {}, group_count(architecture, run.layout, dynamics))
     staged = run.layout.pipeline_parallel > 1
     engine, *_ = deepspeed.initialize(
         model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
@@ -129,8 +132,8 @@ class TrainingEngine:
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate * values["multipliers"]["lr"]
         skipped_before = self._engine.skipped_steps
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
@@ -153,8 +156,9 @@ class TrainingEngine:
     def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
         """Continue from folder/tag, written with this run's layout; returns its client_state.
 
-        The run file's betas, eps and weight decay stay in force. Raises CheckpointError if there is nothing to load,
-        LayoutError if the checkpoint has another layout.
+        The run file's betas, eps and weight decay stay in force, and the multipliers that the engine was built with, which
+        must be the checkpoint's. Raises CheckpointError if there is nothing to load, LayoutError if the checkpoint has
+        another layout.
         """
         check_checkpoint_layout(folder / tag, self._run.layout)
         path, client_state = self._engine.load_checkpoint(
@@ -185,19 +189,19 @@ class TrainingEngine:
         return totals
 
 
-def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.AdamW:
+def _optimizer(
+    model: RankModel, run: RunSettings, device: torch.device, dynamics: Mapping[str, Dynamics], num_groups: int
+) -> torch.optim.AdamW:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(model.shards):
+    for shards in optimizer_groups(model.shards, dynamics, num_groups):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
-        groups.append({"params": [parameters[shard.parameter] for shard in shards], "weight_decay": decay})
-    return torch.optim.AdamW(
-        groups,
-        lr=run.schedule.learning_rate,
-        betas=run.optimizer.betas,
-        eps=run.optimizer.eps,
-        fused=device.type == "cuda",
-    )
+        settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
+        own = group_dynamics(shards, dynamics)
+        members = [parameters[shard.parameter] for shard in shards]
+        # Kept in the checkpoint's groups, so that a growth of it finds the run file's values again.
+        groups.append({"params": members, **own.applied(settings), "multipliers": dict(vars(own))})
+    return torch.optim.AdamW(groups, betas=run.optimizer.betas, fused=device.type == "cuda")
 
 
 def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -> None:
@@ -208,7 +212,7 @@ def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "multipliers")}
 
 
 def _check_zero_stage(run: RunSettings) -> None:
