@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
+from incr_ds.arch.dynamics import UNCHANGED, Dynamics, dynamics_text, read_dynamics
 from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
@@ -74,13 +76,14 @@ class GrowthRequest:
 
 @dataclass(frozen=True)
 class PlannedGrowth:
-    """An opened source, its plan, and every file that the target will have."""
+    """An opened source, its plan, every file that the target will have, and the AdamW multipliers of its tensors."""
 
     request: GrowthRequest
     source: LogicalCheckpoint
     plan: GrowthPlan
     files: tuple[TargetFile, ...]
     dtype: torch.dtype
+    dynamics: Mapping[str, Dynamics] = field(default_factory=dict)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -103,7 +106,8 @@ class PlannedGrowth:
     @property
     def key(self) -> str:
         """Stands for everything that decides the bytes of the target."""
-        digest = hashlib.blake2b(self.plan.to_json().encode(), digest_size=8)
+        described = self.plan.to_json() + dynamics_text(self.dynamics)
+        digest = hashlib.blake2b(described.encode(), digest_size=8)
         for path in self.source.facts.files:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -120,22 +124,42 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
 def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
     """Plan the growth of an opened source, and the files of the layout that the recipe asks for."""
     plan = plan_growth(source.architecture, recipe, str(request.recipe))
+    dynamics = grown_dynamics(plan, read_dynamics(request.source))
     layout = recipe.layout
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
-        return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype)
+        return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, dynamics)
     check_layout(plan.target, layout)
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
     target = _native_target(source, plan, dtype)
     files = universal_files(target) if layout.format == "universal" else native_files(target)
-    return PlannedGrowth(request, source, plan, files, dtype)
+    return PlannedGrowth(request, source, plan, files, dtype, dynamics)
+
+
+def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[str, Dynamics]:
+    """The AdamW multipliers of the target's tensors, where they are not 1; ``earlier`` are the source's own.
+
+    ``optimizer: exact`` multiplies them by the plan's, ``keep`` and ``reset-new`` keep them, ``reset`` drops them.
+    """
+    mode = plan.recipe.optimizer
+    if mode == "reset":
+        return {}
+    found = {}
+    for name, tensor in plan.tensors.items():
+        before = earlier.get(tensor.source, UNCHANGED)
+        found[name] = plan.nearest_dynamics(name).after(before) if mode == "exact" else before
+    return {name: own for name, own in found.items() if own != UNCHANGED}
 
 
 class GrownCheckpoint:
-    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written."""
+    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written.
 
-    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
+    ``dynamics`` are the AdamW multipliers of its tensors.
+    """
+
+    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, dynamics: Mapping[str, Dynamics]) -> None:
+        self.plan, self.dynamics = plan, dynamics
         self._source, self._grown = source, GrownTensors(plan, source)
         self._architecture = plan.target
         reset = plan.recipe.optimizer == "reset"
@@ -170,7 +194,8 @@ def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[Grow
     settings = load_settings(recipe, GrowthRecipe)
     opened = open_source(source, tag)
     _check_moments(opened, settings)
-    return GrownCheckpoint(plan_growth(opened.architecture, settings, str(recipe)), opened), settings
+    plan = plan_growth(opened.architecture, settings, str(recipe))
+    return GrownCheckpoint(plan, opened, grown_dynamics(plan, read_dynamics(source))), settings
 
 
 def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
@@ -242,7 +267,7 @@ def _resumable(output: Path) -> Iterator[None]:
 def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
     metadata = source.facts.metadata
     step = 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
-    saved = metadata.get("optimizer_groups") or ()
+    saved = [_without_multipliers(group) for group in metadata.get("optimizer_groups") or ()]
     groups = tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
@@ -255,6 +280,12 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
         return ()
     more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
     return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
+
+
+def _without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The AdamW settings of a saved parameter group as the run file had them."""
+    dynamics = Dynamics(**group["multipliers"]) if "multipliers" in group else UNCHANGED
+    return {key: value for key, value in dynamics.removed(group).items() if key != "multipliers"}
 
 
 def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
@@ -310,6 +341,8 @@ def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
     write_atomically(folder / "config.json", config_text(planned.plan.target, planned.dtype))
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
+    if planned.dynamics:
+        write_atomically(folder / DYNAMICS_FILE, dynamics_text(planned.dynamics))
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"

@@ -100,13 +100,18 @@ class ScheduleSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, torch's own or DeepSpeed's FusedAdam (built when first used); norms and biases do not decay."""
+    """AdamW, torch's own or DeepSpeed's FusedAdam (built when first used); norms and biases do not decay.
+
+    ``multipliers: checkpoint`` multiplies learning rate, eps and weight decay of single tensors as the checkpoint that the
+    run starts from declares (optimizer_groups.json); with ``none`` every tensor trains alike.
+    """
 
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
     gradient_clipping: float = Field(default=1.0, ge=0.0)
     implementation: Literal["torch", "deepspeed"] = "torch"
+    multipliers: Literal["checkpoint", "none"] = "checkpoint"
 
 
 class CorpusSettings(Settings):

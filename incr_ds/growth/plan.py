@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import Dynamics, rounded_dynamics
 from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Fill, Vector, identity
@@ -34,16 +35,6 @@ class TensorPlan:
     start: Start = "copy"
     scale: float = 1.0
     gradient: float = 1.0
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """AdamW multipliers under which a grown tensor trains as its source did (growth of the value by a, of the gradient
-    by g: lr * a, eps * g, decoupled weight decay / a)."""
-
-    lr: float
-    eps: float
-    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -130,16 +121,28 @@ class GrowthPlan:
     def dynamics(self, name: str) -> Dynamics | None:
         """The AdamW multipliers of a tensor, or None when its positions would need different ones."""
         plan = self.tensors[name]
-        spec = plan.target
-        value = [set(np.round(self.value(spec, dimension), 15)) for dimension in range(len(spec.dims))]
-        gradient = [set(np.round(self.gradient_factor(spec, dimension), 15)) for dimension in range(len(spec.dims))]
-        if any(len(factors) != 1 for factors in [*value, *gradient]) or plan.new_layer:
-            return None
-        lr = plan.scale * float(np.prod([factors.pop() for factors in value]))
-        eps = plan.gradient * float(np.prod([factors.pop() for factors in gradient]))
+        factors = [set(np.round(vector, 15)) for vector in (*self._values(plan), *self._gradients(plan))]
+        nearest = self.nearest_dynamics(name)
         # Decay pulls the weight to zero, not the offset + weight that the growth scales.
-        decays_apart = spec.offset and lr != 1.0
-        return Dynamics(lr, eps, 1.0 / lr) if lr and not decays_apart else None
+        decays_apart = plan.target.offset and nearest.lr != 1.0
+        return None if any(len(found) != 1 for found in factors) or plan.new_layer or decays_apart else nearest
+
+    def nearest_dynamics(self, name: str) -> Dynamics:
+        """The AdamW multipliers of a tensor: the mean over its positions of those that each would need.
+
+        Adam moves all entries by about the same amount, so the mean is the learning rate that moves copies by the least
+        squares from where the source's movement, grown, would take them. Fresh positions need none and do not count.
+        """
+        plan = self.tensors[name]
+        lr = plan.scale * float(np.prod([_mean_of_copied(vector) for vector in self._values(plan)]))
+        eps = plan.gradient * float(np.prod([_mean_of_copied(vector) for vector in self._gradients(plan)]))
+        return rounded_dynamics(lr, eps)
+
+    def _values(self, plan: TensorPlan) -> list[Vector]:
+        return [self.value(plan.target, dimension) for dimension in range(len(plan.target.dims))]
+
+    def _gradients(self, plan: TensorPlan) -> list[Vector]:
+        return [self.gradient_factor(plan.target, dimension) for dimension in range(len(plan.target.dims))]
 
     def to_json(self) -> str:
         """The plan as canonical JSON; equal plans give equal text."""
@@ -209,6 +212,10 @@ class GrowthPlan:
         if spec.role == "final_norm" and self.target.tied:
             return "tied scale" if use == "scale" else "tied shift"
         return use
+
+
+def _mean_of_copied(factors: Vector) -> float:
+    return float(factors[factors != 0].mean())
 
 
 def _described(axis: AxisGrowth) -> dict[str, Any]:

@@ -274,6 +274,11 @@ def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:
     return (f"{recipe.recipe}: {method.published}. {method.known}",)
 
 
+def _is_uneven(axis: AxisGrowth) -> bool:
+    """Whether positions of the axis need unlike learning rates, or new ones have no source to follow."""
+    return not axis.is_identity and len({*zip(axis.amplitude, axis.share, axis.gradient, strict=True)}) > 1
+
+
 def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth]) -> tuple[str, ...]:
     breaking, hidden = recipe.width.symmetry_breaking.method, axes["hidden"]
     checks = [
@@ -284,6 +289,10 @@ def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth]) -> tuple[str, .
         (
             breaking != "none" and recipe.optimizer == "exact" and max(hidden.copies) > 1,
             "moments follow the rules of even shares; with per-element shares they are the nearest rule",
+        ),
+        (
+            recipe.optimizer == "exact" and any(_is_uneven(axis) for axis in axes.values()),
+            "the optimizer's multipliers are means over positions that would each need their own (docs/exactness.md)",
         ),
     ]
     return tuple(text for applies, text in checks if applies)

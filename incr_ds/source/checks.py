@@ -30,18 +30,16 @@ def check_padding(rank: ModelRank) -> None:
 
 
 def check_duplicates(rank: ModelRank) -> None:
-    """No data-parallel rank may hold what the one before it holds."""
+    """No data-parallel rank may hold what the one before it holds, in all groups: one alone may hold copies by growth."""
     ranks = rank.shards.flat["weight"]
-    for group in range(len(ranks[0])):
-        for later in range(1, len(ranks)):
-            if group >= len(ranks[later]):
-                continue  # frozen parameters, which one rank holds
-            first, second = ranks[later - 1][group], ranks[later][group]
-            if first.numel() > 1 and torch.equal(first, second) and first.any():
-                raise CheckpointError(
-                    f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
-                    "copy of the other. Copy the right file back."
-                )
+    for later in range(1, len(ranks)):
+        # A rank may lack the last groups: frozen parameters, which one rank holds.
+        pairs = list(zip(ranks[later - 1], ranks[later], strict=False))
+        if all(torch.equal(*pair) for pair in pairs) and any(part.any() for _, part in pairs):
+            raise CheckpointError(
+                f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
+                "copy of the other. Copy the right file back."
+            )
 
 
 def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:

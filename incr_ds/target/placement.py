@@ -7,10 +7,12 @@ it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import UNCHANGED, Dynamics
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
@@ -125,11 +127,43 @@ def rank_parameters(
     return (*tied, *own)
 
 
-def optimizer_groups(shards: tuple[ShardedTensor, ...]) -> tuple[tuple[ShardedTensor, ...], ...]:
-    """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not."""
-    decay = tuple(shard for shard in shards if shard.tensor.is_matrix)
-    no_decay = tuple(shard for shard in shards if not shard.tensor.is_matrix)
-    return tuple(group for group in (decay, no_decay) if group)
+def optimizer_groups(
+    shards: tuple[ShardedTensor, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
+) -> tuple[tuple[ShardedTensor, ...], ...]:
+    """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
+
+    Tensors that ``dynamics`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
+    halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
+    loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
+    """
+    found: dict[tuple[bool, Dynamics], list[ShardedTensor]] = {}
+    for shard in shards:
+        own = group_dynamics((shard,), dynamics)
+        found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
+    groups = [tuple(found[key]) for key in sorted(found)]
+    if len(shards) < at_least:
+        raise LayoutError(
+            f"layout: a pipeline stage trains {len(shards)} tensors, and the optimizer has {at_least} parameter groups "
+            "elsewhere; DeepSpeed needs as many on every stage. Train more of its layers, use fewer stages, or set "
+            "optimizer.multipliers: none."
+        )
+    while len(groups) < at_least:
+        largest = max(range(len(groups)), key=lambda index: len(groups[index]))
+        middle = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:middle], groups[largest][middle:]]
+    return tuple(groups)
+
+
+def group_count(architecture: Architecture, layout: ParallelLayout, dynamics: Mapping[str, Dynamics] | None) -> int:
+    """Parameter groups on every rank of a layout: DeepSpeed sums gradient norms over pipeline stages group by group, so all
+    stages must have as many as the one with the most."""
+    stages = range(layout.pipeline_parallel)
+    return max(len(optimizer_groups(rank_parameters(architecture, layout, stage, 0), dynamics)) for stage in stages)
+
+
+def group_dynamics(group: tuple[ShardedTensor, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
+    """The multipliers of one of ``optimizer_groups``."""
+    return (dynamics or {}).get(group[0].tensor.name, UNCHANGED)
 
 
 def sharded_dimension(spec: TensorSpec) -> int | None:

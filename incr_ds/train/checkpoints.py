@@ -4,6 +4,7 @@
         global_step100/   what DeepSpeed saved, all ranks
         latest            global_step100
         config.json       the model, so that growth and evaluation can open the folder; tokenizer files if known
+        optimizer_groups.json   AdamW multipliers of single tensors, where the run has them
         manifest.json     size and checksum of every file; layout, step, data fingerprints and settings
 
 All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoint``.
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
+from incr_ds.arch.dynamics import Dynamics, dynamics_text
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
 from incr_ds.grow import TOKENIZER_FILES
@@ -31,6 +34,8 @@ from incr_ds.train.ranks import on_every_rank, on_rank_zero
 
 KIND = "deepspeed training checkpoint"
 FOLDER = "checkpoints"
+# Settings that decide which parameter groups the optimizer's state has, and what they are in checkpoints that lack them.
+GROUPING: Mapping[str, Any] = {"optimizer.multipliers": "checkpoint"}
 
 
 class SavingEngine(Protocol):
@@ -58,8 +63,16 @@ class TrainingState:
     settings: Mapping[str, Any]
 
 
-def save_checkpoint(engine: SavingEngine, run: RunSettings, architecture: Architecture, state: TrainingState) -> Path:
+def save_checkpoint(
+    engine: SavingEngine,
+    run: RunSettings,
+    architecture: Architecture,
+    state: TrainingState,
+    dynamics: Mapping[str, Dynamics] | None = None,
+) -> Path:
     """Save at ``state``'s step, publish when every rank has written, then delete what ``keep_last`` does not keep.
+
+    ``dynamics`` are the multipliers that the engine was built with.
 
     Raises CheckpointError on all ranks if any rank could not write; the folder then does not appear.
     """
@@ -70,7 +83,7 @@ def save_checkpoint(engine: SavingEngine, run: RunSettings, architecture: Archit
         facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
         folder = on_rank_zero(lambda: stack.enter_context(publish(_vacated(final), KIND, facts)))
         on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed")
-        on_rank_zero(lambda: _write_companions(folder, tag, run, architecture))
+        on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, dynamics))
         on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
     on_rank_zero(lambda: _prune(run, final))
     return final
@@ -89,6 +102,7 @@ def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: 
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
     check_layout_matches(folder, facts["layout"], run)
     _check_same_run(folder, facts, run, data)
+    _check_same_groups(folder, facts, run)
     client_state = engine.load(folder, facts["tag"], load_optimizer=True)
     return TrainingState(
         position=Position(**client_state["position"]),
@@ -139,8 +153,12 @@ def _vacated(final: Path) -> Path:
     return final
 
 
-def _write_companions(folder: Path, tag: str, run: RunSettings, architecture: Architecture) -> None:
+def _write_companions(
+    folder: Path, tag: str, run: RunSettings, architecture: Architecture, dynamics: Mapping[str, Dynamics] | None
+) -> None:
     (folder / "latest").write_text(tag, encoding="utf-8")
+    if dynamics:
+        (folder / DYNAMICS_FILE).write_text(dynamics_text(dynamics), encoding="utf-8")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
     (folder / "config.json").write_text(config_text(architecture, dtype), encoding="utf-8")
     if run.data.tokenizer is not None:
@@ -196,8 +214,21 @@ def _check_same_run(folder: Path, facts: Mapping[str, Any], run: RunSettings, da
         )
 
 
-def _at(settings: Mapping[str, Any], key: str) -> Any:
+def _check_same_groups(folder: Path, facts: Mapping[str, Any], run: RunSettings) -> None:
+    """The optimizer's state is laid out by parameter group, so what forms the groups must be as it was."""
+    old, new = facts["settings"], run.model_dump(mode="json")
+    changed = {key: (_at(old, key, missing), _at(new, key)) for key, missing in GROUPING.items()}
+    problems = [f"{key}: {old} there, {new} in this run file" for key, (old, new) in changed.items() if old != new]
+    if problems:
+        raise ConfigError(
+            f"{folder}: its optimizer state is that of other parameter groups:\n  " + "\n  ".join(problems) + "\n"
+            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
+        )
+
+
+def _at(settings: Mapping[str, Any], key: str, missing: Any = None) -> Any:
+    """The value of a dotted key; ``missing`` where a checkpoint is older than the key."""
     value: Any = settings
     for name in key.split("."):
-        value = value[name]
+        value = value.get(name, missing)
     return value

@@ -14,13 +14,14 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import Dynamics
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import ShardedTensor, optimizer_groups
+from incr_ds.target.placement import ShardedTensor, group_count, group_dynamics, optimizer_groups
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
@@ -54,10 +55,12 @@ def build_engine(
     architecture: Architecture,
     weights: LogicalCheckpoint | None,
     teacher: LogicalCheckpoint | None,
+    dynamics: Mapping[str, Dynamics] | None = None,
 ) -> TrainingEngine:
     """Build this process's engine; every process of the run calls it with the same arguments.
 
-    ``weights`` are the initial ones (None: fresh, drawn from run.seed). Raises ConfigError or LayoutError if the run
+    ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``dynamics`` are the AdamW multipliers of single
+    tensors, which become parameter groups. Raises ConfigError or LayoutError if the run
     file, the number of processes, the model and the teacher do not fit together.
     """
     _check_zero_stage(run)
@@ -68,7 +71,7 @@ def build_engine(
     dtype = DTYPES[run.precision]
     request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss_settings(run))
     model = build_rank_model(request, record.add)
-    optimizer = _optimizer(model, run, device)
+    optimizer = _optimizer(model, run, device, dynamics or {}, group_count(architecture, run.layout, dynamics))
     staged = run.layout.pipeline_parallel > 1
     engine, *_ = deepspeed.initialize(
         model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
@@ -130,8 +133,8 @@ class TrainingEngine:
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = learning_rate * values["multipliers"]["lr"]
         skipped_before = self._engine.skipped_steps
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
@@ -154,8 +157,9 @@ class TrainingEngine:
     def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
         """Continue from folder/tag, written with this run's layout; returns its client_state.
 
-        The run file's betas, eps and weight decay stay in force. Raises CheckpointError if there is nothing to load,
-        LayoutError if the checkpoint has another layout.
+        The run file's betas, eps and weight decay stay in force, and the multipliers that the engine was built with, which
+        must be the checkpoint's. Raises CheckpointError if there is nothing to load, LayoutError if the checkpoint has
+        another layout.
         """
         check_checkpoint_layout(folder / tag, self._run.layout)
         path, client_state = self._engine.load_checkpoint(
@@ -188,12 +192,18 @@ class TrainingEngine:
         return totals
 
 
-def _optimizer(model: RankModel, run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(
+    model: RankModel, run: RunSettings, device: torch.device, dynamics: Mapping[str, Dynamics], num_groups: int
+) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(model.shards):
+    for shards in optimizer_groups(model.shards, dynamics, num_groups):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
-        groups.append({"params": [parameters[shard.parameter] for shard in shards], "weight_decay": decay})
+        settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
+        own = group_dynamics(shards, dynamics)
+        members = [parameters[shard.parameter] for shard in shards]
+        # Kept in the checkpoint's groups, so that a growth of it finds the run file's values again.
+        groups.append({"params": members, **own.applied(settings), "multipliers": dict(vars(own))})
     return build_adamw(groups, run, device)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
@@ -85,6 +86,7 @@ class Job:
     data: Data
     costs: Costs
     monitor: Monitor
+    dynamics: Mapping[str, Dynamics]
 
 
 def pretrain(run: RunSettings, *, resume: bool = True) -> Outcome:
@@ -101,11 +103,14 @@ def pretrain(run: RunSettings, *, resume: bool = True) -> Outcome:
         newest = newest_complete(run, print)
         if newest is not None and not resume:
             raise ConfigError(f"--no-resume: {newest} exists; remove it, or name another output.")
-        engine = build_engine(run, start.architecture, start.weights if newest is None else None, teacher)
+        dynamics = start.dynamics if newest is None else read_dynamics(newest)
+        weights = start.weights if newest is None else None
+        engine = build_engine(run, start.architecture, weights, teacher, dynamics)
         try:
             state, account = load_state(engine, run, start, newest, data)
             with open_monitor(run, None if newest is None else state.position.step) as monitor:
-                job = Job(run, start.architecture, engine, data, _costs(run, start.architecture, teacher), monitor)
+                costs = _costs(run, start.architecture, teacher)
+                job = Job(run, start.architecture, engine, data, costs, monitor, dynamics)
                 _say_start(job, account)
                 return train(job, state, newest, signals)
         finally:
@@ -123,7 +128,7 @@ def train(job: Job, state: TrainingState, newest: Path | None, signals: StopSign
         stopped = signals.agreed()
         step = state.position.step
         if stopped or step == run.schedule.train_steps or step % run.checkpoint.interval == 0:
-            newest, saved = save_checkpoint(job.engine, run, job.architecture, state), step
+            newest, saved = save_checkpoint(job.engine, run, job.architecture, state, job.dynamics), step
             job.monitor.say(f"saved {newest}")
         if step in (state.evaluated_step, saved):
             watch.restart(state.position.tokens)
@@ -298,6 +303,12 @@ def _say_start(job: Job, account: str) -> None:
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
         f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens a step in {run.accumulation_steps} micro-batches"
     )
+    if job.dynamics:
+        rates = [own.lr for own in job.dynamics.values()]
+        job.monitor.say(
+            f"optimizer: {len(rates)} tensors at {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the growth "
+            "asks (optimizer.multipliers: none trains all alike)"
+        )
     job.monitor.say(f"mfu is against {peak.flops_per_second / 1e9:,.0f} GFLOP/s a process ({peak.origin})")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
+from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, LayoutError
@@ -22,7 +24,8 @@ class Start:
 
     Exactly one of these holds: ``weights`` is a source whose weights are copied (and, with ``with_moments``, its moments
     and step); ``checkpoint`` and ``tag`` name a DeepSpeed folder in the run's own layout, loaded with its optimizer
-    state; neither, and the model is fresh. ``account`` is one line for people.
+    state; neither, and the model is fresh. ``dynamics`` are the AdamW multipliers of single tensors. ``account`` is one line
+    for people.
     """
 
     architecture: Architecture
@@ -31,6 +34,7 @@ class Start:
     with_moments: bool = False
     checkpoint: Path | None = None
     tag: str | None = None
+    dynamics: Mapping[str, Dynamics] = field(default_factory=dict)
 
 
 def find_start(run: RunSettings) -> Start:
@@ -54,7 +58,8 @@ def find_start(run: RunSettings) -> Start:
     if model.load_optimizer and (folder / "latest").is_file():
         return _with_optimizer(run, folder, source)
     account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
-    return Start(architecture=source.architecture, weights=source, account=account)
+    dynamics = _followed(run, read_dynamics(folder))
+    return Start(architecture=source.architecture, weights=source, account=account, dynamics=dynamics)
 
 
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
@@ -72,7 +77,17 @@ def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     check_layout(grown.architecture, run.layout)
     kept = "weights and optimizer state" if run.model.load_optimizer else "weights"
     account = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
-    return Start(architecture=grown.architecture, weights=grown, with_moments=run.model.load_optimizer, account=account)
+    return Start(
+        architecture=grown.architecture,
+        weights=grown,
+        with_moments=run.model.load_optimizer,
+        account=account,
+        dynamics=_followed(run, grown.dynamics),
+    )
+
+
+def _followed(run: RunSettings, declared: Mapping[str, Dynamics]) -> Mapping[str, Dynamics]:
+    return declared if run.optimizer.multipliers == "checkpoint" else {}
 
 
 def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> Start:
@@ -84,4 +99,12 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     check_layout_matches(folder, source.facts.layout, run)
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
     account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
-    return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account)
+    declared = read_dynamics(folder)
+    dynamics = _followed(run, declared)
+    if dynamics != declared or (declared and run.layout.zero_stage != 3):
+        # A grown folder's flat buffers are those of two groups, a run's those of its own: filled tensor by tensor, either
+        # fits. Of ZeRO-3, whose buffers cannot be filled so, there are only a run's.
+        return Start(
+            architecture=source.architecture, weights=source, with_moments=True, account=account, dynamics=dynamics
+        )
+    return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account, dynamics=dynamics)

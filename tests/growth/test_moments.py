@@ -184,3 +184,29 @@ def test_moments_of_new_entries_only_can_start_anew():
         rest[old] = False
         assert not whole(anew, name, "exp_avg")[rest].any()
         assert rest.sum() and (whole(anew, name, "exp_avg_sq")[rest] > 0).all()
+
+
+@pytest.mark.parametrize("hidden", ["isometric", "zero"])
+def test_the_nearest_rule_is_the_mean_of_what_positions_need(hidden):
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    plan = grown_tensors(source, recipe_of(target={"hidden_size": 144}, width={"hidden": hidden})).plan
+    name = "model.layers.0.mlp.up_proj.weight"
+    exact, nearest = plan.dynamics(name), plan.nearest_dynamics(name)
+    if hidden == "isometric":
+        # 48 of 96 dimensions are there twice: shares 1/2 at 96 of 144 columns, 1 at the other 48.
+        assert exact is None and nearest.lr == pytest.approx((96 * 0.5 + 48) / 144)
+    assert nearest.weight_decay == pytest.approx(1 / nearest.lr)
+    embedding = plan.nearest_dynamics("model.embed_tokens.weight")
+    if hidden == "zero":
+        # Old positions carry sqrt(144 / 96); new ones need nothing, and do not count.
+        assert embedding.lr == pytest.approx(1.5**0.5) and embedding.eps == pytest.approx(1.5**-0.5)
+
+
+def test_groups_that_cannot_follow_exactly_are_noted():
+    architecture = small_architecture("llama")
+    source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
+    for hidden, noted in (("isometric", True), ("integer", False)):
+        recipe = recipe_of(target={"hidden_size": 240 if noted else 192}, width={**EVEN_COPIES, "hidden": hidden})
+        notes = "; ".join(grown_tensors(source, recipe).plan.notes)
+        assert ("the optimizer's multipliers are means" in notes) == noted

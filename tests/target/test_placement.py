@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from incr_ds.arch.dynamics import Dynamics
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.target.placement import (
     check_layout,
+    group_count,
+    group_dynamics,
     optimizer_groups,
     rank_parameters,
     sharded_dimension,
@@ -87,3 +90,26 @@ def test_impossible_layouts_are_listed_together():
         assert line in str(caught.value)
     with pytest.raises(LayoutError, match=r"tensor_parallel 60: larger than intermediate_size"):
         check_layout(pico_architecture(), ParallelLayout(tensor_parallel=60))
+
+
+def test_every_stage_has_as_many_optimizer_groups():
+    """DeepSpeed sums norms over stages group by group; the stage with fewer kinds of tensors halves some groups."""
+    architecture = pico_architecture(num_hidden_layers=4)
+    layout = ParallelLayout(pipeline_parallel=2)
+    dynamics = {
+        "model.layers.0.mlp.up_proj.weight": Dynamics(0.5, 0.5, 2.0),
+        "lm_head.weight": Dynamics(0.1, 1.0, 10.0),
+    }
+    dynamics |= {"model.layers.1.mlp.up_proj.weight": Dynamics(0.25, 0.5, 4.0)}
+    count = group_count(architecture, layout, dynamics)
+    assert count == 4
+    for stage in range(2):
+        shards = rank_parameters(architecture, layout, stage, 0)
+        groups = optimizer_groups(shards, dynamics, count)
+        assert len(groups) == 4 and sorted(map(id, sum(groups, ()))) == sorted(map(id, shards))
+        for group in groups:
+            assert len({(shard.tensor.is_matrix, group_dynamics((shard,), dynamics)) for shard in group}) == 1
+    with pytest.raises(
+        LayoutError, match="a pipeline stage trains 3 tensors, and the optimizer has 4 parameter groups"
+    ):
+        optimizer_groups(shards[:3], dynamics, 4)

@@ -154,6 +154,14 @@ def test_what_would_change_the_order_of_tokens_is_refused(tmp_path, changes, dat
         load_checkpoint(FileEngine(), run_settings(tmp_path, **changes), folder, data)
 
 
+def test_other_parameter_groups_are_refused(tmp_path):
+    folder = save(run_settings(tmp_path), 1)
+    with pytest.raises(
+        ConfigError, match="other parameter groups:\n  optimizer.multipliers: checkpoint there, none in this run file"
+    ):
+        load_checkpoint(FileEngine(), run_settings(tmp_path, optimizer={"multipliers": "none"}), folder, {"a": "f00"})
+
+
 def test_changed_settings_are_listed_by_key():
     old = {"schedule": {"train_steps": 3, "decay": "cosine"}, "seed": 1, "deepspeed": None}
     new = {"schedule": {"train_steps": 6, "decay": "cosine"}, "seed": 1, "deepspeed": "x.json"}
