@@ -18,8 +18,9 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.config.fields import load_settings
-from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
 from incr_ds.growth.plan import GrowthPlan
@@ -247,7 +248,20 @@ def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dty
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
     )
-    return NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, int(metadata.get("global_steps", 0)), groups)
+    global_steps = int(metadata.get("global_steps", 0))
+    target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
+    return _in_modules(target, plan.recipe.layout)
+
+
+def _in_modules(target: NativeTarget, layout: TargetLayout) -> NativeTarget:
+    """The target for another training code, if the layout names one."""
+    if layout.modules == "own":
+        return target
+    modules = modules_of(layout.modules)
+    check_modules(modules, target.architecture, layout.tensor_parallel, f"layout.modules: {layout.modules}")
+    vocab = target.architecture.sizes["vocab"]
+    vocabulary = padded_vocabulary(vocab, layout.vocabulary_multiple, layout.tensor_parallel)
+    return replace(target, modules=modules, vocabulary=vocabulary)
 
 
 def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:

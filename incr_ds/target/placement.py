@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import Block
+from incr_ds.arch.modules import CUT_AXES, ModuleParameter
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 
-SHARDED_AXES = ("vocab", "heads", "kv_heads", "ffn")
+SHARDED_AXES = CUT_AXES
 WHOLE_UNITS = ("heads", "kv_heads")
 TIED_KEY = "embedding"
 
@@ -37,6 +40,11 @@ class ShardedTensor:
         return tuple(stop - start for start, stop in self.bounds)
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The part as the one block of the parameter."""
+        return (Block(self.tensor.name, self.bounds),)
+
+    @property
     def numel(self) -> int:
         """Number of elements of the part."""
         return math.prod(self.shape)
@@ -45,6 +53,9 @@ class ShardedTensor:
     def is_whole(self) -> bool:
         """True when the rank holds the whole tensor."""
         return self.shape == self.tensor.shape
+
+
+Shard = TypeVar("Shard", ShardedTensor, ModuleParameter)
 
 
 def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
@@ -125,7 +136,7 @@ def rank_parameters(
     return (*tied, *own)
 
 
-def optimizer_groups(shards: tuple[ShardedTensor, ...]) -> tuple[tuple[ShardedTensor, ...], ...]:
+def optimizer_groups(shards: tuple[Shard, ...]) -> tuple[tuple[Shard, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not."""
     decay = tuple(shard for shard in shards if shard.tensor.is_matrix)
     no_decay = tuple(shard for shard in shards if not shard.tensor.is_matrix)

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's AutoTP are read whole: uneven vocabularies and heads, biases that every rank holds, scaled pieces."""
+"""Checkpoints of DeepSpeed's AutoTP are read whole: uneven vocabularies and heads, replicated biases, scaled pieces."""
 
 import copy
 import shutil
