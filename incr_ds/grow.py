@@ -35,6 +35,7 @@ from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface
 from incr_ds.target.placement import check_layout
 from incr_ds.target.universal import universal_files
 from incr_ds.target.workspace import Workspace, open_workspace
+from incr_ds.target.zero3 import zero3_files
 
 TAG = "grown"
 MEMORY_BUDGET = 2 << 30
@@ -129,8 +130,13 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
     target = _native_target(source, plan, dtype)
-    files = universal_files(target) if layout.format == "universal" else native_files(target)
-    return PlannedGrowth(request, source, plan, files, dtype)
+    return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype)
+
+
+def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFile, ...]:
+    if layout.format == "universal":
+        return universal_files(target)
+    return zero3_files(target, layout.sub_group_size) if layout.zero_stage == 3 else native_files(target)
 
 
 class GrownCheckpoint:

@@ -207,7 +207,7 @@ BAD = [
     ({"layout": {"tensor_parallel": 3}}, "tensor_parallel 3: num_attention_heads 8 does not divide"),
     ({"layout": {"pipeline_parallel": 6}}, "pipeline_parallel can be 1 to 5"),
     ({"layout": {"pipeline_parallel": 2, "zero_stage": 2}}, "DeepSpeed's pipeline supports zero_stage 0 and 1"),
-    ({"layout": {"zero_stage": 3}}, "layout.zero_stage: 3 is not written; use 1, or 2"),
+    ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use 1, 2 or 3"),
 ]
 
 

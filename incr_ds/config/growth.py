@@ -92,13 +92,14 @@ class TargetLayout(ParallelLayout):
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
     for a Hugging Face folder and the source's precision for DeepSpeed. ``modules`` names the training code that will load it:
     this package's and transformers' own, or ``megatron-deepspeed`` with its vocabulary padded to a multiple of
-    ``vocabulary_multiple`` times tensor_parallel.
+    ``vocabulary_multiple`` times tensor_parallel. ``sub_group_size`` must be that of the engine's zero_optimization under ZeRO-3.
     """
 
     format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     modules: Literal["own", "megatron-deepspeed"] = "own"
     vocabulary_multiple: int = Field(default=128, ge=1)
+    sub_group_size: int = Field(default=1_000_000_000, ge=1)
 
     @model_validator(mode="after")
     def _modules_need_a_pipeline_module(self) -> Self:

@@ -115,18 +115,26 @@ class ModelFile:
         self._archive().write(sink, Path(self.path).stem, slices)
 
     def _archive(self) -> Archive:
-        target, layout = self.target, self.target.layout
+        target = self.target
+        content = self.metadata()
         shards = target.shards(self.model_rank)
-        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
-        module = None
+        content["param_shapes"] = [
+            {shard.parameter: torch.Size(shard.shape) for shard in group} for group in optimizer_groups(shards)
+        ]
         if not target.has_layer_files:
             module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
-            module |= {alias: module[owner] for alias, owner in aliases.items()}
-        state = {
-            "module": module,
+            content["module"] = module | {alias: module[owner] for alias, owner in content["shared_params"].items()}
+        return archive_of(content)
+
+    def metadata(self) -> dict[str, Any]:
+        """What every model file holds; ``module`` and ``param_shapes`` are still to be filled in."""
+        target, layout = self.target, self.target.layout
+        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
+        return {
+            "module": None,
             "buffer_names": [],
             "optimizer": None,
-            "param_shapes": [{s.parameter: torch.Size(s.shape) for s in group} for group in optimizer_groups(shards)],
+            "param_shapes": [],
             "frozen_param_shapes": None,
             "shared_params": {} if target.has_layer_files else aliases,
             "frozen_param_fragments": None,
@@ -145,7 +153,6 @@ class ModelFile:
             "ds_config": {},
             "ds_version": FORMAT_VERSION,
         }
-        return archive_of(state)
 
 
 @dataclass(frozen=True)
@@ -253,8 +260,8 @@ def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
     layout = target.layout
     if layout.zero_stage not in (1, 2):
         raise LayoutError(
-            f"layout.zero_stage: {layout.zero_stage} is not written; use 1, or 2 with pipeline_parallel 1 (either starts a "
-            "run of any stage through format: huggingface, without moments)."
+            f"layout.zero_stage: {layout.zero_stage} has no optimizer files; use 1, 2 or 3, as the engine has, or format: "
+            "huggingface for the weights alone."
         )
     model_ranks = range(layout.tensor_parallel * layout.pipeline_parallel)
     files: list[TargetFile] = [ModelFile(target, rank) for rank in model_ranks]
