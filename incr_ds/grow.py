@@ -20,8 +20,9 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
 from incr_ds.arch.dynamics import UNCHANGED, Dynamics, dynamics_text, read_dynamics
 from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.config.fields import load_settings
-from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
 from incr_ds.growth.plan import GrowthPlan
@@ -36,6 +37,7 @@ from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface
 from incr_ds.target.placement import check_layout
 from incr_ds.target.universal import universal_files
 from incr_ds.target.workspace import Workspace, open_workspace
+from incr_ds.target.zero3 import zero3_files
 
 TAG = "grown"
 MEMORY_BUDGET = 2 << 30
@@ -133,8 +135,7 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
     target = _native_target(source, plan, dtype)
-    files = universal_files(target) if layout.format == "universal" else native_files(target)
-    return PlannedGrowth(request, source, plan, files, dtype, dynamics)
+    return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
 
 
 def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[str, Dynamics]:
@@ -150,6 +151,12 @@ def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[st
         before = earlier.get(tensor.source, UNCHANGED)
         found[name] = plan.nearest_dynamics(name).after(before) if mode == "exact" else before
     return {name: own for name, own in found.items() if own != UNCHANGED}
+
+
+def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFile, ...]:
+    if layout.format == "universal":
+        return universal_files(target)
+    return zero3_files(target, layout.sub_group_size) if layout.zero_stage == 3 else native_files(target)
 
 
 class GrownCheckpoint:
@@ -272,7 +279,20 @@ def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dty
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
     )
-    return NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, int(metadata.get("global_steps", 0)), groups)
+    global_steps = int(metadata.get("global_steps", 0))
+    target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
+    return _in_modules(target, plan.recipe.layout)
+
+
+def _in_modules(target: NativeTarget, layout: TargetLayout) -> NativeTarget:
+    """The target for another training code, if the layout names one."""
+    if layout.modules == "own":
+        return target
+    modules = modules_of(layout.modules)
+    check_modules(modules, target.architecture, layout.tensor_parallel, f"layout.modules: {layout.modules}")
+    vocab = target.architecture.sizes["vocab"]
+    vocabulary = padded_vocabulary(vocab, layout.vocabulary_multiple, layout.tensor_parallel)
+    return replace(target, modules=modules, vocabulary=vocabulary)
 
 
 def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:

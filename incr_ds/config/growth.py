@@ -90,11 +90,25 @@ class TargetLayout(ParallelLayout):
     (DeepSpeed's one folder for every data-parallel size and ZeRO stage, moments included) or ``huggingface`` (weights only).
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
-    for a Hugging Face folder and the source's precision for DeepSpeed.
+    for a Hugging Face folder and the source's precision for DeepSpeed. ``modules`` names the training code that will load it:
+    this package's and transformers' own, or ``megatron-deepspeed`` with its vocabulary padded to a multiple of
+    ``vocabulary_multiple`` times tensor_parallel. ``sub_group_size`` must be that of the engine's zero_optimization under ZeRO-3.
     """
 
     format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    modules: Literal["own", "megatron-deepspeed"] = "own"
+    vocabulary_multiple: int = Field(default=128, ge=1)
+    sub_group_size: int = Field(default=1_000_000_000, ge=1)
+
+    @model_validator(mode="after")
+    def _modules_need_a_pipeline_module(self) -> Self:
+        if self.modules != "own" and (self.format == "huggingface" or self.zero_stage > 1):
+            raise ValueError(
+                f"modules: {self.modules} with format: {self.format} and zero_stage: {self.zero_stage}; its models are pipeline "
+                "modules, written as format: deepspeed or universal with zero_stage: 1"
+            )
+        return self
 
 
 class Method(Settings):

@@ -5,24 +5,52 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from incr_ds.arch.blocks import Block
 from incr_ds.arch.logical import State
 from incr_ds.errors import CheckpointError
-from incr_ds.source.partitions import ModelRank
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
 SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2}
 _COMPARED_ELEMENTS = 1 << 20
 
 
+class Rows(Protocol):
+    """Parameters that can be read by rows."""
+
+    def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop) of a parameter."""
+        ...
+
+
+class Holder(Protocol):
+    """What holds parameters: a model-parallel rank, or the files of a universal checkpoint."""
+
+    @property
+    def index(self) -> int:
+        """The model-parallel rank."""
+        ...
+
+    @property
+    def model_file(self) -> Path:
+        """A file beside the parameters, for messages."""
+        ...
+
+    @property
+    def shards(self) -> Rows:
+        """The parameters."""
+        ...
+
+
 @dataclass(frozen=True)
 class Held:
     """A block of a logical tensor in a parameter of one model-parallel rank."""
 
-    rank: ModelRank
+    rank: Holder
     parameter: str
     block: Block
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
 from incr_ds.errors import CheckpointError
+from incr_ds.source.assembly import Assembled
+from incr_ds.source.megatron import fused_tensors, is_megatron
 from incr_ds.source.naming import logical_names
 from incr_ds.source.unpickle import load_pt
 
@@ -18,20 +21,44 @@ _FILES: Mapping[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "ex
 _METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
+@dataclass(frozen=True)
+class _Parameters:
+    """The parameters of a universal checkpoint as those of one rank."""
+
+    model_file: Path
+    checkpoint: UniversalCheckpoint
+    index: int = 0
+
+    @property
+    def shards(self) -> _Parameters:
+        return self
+
+    def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
+        return self.checkpoint.parameter(name, state)[first:stop]
+
+
 class UniversalCheckpoint:
     """A folder ``zero/`` with one folder per parameter; files are mapped when first asked for."""
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder, self._architecture, self._trust = folder / tag, architecture, trust
-        found = logical_names(sorted(self._parameters()), architecture)
+        parameters = sorted(self._parameters())
+        self._is_megatron = is_megatron(parameters)
+        found = {name: name for name in parameters} if self._is_megatron else logical_names(parameters, architecture)
         self._folders = {logical: self._folder / "zero" / parameter for parameter, logical in found.items()}
         self._tensors: dict[tuple[str, State], torch.Tensor] = {}
         shapes = {name: tuple(self._tensor(name, "weight").shape) for name in self._folders}
-        check_shapes(architecture, shapes, str(self._folder))
+        self._fused: Mapping[str, Assembled] = {}
+        if self._is_megatron:
+            holder = (_Parameters(self._folder / "zero", self), shapes)
+            self._fused = fused_tensors(self._folder, [holder], architecture, 1, architecture.sizes["vocab"])
+        else:
+            check_shapes(architecture, shapes, str(self._folder))
         model = self._model_states()
         metadata = {key: model[key] for key in _METADATA if key in model} | {"dtype": "float32"}
         files = tuple(sorted(path for path in self._folder.rglob("*.pt") if path.is_file()))
-        self._facts = CheckpointFacts(self._folder, "DeepSpeed universal", STATES, self._step(), {}, metadata, files)
+        kind = "DeepSpeed universal, Megatron-DeepSpeed" if self._is_megatron else "DeepSpeed universal"
+        self._facts = CheckpointFacts(self._folder, kind, STATES, self._step(), {}, metadata, files)
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -46,7 +73,13 @@ class UniversalCheckpoint:
     def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
         """Rows of one tensor, fp32."""
         spec = self._architecture.by_name[name]
-        return self._tensor(spec.tied_to or name, state)[rows or slice(None)]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        owner = spec.tied_to or name
+        return self._fused[owner].read(state, first, stop) if self._fused else self._tensor(owner, state)[first:stop]
+
+    def parameter(self, name: str, state: State) -> torch.Tensor:
+        """A whole parameter by its own name, mapped."""
+        return self._tensor(name, state)
 
     def self_check(self) -> Iterator[str]:
         """Every state of every parameter is there and has its shape, and all steps are equal."""

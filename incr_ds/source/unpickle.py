@@ -13,13 +13,20 @@ import torch
 
 from incr_ds.errors import CheckpointError
 
-# The classes that DeepSpeed itself pickles into optimizer files. Each is replaced by a stub that only holds attributes,
-# so DeepSpeed need not be installed, and nothing of it runs.
-DEEPSPEED_TYPES = (
+# The classes that DeepSpeed itself pickles into optimizer files, and those in the arguments and random states that
+# Megatron-DeepSpeed saves beside the model. Each is replaced by a stub that only holds attributes, so nothing of them need be
+# installed, and nothing runs.
+INERT_TYPES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
+    "argparse.Namespace",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
 )
 
 
@@ -38,7 +45,7 @@ class Stub:
 
 def inert_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The types that are read as stubs, as torch.serialization.safe_globals takes them."""
-    return [(Stub, name) for name in DEEPSPEED_TYPES]
+    return [(Stub, name) for name in INERT_TYPES]
 
 
 def load_pt(path: Path, *, trust: bool = False) -> Any:
@@ -83,7 +90,7 @@ def _check_own_name(path: Path) -> None:
 
 def _refusal(path: Path) -> str:
     try:
-        foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(DEEPSPEED_TYPES))
+        foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(INERT_TYPES))
     except Exception:  # whatever a damaged pickle raises while it is scanned: the refusal stands either way
         foreign = []
     named = ", ".join(foreign) or "an object that is not a tensor or a container"

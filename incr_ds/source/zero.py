@@ -21,6 +21,7 @@ from incr_ds.source.checks import (
     module_weights,
 )
 from incr_ds.source.holders import assembled_tensors
+from incr_ds.source.megatron import is_megatron, megatron_tensors, padding_notes
 from incr_ds.source.partitions import ModelRank, open_ranks
 
 _METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
@@ -34,7 +35,9 @@ class ZeroCheckpoint:
         self._architecture = architecture
         self._ranks = open_ranks(self._folder, architecture, trust)
         self._tensor_parallel, self._pipeline_parallel = _model_degrees(self._folder, self._ranks)
-        self._tensors = assembled_tensors(self._folder, self._ranks, architecture, self._tensor_parallel)
+        where = (self._folder, self._ranks, architecture, self._tensor_parallel)
+        self._is_megatron = is_megatron(name for rank in self._ranks for name in rank.shards.parameters)
+        self._tensors = megatron_tensors(*where) if self._is_megatron else assembled_tensors(*where)
         self._facts = self._collect_facts()
 
     @property
@@ -95,16 +98,20 @@ class ZeroCheckpoint:
         metadata = {key: first.model[key] for key in _METADATA if key in first.model}
         metadata["dtype"] = first.dtype
         metadata["optimizer_groups"] = first.hyperparameters
+        if self._is_megatron:
+            metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
         frozen = sorted({rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen})
         if frozen:
             metadata["frozen"] = frozen
-        return CheckpointFacts(self._folder, first.kind, STATES, first.step, layout, metadata, files)
+        kind = f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind
+        return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
 
 
 def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:
     degrees = ranks[0].model.get("checkpoint_parallel_dimensions") or {}
     has_layers = any(folder.glob("layer_*-model_*-model_states.pt"))
-    first_layer = len(list(folder.glob("layer_00-model_*-model_states.pt")))
+    # Layer 1 is the first decoder layer here, the embedding in Megatron: every checkpoint has it, of every tensor rank.
+    first_layer = len(list(folder.glob("layer_01-model_*-model_states.pt")))
     tensor = degrees.get("tp_degree") or (first_layer if has_layers else len(ranks))
     if not tensor or len(ranks) % tensor:
         raise CheckpointError(

@@ -28,6 +28,20 @@ _WIDE = 0xFFFFFFFF  # a 32-bit field that says: see the 64-bit one
 _HAS_DESCRIPTOR = 0x0808  # flags: sizes follow the data; names are UTF-8
 
 
+class LossScaler:
+    """A constant loss scale of 1, pickled as DeepSpeed's own class of that name: its ZeRO-3 loader asks for one."""
+
+    def __init__(self) -> None:
+        self.cur_scale = 1.0
+        self.dynamic = False
+
+
+# In protocol 2 a class is its module and name as two lines of text, so another name may take their place.
+_STANDS_FOR = {
+    f"c{LossScaler.__module__}\n{LossScaler.__name__}\n".encode(): b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n"
+}
+
+
 @dataclass(frozen=True)
 class Archive:
     """The content of one .pt file: its pickle, and the tensors that the pickle refers to, in order."""
@@ -56,7 +70,10 @@ def archive_of(content: Any) -> Archive:
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(content)
-    return Archive(buffer.getvalue(), tuple(pickler.tensors))
+    pickled = buffer.getvalue()
+    for ours, theirs in _STANDS_FOR.items():
+        pickled = pickled.replace(ours, theirs)
+    return Archive(pickled, tuple(pickler.tensors))
 
 
 @dataclass(frozen=True)

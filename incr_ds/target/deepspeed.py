@@ -17,16 +17,17 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import State
+from incr_ds.arch.modules import ModuleParameter, Modules, module_parameters, num_pipeline_layers
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.target.archive import Archive, archive_of
-from incr_ds.target.files import Part, Slices, StreamedTensor, TargetFile, slice_of
+from incr_ds.target.files import Part, Slices, StreamedTensor, TargetFile, block_parts, parameter_tensor
 from incr_ds.target.placement import (
-    ShardedTensor,
     layer_local_name,
     optimizer_groups,
     pipeline_layer,
     rank_parameters,
+    split_bounds,
 )
 from incr_ds.target.sink import Sink
 
@@ -52,7 +53,8 @@ class NativeTarget:
     """What every file of one native checkpoint shares.
 
     ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
-    decaying and the non-decaying parameter group.
+    decaying and the non-decaying parameter group. ``modules`` are those of another training code, whose vocabulary is
+    padded to ``vocabulary`` rows.
     """
 
     architecture: Architecture
@@ -62,11 +64,33 @@ class NativeTarget:
     step: int
     global_steps: int
     groups: tuple[Mapping[str, Any], ...]
+    modules: Modules | None = None
+    vocabulary: int = 0
 
-    def shards(self, model_rank: int) -> tuple[ShardedTensor, ...]:
-        """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside)."""
+    @property
+    def has_layer_files(self) -> bool:
+        """Whether a pipeline module keeps the weights, one file a layer."""
+        return self.layout.pipeline_parallel > 1 or self.modules is not None
+
+    @property
+    def embedding_layer(self) -> int:
+        """The pipeline layer that a tied head has no file beside."""
+        return 0 if self.modules is None else self.modules.embedding
+
+    def shards(self, model_rank: int) -> tuple[Any, ...]:
+        """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside), in the order of its
+        module's parameters."""
         stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
-        return rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+        if self.modules is None:
+            return rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+        degrees = (self.layout.tensor_parallel, tensor_rank, self.vocabulary)
+        return stage_parameters(self.modules, self.architecture, self.layout.pipeline_parallel, stage, degrees)
+
+    def place(self, shard: Any) -> tuple[int, str]:
+        """The pipeline layer of a shard, and its name there."""
+        if isinstance(shard, ModuleParameter):
+            return shard.pipeline_layer, shard.local_name
+        return pipeline_layer(shard.tensor, self.architecture.num_layers), layer_local_name(shard.tensor)
 
 
 @dataclass(frozen=True)
@@ -91,20 +115,28 @@ class ModelFile:
         self._archive().write(sink, Path(self.path).stem, slices)
 
     def _archive(self) -> Archive:
-        target, layout = self.target, self.target.layout
+        target = self.target
+        content = self.metadata()
         shards = target.shards(self.model_rank)
-        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
-        module = None
-        if layout.pipeline_parallel == 1:
+        content["param_shapes"] = [
+            {shard.parameter: torch.Size(shard.shape) for shard in group} for group in optimizer_groups(shards)
+        ]
+        if not target.has_layer_files:
             module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
-            module |= {alias: module[owner] for alias, owner in aliases.items()}
-        state = {
-            "module": module,
+            content["module"] = module | {alias: module[owner] for alias, owner in content["shared_params"].items()}
+        return archive_of(content)
+
+    def metadata(self) -> dict[str, Any]:
+        """What every model file holds; ``module`` and ``param_shapes`` are still to be filled in."""
+        target, layout = self.target, self.target.layout
+        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
+        return {
+            "module": None,
             "buffer_names": [],
             "optimizer": None,
-            "param_shapes": [{s.parameter: torch.Size(s.shape) for s in group} for group in optimizer_groups(shards)],
+            "param_shapes": [],
             "frozen_param_shapes": None,
-            "shared_params": aliases if layout.pipeline_parallel == 1 else {},
+            "shared_params": {} if target.has_layer_files else aliases,
             "frozen_param_fragments": None,
             "lr_scheduler": None,
             "data_sampler": None,
@@ -121,7 +153,6 @@ class ModelFile:
             "ds_config": {},
             "ds_version": FORMAT_VERSION,
         }
-        return archive_of(state)
 
 
 @dataclass(frozen=True)
@@ -148,12 +179,9 @@ class LayerFile:
         self._archive().write(sink, Path(self.path).stem, slices)
 
     def _archive(self) -> Archive:
-        return archive_of({layer_local_name(s.tensor): _weight(s, self.target.dtype) for s in self._shards()})
-
-    def _shards(self) -> list[ShardedTensor]:
-        num_layers = self.target.architecture.num_layers
-        shards = self.target.shards(self.model_rank)
-        return [shard for shard in shards if pipeline_layer(shard.tensor, num_layers) == self.layer]
+        placed = [(self.target.place(shard), shard) for shard in self.target.shards(self.model_rank)]
+        held = {name: shard for (layer, name), shard in placed if layer == self.layer}
+        return archive_of({name: _weight(shard, self.target.dtype) for name, shard in held.items()})
 
 
 @dataclass(frozen=True)
@@ -210,18 +238,19 @@ class OptimizerFile:
         }
         return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
-    def _padding(self, group: tuple[ShardedTensor, ...], size: int) -> int:
+    def _padding(self, group: tuple[Any, ...], size: int) -> int:
         """Zero elements at the end of this rank's partition."""
-        total = sum(shard.numel for shard in group)
+        total: int = sum(shard.numel for shard in group)
         return min(size, max(0, (self.data_rank + 1) * size - total))
 
-    def _partition(self, group: tuple[ShardedTensor, ...], size: int, state: State, length: int) -> StreamedTensor:
+    def _partition(self, group: tuple[Any, ...], size: int, state: State, length: int) -> StreamedTensor:
         """The first ``length`` elements of this rank's partition of ``size`` elements."""
-        first, position, parts = self.data_rank * size, 0, []
+        first, position = self.data_rank * size, 0
+        parts: list[Part] = []
         for shard in group:
             begin, end = max(first, position), min(first + size, position + shard.numel)
             if begin < end:
-                parts.append(Part(shard.tensor.name, state, shard.bounds, begin - position, end - position))
+                parts += block_parts(shard.blocks, shard.shape, state, begin - position, end - position)
             position += shard.numel
         return StreamedTensor((length,), torch.float32, tuple(parts))
 
@@ -231,12 +260,12 @@ def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
     layout = target.layout
     if layout.zero_stage not in (1, 2):
         raise LayoutError(
-            f"layout.zero_stage: {layout.zero_stage} is not written; use 1, or 2 with pipeline_parallel 1 (either starts a "
-            "run of any stage through format: huggingface, without moments)."
+            f"layout.zero_stage: {layout.zero_stage} has no optimizer files; use 1, 2 or 3, as the engine has, or format: "
+            "huggingface for the weights alone."
         )
     model_ranks = range(layout.tensor_parallel * layout.pipeline_parallel)
     files: list[TargetFile] = [ModelFile(target, rank) for rank in model_ranks]
-    if layout.pipeline_parallel > 1:
+    if target.has_layer_files:
         for rank in model_ranks:
             files += _layer_files(target, rank)
     files += [OptimizerFile(target, rank, data) for rank in model_ranks for data in range(layout.data_parallel)]
@@ -246,17 +275,35 @@ def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
 def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
     """One file per layer of the stage; a tied head has none, its embedding's file serves."""
     tensor_rank = model_rank % target.layout.tensor_parallel
-    num_layers = target.architecture.num_layers
-    layers = sorted({pipeline_layer(shard.tensor, num_layers) for shard in target.shards(model_rank)})
+    layers = sorted({target.place(shard)[0] for shard in target.shards(model_rank)})
     is_first_stage = model_rank < target.layout.tensor_parallel
-    held = [layer for layer in layers if layer != 0 or is_first_stage]
+    held = [layer for layer in layers if layer != target.embedding_layer or is_first_stage]
     return [LayerFile(target, layer, tensor_rank, model_rank) for layer in held]
 
 
-def _weight(shard: ShardedTensor, dtype: torch.dtype) -> StreamedTensor:
-    return slice_of(shard.tensor.name, "weight", shard.bounds, dtype)
+def stage_parameters(
+    modules: Modules, architecture: Architecture, num_stages: int, stage: int, degrees: tuple[int, int, int]
+) -> tuple[ModuleParameter, ...]:
+    """What a stage of another training code's pipeline holds on one tensor rank: tied parameters first, as DeepSpeed's
+    pipeline module registers them. ``degrees``: tensor-parallel degree, tensor rank, rows of the vocabulary.
+
+    Decoder layers are spread nearly evenly, larger parts first, which is what its partition_method type:transformer does.
+    """
+    by_layer = module_parameters(modules, architecture, *degrees)
+    starts = [modules.first_decoder + start for start, _ in split_bounds(architecture.num_layers, num_stages)]
+    starts[0] = 0
+    stops = [*starts[1:], num_pipeline_layers(modules, architecture)]
+    own = [item for layer, items in by_layer.items() if starts[stage] <= layer < stops[stage] for item in items]
+    if not architecture.tied or stage not in (0, num_stages - 1):
+        return tuple(own)
+    tied = by_layer[modules.embedding]
+    return (*tied, *(item for item in own if item not in tied))
 
 
-def _partition_size(group: tuple[ShardedTensor, ...], num_data: int) -> int:
-    unit = ALIGNMENT * num_data
-    return math.ceil(sum(shard.numel for shard in group) / unit) * unit // num_data
+def _weight(shard: Any, dtype: torch.dtype) -> StreamedTensor:
+    return parameter_tensor(shard.blocks, shard.shape, "weight", dtype)
+
+
+def _partition_size(group: tuple[Any, ...], num_data: int) -> int:
+    unit, total = ALIGNMENT * num_data, int(sum(shard.numel for shard in group))
+    return math.ceil(total / unit) * unit // num_data

@@ -10,17 +10,17 @@ from typing import Any, Protocol
 
 import torch
 
+from incr_ds.arch.blocks import Block, Bounds
 from incr_ds.arch.logical import State
 from incr_ds.target.sink import Label, Sink, data_of
 
-Bounds = tuple[tuple[int, int], ...]
 Read = Callable[[str, State, Bounds], torch.Tensor]
 BLOCK_ELEMENTS = 1 << 20  # large enough to hide a block's fixed costs, small enough for the cache
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment."""
+    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment; zeros for the name ""."""
 
     name: str
     state: State
@@ -69,14 +69,20 @@ class Slices:
         for part in tensor.parts:
             for block in self._part_blocks(part):
                 written += block.numel()
-                yield (part.name, part.state), block.to(torch.float32).to(tensor.dtype)
-        while written < tensor.numel:
-            zeros = min(self.block_elements, tensor.numel - written)
-            written += zeros
-            yield None, torch.zeros(zeros, dtype=tensor.dtype)
+                yield (part.name, part.state) if part.name else None, block.to(torch.float32).to(tensor.dtype)
+        yield from ((None, block.to(tensor.dtype)) for block in self._zeros(tensor.numel - written))
+
+    def _zeros(self, left: int) -> Iterator[torch.Tensor]:
+        while left > 0:
+            zeros = min(self.block_elements, left)
+            left -= zeros
+            yield torch.zeros(zeros)
 
     def _part_blocks(self, part: Part) -> Iterator[torch.Tensor]:
         """Whole rows are read; what lies outside [first, stop) in the first and the last row is cut off."""
+        if not part.name:
+            yield from self._zeros(part.stop - part.first)
+            return
         (row, _), *columns = part.bounds
         per_row = math.prod(stop - start for start, stop in columns)
         rows = max(1, self.block_elements // per_row)
@@ -124,6 +130,32 @@ def slice_of(name: str, state: State, bounds: Bounds, dtype: torch.dtype) -> Str
     """One slice of one tensor, as a tensor of a file."""
     shape = tuple(stop - start for start, stop in bounds)
     return StreamedTensor(shape, dtype, (Part(name, state, bounds, 0, math.prod(shape)),))
+
+
+def block_parts(
+    blocks: tuple[Block, ...], shape: tuple[int, ...], state: State, first: int, stop: int
+) -> tuple[Part, ...]:
+    """Elements [first, stop) of a parameter of ``shape`` that holds ``blocks``, each as wide as itself, one below the
+    other; zeros below the last."""
+    per_row = math.prod(shape[1:])
+    parts, position = [], 0
+    for block in blocks:
+        size = math.prod(block.shape)
+        begin, end = max(first, position), min(stop, position + size)
+        if begin < end:
+            parts.append(Part(block.name, state, block.bounds, begin - position, end - position))
+        position += size
+    begin = max(first, position)
+    if begin < stop:
+        parts.append(Part("", state, ((0, shape[0]), (0, per_row)), 0, stop - begin))
+    return tuple(parts)
+
+
+def parameter_tensor(
+    blocks: tuple[Block, ...], shape: tuple[int, ...], state: State, dtype: torch.dtype
+) -> StreamedTensor:
+    """A whole parameter, as a tensor of a file."""
+    return StreamedTensor(shape, dtype, block_parts(blocks, shape, state, 0, math.prod(shape)))
 
 
 def whole(shape: tuple[int, ...]) -> Bounds:

@@ -10,14 +10,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import Block
 from incr_ds.arch.dynamics import UNCHANGED, Dynamics
+from incr_ds.arch.modules import CUT_AXES, ModuleParameter
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 
-SHARDED_AXES = ("vocab", "heads", "kv_heads", "ffn")
+SHARDED_AXES = CUT_AXES
 WHOLE_UNITS = ("heads", "kv_heads")
 TIED_KEY = "embedding"
 
@@ -39,6 +42,11 @@ class ShardedTensor:
         return tuple(stop - start for start, stop in self.bounds)
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The part as the one block of the parameter."""
+        return (Block(self.tensor.name, self.bounds),)
+
+    @property
     def numel(self) -> int:
         """Number of elements of the part."""
         return math.prod(self.shape)
@@ -47,6 +55,9 @@ class ShardedTensor:
     def is_whole(self) -> bool:
         """True when the rank holds the whole tensor."""
         return self.shape == self.tensor.shape
+
+
+Shard = TypeVar("Shard", ShardedTensor, ModuleParameter)
 
 
 def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
@@ -128,15 +139,15 @@ def rank_parameters(
 
 
 def optimizer_groups(
-    shards: tuple[ShardedTensor, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
-) -> tuple[tuple[ShardedTensor, ...], ...]:
+    shards: tuple[Shard, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
+) -> tuple[tuple[Shard, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
     Tensors that ``dynamics`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
     halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
     loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
     """
-    found: dict[tuple[bool, Dynamics], list[ShardedTensor]] = {}
+    found: dict[tuple[bool, Dynamics], list[Shard]] = {}
     for shard in shards:
         own = group_dynamics((shard,), dynamics)
         found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
@@ -161,7 +172,7 @@ def group_count(architecture: Architecture, layout: ParallelLayout, dynamics: Ma
     return max(len(optimizer_groups(rank_parameters(architecture, layout, stage, 0), dynamics)) for stage in stages)
 
 
-def group_dynamics(group: tuple[ShardedTensor, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
+def group_dynamics(group: tuple[Shard, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
     """The multipliers of one of ``optimizer_groups``."""
     return (dynamics or {}).get(group[0].tensor.name, UNCHANGED)
 

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from incr_ds.arch.blocks import Block
 from incr_ds.arch.logical import STATES, State
+from incr_ds.arch.modules import module_parameters
+from incr_ds.arch.tensors import TensorSpec
 from incr_ds.target.archive import Archive, archive_of
 from incr_ds.target.deepspeed import FORMAT_VERSION, NativeTarget
-from incr_ds.target.files import Slices, StreamedTensor, TargetFile, slice_of, whole
-from incr_ds.target.placement import ShardedTensor, sharded_dimension
+from incr_ds.target.files import Slices, StreamedTensor, TargetFile, parameter_tensor, whole
+from incr_ds.target.placement import sharded_dimension
 from incr_ds.target.sink import Sink
 
 FILES: dict[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
@@ -55,18 +58,35 @@ class _ArchiveFile:
 
 
 @dataclass(frozen=True)
+class WholeParameter:
+    """A parameter over all tensor ranks: what it holds, and how they cut it."""
+
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    cut: int | None
+    sub_parameters: int = 1
+    padded: bool = False
+
+
+@dataclass(frozen=True)
 class StateFile(_ArchiveFile):
     """zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt: one state of one parameter, and how tensor ranks cut it."""
 
-    tensor: ShardedTensor
+    tensor: WholeParameter
     state: State
 
     def content(self) -> Any:
-        """The whole tensor as ``param``; ``cat_dim`` for weights that are cut along their columns."""
-        spec = self.tensor.tensor
-        content: dict[str, Any] = {"param": slice_of(spec.name, self.state, whole(spec.shape), torch.float32)}
-        cut = sharded_dimension(spec)
-        return content if cut is None else {**content, "cat_dim": cut}
+        """The whole tensor as ``param``, and what tensor ranks do with it: ``cat_dim`` is the dimension that they cut,
+        ``param_n_sub_params`` how many parts of it they cut each, ``vocab_tensor`` that they pad its rows."""
+        whole = self.tensor
+        content: dict[str, Any] = {"param": parameter_tensor(whole.blocks, whole.shape, self.state, torch.float32)}
+        if whole.cut is not None:
+            content["cat_dim"] = whole.cut
+        if whole.sub_parameters > 1:
+            content["param_n_sub_params"] = whole.sub_parameters
+        if whole.padded:
+            content["vocab_tensor"] = True
+        return content
 
 
 @dataclass(frozen=True)
@@ -136,8 +156,21 @@ def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
     return tuple(files)
 
 
-def _parameters(target: NativeTarget) -> dict[str, ShardedTensor]:
-    """Each parameter once: a tied one is on two stages."""
+def _parameters(target: NativeTarget) -> dict[str, WholeParameter]:
+    """Each parameter once, whole: a tied one is on two stages."""
+    if target.modules is not None:
+        vocabulary = target.architecture.sizes["vocab"]
+        found = module_parameters(target.modules, target.architecture, 1, 0, vocabulary).values()
+        return {
+            item.parameter: WholeParameter(item.shape, item.blocks, item.cut, item.sub_parameters, item.padded)
+            for items in found
+            for item in items
+        }
     tensor_parallel = target.layout.tensor_parallel
     stages = range(target.layout.pipeline_parallel)
-    return {shard.parameter: shard for stage in stages for shard in target.shards(stage * tensor_parallel)}
+    shards = (shard for stage in stages for shard in target.shards(stage * tensor_parallel))
+    return {shard.parameter: _whole(shard.tensor) for shard in shards}
+
+
+def _whole(spec: TensorSpec) -> WholeParameter:
+    return WholeParameter(spec.shape, (Block(spec.name, whole(spec.shape)),), sharded_dimension(spec))

@@ -76,6 +76,35 @@ def test_plain_engines(tmp_path, ranks):
         same(open_source(tmp_path / f"universal-{name}"), source)
 
 
+ZERO3 = {
+    "zero3": {"stage": 3, "bf16": False, "native": True},
+    "zero3-bf16-small-groups": {"stage": 3, "bf16": True, "native": True, "zero": {"sub_group_size": 20_000}},
+}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_native_zero_3_in_plain_engines(tmp_path, ranks):
+    """Every master and moment through DeepSpeed's own loader, whose parameters were NaN, and what we read of the files."""
+    source = truth(tie_word_embeddings=True)
+    cases = {}
+    for name, case in ZERO3.items():
+        layout = {"format": "deepspeed", "zero_stage": 3, "data_parallel": ranks, **case.get("zero", {})}
+        (tmp_path / name).mkdir()
+        dtype = "bfloat16" if case["bf16"] else "float32"
+        folder = write_universal(tmp_path / name, source, dtype=dtype, **layout)
+        assert open_source(folder).facts.kind == "DeepSpeed ZeRO-3"
+        same(open_source(folder), source)
+        assert len(list(open_source(folder).self_check())) == len(source.architecture.stored)
+        cases[name] = {**case, "folder": str(folder)}
+    for found in run_processes(load_in_plain_engines, ranks, str(tmp_path), cases):
+        losses = [engine["loss"] for engine in found.values()]
+        assert max(losses) - min(losses) < 0.01 * min(losses)
+        for engine in found.values():
+            assert engine["global_steps"] == 100
+    for name in ZERO3:
+        same(open_source(tmp_path / name / f"universal-{name}"), source)
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -13,10 +13,10 @@ from incr_ds.testing.memory import drawn_model
 def config_of(case):
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": case["stage"]},
+        "zero_optimization": {"stage": case["stage"], **case.get("zero", {})},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": case["bf16"]},
-        "checkpoint": {"load_universal": True},
+        "checkpoint": {"load_universal": not case.get("native", False)},
     }
     if case.get("bf16_optimizer"):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -24,12 +24,13 @@ def config_of(case):
 
 
 def load_in_plain_engines(folder, cases):
-    """For each case load ``folder`` and save natively below ``folder``-CASE; returns the hyperparameters then in force."""
+    """For each case load ``folder`` (or the case's own) and save natively below ``folder``-CASE; returns the hyperparameters
+    then in force."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
-    return {name: _load_in_plain_engine(folder, name, case) for name, case in cases.items()}
+    return {name: _load_in_plain_engine(case.get("folder", folder), name, case) for name, case in cases.items()}
 
 
 def _load_in_plain_engine(folder, name, case):
