@@ -33,6 +33,7 @@ from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
 from incr_ds.target.placement import check_layout
+from incr_ds.target.releases import TESTED, needs_bare_states
 from incr_ds.target.universal import universal_files
 from incr_ds.target.workspace import Workspace, open_workspace
 from incr_ds.target.zero3 import zero3_files
@@ -60,7 +61,8 @@ class GrowthRequest:
     """What to grow into what: the source folder, the recipe and the output folder.
 
     ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
-    ``overwrite`` lets the output replace a checkpoint that was published there.
+    ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
+    load the target.
     """
 
     source: Path
@@ -72,6 +74,7 @@ class GrowthRequest:
     trust: bool = False
     memory_budget: int = MEMORY_BUDGET
     overwrite: bool = False
+    target_deepspeed: str = TESTED
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class PlannedGrowth:
     def key(self) -> str:
         """Stands for everything that decides the bytes of the target."""
         digest = hashlib.blake2b(self.plan.to_json().encode(), digest_size=8)
+        digest.update(self.request.target_deepspeed.encode())
         for path in self.source.facts.files:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -129,7 +133,8 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     check_layout(plan.target, layout)
     _check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
-    target = _native_target(source, plan, dtype)
+    bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
+    target = replace(_native_target(source, plan, dtype), bare_states=bare)
     return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype)
 
 

@@ -15,6 +15,7 @@ from incr_ds.source import open_source
 from incr_ds.suggest import parse_count, parse_layout, suggest_targets
 from incr_ds.tables import growth_table, suggestion_table
 from incr_ds.target.budget import parse_bytes
+from incr_ds.target.releases import TESTED
 
 
 @command
@@ -30,6 +31,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Threads that write files.")] = 1,
     memory_budget: Annotated[str, typer.Option(help="Anonymous memory of the process, at most.")] = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint published at OUTPUT.")] = False,
+    target_deepspeed: Annotated[str, typer.Option(help="Release of DeepSpeed that will load the target.")] = TESTED,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
@@ -45,7 +47,9 @@ def main(
     if recipe is None or output is None:
         raise ConfigError("--recipe and --output: both are needed, unless --suggest asks what a growth could be.")
     budget = parse_bytes(memory_budget)
-    planned = plan_request(GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite))
+    planned = plan_request(
+        GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite, target_deepspeed)
+    )
     if json and plan_only:
         typer.echo(planned.plan.to_json())
         return
