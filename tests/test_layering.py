@@ -11,6 +11,8 @@ PACKAGE = ROOT / "incr_ds"
 # From the ground up. `command` and `tables` serve command lines; `export` is the second offline story.
 ORDER = [
     "errors",
+    "crew",
+    "launched",
     "command",
     "config",
     "arch",
@@ -19,6 +21,7 @@ ORDER = [
     "target",
     "integrity",
     "grow",
+    "grown",
     "export",
     "verify",
     "suggest",
@@ -34,7 +37,7 @@ ORDER = [
     "testing",
 ]
 SIBLINGS = {"source", "growth", "target"}
-DISTRIBUTED = {"losses", "model", "train", "testing"}
+DISTRIBUTED = {"losses", "model", "train", "testing", "launched"}
 DEEPSPEED = {"model", "train"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
 # Triton's language has no modules of its own: what its kernels share stands in their file.
