@@ -35,6 +35,10 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds, for those who compare only
 
     architecture = checkpoint.architecture
+    if architecture.family.upcycles:
+        # transformers joins the experts' tensors as it loads a folder; its grouped products refuse some sizes.
+        path, eager = checkpoint.facts.path, {"experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **eager).eval()
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     owned = dict(model.named_parameters())
