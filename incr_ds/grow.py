@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
+from incr_ds.advice import FILE as ADVICE_FILE
+from incr_ds.advice import advice_text, advise, source_training
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
-from incr_ds.arch.dynamics import UNCHANGED, Dynamics, dynamics_text, read_dynamics
+from incr_ds.arch.dynamics import UNCHANGED, Dynamics, dynamics_text, read_dynamics, without_multipliers
 from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
+from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file
@@ -217,26 +220,32 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) ->
     slices = Slices(GrownTensors(planned.plan, planned.source).read, planned.portion)
     with _resumable(request.output), open_workspace(request.output, planned.key, overwrite=request.overwrite) as space:
         _check_room(planned, space)
-        hashes = _run_jobs(planned, space, slices, report)
+        hashes, ratio = _run_jobs(planned, space, slices, report)
         facts = _facts(planned, hashes)
-        _write_companions(planned, space.folder)
+        _write_companions(planned, space.folder, ratio)
         space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
     return facts
 
 
-def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress) -> dict[Path, str]:
-    """Check the source, hash its files and write the target's, ``workers`` jobs at a time; returns the hashes."""
+def _run_jobs(
+    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress
+) -> tuple[dict[Path, str], float | None]:
+    """Check the source, hash its files and write the target's, ``workers`` jobs at a time.
+
+    Returns the hashes, and the ratio of the gradients' norms where the plan grows something and it is known.
+    """
     files = [file for file in planned.files if file.path not in space.done]
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in planned.source.facts.files}
         checking = pool.submit(_check_source, planned.source, report)
+        measuring = pool.submit(_gradient_ratio, planned)
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()
-        for job in (checking, *hashing.values(), *writing):
+        for job in (checking, measuring, *hashing.values(), *writing):
             job.add_done_callback(finished.put)
         flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
-        for _ in range(1 + len(hashing) + 2 * len(files)):
+        for _ in range(2 + len(hashing) + 2 * len(files)):
             job = finished.get()
             result = job.result()
             if job in writing:
@@ -246,7 +255,7 @@ def _run_jobs(planned: PlannedGrowth, space: Workspace, slices: Slices, report: 
             elif job in flushed:
                 space.record(*flushed[job])
                 report("writing", len(space.done), len(planned.files))
-        return {path: job.result() for path, job in hashing.items()}
+        return {path: job.result() for path, job in hashing.items()}, measuring.result()
 
 
 @contextmanager
@@ -274,7 +283,7 @@ def _resumable(output: Path) -> Iterator[None]:
 def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
     metadata = source.facts.metadata
     step = 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
-    saved = [_without_multipliers(group) for group in metadata.get("optimizer_groups") or ()]
+    saved = [without_multipliers(group) for group in metadata.get("optimizer_groups") or ()]
     groups = tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
@@ -300,12 +309,6 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
         return ()
     more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
     return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
-
-
-def _without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The AdamW settings of a saved parameter group as the run file had them."""
-    dynamics = Dynamics(**group["multipliers"]) if "multipliers" in group else UNCHANGED
-    return {key: value for key, value in dynamics.removed(group).items() if key != "multipliers"}
 
 
 def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
@@ -356,13 +359,17 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
     }
 
 
-def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
-    """Everything beside the tensors: config, index or latest, the plan, the recipe, the tokenizer."""
+def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) -> None:
+    """Everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
     write_atomically(folder / "config.json", config_text(planned.plan.target, planned.dtype))
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     if planned.dynamics:
         write_atomically(folder / DYNAMICS_FILE, dynamics_text(planned.dynamics))
+    if advice := advice_text(
+        advise(planned.plan, source_training(planned.request.source, planned.source.facts), ratio)
+    ):
+        write_atomically(folder / ADVICE_FILE, advice)
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"
@@ -372,6 +379,10 @@ def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (planned.request.source / name).is_file():
             shutil.copyfile(planned.request.source / name, folder / name)
+
+
+def _gradient_ratio(planned: PlannedGrowth) -> float | None:
+    return gradient_norm_ratio(planned.plan, planned.source) if planned.plan.grows else None
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

@@ -18,6 +18,7 @@ ORDER = [
     "growth",
     "target",
     "integrity",
+    "advice",
     "grow",
     "export",
     "verify",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from incr_ds.advice import FILE as ADVICE_FILE
 from incr_ds.command import command, console, print_json, progress_bar
 from incr_ds.errors import ConfigError
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
@@ -62,6 +63,10 @@ def main(
         print_json(facts)
     else:
         console.print(f"published {output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
+        if planned.plan.grows:
+            console.print(
+                f"for training: {output / ADVICE_FILE}, a fragment that launchers/pretrain.py takes (--config)"
+            )
 
 
 if __name__ == "__main__":
