@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from incr_ds.advice import FILE as ADVICE_FILE
+from incr_ds.advice import advice_text, advise, source_training
 from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
 from incr_ds.arch.dynamics import Dynamics, dynamics_text, read_dynamics, without_multipliers
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -26,6 +28,7 @@ from incr_ds.crew import ALONE, Crew, StoppedError, agree, shares
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
 from incr_ds.growth.dynamics import grown_dynamics
+from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file
@@ -160,12 +163,12 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, cr
     with _resumable(planned.request.output), ExitStack() as stack:
         space = _open_together(planned, crew, stack)
         slices = Slices(GrownTensors(planned.plan, planned.source).read, agree(crew, lambda: planned.portion))
-        hashes = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
+        hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
         for others, done in crew.gather((hashes, space.done)):
             hashes.update(others)
             space.done.update(done)
         facts = _facts(planned, hashes)
-        agree(crew, lambda: _publish(planned, space, facts) if crew.rank == 0 else None)
+        agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
     return facts
 
 
@@ -192,28 +195,32 @@ def _open_together(planned: PlannedGrowth, crew: Crew, stack: ExitStack) -> Work
     return Workspace(request.output, key, crew.rank, done[0]) if crew.rank else space
 
 
-def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any]) -> None:
-    _write_companions(planned, space.folder)
+def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any], ratio: float | None) -> None:
+    _write_companions(planned, space.folder, ratio)
     space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
 
 
 def _run_jobs(
     planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, crew: Crew
-) -> dict[Path, str]:
-    """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time;
-    returns the hashes."""
+) -> tuple[dict[Path, str], float | None]:
+    """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
+
+    Returns the hashes, and in the first process the ratio of the gradients' norms, where the plan grows something and it is
+    known.
+    """
     files, inputs, checks = _own_share(planned, space, crew)
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
         checking = [pool.submit(_check_source, planned.source, report)] if checks else []
+        measuring = [pool.submit(_gradient_ratio, planned)] if crew.rank == 0 else []
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()
-        for job in (*checking, *hashing.values(), *writing):
+        for job in (*checking, *measuring, *hashing.values(), *writing):
             job.add_done_callback(finished.put)
         flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
         total = len(space.done) + len(files)
-        for _ in range(len(checking) + len(hashing) + 2 * len(files)):
+        for _ in range(len(checking) + len(measuring) + len(hashing) + 2 * len(files)):
             job = finished.get()
             result = job.result()
             if crew.has_failed():
@@ -225,7 +232,8 @@ def _run_jobs(
             elif job in flushed:
                 space.record(*flushed[job])
                 report("writing", len(space.done), total)
-        return {path: job.result() for path, job in hashing.items()}
+        ratio = measuring[0].result() if measuring else None
+        return {path: job.result() for path, job in hashing.items()}, ratio
 
 
 def _own_share(planned: PlannedGrowth, space: Workspace, crew: Crew) -> tuple[list[TargetFile], list[Path], bool]:
@@ -345,13 +353,17 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
     }
 
 
-def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
-    """Everything beside the tensors: config, index or latest, the plan, the recipe, the tokenizer."""
+def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) -> None:
+    """Everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
     write_atomically(folder / "config.json", config_text(planned.plan.target, planned.dtype))
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     if planned.dynamics:
         write_atomically(folder / DYNAMICS_FILE, dynamics_text(planned.dynamics))
+    if advice := advice_text(
+        advise(planned.plan, source_training(planned.request.source, planned.source.facts), ratio)
+    ):
+        write_atomically(folder / ADVICE_FILE, advice)
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"
@@ -361,6 +373,12 @@ def _write_companions(planned: PlannedGrowth, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (planned.request.source / name).is_file():
             shutil.copyfile(planned.request.source / name, folder / name)
+
+
+def _gradient_ratio(planned: PlannedGrowth) -> float | None:
+    # A mixture's gradients depend on what its new router picks.
+    known = planned.plan.grows and planned.plan.experts is None
+    return gradient_norm_ratio(planned.plan, planned.source) if known else None
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

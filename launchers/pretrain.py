@@ -15,7 +15,9 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import IncrError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Config = Annotated[Path, typer.Option(help="Run file; see ds_configs/runs.")]
+Config = Annotated[
+    list[Path], typer.Option(help="Run file; see ds_configs/runs. Repeatable: later files win, section by section.")
+]
 Override = Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file; repeatable.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved settings and end.")]
 NoResume = Annotated[bool, typer.Option("--no-resume", help="Refuse to continue a run that has checkpoints.")]

@@ -20,6 +20,7 @@ ORDER = [
     "growth",
     "target",
     "integrity",
+    "advice",
     "grow",
     "grown",
     "export",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from incr_ds.advice import FILE as ADVICE_FILE
 from incr_ds.command import USER_MISTAKE, command, console, print_json, progress_bar
 from incr_ds.crew import Crew, agree
 from incr_ds.errors import ConfigError, IncrError
@@ -81,6 +82,9 @@ def _grow(request: GrowthRequest, crew: Crew, plan_only: bool, json: bool) -> No
         facts = grow_checkpoint(planned, progress, crew)
     if not quiet:
         console.print(f"published {request.output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
+        if (request.output / ADVICE_FILE).is_file():
+            advice = request.output / ADVICE_FILE
+            console.print(f"for training: {advice}, a fragment that launchers/pretrain.py takes (--config)")
     elif not crew.rank:
         print_json(facts)
 

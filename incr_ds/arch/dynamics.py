@@ -45,6 +45,12 @@ class Dynamics:
 UNCHANGED = Dynamics(1.0, 1.0, 1.0)
 
 
+def without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The AdamW settings of a saved parameter group as the run file had them."""
+    dynamics = Dynamics(**group["multipliers"]) if "multipliers" in group else UNCHANGED
+    return {key: value for key, value in dynamics.removed(group).items() if key != "multipliers"}
+
+
 class _Group(Settings):
     lr: float = Field(gt=0.0)
     eps: float = Field(gt=0.0)
@@ -90,9 +96,3 @@ def rounded_dynamics(lr: float, eps: float) -> Dynamics:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
-
-
-def without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The AdamW settings of a saved parameter group as the run file had them."""
-    dynamics = Dynamics(**group["multipliers"]) if "multipliers" in group else UNCHANGED
-    return {key: value for key, value in dynamics.removed(group).items() if key != "multipliers"}

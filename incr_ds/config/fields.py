@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,15 +62,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_settings(path: Path, kind: type[SettingsType], overrides: list[str] | None = None) -> SettingsType:
+def load_settings(
+    path: Path | Sequence[Path], kind: type[SettingsType], overrides: list[str] | None = None
+) -> SettingsType:
     """Read ``path``, apply ``a.b=value`` overrides (values are YAML), and validate against ``kind``.
 
-    Raises ConfigError that lists every mistake with its key path, and near names for unknown keys.
+    Of several files the later ones win, section by section. Raises ConfigError that lists every mistake with its key path,
+    and near names for unknown keys.
     """
-    content = read_yaml(path)
+    paths = [path] if isinstance(path, Path) else path
+    content: dict[str, Any] = {}
+    for file in paths:
+        content = merged(content, read_yaml(file))
     for override in overrides or []:
         _apply_override(content, override)
-    return parse_settings(content, kind, str(path))
+    return parse_settings(content, kind, " + ".join(map(str, paths)))
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, section by section."""
+    joined = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            joined[key] = merged(below[key], above[key])
+    return joined
 
 
 def parse_settings(content: dict[str, Any], kind: type[SettingsType], where: str) -> SettingsType:

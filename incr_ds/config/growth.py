@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from incr_ds.config.fields import Settings, parse_settings, read_yaml
+from incr_ds.config.fields import Settings, merged, parse_settings, read_yaml
 from incr_ds.config.layout import ParallelLayout
 
 
@@ -168,13 +168,4 @@ class GrowthRecipe(Settings):
             return content
         if name not in methods():
             raise ValueError(f"recipe: {name!r} is not a method; known: {', '.join(methods())}")
-        return _merged(methods()[name].recipe, content)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, section by section."""
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merged(below[key], above[key])
-    return merged
+        return merged(methods()[name].recipe, content)

@@ -31,7 +31,8 @@ class ModelSettings(Settings):
     ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
 
     ``attention`` cudnn is sdpa that tries cuDNN's kernel first; ``layer_kernels`` liger has norms, gated FFNs and rotary
-    positions computed by Liger's kernels.
+    positions computed by Liger's kernels. ``freeze`` lists patterns of tensor names that do not train, of which the last
+    that matches decides and ``!`` means that it does (arch/freezing.py).
     """
 
     config: str | None = None
@@ -41,6 +42,7 @@ class ModelSettings(Settings):
     attention: Literal["sdpa", "eager", "cudnn"] = "sdpa"
     layer_kernels: Literal["transformers", "liger"] = "transformers"
     activation_checkpointing: bool = False
+    freeze: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

@@ -69,6 +69,12 @@ class GrowthPlan:
         return not self.inexact
 
     @property
+    def grows(self) -> bool:
+        """False when the target is the source, in another layout."""
+        widths = all(axis.is_identity for axis in self.axes.values())
+        return not widths or [layer.layer for layer in self.layers] != list(range(self.source.num_layers))
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
         used = {name for plan in self.tensors.values() for name in (plan.source, plan.above)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, LogicalCheckpoint
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
+from incr_ds.source.layer_files import layer_weights
 from incr_ds.source.partitions import ModelRank
-from incr_ds.source.unpickle import load_pt
 
 _CHECKED_ELEMENTS = 1 << 20  # compared at once
 
@@ -49,16 +49,9 @@ def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
         return {}
     if module is not None:
         return {name: tensor for name, tensor in module.items() if name in rank.names}
-    return {name: tensor for name, tensor in _layer_weights(folder, rank) if name in rank.names}
-
-
-def _layer_weights(folder: Path, rank: ModelRank) -> Iterator[tuple[str, torch.Tensor]]:
-    layers = {name.split(".")[0] for name in rank.names if name[0].isdigit()}
+    layers = {int(name.split(".")[0]) for name in rank.names if name[0].isdigit()}
     tensor_rank = rank.index % max(1, len(list(folder.glob("layer_01-model_*-model_states.pt"))))
-    for layer in sorted(layers, key=int):
-        path = folder / f"layer_{int(layer):02d}-model_{tensor_rank:02d}-model_states.pt"
-        for name, tensor in load_pt(path).items():
-            yield f"{layer}.{name}", tensor
+    return {name: tensor for name, tensor in layer_weights(folder, tensor_rank, layers) if name in rank.names}
 
 
 def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:

@@ -21,6 +21,7 @@ from incr_ds.source.checks import (
     module_weights,
 )
 from incr_ds.source.holders import assembled_tensors
+from incr_ds.source.layer_files import with_frozen_layers
 from incr_ds.source.megatron import is_megatron, megatron_tensors, padding_notes
 from incr_ds.source.partitions import ModelRank, open_ranks
 
@@ -35,8 +36,10 @@ class ZeroCheckpoint:
         self._architecture = architecture
         self._ranks = open_ranks(self._folder, architecture, trust)
         self._tensor_parallel, self._pipeline_parallel = _model_degrees(self._folder, self._ranks)
-        where = (self._folder, self._ranks, architecture, self._tensor_parallel)
         self._is_megatron = is_megatron(name for rank in self._ranks for name in rank.shards.parameters)
+        if not self._is_megatron:
+            self._ranks = with_frozen_layers(self._folder, self._ranks, architecture, self._tensor_parallel)
+        where = (self._folder, self._ranks, architecture, self._tensor_parallel)
         self._tensors = megatron_tensors(*where) if self._is_megatron else assembled_tensors(*where)
         self._facts = self._collect_facts()
 

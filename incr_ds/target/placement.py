@@ -7,7 +7,7 @@ it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -165,11 +165,31 @@ def optimizer_groups(
     return tuple(groups)
 
 
-def group_count(architecture: Architecture, layout: ParallelLayout, dynamics: Mapping[str, Dynamics] | None) -> int:
+def group_count(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    dynamics: Mapping[str, Dynamics] | None,
+    frozen: Collection[str] = (),
+) -> int:
     """Parameter groups on every rank of a layout: DeepSpeed sums gradient norms over pipeline stages group by group, so all
-    stages must have as many as the one with the most."""
-    stages = range(layout.pipeline_parallel)
-    return max(len(optimizer_groups(rank_parameters(architecture, layout, stage, 0), dynamics)) for stage in stages)
+    stages must have as many as the one with the most. LayoutError for a stage whose tensors are all ``frozen``."""
+    counts = []
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
+        trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
+        if not trained:
+            decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]
+            raise LayoutError(
+                f"model.freeze: pipeline stage {stage} of {layout.pipeline_parallel}, with decoder layers {decoder[0]} to "
+                f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train a tensor "
+                "of it (a norm is enough), use fewer stages, or pipeline_parallel: 1."
+            )
+        counts.append(len(optimizer_groups(trained, dynamics)))
+    return max(counts)
+
+
+def trained_shards(shards: tuple[Shard, ...], frozen: Collection[str]) -> tuple[Shard, ...]:
+    """Those of ``shards`` whose tensors are not ``frozen``."""
+    return tuple(shard for shard in shards if shard.tensor.name not in frozen)
 
 
 def group_dynamics(group: tuple[Shard, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:

@@ -35,7 +35,7 @@ from incr_ds.train.ranks import on_every_rank, on_rank_zero
 KIND = "deepspeed training checkpoint"
 FOLDER = "checkpoints"
 # Settings that decide which parameter groups the optimizer's state has, and what they are in checkpoints that lack them.
-GROUPING: Mapping[str, Any] = {"optimizer.multipliers": "checkpoint"}
+GROUPING: Mapping[str, Any] = {"optimizer.multipliers": "checkpoint", "model.freeze": []}
 
 
 class SavingEngine(Protocol):

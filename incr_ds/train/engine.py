@@ -15,13 +15,14 @@ from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import Dynamics
+from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import ShardedTensor, group_count, group_dynamics, optimizer_groups
+from incr_ds.target.placement import ShardedTensor, group_count, group_dynamics, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
@@ -60,10 +61,12 @@ def build_engine(
     """Build this process's engine; every process of the run calls it with the same arguments.
 
     ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``dynamics`` are the AdamW multipliers of single
-    tensors, which become parameter groups. Raises ConfigError or LayoutError if the run
-    file, the number of processes, the model and the teacher do not fit together.
+    tensors, which become parameter groups. What run.model.freeze names gets no gradient and no optimizer state. Raises
+    ConfigError or LayoutError if the run file, the number of processes, the model and the teacher do not fit together.
     """
     _check_zero_stage(run)
+    frozen = frozen_tensors(architecture, run.model.freeze)
+    num_groups = group_count(architecture, run.layout, dynamics, frozen)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
@@ -71,15 +74,17 @@ def build_engine(
     dtype = DTYPES[run.precision]
     request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss_settings(run))
     model = build_rank_model(request, record.add)
-    optimizer = _optimizer(model, run, device, dynamics or {}, group_count(architecture, run.layout, dynamics))
+    trained = trained_shards(model.shards, frozen)
+    _freeze(model, trained)
+    optimizer = _optimizer(model, trained, run, device, dynamics or {}, num_groups)
     staged = run.layout.pipeline_parallel > 1
     engine, *_ = deepspeed.initialize(
         model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
     )
     if weights is not None and run.precision == "bf16":
-        _keep_masters(model, source)
+        _keep_masters(model, trained, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
-    return TrainingEngine(engine, runner, record, model, run)
+    return TrainingEngine(engine, runner, record, model, trained, run)
 
 
 def _loss_settings(run: RunSettings) -> LossSettings:
@@ -97,11 +102,12 @@ class TrainingEngine:
         runner: PlainRunner | PipelineRunner,
         record: LossRecord,
         model: RankModel,
+        trained: tuple[ShardedTensor, ...],
         run: RunSettings,
     ) -> None:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
-        self._shards = model.shards
+        self._shards, self._trained = model.shards, trained
         self._groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
 
     @property
@@ -175,7 +181,7 @@ class TrainingEngine:
     def fill_optimizer(self, checkpoint: LogicalCheckpoint) -> None:
         """Take masters, moments, step and the number of steps from ``checkpoint``, each rank its own part."""
         named = dict(self._engine.module.named_parameters())
-        parameters = {shard: named[shard.parameter] for shard in self._shards}
+        parameters = {shard: named[shard.parameter] for shard in self._trained}
         fill_optimizer(self._engine.optimizer, parameters, checkpoint, self._run.layout.zero_stage)
         adapt_steps(self._engine.optimizer.optimizer, self._run)
         self._engine.global_steps = int(checkpoint.facts.metadata.get("global_steps", 0))
@@ -192,12 +198,24 @@ class TrainingEngine:
         return totals
 
 
+def _freeze(model: RankModel, trained: tuple[ShardedTensor, ...]) -> None:
+    """Let only the ``trained`` parameters have gradients; DeepSpeed must see it when it takes the module over."""
+    names = {shard.parameter for shard in trained}
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
 def _optimizer(
-    model: RankModel, run: RunSettings, device: torch.device, dynamics: Mapping[str, Dynamics], num_groups: int
+    model: RankModel,
+    trained: tuple[ShardedTensor, ...],
+    run: RunSettings,
+    device: torch.device,
+    dynamics: Mapping[str, Dynamics],
+    num_groups: int,
 ) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(model.shards, dynamics, num_groups):
+    for shards in optimizer_groups(trained, dynamics, num_groups):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
         settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
         own = group_dynamics(shards, dynamics)
@@ -207,10 +225,12 @@ def _optimizer(
     return build_adamw(groups, run, device)
 
 
-def _keep_masters(model: RankModel, weights: CheckpointWeights | FreshWeights) -> None:
+def _keep_masters(
+    model: RankModel, trained: tuple[ShardedTensor, ...], weights: CheckpointWeights | FreshWeights
+) -> None:
     """Give the fp32 masters the checkpoint's own values; DeepSpeed made them from weights rounded to bf16."""
     parameters = dict(model.module.named_parameters())
-    for shard in model.shards:
+    for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())
 
 

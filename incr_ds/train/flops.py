@@ -3,17 +3,20 @@
 Counting follows the usual convention (Kaplan et al. 2020; PaLM, appendix B): a matrix of N elements costs 2 N operations
 per token forward and 4 N backward; attention scores and values cost 4 L H D S forward per token (L layers, H heads of
 size D, S the sequence length, the causal half not subtracted) and twice that backward. The embedding lookup, norms and
-activations are not counted, recomputation under activation checkpointing is not either, the output projection is.
+activations are not counted, recomputation under activation checkpointing is not either, the output projection is. Of the
+backward's two products, a frozen matrix has one, and a layer with nothing trained in it or below has none.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.tensors import TensorSpec
 
 # Dense bf16 operations per second of one device, from its vendor's data sheet.
 KNOWN_PEAKS = {
@@ -47,9 +50,24 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
     return 2 * matrices + 4 * attention
 
 
-def training_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
-    """Operations of forward and backward per token: three times the forward pass."""
-    return 3 * forward_flops_per_token(architecture, sequence_length)
+def training_flops_per_token(
+    architecture: Architecture, sequence_length: int, frozen: Collection[str] = frozenset()
+) -> int:
+    """Operations of forward and backward per token: three times the forward pass where nothing is ``frozen``."""
+    sizes = architecture.sizes
+    lowest = min(_depth(spec, sizes["layers"]) for spec in architecture.stored if spec.name not in frozen)
+    matrices = [spec for spec in architecture.tensors if spec.is_matrix and spec.role not in LOOKUPS]
+    through = sum(spec.numel for spec in matrices if _depth(spec, sizes["layers"]) >= lowest)
+    trained = sum(spec.numel for spec in matrices if (spec.tied_to or spec.name) not in frozen)
+    attention = sizes["heads"] * sizes["head_dim"] * sequence_length * (sizes["layers"] - max(0, lowest))
+    return forward_flops_per_token(architecture, sequence_length) + 2 * (through + trained) + 8 * max(0, attention)
+
+
+def _depth(spec: TensorSpec, num_layers: int) -> int:
+    """The decoder layer of a tensor, -1 below the first, ``num_layers`` above the last."""
+    if spec.layer is not None:
+        return spec.layer
+    return -1 if spec.role in LOOKUPS else num_layers
 
 
 def device_peak(precision: str) -> Peak:

@@ -12,6 +12,7 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
+from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
@@ -282,7 +283,8 @@ def _feed(job: Job, position: Position) -> Batches:
 def _costs(run: RunSettings, architecture: Architecture, teacher: LogicalCheckpoint | None) -> Costs:
     length = run.batch.sequence_length
     taught = 0 if teacher is None else forward_flops_per_token(teacher.architecture, length)
-    return Costs(training_flops_per_token(architecture, length), taught, device_peak(run.precision))
+    frozen = frozen_tensors(architecture, run.model.freeze)
+    return Costs(training_flops_per_token(architecture, length, frozen), taught, device_peak(run.precision))
 
 
 def _check_finite(result: StepResult, step: int, rate: float) -> None:
@@ -303,6 +305,10 @@ def _say_start(job: Job, account: str) -> None:
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
         f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens a step in {run.accumulation_steps} micro-batches"
     )
+    frozen = frozen_tensors(job.architecture, run.model.freeze)
+    if frozen:
+        trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)
+        job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay as they are")
     if job.dynamics:
         rates = [own.lr for own in job.dynamics.values()]
         job.monitor.say(

@@ -24,8 +24,9 @@ def fill_optimizer(
     """
     if zero_stage == 3:
         raise ConfigError(
-            "layout.zero_stage 3: moments cannot be grown on load; use zero_stage 1 or 2, set model.load_optimizer: false, "
-            "or grow to disk with format: universal."
+            "layout.zero_stage 3: moments cannot be filled in on load, which a growth on load, another model.freeze and "
+            "optimizer.multipliers need; use zero_stage 1 or 2, set model.load_optimizer: false, or grow to disk with format: "
+            "universal."
         )
     masters = list(optimizer.single_partition_of_fp32_groups)
     flats = [_reset(optimizer.optimizer, master, checkpoint.facts.step or 0) for master in masters]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
+from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import GrowthStart, RunSettings
-from incr_ds.errors import CheckpointError, LayoutError
+from incr_ds.errors import CheckpointError, ConfigError, LayoutError
 from incr_ds.grown import open_grown
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
@@ -101,10 +102,24 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
     declared = read_dynamics(folder)
     dynamics = _followed(run, declared)
-    if dynamics != declared or (declared and run.layout.zero_stage != 3):
-        # A grown folder's flat buffers are those of two groups, a run's those of its own: filled tensor by tensor, either
-        # fits. Of ZeRO-3, whose buffers cannot be filled so, there are only a run's.
+    regrouped = dynamics != declared or _changes_frozen(run, folder, source)
+    if regrouped or (declared and run.layout.zero_stage != 3):
+        # A grown folder's flat buffers are those of two groups and all tensors, a run's those of its own: filled tensor by
+        # tensor, either fits. Of ZeRO-3, whose buffers cannot be filled so, there are only a run's.
         return Start(
             architecture=source.architecture, weights=source, with_moments=True, account=account, dynamics=dynamics
         )
     return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account, dynamics=dynamics)
+
+
+def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:
+    """Whether the run freezes more than the checkpoint's did; ConfigError if it trains what has no moments there."""
+    before = set(source.facts.metadata.get("frozen", ()))
+    now = frozen_tensors(source.architecture, run.model.freeze)
+    thawed = sorted(before - now)
+    if thawed:
+        raise ConfigError(
+            f"model.freeze: {thawed[0]} and {len(thawed) - 1} other tensors that this run trains were frozen in {folder}, so "
+            "they have no moments; freeze them here too, or set model.load_optimizer: false, which starts all moments anew."
+        )
+    return before != now

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.testing.checkpoint import MemoryCheckpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
@@ -31,6 +32,8 @@ class Case:
     recompute: bool = False
     divergence: str = "forward_kl"
     z_loss: float = 0.0
+    precision: str = "fp32"
+    freeze: tuple[str, ...] = ()
 
     @property
     def world(self):
@@ -46,7 +49,8 @@ class Case:
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
             optimizer=OPTIMIZER,
-            model={"config": "pico", "activation_checkpointing": self.recompute},
+            precision=self.precision,
+            model={"config": "pico", "activation_checkpointing": self.recompute, "freeze": list(self.freeze)},
             distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
             loss={"z_loss": self.z_loss},
         )
@@ -103,8 +107,12 @@ def train(case):
 def reference(case):
     """The same training by transformers and torch alone."""
     model, guide = transformers_model(student(case)), transformers_model(teacher())
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
+    frozen = frozen_tensors(student(case).architecture, case.freeze)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() > 1]
+    rest = [p for p in trained if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=OPTIMIZER["eps"])
     steps, evaluations = [], []
@@ -115,7 +123,7 @@ def reference(case):
         loss, ce, divergence = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["gradient_clipping"])
+        norm = torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["gradient_clipping"])
         optimizer.step()
         steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
         evaluations.append(token_mean(model, micro_batches(3 * case.data, 100)))

@@ -1,0 +1,62 @@
+"""How a growth changes the norm of all gradients, and with it the threshold at which they are clipped."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.growth.axis import FRESH, Vector
+from incr_ds.growth.plan import GrowthPlan, TensorPlan
+
+_PORTION = 1 << 20  # elements read at once; fixed, since a sum in other portions would round differently
+
+
+def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | None:
+    """Norm of the target's gradient over that of the source's, on the same batch, right after the growth.
+
+    A gradient's entries are multiplied as the plan says, and their size in the source is its Adam's: exp_avg_sq is the
+    mean of their squares. Of a new layer that writes nothing, only what starts at zero has a gradient, counted as in the layer it
+    copies; entries that copy nothing are not counted. None where the target does not compute the source's function, or
+    the source has taken no step. Reads every exp_avg_sq once for each tensor that copies it.
+    """
+    if not plan.exact or not source.facts.step or "exp_avg_sq" not in source.facts.states:
+        return None
+    before = sum(
+        _weighted_sum(source, spec.name, [np.ones(size) for size in spec.shape]) for spec in plan.source.stored
+    )
+    after = sum(_grown_sum(plan, tensor, source) for tensor in plan.tensors.values())
+    return math.sqrt(after / before) if before else None
+
+
+def _grown_sum(plan: GrowthPlan, tensor: TensorPlan, source: LogicalCheckpoint) -> float:
+    """Sum of the squares of a grown tensor's gradient."""
+    if tensor.new_layer and tensor.start != "zero":
+        return 0.0
+    factors = [_per_source_position(plan, tensor, dimension) for dimension in range(len(tensor.target.dims))]
+    return tensor.gradient**2 * _weighted_sum(source, tensor.source, factors)
+
+
+def _per_source_position(plan: GrowthPlan, tensor: TensorPlan, dimension: int) -> Vector:
+    """For each position of the source, the sum over its copies of the gradient's factor, squared."""
+    index = plan.index(tensor.target, dimension)
+    squares = plan.gradient_factor(tensor.target, dimension) ** 2
+    size = plan.source.by_name[tensor.source].shape[dimension]
+    copied = index != FRESH
+    summed: Vector = np.bincount(index[copied], weights=squares[copied], minlength=size).astype(np.float64)
+    return summed
+
+
+def _weighted_sum(source: LogicalCheckpoint, name: str, factors: list[Vector]) -> float:
+    """Sum of exp_avg_sq, its rows and columns multiplied by ``factors``."""
+    shape = source.architecture.by_name[name].shape
+    rows, total = max(1, _PORTION // math.prod(shape[1:])), 0.0
+    for first in range(0, shape[0], rows):
+        part = slice(first, min(first + rows, shape[0]))
+        values = source.read(name, "exp_avg_sq", part).double()
+        for factor in reversed(factors[1:]):
+            values = values @ torch.from_numpy(factor)
+        total += float(values @ torch.from_numpy(factors[0][part]))
+    return total
