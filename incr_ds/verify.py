@@ -84,10 +84,10 @@ def random_batches(vocab_size: int, samples: int, length: int, seed: int = 0) ->
 
 def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The first ``samples`` runs of ``length`` tokens of a Megatron data set (documents joined as they come)."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     if not prefix.with_name(prefix.name + ".idx").is_file():
         raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without its ending.")
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     dataset = IndexedDataset(str(prefix))
     found: list[torch.Tensor] = []
     held = torch.empty(0, dtype=torch.long)
