@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,16 @@ import torch
 
 from incr_ds.advice import FILE as ADVICE_FILE
 from incr_ds.advice import advice_text, advise, source_training
-from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
-from incr_ds.arch.dynamics import UNCHANGED, Dynamics, dynamics_text, read_dynamics, without_multipliers
-from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.arch.dynamics import Dynamics, dynamics_text, read_dynamics, without_multipliers
+from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
+from incr_ds.crew import ALONE, Crew, StoppedError, agree, shares
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
+from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
@@ -38,6 +39,7 @@ from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
 from incr_ds.target.placement import check_layout
+from incr_ds.target.releases import TESTED, needs_bare_states
 from incr_ds.target.universal import universal_files
 from incr_ds.target.workspace import Workspace, open_workspace
 from incr_ds.target.zero3 import zero3_files
@@ -65,7 +67,8 @@ class GrowthRequest:
     """What to grow into what: the source folder, the recipe and the output folder.
 
     ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
-    ``overwrite`` lets the output replace a checkpoint that was published there.
+    ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
+    load the target.
     """
 
     source: Path
@@ -77,6 +80,7 @@ class GrowthRequest:
     trust: bool = False
     memory_budget: int = MEMORY_BUDGET
     overwrite: bool = False
+    target_deepspeed: str = TESTED
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class PlannedGrowth:
     @property
     def key(self) -> str:
         """Stands for everything that decides the bytes of the target."""
-        described = self.plan.to_json() + dynamics_text(self.dynamics)
+        described = self.plan.to_json() + dynamics_text(self.dynamics) + self.request.target_deepspeed
         digest = hashlib.blake2b(described.encode(), digest_size=8)
         for path in self.source.facts.files:
             status = path.stat()
@@ -135,25 +139,11 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, dynamics)
     check_layout(plan.target, layout)
-    _check_moments(source, recipe)
+    check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
-    target = _native_target(source, plan, dtype)
+    bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
+    target = replace(_native_target(source, plan, dtype), bare_states=bare)
     return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
-
-
-def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[str, Dynamics]:
-    """The AdamW multipliers of the target's tensors, where they are not 1; ``earlier`` are the source's own.
-
-    ``optimizer: exact`` multiplies them by the plan's, ``keep`` and ``reset-new`` keep them, ``reset`` drops them.
-    """
-    mode = plan.recipe.optimizer
-    if mode == "reset":
-        return {}
-    found = {}
-    for name, tensor in plan.tensors.items():
-        before = earlier.get(tensor.source, UNCHANGED)
-        found[name] = plan.nearest_dynamics(name).after(before) if mode == "exact" else before
-    return {name: own for name, own in found.items() if own != UNCHANGED}
 
 
 def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFile, ...]:
@@ -162,100 +152,102 @@ def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFil
     return zero3_files(target, layout.sub_group_size) if layout.zero_stage == 3 else native_files(target)
 
 
-class GrownCheckpoint:
-    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written.
-
-    ``dynamics`` are the AdamW multipliers of its tensors.
-    """
-
-    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, dynamics: Mapping[str, Dynamics]) -> None:
-        self.plan, self.dynamics = plan, dynamics
-        self._source, self._grown = source, GrownTensors(plan, source)
-        self._architecture = plan.target
-        reset = plan.recipe.optimizer == "reset"
-        kind = f"{source.facts.kind}, grown on load"
-        step = 0 if reset else source.facts.step
-        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={})
-
-    @property
-    def facts(self) -> CheckpointFacts:
-        """The source's, except the kind and the step."""
-        return self._facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The grown model."""
-        return self._architecture
-
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one grown tensor, at least fp32."""
-        spec = self._architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
-        columns = ((0, size) for size in spec.shape[1:])
-        return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
-
-    def self_check(self) -> Iterator[str]:
-        """The source's own check."""
-        return self._source.self_check()
-
-
-def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
-    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
-    settings = load_settings(recipe, GrowthRecipe)
-    opened = open_source(source, tag)
-    _check_moments(opened, settings)
-    plan = plan_growth(opened.architecture, settings, str(recipe))
-    return GrownCheckpoint(plan, opened, grown_dynamics(plan, read_dynamics(source))), settings
-
-
-def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None) -> Mapping[str, Any]:
+def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, crew: Crew = ALONE) -> Mapping[str, Any]:
     """Write and publish the target; returns the manifest's facts. The output appears whole or not at all.
 
-    An interrupted run goes on where it stopped, and ends with the same bytes. CheckpointError if the disk is full or
-    fails; what was finished is then kept for the next run.
+    Every process of ``crew`` calls this with the same plan; each writes files of its own, and the first one publishes.
+    An interrupted run goes on where it stopped, with any number of processes, and ends with the same bytes.
+    CheckpointError if the disk is full or fails; what was finished is then kept for the next run.
     """
     report = progress or (lambda phase, done, total: None)
-    request = planned.request
-    refuse_existing(request.output, overwrite=request.overwrite)
-    slices = Slices(GrownTensors(planned.plan, planned.source).read, planned.portion)
-    with _resumable(request.output), open_workspace(request.output, planned.key, overwrite=request.overwrite) as space:
-        _check_room(planned, space)
-        hashes, ratio = _run_jobs(planned, space, slices, report)
+    with _resumable(planned.request.output), ExitStack() as stack:
+        space = _open_together(planned, crew, stack)
+        slices = Slices(GrownTensors(planned.plan, planned.source).read, agree(crew, lambda: planned.portion))
+        hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
+        for others, done in crew.gather((hashes, space.done)):
+            hashes.update(others)
+            space.done.update(done)
         facts = _facts(planned, hashes)
-        _write_companions(planned, space.folder, ratio)
-        space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
+        agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
     return facts
 
 
-def _run_jobs(
-    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress
-) -> tuple[dict[Path, str], float | None]:
-    """Check the source, hash its files and write the target's, ``workers`` jobs at a time.
+def _open_together(planned: PlannedGrowth, crew: Crew, stack: ExitStack) -> Workspace:
+    """The first process opens and locks the workspace; the others write into it."""
+    request, key = planned.request, planned.key
 
-    Returns the hashes, and the ratio of the gradients' norms where the plan grows something and it is known.
+    def open_first() -> Workspace:
+        if crew.rank:
+            return Workspace(request.output, key, crew.rank)
+        refuse_existing(request.output, overwrite=request.overwrite)
+        opened = stack.enter_context(open_workspace(request.output, key, overwrite=request.overwrite))
+        _check_room(planned, opened)
+        return opened
+
+    space = agree(crew, open_first)
+    keys, done = zip(*crew.gather((key, space.done)), strict=True)
+    if len(set(keys)) > 1:
+        other = next(rank for rank, found in enumerate(keys) if found != keys[0])
+        raise CheckpointError(
+            f"{request.source}: process {other} of {crew.size} sees other files (sizes or times) there, or another recipe, than "
+            "process 0; all must see the same folders."
+        )
+    return Workspace(request.output, key, crew.rank, done[0]) if crew.rank else space
+
+
+def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any], ratio: float | None) -> None:
+    _write_companions(planned, space.folder, ratio)
+    space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
+
+
+def _run_jobs(
+    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, crew: Crew
+) -> tuple[dict[Path, str], float | None]:
+    """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
+
+    Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
-    files = [file for file in planned.files if file.path not in space.done]
+    files, inputs, checks = _own_share(planned, space, crew)
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
         listed = listed_files(planned.request.source)
-        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in planned.source.facts.files}
-        checking = pool.submit(_check_source, planned.source, report)
-        measuring = pool.submit(_gradient_ratio, planned)
+        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
+        checking = [pool.submit(_check_source, planned.source, report)] if checks else []
+        measuring = [] if crew.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()
-        for job in (checking, measuring, *hashing.values(), *writing):
+        for job in (*checking, *measuring, *hashing.values(), *writing):
             job.add_done_callback(finished.put)
         flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
-        for _ in range(2 + len(hashing) + 2 * len(files)):
+        total = len(space.done) + len(files)
+        for _ in range(len(checking) + len(measuring) + len(hashing) + 2 * len(files)):
             job = finished.get()
             result = job.result()
+            if crew.has_failed():
+                raise StoppedError
             if job in writing:
                 waiting = flushing.submit(flush, space.folder / writing[job])
                 flushed[waiting] = (writing[job], result)
                 waiting.add_done_callback(finished.put)
             elif job in flushed:
                 space.record(*flushed[job])
-                report("writing", len(space.done), len(planned.files))
-        return {path: job.result() for path, job in hashing.items()}, measuring.result()
+                report("writing", len(space.done), total)
+        ratio = measuring[0].result() if measuring else None
+        return {path: job.result() for path, job in hashing.items()}, ratio
+
+
+def _own_share(planned: PlannedGrowth, space: Workspace, crew: Crew) -> tuple[list[TargetFile], list[Path], bool]:
+    """What this process writes, what it reads for checksums, and whether it checks the source: by bytes, the same in all."""
+    files = [file for file in planned.files if file.path not in space.done]
+    inputs = planned.source.facts.files
+    read = [path.stat().st_size for path in inputs]
+    sizes = [*(tensor_bytes(file) for file in files), *read, sum(read)]
+    own = shares(sizes, crew.size)[crew.rank]
+    last = len(files) + len(inputs)
+    return (
+        [files[job] for job in own if job < len(files)],
+        [inputs[job - len(files)] for job in own if len(files) <= job < last],
+        last in own,
+    )
 
 
 @contextmanager
@@ -311,7 +303,8 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
     return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
 
 
-def _check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
+def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
+    """GrowthError if the recipe needs Adam's moments and the source has none."""
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
         raise GrowthError(
             f"{source.facts.path}: a {source.facts.kind} source has no Adam moments, and optimizer: {recipe.optimizer} needs "
@@ -379,10 +372,6 @@ def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None)
     for name in TOKENIZER_FILES:
         if (planned.request.source / name).is_file():
             shutil.copyfile(planned.request.source / name, folder / name)
-
-
-def _gradient_ratio(planned: PlannedGrowth) -> float | None:
-    return gradient_norm_ratio(planned.plan, planned.source) if planned.plan.grows else None
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

@@ -11,6 +11,8 @@ PACKAGE = ROOT / "incr_ds"
 # From the ground up. `command` and `tables` serve command lines; `export` is the second offline story.
 ORDER = [
     "errors",
+    "crew",
+    "launched",
     "command",
     "config",
     "arch",
@@ -20,6 +22,7 @@ ORDER = [
     "integrity",
     "advice",
     "grow",
+    "grown",
     "export",
     "verify",
     "suggest",
@@ -35,7 +38,7 @@ ORDER = [
     "testing",
 ]
 SIBLINGS = {"source", "growth", "target"}
-DISTRIBUTED = {"losses", "model", "train", "testing"}
+DISTRIBUTED = {"losses", "model", "train", "testing", "launched"}
 DEEPSPEED = {"model", "train"}
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
 # Triton's language has no modules of its own: what its kernels share stands in their file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,16 @@ from typing import Annotated
 import typer
 
 from incr_ds.advice import FILE as ADVICE_FILE
-from incr_ds.command import command, console, print_json, progress_bar
-from incr_ds.errors import ConfigError
+from incr_ds.command import USER_MISTAKE, command, console, print_json, progress_bar
+from incr_ds.crew import Crew, agree
+from incr_ds.errors import ConfigError, IncrError
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.launched import join_crew
 from incr_ds.source import open_source
 from incr_ds.suggest import parse_count, parse_layout, suggest_targets
 from incr_ds.tables import growth_table, suggestion_table
 from incr_ds.target.budget import parse_bytes
+from incr_ds.target.releases import TESTED
 
 
 @command
@@ -31,10 +35,16 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Threads that write files.")] = 1,
     memory_budget: Annotated[str, typer.Option(help="Anonymous memory of the process, at most.")] = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint published at OUTPUT.")] = False,
+    target_deepspeed: Annotated[str, typer.Option(help="Release of DeepSpeed that will load the target.")] = TESTED,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Grow SOURCE by RECIPE into OUTPUT, or with --suggest say what it could grow to."""
+    """Grow SOURCE by RECIPE into OUTPUT, or with --suggest say what it could grow to.
+
+    Under torchrun, deepspeed or srun the processes share the work.
+    """
+    # --local_rank is what the deepspeed launcher adds to every command; the environment says the same.
     if suggest is not None:
         opened = open_source(source, tag, config, trust=trust)
         found = suggest_targets(opened.architecture, parse_count(suggest), parse_layout(layout))
@@ -46,27 +56,36 @@ def main(
     if recipe is None or output is None:
         raise ConfigError("--recipe and --output: both are needed, unless --suggest asks what a growth could be.")
     budget = parse_bytes(memory_budget)
-    planned = plan_request(GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite))
-    if json and plan_only:
+    request = GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite, target_deepspeed)
+    with join_crew() as crew:
+        try:
+            _grow(request, crew, plan_only, json)
+        except IncrError:
+            if crew.rank:
+                sys.exit(USER_MISTAKE)  # the first process says it, once
+            raise
+
+
+def _grow(request: GrowthRequest, crew: Crew, plan_only: bool, json: bool) -> None:
+    planned = agree(crew, lambda: plan_request(request))
+    quiet = json or crew.rank > 0
+    if json and plan_only and not crew.rank:
         typer.echo(planned.plan.to_json())
-        return
-    if not json:
-        console.print(f"source: {planned.source.facts.kind}, {source}")
+    if not quiet:
+        console.print(f"source: {planned.source.facts.kind}, {request.source}")
         console.print(growth_table(planned))
         for note in planned.notes:
             console.print(f"note: {note}")
     if plan_only:
         return
-    with progress_bar(quiet=json) as progress:
-        facts = grow_checkpoint(planned, progress)
-    if json:
-        print_json(facts)
-    else:
-        console.print(f"published {output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
+    with progress_bar(quiet=quiet) as progress:
+        facts = grow_checkpoint(planned, progress, crew)
+    if not quiet:
+        console.print(f"published {request.output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
         if planned.plan.grows:
-            console.print(
-                f"for training: {output / ADVICE_FILE}, a fragment that launchers/pretrain.py takes (--config)"
-            )
+            console.print(f"for training: {request.output / ADVICE_FILE}, which launchers/pretrain.py takes (--config)")
+    elif not crew.rank:
+        print_json(facts)
 
 
 if __name__ == "__main__":

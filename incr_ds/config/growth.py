@@ -49,6 +49,10 @@ class WidthRecipe(Settings):
     mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some more randomly chosen copies, norms
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
     config's) or with ``constant``.
+
+    ``copies_from`` says which layer the copies beyond the first of FFN units, heads and residual positions are of, in what
+    a layer's matrices produce: its own, or the next one (bert2BERT's advanced knowledge initialization; the last layer
+    copies itself). The latter does not keep the function.
     """
 
     hidden: HiddenMethod = "auto"
@@ -56,6 +60,7 @@ class WidthRecipe(Settings):
     constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
+    copies_from: Literal["own-layer", "next-layer"] = "own-layer"
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
 
 

@@ -113,10 +113,23 @@ class GrownTensors:
         return factor**2 if state == "exp_avg_sq" else factor
 
     def _gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        """Source entries at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
+        """Source entries at each position of the part; further copies of what the tensor produces may come from above."""
+        own = self._gather_from(tensor.source, tensor, state, bounds)
+        if tensor.above is None:
+            return own
+        produced = [d for d, dim in enumerate(tensor.target.dims) if dim.use == "out"]
+        masks = [_later_copies(self._vector("index", tensor.target, d))[slice(*bounds[d])] for d in produced]
+        if not masks or not masks[0].any():
+            return own
+        later = torch.from_numpy(masks[0])
+        later = later[:, None] if produced[0] == 0 and len(bounds) == 2 else later
+        return torch.where(later, self._gather_from(tensor.above, tensor, state, bounds), own)
+
+    def _gather_from(self, source: str, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
+        """Entries of ``source`` at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
         wanted = [self._vector("index", tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         known = [np.where(index == FRESH, 0, index) for index in wanted]
-        gathered = self._rows(tensor.source, state, known[0])
+        gathered = self._rows(source, state, known[0])
         return _picked(gathered, known[1], 1) if len(known) > 1 else gathered
 
     def _rows(self, name: str, state: State, wanted: np.ndarray) -> torch.Tensor:

@@ -26,7 +26,8 @@ class TensorPlan:
     """One target tensor: the source tensor it is grown from, and whether it is in an inserted layer.
 
     ``start`` says what it holds: the source's values (``copy``), zeros, or ones on the diagonal. Beside what the axes
-    do, the values are multiplied by ``scale``, their gradient by ``gradient``.
+    do, the values are multiplied by ``scale``, their gradient by ``gradient``. What the tensor produces beyond the first
+    copy of each unit comes from ``above``, the next layer's tensor, where that is given.
     """
 
     target: TensorSpec
@@ -35,6 +36,7 @@ class TensorPlan:
     start: Start = "copy"
     scale: float = 1.0
     gradient: float = 1.0
+    above: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class GrowthPlan:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
-        used = {plan.source for plan in self.tensors.values()}
+        used = {name for plan in self.tensors.values() for name in (plan.source, plan.above)}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
@@ -167,6 +169,7 @@ class GrowthPlan:
                     "name": name,
                     "shape": plan.target.shape,
                     "source": plan.source,
+                    "above": plan.above,
                     "start": plan.start,
                     "scale": plan.scale,
                 }
@@ -189,7 +192,14 @@ class GrowthPlan:
             start = "zero"
         elif layer.is_new and new == "identity":
             start = "identity" if spec.is_matrix else "zero"
-        return TensorPlan(spec, source, layer.is_new, start, scale)
+        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start))
+
+    def _above(self, spec: TensorSpec, start: Start) -> str | None:
+        """The source tensor one layer further up, for bert2BERT's AKI; the last layer has none and copies itself."""
+        layer = self.layers[spec.layer or 0].layer + 1
+        if self.recipe.width.copies_from == "own-layer" or start != "copy" or layer == self.source.num_layers:
+            return None
+        return spec.name.replace(f".{spec.layer}.", f".{layer}.", 1)
 
     @cached_property
     def _writing_role(self) -> str:

@@ -20,6 +20,7 @@ from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_
 SILENT = ("zero-output", "identity")
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 TABLES = ("vocab", "positions")
+WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
@@ -252,6 +253,10 @@ def _inexact(
             and hidden.method in ("isometric", "zero", "zero-scaled-eps")
             and len(set(hidden.copies)) > 1,
             f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
+        ),
+        (
+            recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
+            "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
         ),
         (
             hidden.centred and source.tied,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
-from incr_ds.source.unpickle import inert_types
+from incr_ds.source.unpickle import stubs_alone
 
 
 def check_records(path: Path) -> None:
@@ -53,7 +53,7 @@ def record_names(path: Path) -> Mapping[str, list[str]]:
 
     reader: Any = torch._C.PyTorchFileReader(str(path))
     records = {reader.get_record_offset(name): name for name in reader.get_all_records()}
-    with FakeTensorMode(), torch.serialization.safe_globals(inert_types()):
+    with FakeTensorMode(), stubs_alone():
         content = torch.load(path, weights_only=True)
     names: dict[str, list[str]] = {}
     for name, tensor in _tensors("", content):

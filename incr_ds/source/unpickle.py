@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ INERT_TYPES = (
     "numpy.dtype",
 )
 
+_LIST = threading.Lock()  # one thread at a time changes torch's list; opening a mapped file takes milliseconds
+
 
 class Stub:
     """Stands in for a DeepSpeed class; keeps what it was built from, does nothing."""
@@ -43,9 +47,27 @@ class Stub:
         return int(self.arguments[0])
 
 
-def inert_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _inert_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The types that are read as stubs, as torch.serialization.safe_globals takes them."""
     return [(Stub, name) for name in INERT_TYPES]
+
+
+@contextmanager
+def stubs_alone() -> Iterator[None]:
+    """Inside, torch.load allows the stubs and nothing else.
+
+    Its list belongs to the whole process, and other packages add to it: megatron-core allows numpy's own functions, which
+    would then run instead of their stubs.
+    """
+    with _LIST:
+        others = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(_inert_types())
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(others)
 
 
 def load_pt(path: Path, *, trust: bool = False) -> Any:
@@ -59,7 +81,7 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
     _check_own_name(path)
     try:
-        with torch.serialization.safe_globals(inert_types()):
+        with stubs_alone():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error

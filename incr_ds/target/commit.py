@@ -88,6 +88,10 @@ def seal(
     """Write the manifest of ``folder``, after flushing every file. ``known`` holds the digests of files flushed before."""
     known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in _files(folder))
+    if unseen := sorted(set(known) - set(names)):
+        raise CheckpointError(
+            f"{folder / unseen[0]}: written, but not visible here; the output must be in a folder that all processes share."
+        )
     files = {name: known[name] if name in known else _flush_and_hash(folder / name) for name in names}
     write_atomically(folder / MANIFEST, _manifest_text({"kind": kind, "facts": facts, "files": files}))
     for inner in {path.parent for path in _files(folder)}:

@@ -29,9 +29,10 @@ from incr_ds.target.placement import (
     rank_parameters,
     split_bounds,
 )
+from incr_ds.target.releases import TESTED
 from incr_ds.target.sink import Sink
 
-FORMAT_VERSION = "0.19.8"
+FORMAT_VERSION = TESTED
 ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
 ADAMW_DEFAULTS: Mapping[str, Any] = {
     "lr": 1e-3,
@@ -54,7 +55,7 @@ class NativeTarget:
 
     ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
     decaying and the non-decaying parameter group. ``modules`` are those of another training code, whose vocabulary is
-    padded to ``vocabulary`` rows.
+    padded to ``vocabulary`` rows. ``bare_states``: a universal checkpoint for a loader that takes nothing but tensors.
     """
 
     architecture: Architecture
@@ -66,6 +67,7 @@ class NativeTarget:
     groups: tuple[Mapping[str, Any], ...]
     modules: Modules | None = None
     vocabulary: int = 0
+    bare_states: bool = False
 
     @property
     def has_layer_files(self) -> bool:

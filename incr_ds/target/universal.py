@@ -79,7 +79,10 @@ class StateFile(_ArchiveFile):
         """The whole tensor as ``param``, and what tensor ranks do with it: ``cat_dim`` is the dimension that they cut,
         ``param_n_sub_params`` how many parts of it they cut each, ``vocab_tensor`` that they pad its rows."""
         whole = self.tensor
-        content: dict[str, Any] = {"param": parameter_tensor(whole.blocks, whole.shape, self.state, torch.float32)}
+        tensor = parameter_tensor(whole.blocks, whole.shape, self.state, torch.float32)
+        if self.target.bare_states:
+            return tensor
+        content: dict[str, Any] = {"param": tensor}
         if whole.cut is not None:
             content["cat_dim"] = whole.cut
         if whole.sub_parameters > 1:

@@ -3,6 +3,7 @@
     .NAME.lock                       held while a run writes NAME; ends with the process, however that ends
     .NAME.incomplete-plan-KEY/       the files; KEY stands for everything that decides their bytes
     .NAME.incomplete-plan-KEY.jsonl  one line per file that is safe on disk: path, size, checksum
+    .NAME.incomplete-plan-KEY.R.jsonl    the same of process R, where several write
 
 A run that finds the workspace of an interrupted run with its own key goes on where that one stopped.
 """
@@ -24,13 +25,18 @@ from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_a
 
 
 class Workspace:
-    """The folder that a target grows in. ``done`` maps the path of each finished file to its size and checksum."""
+    """The folder that a target grows in. ``done`` maps the path of each finished file to its size and checksum.
 
-    def __init__(self, final: Path, key: str) -> None:
+    Where several processes write, each has a journal of its own, ``writer`` its number; the first opens and publishes.
+    """
+
+    def __init__(
+        self, final: Path, key: str, writer: int = 0, done: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         self.final = final
         self.folder = final.with_name(f".{final.name}.incomplete-plan-{key}")
-        self._journal = self.folder.with_name(f"{self.folder.name}.jsonl")
-        self.done: dict[str, Mapping[str, Any]] = {}
+        self._journal = self.folder.with_name(self.folder.name + (f".{writer}.jsonl" if writer else ".jsonl"))
+        self.done: dict[str, Mapping[str, Any]] = dict(done or {})
 
     def open(self) -> None:
         """Take over what an interrupted run with the same key finished and whose bytes are still right."""
@@ -38,6 +44,9 @@ class Workspace:
         self.done = {entry["path"]: entry["digest"] for entry in self._entries() if self._is_intact(entry)}
         lines = [_line(path, digest) for path, digest in self.done.items()]
         self._journal.write_text("".join(lines), encoding="utf-8")
+        for journal in self._journals():
+            if journal != self._journal:
+                journal.unlink()
         for path in self.folder.rglob("*"):
             if path.is_file() and str(path.relative_to(self.folder)) not in self.done:
                 path.unlink()
@@ -56,26 +65,34 @@ class Workspace:
             os.rename(self.final, replaced)
         reveal(self.folder, self.final)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._journal.unlink()
+        self._remove_journals()
 
     def discard(self) -> None:
         """Remove the folder and its journal."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._journal.unlink(missing_ok=True)
+        self._remove_journals()
 
     def remove_others(self) -> None:
         """Remove workspaces of other plans for the same output; no run that holds the lock uses them."""
         for path in self.final.parent.glob(f".{self.final.name}.incomplete-plan-*"):
-            if path not in (self.folder, self._journal):
+            if path != self.folder and path not in self._journals():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _entries(self) -> Iterator[dict[str, Any]]:
-        if self._journal.is_file():
-            for line in self._journal.read_text(encoding="utf-8").splitlines():
+        for journal in self._journals():
+            for line in journal.read_text(encoding="utf-8").splitlines():
                 try:
                     yield json.loads(line)
                 except ValueError:
-                    return  # the line that the crash cut off
+                    break  # the line that the crash cut off
+
+    def _journals(self) -> list[Path]:
+        """The journals of every process that wrote here."""
+        return sorted(self.folder.parent.glob(f"{self.folder.name}*.jsonl"))
+
+    def _remove_journals(self) -> None:
+        for journal in self._journals():
+            journal.unlink(missing_ok=True)
 
     def _is_intact(self, entry: Mapping[str, Any]) -> bool:
         path, digest = self.folder / entry["path"], entry["digest"]

@@ -12,7 +12,7 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grow import open_grown
+from incr_ds.grown import open_grown
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
 from incr_ds.target.placement import check_layout

@@ -211,6 +211,32 @@ def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
         assert (whole(grown, norm)[96:] == 1.0).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
+    """bert2BERT's AKI: columns as FPI splits them; rows beyond the first copies are those of the layer above."""
+    architecture = small_architecture(family)
+    model = drawn_model(architecture)
+    source = model_checkpoint(architecture, model, with_moments=True)
+    fields = architecture.family.axes
+    target = {fields["ffn"]: 331, fields["hidden"]: 144, fields["heads"]: 9}
+    width = {"hidden": "fpi", "ffn": {"new": "copy"}, "heads": {"new": "copy"}, "copies_from": "next-layer"}
+    grown = grown_tensors(
+        source, recipe_of(target=target, width={**width, "symmetry_breaking": {"method": "none"}}, optimizer="keep")
+    )
+    assert any("copies_from: next-layer does not keep" in reason for reason in grown.plan.inexact)
+    assert relative_difference(model, grown_model(grown)) > 1e-2
+    ffn, hidden = (torch.tensor(grown.plan.axes[axis].index) for axis in ("ffn", "hidden"))
+    name = {"llama": "model.layers.{}.mlp.up_proj.weight", "gpt2": "transformer.h.{}.mlp.c_fc.weight"}[family]
+    turn = (lambda matrix: matrix) if family == "llama" else (lambda matrix: matrix.T)
+    split = 1.0 / torch.bincount(hidden)[hidden]
+    for layer, above in ((0, 1), (1, 2), (2, 2)):
+        own, upper = (turn(source.read(name.format(number))) for number in (layer, above))
+        expected = torch.cat([own, upper[ffn[250:]]])[:, hidden] * split
+        torch.testing.assert_close(turn(whole(grown, name.format(layer))), expected)
+    moment = turn(source.read(name.format(1), "exp_avg"))[ffn[250:]][:, hidden]
+    torch.testing.assert_close(turn(whole(grown, name.format(0), "exp_avg"))[250:], moment)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):

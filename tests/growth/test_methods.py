@@ -14,6 +14,7 @@ TARGETS = {
     "incr-pretrain": {**WIDTH, **DEPTH, "hidden_size": 144},
     "hypercloning": WIDTH,
     "bert2bert": {**WIDTH, **DEPTH, "hidden_size": 144},
+    "bert2bert-aki": {**WIDTH, **DEPTH, "hidden_size": 144},
     "lemon": {**WIDTH, **DEPTH, "hidden_size": 228},
     "staged": {**WIDTH, **DEPTH},
 }

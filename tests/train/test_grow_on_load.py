@@ -8,7 +8,8 @@ from growing_engines import grow_and_save, run_settings
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import ConfigError, GrowthError, LayoutError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, open_grown, plan_files, plan_request
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
+from incr_ds.grown import open_grown
 from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import run_processes

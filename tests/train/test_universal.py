@@ -123,6 +123,23 @@ def test_parallel_engines(tmp_path, layout):
     same(open_source(tmp_path / "universal-again"), source)
 
 
+def test_bare_states_for_an_older_zero_3_loader(tmp_path):
+    """Until 0.19.2 it calls .view(-1) on what a state's file holds. What it would do here by hand: load, view, cut."""
+    source = truth()
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text("target: {}\n")
+    recipe = parse_settings({"target": {}, "layout": {"format": "universal", "zero_stage": 3}}, GrowthRecipe, "test")
+    request = GrowthRequest(tmp_path, recipe_file, tmp_path / "out", target_deepspeed="0.18.4")
+    grow_checkpoint(plan_files(request, source, recipe))
+    for spec in source.architecture.stored:
+        for state, file in zip(STATES, ("fp32", "exp_avg", "exp_avg_sq"), strict=True):
+            loaded = torch.load(
+                tmp_path / "out" / "grown" / "zero" / spec.name / f"{file}.pt", weights_only=False
+            ).view(-1)
+            assert torch.equal(loaded, source.read(spec.name, state).view(-1))
+    same(open_source(tmp_path / "out"), source)
+
+
 def test_damage_is_named(tmp_path):
     folder = write_universal(tmp_path, truth())
     inner = folder / "grown" / "zero" / "model.norm.weight"
