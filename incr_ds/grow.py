@@ -205,15 +205,14 @@ def _run_jobs(
 ) -> tuple[dict[Path, str], float | None]:
     """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
 
-    Returns the hashes, and in the first process the ratio of the gradients' norms, where the plan grows something and it is
-    known.
+    Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
     files, inputs, checks = _own_share(planned, space, crew)
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
         checking = [pool.submit(_check_source, planned.source, report)] if checks else []
-        measuring = [pool.submit(_gradient_ratio, planned)] if crew.rank == 0 else []
+        measuring = [] if crew.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()
         for job in (*checking, *measuring, *hashing.values(), *writing):
@@ -373,12 +372,6 @@ def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None)
     for name in TOKENIZER_FILES:
         if (planned.request.source / name).is_file():
             shutil.copyfile(planned.request.source / name, folder / name)
-
-
-def _gradient_ratio(planned: PlannedGrowth) -> float | None:
-    # A mixture's gradients depend on what its new router picks.
-    known = planned.plan.grows and planned.plan.experts is None
-    return gradient_norm_ratio(planned.plan, planned.source) if known else None
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:
