@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
+from incr_ds.source.outline import check_stored
 from incr_ds.source.unpickle import stubs_alone
 
 
@@ -21,6 +22,7 @@ def check_records(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
+        check_stored(path, archive)
         for record in archive.infolist():
             try:
                 if record.CRC:

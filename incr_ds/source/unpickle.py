@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import threading
 import zipfile
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
+from incr_ds.source.outline import check_outline, damaged
 
 # The classes that DeepSpeed itself pickles into optimizer files, and those in the arguments and random states that
 # Megatron-DeepSpeed saves beside the model. Each is replaced by a stub that only holds attributes, so nothing of them need be
@@ -79,28 +79,19 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
+    check_outline(path)
     _check_own_name(path)
     try:
         with stubs_alone():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        size = os.path.getsize(path)
-        raise CheckpointError(
-            f"{path}: damaged or truncated ({size} bytes): {_first_sentence(error)}. Copy the file again from where "
-            "it was written, or use another tag."
-        ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
+    except Exception as error:  # a damaged pickle raises anything
+        raise CheckpointError(damaged(path, error)) from error
 
 
 def _check_own_name(path: Path) -> None:
     """torch.save names the archive's inner folder after the file: a shard under another rank's name betrays itself."""
-    if not zipfile.is_zipfile(path):
-        return  # truncated, or older than the zip format: torch says which
     with zipfile.ZipFile(path) as archive:
         written_as = archive.namelist()[0].partition("/")[0]
     if written_as.endswith("_states") and written_as != path.stem:

@@ -1,0 +1,166 @@
+"""What a .pt file says of its tensors, checked before torch maps them: torch.load(mmap=True) does not look at the sizes of
+the archive's records, so a tensor could reach into other records, or read compressed ones as if they were numbers.
+
+The pickle is walked with a stand-in for every global: nothing of it is imported or run.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.errors import CheckpointError
+
+REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+LEGACY = b"\x80\x02"  # a bare pickle
+_STORAGE_BYTES = {
+    "DoubleStorage": 8,
+    "FloatStorage": 4,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+    "UntypedStorage": 1,
+}
+
+
+def check_outline(path: Path) -> None:
+    """CheckpointError if a .pt file is no plain archive, or if one of its tensors reaches beyond its own record."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(_not_an_archive(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(path, archive)
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise CheckpointError(f"{path}: no record data.pkl; not a file that torch.save wrote.")
+            folder = pickled.removesuffix("data.pkl")
+            sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
+            problem = next(_problems(_Walker(io.BytesIO(archive.read(pickled))).tensors(), sizes), None)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged directory or pickle raises anything
+        raise CheckpointError(damaged(path, error)) from error
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}. The file is damaged, or was made to mislead; it was refused.")
+
+
+def check_stored(path: Path, archive: zipfile.ZipFile) -> None:
+    """CheckpointError if a record is compressed: torch never writes one, and what it unpacks to has no bound."""
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise CheckpointError(
+                f"{path}: record {record.filename} is compressed ({record.compress_size} to {record.file_size} bytes); "
+                "torch.save stores records as they are. Unpack the file and store it again, without compression."
+            )
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """A message for a file that cannot be read."""
+    why = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+    return (
+        f"{path}: damaged or truncated ({path.stat().st_size} bytes): {why}. Copy the file again from where "
+        "it was written, or use another tag."
+    )
+
+
+def _not_an_archive(path: Path) -> str:
+    with open(path, "rb") as stream:
+        first = stream.read(2)
+    if first == LEGACY:
+        return (
+            f"{path}: in the format of torch before 1.6, which cannot be mapped or read in parts; load it where you trust it "
+            "and torch.save it again."
+        )
+    return damaged(path, ValueError("not a whole archive of torch.save"))
+
+
+class _StandIn:
+    """Takes the place of whatever a pickle names; takes anything, does nothing."""
+
+    name = ""
+
+    def __init__(self, *arguments: Any, **_: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Nothing."""
+
+    def extend(self, values: Any) -> None:
+        """Nothing."""
+
+    def __call__(self, *arguments: Any) -> _StandIn:
+        return self
+
+
+class _Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle's numbering asks for
+    """Collects the storage, offset, size and strides of each tensor in a pickle."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self._found: list[tuple[Any, ...]] = []
+
+    def tensors(self) -> list[tuple[Any, ...]]:
+        """(persistent id of the storage, offset, size, strides) of each."""
+        self.load()
+        return self._found
+
+    def find_class(self, module: str, name: str) -> type[_StandIn]:
+        """A stand-in that remembers its name, and tensors that are built."""
+        full, found = f"{module}.{name}", self._found
+
+        def built(one: _StandIn, *arguments: Any, **_: Any) -> None:
+            if full in REBUILDS:
+                found.append((arguments[0].arguments[0], *arguments[1:4]))
+
+        return type(name, (_StandIn,), {"name": name, "__init__": built})
+
+    def persistent_load(self, identity: Any) -> _StandIn:
+        """A storage."""
+        return _StandIn(identity)
+
+
+def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Iterator[str]:
+    for (_, storage, key, _, numel), offset, size, strides, *more in tensors:
+        record = f"data/{key}"
+        held = numel * _itemsize(storage.name)
+        if record not in sizes:
+            yield f"record {record} is missing"
+            continue
+        if held > sizes[record]:
+            yield f"record {record} has {sizes[record]} bytes, a tensor expects {held} there"
+        # The third version of the call names the dtype, its storage counts bytes.
+        available = held // (_itemsize(more[2].name) if len(more) > 2 else _itemsize(storage.name))
+        elements = math.prod(size)
+        last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
+        if min((offset, *size, *strides)) < 0 or (elements and last >= available):
+            yield f"a tensor of shape {list(size)} reaches beyond the {available} elements of record {record}"
+        elif elements > available:
+            yield f"a tensor of shape {list(size)} repeats the {available} elements of record {record}"
+
+
+def _itemsize(name: str) -> int:
+    """Bytes of an element of a storage class or a dtype of torch."""
+    if name in _STORAGE_BYTES:
+        return _STORAGE_BYTES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype.itemsize

@@ -1,0 +1,147 @@
+"""Untrusted .pt files: what torch.load(mmap=True) would read past its bounds, unpack without bound, or fail over."""
+
+import tracemalloc
+import zipfile
+
+import pytest
+import torch
+
+from incr_ds.errors import CheckpointError
+from incr_ds.source.unpickle import load_pt
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two tensors of 48 bytes, in records of their own."""
+    torch.save({"w": torch.arange(12.0).view(3, 4), "secret": torch.full((12,), 7.0)}, tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+def rewrite(path, change, compression=zipfile.ZIP_STORED):
+    """The archive again, with its pickle changed."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
+
+
+MISLEADING = {
+    "into the next record": (b"K\x0ct", b"K\x60t", r"record data/0 has 48 bytes, a tensor expects 384 there"),
+    "past the file": (
+        b"K\x0ct",
+        b"J\xff\xff\xff\x7ft",
+        r"record data/0 has 48 bytes, a tensor expects 8589934588 there",
+    ),
+    "shape": (
+        b"K\x03K\x04\x86",
+        b"K\x03K\x05\x86",
+        r"a tensor of shape \[3, 5\] reaches beyond the 12 elements of rec",
+    ),
+    "offset": (b"QK\x00K\x03", b"QK\x05K\x03", r"a tensor of shape \[3, 4\] reaches beyond the 12 elements"),
+    "negative offset": (b"QK\x00K\x03", b"QJ\xff\xff\xff\xffK\x03", r"reaches beyond the 12 elements"),
+    "strides": (b"K\x04K\x01\x86", b"K\x05K\x01\x86", r"a tensor of shape \[3, 4\] reaches beyond the 12 elements"),
+    "repeated": (
+        b"K\x0c\x85q\x11K\x01\x85",
+        b"J\x00\x00\x00\x40\x85q\x11K\x00\x85",
+        r"\[1073741824\] repeats the 12 el",
+    ),
+    "record": (b"X\x01\x00\x00\x001q", b"X\x01\x00\x00\x009q", r"record data/9 is missing"),
+    "path": (b"X\x01\x00\x00\x001q", b"X\x05\x00\x00\x00../..q", r"record data/\.\./\.\. is missing"),
+}
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+def test_no_tensor_reaches_beyond_its_record(saved, name):
+    old, new, message = MISLEADING[name]
+    rewrite(saved, lambda pickled: pickled)
+    assert load_pt(saved)["w"][2, 3] == 11
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.read("a/data.pkl").count(old) >= 1
+    rewrite(saved, lambda pickled: pickled.replace(old, new, 1))
+    for trust in (False, True):
+        with pytest.raises(CheckpointError, match=rf"a\.pt: .*{message}.* was made to mislead; it was refused"):
+            load_pt(saved, trust=trust)
+
+
+def test_compressed_records_are_refused(saved):
+    """torch would read the compressed bytes as numbers; a pickle may unpack to a thousand times its size."""
+    rewrite(saved, lambda pickled: pickled + b"N0" * 5_000_000, zipfile.ZIP_DEFLATED)
+    assert saved.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=r"record a/data\.pkl is compressed \(\d+ to \d+ bytes\)"):
+        load_pt(saved)
+
+
+BROKEN = {
+    "marks": b"\x80\x02" + b"(" * 100_000 + b".",
+    "no value": b"\x80\x02.",
+    "memo": b"\x80\x02h\x07.",
+    "unhashable": b"\x80\x02}}K\x01s.",
+    "text": b"\x80\x02X\x02\x00\x00\x00\xff\xff.",
+    "numbering": b"\x80\x02Nr\xff\xff\xff\x7f0(" + b".",
+    "length": b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    "cut": b"\x80\x02}(X\x01\x00\x00\x00w",
+    "called": b"\x80\x02K\x05)R.",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pickles_are_damage(saved, name):
+    rewrite(saved, lambda _: BROKEN[name])
+    with pytest.raises(CheckpointError, match=r"a\.pt: (damaged or truncated|refers to an object)"):
+        load_pt(saved)
+
+
+@pytest.mark.parametrize("name", ["numbering", "length"])
+def test_numbers_in_a_pickle_reserve_nothing(saved, name):
+    rewrite(saved, lambda _: BROKEN[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="damaged or truncated"):
+            load_pt(saved)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_kinds_of_tensors(tmp_path):
+    """What torch itself saves passes: dtypes with and without storage classes, views, scalars, parameters, nothing."""
+    whole = torch.arange(24.0).view(4, 6)
+    content = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 5),
+        "view": whole[1:3, 2:4],
+        "transposed": whole.t(),
+        "parameter": torch.nn.Parameter(torch.ones(2, 3)),
+        "grown": torch.ones(5).expand(1, 5),
+        "half": torch.ones(3, dtype=torch.float16),
+        "long": torch.arange(3),
+        "flags": torch.ones(3, dtype=torch.bool),
+        "eight": torch.ones(3, 2).to(torch.float8_e4m3fn),
+        "unsigned": torch.ones(7, dtype=torch.uint16),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        "shape": torch.Size((3, 4)),
+    }
+    torch.save(content, tmp_path / "a.pt")
+    found = load_pt(tmp_path / "a.pt")
+    for name, tensor in content.items():
+        if isinstance(tensor, torch.Tensor):
+            bits = [one.contiguous().view(torch.uint8) if one.dim() else one for one in (found[name], tensor)]
+            assert found[name].dtype == tensor.dtype and torch.equal(*bits), name
+
+
+def test_old_formats_are_named(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"old\.pt: in the format of torch before 1\.6.*torch\.save it again"):
+        load_pt(tmp_path / "old.pt")
+    for content in (b"", b"text", b"PK\x03\x04"):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(
+            CheckpointError, match=rf"damaged or truncated \({len(content)} bytes\): not a whole archive"
+        ):
+            load_pt(tmp_path / "bad.pt")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("a/text", "hello")
+    with pytest.raises(CheckpointError, match=r"no record data\.pkl; not a file that torch\.save wrote"):
+        load_pt(tmp_path / "other.pt")
