@@ -19,7 +19,7 @@ import torch
 from incr_ds.errors import CheckpointError
 
 REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
-LEGACY = b"\x80\x02"  # a bare pickle
+ARCHIVE, LEGACY = b"PK", b"\x80\x02"  # first bytes of a zip archive, and of a bare pickle
 _STORAGE_BYTES = {
     "DoubleStorage": 8,
     "FloatStorage": 4,
@@ -39,10 +39,10 @@ _STORAGE_BYTES = {
 
 def check_outline(path: Path) -> None:
     """CheckpointError if a .pt file is no plain archive, or if one of its tensors reaches beyond its own record."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         raise CheckpointError(_not_an_archive(path))
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened_archive(path) as archive:
             check_stored(path, archive)
             pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if pickled is None:
@@ -52,10 +52,23 @@ def check_outline(path: Path) -> None:
             problem = next(_problems(_Walker(io.BytesIO(archive.read(pickled))).tensors(), sizes), None)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged directory or pickle raises anything
+    except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(damaged(path, error)) from error
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. The file is damaged, or was made to mislead; it was refused.")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as a zip archive, whole or not."""
+    return _first_bytes(path) == ARCHIVE
+
+
+def opened_archive(path: Path) -> zipfile.ZipFile:
+    """The archive of a .pt file; CheckpointError if its directory is damaged."""
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # a damaged directory raises anything
+        raise CheckpointError(damaged(path, error)) from error
 
 
 def check_stored(path: Path, archive: zipfile.ZipFile) -> None:
@@ -78,14 +91,17 @@ def damaged(path: Path, error: Exception) -> str:
 
 
 def _not_an_archive(path: Path) -> str:
-    with open(path, "rb") as stream:
-        first = stream.read(2)
-    if first == LEGACY:
+    if _first_bytes(path) == LEGACY:
         return (
             f"{path}: in the format of torch before 1.6, which cannot be mapped or read in parts; load it where you trust it "
             "and torch.save it again."
         )
-    return damaged(path, ValueError("not a whole archive of torch.save"))
+    return damaged(path, ValueError("not an archive of torch.save"))
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(2)
 
 
 class _StandIn:

@@ -10,6 +10,8 @@ from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint, wei
 from incr_ds.source.universal import UniversalCheckpoint
 from incr_ds.source.zero import ZeroCheckpoint
 
+_LONGEST_TAG = 200  # bytes
+
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
@@ -36,7 +38,7 @@ def open_source(
 
 def _latest(path: Path) -> str:
     for latest in _tag_files(path):
-        return latest.read_text(encoding="utf-8").strip()
+        return _tag_in(latest)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     if list(path.glob("*_optim_states.pt")):
         raise CheckpointError(f"{path}: this is a tag folder; give its parent and --tag {path.name}.")
@@ -44,6 +46,20 @@ def _latest(path: Path) -> str:
         f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder ({SINGLE} or {INDEX}); "
         f"found {found}."
     )
+
+
+def _tag_in(latest: Path) -> str:
+    """The tag that a file names: a folder beside it, nowhere else."""
+    with open(latest, "rb") as stream:
+        content = stream.read(_LONGEST_TAG + 1)
+    tag = content.decode("utf-8", errors="replace").strip()
+    is_plain = tag.isprintable() and "\ufffd" not in tag and not {"", ".", ".."} & set(tag.split("/"))
+    if len(content) > _LONGEST_TAG or not is_plain:
+        raise CheckpointError(
+            f"{latest}: expected the name of a folder beside it, found {tag[:40]!r}; the file is damaged. Name the tag with "
+            "--tag."
+        )
+    return tag
 
 
 def _tag_files(path: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
-from incr_ds.source.outline import check_stored
+from incr_ds.source.outline import check_stored, is_archive, opened_archive
 from incr_ds.source.unpickle import stubs_alone
 
 
@@ -19,15 +19,15 @@ def check_records(path: Path) -> None:
 
     Files older than torch's zip format have no checksums, and files saved without them say zero: both pass.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return
-    with zipfile.ZipFile(path) as archive:
+    with opened_archive(path) as archive:
         check_stored(path, archive)
         for record in archive.infolist():
             try:
                 if record.CRC:
                     _read(archive, record)
-            except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # a damaged header raises anything
                 raise CheckpointError(
                     f"{path}: {_named(path, record.filename)} is damaged ({error}). Copy the file again from where it was "
                     "written, or use another tag."
