@@ -158,6 +158,8 @@ def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{where}: {field}: expected a positive whole number, found {value!r}.")
     sizes = {axis: value for axis, (_, value) in stated.items()}
+    if missing := [field for axis, field in family.axes.items() if axis not in sizes and axis not in family.derived]:
+        raise ConfigError(f"{where}: {missing[0]}: missing; a {family.model_type} config states it.")
     for axis, rule in family.derived.items():
         if axis not in sizes:
             sizes[axis] = _derive(rule, sizes, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from incr_ds.source.unpickle import load_pt
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _COMPARED_ROWS = 1024  # at once
+_PLAIN_NAME = re.compile(r"[^/\0]{1,243}\.(safetensors|bin)")
 # In the order in which transformers looks for them.
 CONTENTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -117,12 +119,13 @@ def _tensor_files(contents: Path, trust: bool) -> Mapping[str, Path]:
 def _indexed_files(index: Path, trust: bool) -> Mapping[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        items = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards (no weight_map): {error}") from error
     files = {}
-    for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: {name}: {file!r} is not a plain file name; refused.")
+    for name, file in items:
+        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
+            raise CheckpointError(f"{index}: {name}: {str(file)[:80]!r} is not a plain file name; refused.")
         files[name] = index.with_name(file)
     listed: dict[Path, set[str]] = {}
     for name, path in files.items():

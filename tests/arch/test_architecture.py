@@ -137,6 +137,7 @@ def test_biases_follow_the_config():
             r"num_attention_heads 8 is not a multiple of num_key_value_heads 3; with 8 query heads, "
             r"num_key_value_heads can be 1, 2, 4, 8",
         ),
+        ({"hidden_size": None}, r"test: hidden_size: missing; a llama config states it|transformers refuses"),
         ({"hidden_size": "wide"}, r"transformers refuses this llama config: .*hidden_size"),
     ],
 )

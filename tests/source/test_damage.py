@@ -41,7 +41,7 @@ def damage(content, draw):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(50 * ROUNDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(20 * ROUNDS, marks=pytest.mark.slow)])
 def test_damage_is_a_message_or_nothing(tmp_path, layout, rounds):
     """Without a manifest, as DeepSpeed leaves its checkpoints."""
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), **LAYOUTS[layout])

@@ -78,6 +78,14 @@ def test_truncated_shard(written, keep):
         open_source(folder)
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0.bin", "x" * 300 + ".bin", "config.json", 5, None, ["a"]])
+def test_index_with_other_names(written, name):
+    folder, _ = written()
+    change_index(folder, lambda files: files.update({"lm_head.weight": name}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: .* is not a plain file name; refused"):
+        open_source(folder)
+
+
 def test_index_that_points_outside(written):
     folder, _ = written()
     change_index(folder, lambda files: files.update({"lm_head.weight": "../elsewhere.safetensors"}))
