@@ -50,6 +50,9 @@ class WidthRecipe(Settings):
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
     config's) or with ``constant``.
 
+    ``order`` is that of copied residual positions and FFN neurons: the whole old axis again and again (0 1 2 0 1 2), or each
+    position beside its copies (0 0 1 1 2 2).
+
     ``copies_from`` says which layer the copies beyond the first of FFN units, heads and residual positions are of, in what
     a layer's matrices produce: its own, or the next one (bert2BERT's advanced knowledge initialization; the last layer
     copies itself). The latter does not keep the function.
@@ -60,6 +63,7 @@ class WidthRecipe(Settings):
     constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
+    order: Literal["tile", "interleave"] = "tile"
     copies_from: Literal["own-layer", "next-layer"] = "own-layer"
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
 

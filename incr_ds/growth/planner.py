@@ -67,8 +67,10 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
 
 def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRecipe) -> dict[str, AxisGrowth]:
     old, width, family = source.sizes, recipe.width, source.family
-    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed)
-    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new)
+    hidden = grow_hidden(
+        width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed, width.order
+    )
+    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new, width.order)
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
     heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
