@@ -44,9 +44,11 @@ def test_transformers_writes_and_loads(request_for, family):
 
 
 def test_families_without_training_modules_have_no_parallel_layout(request_for):
-    with pytest.raises(LayoutError, match="gpt2 has no tensor- or pipeline-parallel form here; use tensor_parallel: 1"):
-        incr_ds.plan_request(request_for("gpt2", "{tensor_parallel: 2}"))
-    plain = request_for("gpt2", "{}")
+    with pytest.raises(
+        LayoutError, match="gemma2 has no tensor- or pipeline-parallel form here; use tensor_parallel: 1"
+    ):
+        incr_ds.plan_request(request_for("gemma2", "{tensor_parallel: 2}"))
+    plain = request_for("gemma2", "{}")
     incr_ds.grow_checkpoint(incr_ds.plan_request(plain))
     assert incr_ds.open_source(plain.output).facts.kind == "DeepSpeed ZeRO-1"
 

@@ -62,7 +62,7 @@ class Architecture:
 
     def _spec(self, item: TensorDeclaration, layer: int | None) -> TensorSpec:
         template, _, inside = item.name.partition("{layer}.")
-        local_name = inside if layer is not None else template.removeprefix("model.")
+        local_name = inside if layer is not None else template.removeprefix(f"{self.family.base}.")
         dims = tuple(Dimension(dim.use, dim.parts, sum(map(self._size, dim.parts))) for dim in item.dims)
         tied_to = item.tied_to if self.tied else None
         name = item.name.format(layer=layer)

@@ -16,7 +16,7 @@ from incr_ds.arch.family import families
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
-from incr_ds.errors import LayoutError
+from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.attention import check_attention
@@ -107,6 +107,12 @@ def _check_trains(architecture: Architecture) -> None:
         raise LayoutError(
             f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
         )
+    for field, value in architecture.family.trains_with.items():
+        if architecture.config[field] != value:
+            raise ConfigError(
+                f"{field} is {architecture.config[field]!r}; {architecture.family.model_type} is trained here with {value!r} "
+                "only. Set it in the model's config.json."
+            )
 
 
 def _choose_kernels(request: ModelRequest) -> None:
@@ -135,6 +141,7 @@ def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Tea
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
     check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+    _check_trains(architecture)
     weights = CheckpointWeights(request.teacher)
     return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
 
