@@ -29,6 +29,13 @@ class Architecture:
         return bool(self.config["tie_word_embeddings"])
 
     @property
+    def logit_softcap(self) -> float | None:
+        """The c of logits c tanh(z / c), or None where they are the product z itself."""
+        field = self.family.logit_softcap
+        cap = None if field is None else self.config[field]
+        return None if cap is None else float(cap)
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self.sizes["layers"]

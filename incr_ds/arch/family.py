@@ -74,9 +74,10 @@ class Family(Settings):
     often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``buffers`` are endings of names
     that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal
     language model, which a config.json names. ``trains``: this package builds the family's modules, and cuts them into
-    pipeline stages. ``uncut`` says why it does not cut them over tensor ranks, if so; ``trains_with`` are config fields that a
-    model has these values of to be trained. ``embedding_dropout`` is the config field of the dropout on the embedding's output;
-    ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
+    pipeline stages. ``uncut`` says why it does not cut them over tensor ranks, if so; ``trains_with`` are config fields
+    that a model has these values of to be trained. ``embedding_dropout`` is the config field of the dropout on the embedding's
+    output, ``logit_softcap`` that of the cap on the logits; ``fresh_writers: scaled`` divides the deviation of fresh writers
+    by sqrt(2 layers).
     """
 
     model_type: str
@@ -87,6 +88,7 @@ class Family(Settings):
     norm: Literal["rms", "layer"] = "rms"
     embedding_scale: Literal["sqrt-hidden"] | None = None
     embedding_dropout: str | None = None
+    logit_softcap: str | None = None
     fresh_writers: Literal["scaled"] | None = None
     equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]

@@ -14,6 +14,7 @@ TRAINED_BESIDE = (
     "phi3",
     "olmo2",
     "gemma3_text",
+    "gemma2",
 )  # small models of these: incr_ds.testing.memory
 
 

@@ -29,6 +29,9 @@ CASES = {
     "phi3-zero1": Case("phi3", tied=True, data=2),
     "olmo2-pipeline": Case("olmo2", tied=False, pipeline=2, accumulation=2),
     "gemma3-pipeline": Case("gemma3_text", tied=True, pipeline=2, accumulation=2),
+    "gemma2-pipeline": Case("gemma2", tied=True, pipeline=2, accumulation=2),
+    "gemma2-tensor": Case("gemma2", tied=True, tensor=2),
+    "gemma2-zero3": Case("gemma2", tied=True, data=2, zero=3),
     "gemma3-tensor": Case("gemma3_text", tied=True, tensor=2),
     "olmo2-zero3": Case("olmo2", tied=True, data=2, zero=3),
 }

@@ -45,13 +45,19 @@ class Case:
         return self.accumulation * self.data
 
     def run(self):
+        attention = "eager" if self.family == "gemma2" else "sdpa"
         layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline}
         return pico_run(
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
             optimizer=OPTIMIZER,
             precision=self.precision,
-            model={"config": "pico", "activation_checkpointing": self.recompute, "freeze": list(self.freeze)},
+            model={
+                "config": "pico",
+                "activation_checkpointing": self.recompute,
+                "freeze": list(self.freeze),
+                "attention": attention,
+            },
             distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
             loss={"z_loss": self.z_loss},
         )
@@ -62,6 +68,7 @@ CHANGES = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "opt": {"dropout": 0.0},
     "gemma3_text": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
 }
 
 
