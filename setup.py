@@ -40,7 +40,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["incr_ds", "incr_ds.*"]),
     package_data={
-        "incr_ds.arch": ["families/*.yaml", "training_codes/*.yaml"],
+        "incr_ds.arch": ["families/*.yaml", "families/mixtures/*.yaml", "training_codes/*.yaml"],
         "incr_ds.config": ["methods.yaml"],
         "incr_ds": ["py.typed"],
         "incr_ds.kernels": ["*.cu", "*.cuh"],

@@ -29,13 +29,23 @@ def growth_table(planned: PlannedGrowth) -> Table:
     for heading in ("", "source", "target", "how"):
         table.add_column(heading, justify="left" if heading in ("", "how") else "right")
     for axis in _stated_sizes(plan.target):
-        old, new = plan.source.sizes[axis], plan.target.sizes[axis]
-        how = _depth_text(planned) if axis == "layers" else _axis_text(plan.axes[axis])
-        table.add_row(plan.target.family.axes[axis], f"{old:,}", f"{new:,}", how)
+        old, new = plan.source.sizes.get(axis), plan.target.sizes[axis]
+        table.add_row(
+            plan.target.family.axes[axis], "none" if old is None else f"{old:,}", f"{new:,}", _how(planned, axis)
+        )
     table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
     return table
+
+
+def _how(planned: PlannedGrowth, axis: str) -> str:
+    experts = planned.plan.experts
+    if axis == "layers":
+        return _depth_text(planned)
+    if experts is not None and axis in ("ffn", "experts"):
+        return {"ffn": "of each expert", "experts": experts.method}[axis]
+    return _axis_text(planned.plan.axes[axis])
 
 
 def suggestion_table(found: Sequence[Suggestion]) -> Table:

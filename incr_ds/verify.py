@@ -35,6 +35,10 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds, for those who compare only
 
     architecture = checkpoint.architecture
+    if architecture.family.upcycles:
+        # transformers joins the experts' tensors as it loads a folder; its grouped products refuse some sizes.
+        path, eager = checkpoint.facts.path, {"experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **eager).eval()
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     owned = dict(model.named_parameters())
@@ -80,10 +84,10 @@ def random_batches(vocab_size: int, samples: int, length: int, seed: int = 0) ->
 
 def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The first ``samples`` runs of ``length`` tokens of a Megatron data set (documents joined as they come)."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     if not prefix.with_name(prefix.name + ".idx").is_file():
         raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without its ending.")
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     dataset = IndexedDataset(str(prefix))
     found: list[torch.Tensor] = []
     held = torch.empty(0, dtype=torch.long)

@@ -47,6 +47,22 @@ def test_transformers_writes_and_loads(request_for, family):
         torch.testing.assert_close(model(tokens[0]).logits, source(tokens[0]).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dense", "mixture", "ffn"), [("llama", "mixtral", 250), ("qwen3", "qwen3_moe", 125)])
+def test_a_mixture_is_published_and_proved(request_for, dense, mixture, ffn):
+    request = request_for(dense)
+    field, new = ("intermediate_size", "copy") if ffn == 250 else ("moe_intermediate_size", "virtual-groups")
+    target = (
+        f"{{model_type: {mixture}, num_local_experts: 6, num_experts_per_tok: 2, {field}: {ffn}, hidden_size: 150}}"
+    )
+    layout = "layout: {format: huggingface}\noptimizer: reset\nexact: required\n"
+    request.recipe.write_text(f"target: {target}\nexperts: {{new: {new}}}\n{layout}")
+    incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+    source, grown = incr_ds.open_source(request.source), incr_ds.open_source(request.output)
+    assert grown.architecture.sizes["experts"] == 6 and grown.architecture.sizes["ffn"] == ffn
+    compared = incr_ds.compare(source, grown, random_batches(101, 2, 12))
+    assert compared.relative_difference <= 2e-5
+
+
 def test_families_without_training_modules_have_no_parallel_layout():
     known = small_architecture("gpt2")
     untrained = replace(known, family=known.family.model_copy(update={"trains": False}))

@@ -283,3 +283,38 @@ def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert verify_manifest(tmp_path / "out")
     assert not list(tmp_path.glob(".out.incomplete-*")), "what the killed run left is cleaned up"
+
+
+def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_path):
+    """As many tokens as stated, of the source's vocabulary, through both models; more than the budget is not loaded."""
+    layout = {"format": "huggingface"}
+    grow = (
+        "--source",
+        source["huggingface"],
+        "--recipe",
+        recipe(width={"hidden": "random"}, optimizer="reset", layout=layout),
+    )
+    missing = run_tool("grow_checkpoint", *grow, "--output", tmp_path / "out", "--data", tmp_path / "text")
+    assert missing.returncode == 2 and "text.idx: missing" in missing.stderr and not (tmp_path / "out").exists()
+    done = run_tool("grow_checkpoint", *grow, "--output", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["step_0"]
+    vocab = open_source(source["huggingface"]).architecture.sizes["vocab"]
+    batches = random_batches(vocab, 8, 128)
+    expected = compare(open_source(source["huggingface"]), open_source(tmp_path / "out"), batches)
+    assert found["target_loss"] == pytest.approx(expected.target_loss) and found["tokens"] == 8 * 127
+    again = run_tool("grow_checkpoint", *grow, "--output", tmp_path / "again")
+    change = expected.target_loss - expected.source_loss
+    assert f"{change:+.4f}, over 1016 tokens drawn at random (--data names a data set)" in again.stdout
+
+
+def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path):
+    from grow_checkpoint import _described, _step_0
+
+    from incr_ds.grow import GrowthRequest, plan_request
+
+    path = recipe(width={"hidden": "random"}, optimizer="reset", layout={"format": "huggingface"})
+    planned = plan_request(GrowthRequest(source["huggingface"], path, tmp_path / "out", memory_budget=1000))
+    needed = 4 * (planned.source.architecture.num_parameters + planned.plan.target.num_parameters)
+    assert _step_0(planned, None) == {"needed_bytes": needed}
+    assert f"not measured; both models in memory need {needed:,} bytes" in _described({"needed_bytes": needed}, None)

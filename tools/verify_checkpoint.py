@@ -37,7 +37,7 @@ def main(
     passed = True
     if against:
         source = open_source(against, trust=trust)
-        vocab = checkpoint.architecture.sizes["vocab"]
+        vocab = source.architecture.sizes["vocab"]
         batches = data_batches(data, samples, length) if data else random_batches(vocab, samples, length)
         comparison = compare(source, checkpoint, batches)
         exact = bool(manifest["facts"].get("exact", True)) if manifest else True

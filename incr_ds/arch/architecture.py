@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Architecture:
         in_layers = [item for item in present if "{layer}" in item.name]
         first = present.index(in_layers[0])
         specs += [self._spec(item, None) for item in present[:first]]
-        specs += [self._spec(item, layer) for layer in range(self.num_layers) for item in in_layers]
+        specs += [spec for layer in range(self.num_layers) for spec in self._layer(in_layers, layer)]
         specs += [self._spec(item, None) for item in present[first + len(in_layers) :]]
         return tuple(specs)
 
@@ -67,13 +68,24 @@ class Architecture:
         """Number of stored elements."""
         return sum(spec.numel for spec in self.stored)
 
-    def _spec(self, item: TensorDeclaration, layer: int | None) -> TensorSpec:
+    def _layer(self, items: list[TensorDeclaration], layer: int) -> Iterator[TensorSpec]:
+        """The tensors of one layer; those of a mixture's experts expert by expert."""
+        for several, group in groupby(items, key=lambda item: "{expert}" in item.name):
+            members = list(group)
+            for expert in range(self.sizes["experts"]) if several else (None,):
+                yield from (self._spec(item, layer, expert) for item in members)
+
+    def _spec(self, item: TensorDeclaration, layer: int | None, expert: int | None = None) -> TensorSpec:
         template, _, inside = item.name.partition("{layer}.")
+        inside = inside.format(expert=expert)
         local_name = inside if layer is not None else template.removeprefix(f"{self.family.base}.")
         dims = tuple(Dimension(dim.use, dim.parts, sum(map(self._size, dim.parts))) for dim in item.dims)
         tied_to = item.tied_to if self.tied else None
-        name = item.name.format(layer=layer)
-        return TensorSpec(name, local_name, layer, dims, item.role, tied_to, float(item.offset), item.saved_as)
+        name = item.name.format(layer=layer, expert=expert)
+        origin = item.grown_from and item.grown_from.format(layer=layer)
+        return TensorSpec(
+            name, local_name, layer, dims, item.role, tied_to, float(item.offset), item.saved_as, expert, origin
+        )
 
     def _size(self, part: tuple[str, ...]) -> int:
         return math.prod(int(axis) if axis.isdigit() else self.sizes[axis] for axis in part)

@@ -13,6 +13,7 @@ from incr_ds.config.fields import Settings, parse_settings, read_yaml
 from incr_ds.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "families"
+MIXTURES = FOLDER / "mixtures"
 
 # Fields of every transformers config that do not change what the model computes.
 WITHOUT_EFFECT = frozenset(
@@ -39,6 +40,7 @@ class TensorDeclaration(Settings):
     tied_to: str | None = None
     offset: int = 0
     saved_as: str | None = None
+    grown_from: str | None = None
 
     @field_validator("dims", mode="before")
     @classmethod
@@ -66,18 +68,26 @@ class ConfigDeclaration(Settings):
     without_effect: list[str] = Field(default_factory=list)
 
 
+class DenseOrigin(Settings):
+    """A dense family that a mixture is made from: its config fields that the mixture lacks, ``only`` supported at one value
+    each, or there ``without_effect``."""
+
+    only: dict[str, Any] = Field(default_factory=dict)
+    without_effect: list[str] = Field(default_factory=list)
+
+
 class Family(Settings):
     """A model family: its axes (name -> config field), tensors and config fields.
 
     ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
-    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``buffers`` are endings of names
-    that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal
-    language model, which a config.json names. ``trains``: this package builds the family's modules, and cuts them into
-    pipeline stages. ``uncut`` says why it does not cut them over tensor ranks, if so; ``trains_with`` are config fields
-    that a model has these values of to be trained. ``embedding_dropout`` is the config field of the dropout on the embedding's
-    output, ``logit_softcap`` that of the cap on the logits; ``fresh_writers: scaled`` divides the deviation of fresh writers
-    by sqrt(2 layers).
+    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``upcycles`` are the dense families
+    that a mixture of experts is made from. ``buffers`` are endings of names that old checkpoints hold and that follow from
+    the config. ``class_name`` is transformers' causal language model, which a config.json names. ``trains``: this package
+    builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
+    ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained. ``embedding_dropout`` is the
+    config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on the logits;
+    ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
 
     model_type: str
@@ -93,6 +103,7 @@ class Family(Settings):
     equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
+    upcycles: dict[str, DenseOrigin] = Field(default_factory=dict)
     buffers: list[str] = Field(default_factory=list)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration
@@ -135,14 +146,24 @@ def _read(path: Path) -> Family:
     return parse_settings(read_yaml(path), Family, str(path))
 
 
+@cache
+def _mixtures() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(MIXTURES.glob("*.yaml"))}
+
+
 def families() -> dict[str, Family]:
-    """Every family shipped, by model_type."""
+    """Every dense family shipped, by model_type."""
     return {name: _read(path) for name, path in _shipped().items()}
+
+
+def mixtures() -> dict[str, Family]:
+    """Every family of mixtures of experts, by model_type: dense models are grown into them."""
+    return {name: _read(path) for name, path in _mixtures().items()}
 
 
 def family_of(model_type: Any, where: str) -> Family:
     """The family of a config's model_type; ConfigError with the known ones otherwise."""
-    known = _shipped()
+    known = {**_shipped(), **_mixtures()}
     if model_type not in known:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(known)}. "

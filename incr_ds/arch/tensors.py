@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Use = Literal["out", "in", "raw", "scale", "shift", "post", "lookup"]
-Role = Literal["embedding", "positions", "reader", "writer", "norm", "post_norm", "final_norm", "inner", "inner_norm"]
+Role = Literal[
+    "embedding", "positions", "reader", "writer", "norm", "post_norm", "final_norm", "inner", "inner_norm", "router"
+]
 READS = ("in", "raw")
 
 
@@ -43,6 +45,7 @@ class TensorSpec:
     ``name`` is the Hugging Face name, ``local_name`` the name inside its own layer, ``layer`` the decoder layer it
     belongs to (None outside the decoder), ``tied_to`` the name of the tensor that it shares its storage with. A norm's
     weight is used as ``offset`` + weight. ``saved_as`` is the name in a Hugging Face folder where it is not ``name``.
+    ``expert`` is the one of a mixture that it belongs to, ``grown_from`` the dense model's tensor that it is made of.
     """
 
     name: str
@@ -53,6 +56,8 @@ class TensorSpec:
     tied_to: str | None = None
     offset: float = 0.0
     saved_as: str | None = None
+    expert: int | None = None
+    grown_from: str | None = None
 
     @property
     def saved_name(self) -> str:

@@ -90,6 +90,38 @@ class DepthRecipe(Settings):
         return self
 
 
+class ExpertsRecipe(Settings):
+    """How a dense FFN becomes the experts of a mixture (``target.model_type`` mixtral or qwen3_moe).
+
+    ``copy``: every expert is the FFN (sparse upcycling). ``virtual-groups``: each expert is one of several equal parts of
+    it, its output multiplied by their number, and the router scores the parts of a whole alike, so that it picks them
+    together. Both keep the function, since the shares of the chosen experts sum to 1. ``drop``: copies, in each of which a
+    share ``ratio`` of the neurons, drawn anew for each, starts from normal numbers of the mean and deviation of what it
+    replaces (drop-upcycling); it does not keep the function.
+    """
+
+    new: Literal["copy", "virtual-groups", "drop"] = "copy"
+    ratio: float = Field(default=0.5, gt=0.0, lt=1.0)
+
+
+class FittedAxis(Settings):
+    """Factors per new position of a width axis: on what is written there, and on how it is read."""
+
+    amplitude: list[float]
+    share: list[float]
+
+
+class FittedOperators(Settings):
+    """What tools/fit_growth.py found, on top of the recipe's own operators (after LiGO, Wang et al., arXiv 2303.00980).
+
+    ``axes`` holds factors of the axes that grow. ``layers`` lists for each target layer the source layers that its tensors
+    are a sum of, with their weights; empty: as the layer map has them.
+    """
+
+    axes: dict[str, FittedAxis] = Field(default_factory=dict)
+    layers: list[dict[int, float]] = Field(default_factory=list)
+
+
 class TargetLayout(ParallelLayout):
     """The layout on disk: ``deepspeed`` (its own ZeRO files for this very layout, moments included), ``universal``
     (DeepSpeed's one folder for every data-parallel size and ZeRO stage, moments included) or ``huggingface`` (weights only).
@@ -141,6 +173,8 @@ class GrowthRecipe(Settings):
     target: dict[str, Any]
     width: WidthRecipe = WidthRecipe()
     depth: DepthRecipe = DepthRecipe()
+    experts: ExpertsRecipe = ExpertsRecipe()
+    fitted: FittedOperators | None = None
     optimizer: Literal["exact", "keep", "reset-new", "reset"] = "exact"
     exact: Literal["required", "preferred"] = "preferred"
     layout: TargetLayout = TargetLayout()

@@ -53,6 +53,8 @@ class GrownTensors:
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
         spec = tensor.target
+        if tensor.start == "router":
+            return self._router(spec, bounds)
         if tensor.start == "identity":
             return _diagonal(bounds)
         if tensor.start == "zero":
@@ -66,6 +68,21 @@ class GrownTensors:
             grown = grown + torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
         grown = self._unlike_copies(tensor, grown, bounds)
         return self._fill_means(tensor, self._fill_fresh(spec, grown, bounds), bounds)
+
+    def _router(self, spec: TensorSpec, bounds: Bounds) -> torch.Tensor:
+        """Normal numbers of the config's deviation; the same row for all experts that make up one dense FFN."""
+        assert self.plan.experts is not None
+        shards, width, columns = self.plan.experts.shards, spec.shape[1], slice(*bounds[1])
+        groups = [expert // shards for expert in range(*bounds[0])]
+        seed, name = self.plan.recipe.width.symmetry_breaking.seed, f"{spec.name}/fresh"
+        rows = {group: normals(seed, name, group * width, width)[columns] for group in set(groups)}
+        return torch.from_numpy(np.stack([rows[group] for group in groups]) * self._deviation).float()
+
+    @property
+    def _deviation(self) -> float:
+        """Of fresh weights."""
+        target = self.plan.target
+        return self.plan.recipe.width.std or float(target.config[target.family.config.initializer])
 
     def _centred(self, tensor: TensorPlan, gathered: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """``gathered`` less its mean over the old residual stream, where the growth centres what writes to it."""
@@ -99,6 +116,9 @@ class GrownTensors:
 
     def _vector(self, kind: str, spec: TensorSpec, dimension: int) -> Vector:
         """A method of the plan, like ``index`` or ``value``, computed once per kind of dimension."""
+        if spec.expert is not None and spec.dims[dimension].outer_axis == "ffn":
+            # Another one for each expert: kept, they would take as much memory as a large tensor.
+            return np.asarray(getattr(self.plan, kind)(spec, dimension))
         key = (kind, spec.dims[dimension], spec.role == "final_norm")
         if key not in self._vectors:
             self._vectors[key] = getattr(self.plan, kind)(spec, dimension)
@@ -114,6 +134,8 @@ class GrownTensors:
 
     def _gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Source entries at each position of the part; further copies of what the tensor produces may come from above."""
+        if tensor.mix:
+            return self._mixed(tensor, state, bounds)
         own = self._gather_from(tensor.source, tensor, state, bounds)
         if tensor.above is None:
             return own
@@ -124,6 +146,12 @@ class GrownTensors:
         later = torch.from_numpy(masks[0])
         later = later[:, None] if produced[0] == 0 and len(bounds) == 2 else later
         return torch.where(later, self._gather_from(tensor.above, tensor, state, bounds), own)
+
+    def _mixed(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
+        """The weighted sum of several layers' entries; of a norm used as offset + weight, of what it is used as."""
+        parts = [weight * self._gather_from(name, tensor, state, bounds) for name, weight in tensor.mix]
+        excess = sum(weight for _, weight in tensor.mix) - 1.0
+        return torch.stack(parts).sum(dim=0) + excess * tensor.target.offset
 
     def _gather_from(self, source: str, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Entries of ``source`` at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
@@ -191,12 +219,28 @@ class GrownTensors:
         width, recipe = spec.shape[1], self.plan.recipe.width
         name = f"{spec.name}/fresh"
         drawn = normals(recipe.symmetry_breaking.seed, name, first * width, (stop - first) * width).reshape(-1, width)
-        deviation = recipe.std or float(self.plan.target.config[self.plan.target.family.config.initializer])
-        values: np.ndarray = drawn[:, columns] * deviation
+        values: np.ndarray = drawn[:, columns] * self._deviation
+        if spec.expert is not None:
+            mean, deviation = self._replaced(spec)
+            values = mean + drawn[:, columns] * deviation
         for kind, filled in (("constant", recipe.constant), ("silent", 0.0)):
             rows, read = (self._vector(kind, spec, d)[slice(*part)].astype(bool) for d, part in enumerate(bounds))
             values[rows[:, None] | read[None, :]] = filled
         return values
+
+    def _replaced(self, spec: TensorSpec) -> tuple[float, float]:
+        """Mean and deviation of the source's entries in whose place an expert's fresh ones stand."""
+        experts, source = self.plan.experts, self.plan.tensors[spec.name].source
+        assert experts is not None and spec.expert is not None
+        dropped = experts.dropped(spec.layer or 0, spec.expert)
+        along, first, total, squares, count = int(spec.dims[1].outer_axis == "ffn"), 0, 0.0, 0.0, 0
+        for portion in self._portions(source, "weight"):
+            inside = dropped[(dropped >= first) & (dropped < first + len(portion))] - first if along == 0 else dropped
+            found = portion.double().index_select(along, torch.from_numpy(inside)).numpy()
+            total, squares, count = total + float(found.sum()), squares + float((found**2).sum()), count + found.size
+            first += len(portion)
+        mean = total / count
+        return mean, math.sqrt(max(0.0, squares / count - mean**2))
 
     def _fresh_vector(self, spec: TensorSpec, part: tuple[int, int]) -> np.ndarray:
         """Norms start as one, biases as zero, unless they write the recipe's constant."""

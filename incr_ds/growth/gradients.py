@@ -18,11 +18,13 @@ def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | 
     """Norm of the target's gradient over that of the source's, on the same batch, right after the growth.
 
     A gradient's entries are multiplied as the plan says, and their size in the source is its Adam's: exp_avg_sq is the
-    mean of their squares. Of a new layer that writes nothing, only what starts at zero has a gradient, counted as in the layer it
-    copies; entries that copy nothing are not counted. None where nothing grows, where the target does not compute the
-    source's function, and where the source has taken no step. Reads every exp_avg_sq once for each tensor that copies it.
+    mean of their squares. Of a new layer that writes nothing, only what starts at zero has a gradient, counted as in the
+    layer it copies; entries that copy nothing are not counted. None where nothing grows, where the target does not compute
+    the source's function or has a new router, and where the source has taken no step. Reads every exp_avg_sq once for each
+    tensor that copies it.
     """
-    if not plan.grows or not plan.exact or not source.facts.step or "exp_avg_sq" not in source.facts.states:
+    known = plan.grows and plan.exact and plan.experts is None
+    if not known or not source.facts.step or "exp_avg_sq" not in source.facts.states:
         return None
     before = sum(
         _weighted_sum(source, spec.name, [np.ones(size) for size in spec.shape]) for spec in plan.source.stored

@@ -17,17 +17,19 @@ from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Fill, Vector, identity
 from incr_ds.growth.depth import LayerSource
+from incr_ds.growth.experts import ExpertGrowth
 
-Start = Literal["copy", "zero", "identity"]
+Start = Literal["copy", "zero", "identity", "router"]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """One target tensor: the source tensor it is grown from, and whether it is in an inserted layer.
 
-    ``start`` says what it holds: the source's values (``copy``), zeros, or ones on the diagonal. Beside what the axes
-    do, the values are multiplied by ``scale``, their gradient by ``gradient``. What the tensor produces beyond the first
-    copy of each unit comes from ``above``, the next layer's tensor, where that is given.
+    ``start`` says what it holds: the source's values (``copy``), zeros, ones on the diagonal, or a new router's. Beside what
+    the axes do, the values are multiplied by ``scale``, their gradient by ``gradient``. What the tensor produces beyond the first
+    copy of each unit comes from ``above``, the next layer's tensor, where that is given. ``mix``, if not empty, are source
+    tensors with weights, whose sum stands in ``source``'s place.
     """
 
     target: TensorSpec
@@ -37,6 +39,7 @@ class TensorPlan:
     scale: float = 1.0
     gradient: float = 1.0
     above: str | None = None
+    mix: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class GrowthPlan:
     """Everything that a growth does.
 
     ``axes`` holds the growth of each named axis, ``layers`` the layer map, ``inexact`` every reason why the target does
-    not compute the source's function, ``notes`` these and what else a user should know.
+    not compute the source's function, ``notes`` these and what else a user should know. ``experts`` is how the FFN becomes
+    those of a mixture.
     """
 
     recipe: GrowthRecipe
@@ -54,6 +58,7 @@ class GrowthPlan:
     layers: tuple[LayerSource, ...]
     inexact: tuple[str, ...]
     notes: tuple[str, ...]
+    experts: ExpertGrowth | None = None
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorPlan]:
@@ -74,14 +79,14 @@ class GrowthPlan:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
-        used = {name for plan in self.tensors.values() for name in (plan.source, plan.above)}
+        used = {name for plan in self.tensors.values() for name in (plan.source, plan.above, *dict(plan.mix))}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
         """Source position of each target position along a dimension, FRESH where there is none."""
         found, begin = [], 0
         for part in spec.dims[dimension].parts:
-            axes = [self._axis(name) for name in part]
+            axes = [self._axis(spec, name) for name in part]
             index = reduce(_spread, axes[1:], np.array(axes[0].index))
             found.append(np.where(index == FRESH, FRESH, index + begin))
             begin += int(np.prod([axis.old for axis in axes]))
@@ -164,12 +169,14 @@ class GrowthPlan:
             "notes": list(self.notes),
             "axes": {name: _described(axis) for name, axis in self.axes.items()},
             "layers": [asdict(layer) for layer in self.layers],
+            "experts": None if self.experts is None else asdict(self.experts),
             "tensors": [
                 {
                     "name": name,
                     "shape": plan.target.shape,
                     "source": plan.source,
                     "above": plan.above,
+                    "mix": list(plan.mix),
                     "start": plan.start,
                     "scale": plan.scale,
                 }
@@ -184,22 +191,35 @@ class GrowthPlan:
             scale = self._embedding_scale(spec)
             return TensorPlan(spec, spec.name, scale=scale, gradient=1.0 / scale)
         layer = self.layers[spec.layer]
-        source = spec.name.replace(f".{spec.layer}.", f".{layer.layer}.", 1)
+        if spec.role == "router":
+            return TensorPlan(spec, "", layer.is_new, "router")
+        source = (spec.grown_from or spec.name).replace(f".{spec.layer}.", f".{layer.layer}.", 1)
         new, writes = self.recipe.depth.new, spec.role == self._writing_role
         scale = 1.0 / layer.copies if new == "halved" and writes else 1.0
+        if self.experts is not None and spec.expert is not None and writes:
+            scale *= self.experts.shards
         start: Start = "copy"
         if layer.is_new and new == "zero-output" and writes:
             start = "zero"
         elif layer.is_new and new == "identity":
             start = "identity" if spec.is_matrix else "zero"
-        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start))
+        mix = self._mix(spec) if start == "copy" else ()
+        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start), mix=mix)
+
+    def _mix(self, spec: TensorSpec) -> tuple[tuple[str, float], ...]:
+        if self.recipe.fitted is None or not self.recipe.fitted.layers or spec.layer is None:
+            return ()
+        weights = self.recipe.fitted.layers[spec.layer]
+        return tuple(
+            (spec.name.replace(f".{spec.layer}.", f".{layer}.", 1), weights[layer]) for layer in sorted(weights)
+        )
 
     def _above(self, spec: TensorSpec, start: Start) -> str | None:
         """The source tensor one layer further up, for bert2BERT's AKI; the last layer has none and copies itself."""
         layer = self.layers[spec.layer or 0].layer + 1
         if self.recipe.width.copies_from == "own-layer" or start != "copy" or layer == self.source.num_layers:
             return None
-        return spec.name.replace(f".{spec.layer}.", f".{layer}.", 1)
+        return (spec.grown_from or spec.name).replace(f".{spec.layer}.", f".{layer}.", 1)
 
     @cached_property
     def _writing_role(self) -> str:
@@ -214,12 +234,14 @@ class GrowthPlan:
         scale = sqrt(self.source.sizes["hidden"] / self.target.sizes["hidden"])
         return {"embedding": scale, "final_norm": 1.0 / scale if self.target.tied else 1.0}.get(spec.role, 1.0)
 
-    def _axis(self, name: str) -> AxisGrowth:
+    def _axis(self, spec: TensorSpec, name: str) -> AxisGrowth:
+        if self.experts is not None and name == "ffn" and spec.expert is not None:
+            return self.experts.units(spec.layer or 0, spec.expert)
         return identity(name, int(name)) if name.isdigit() else self.axes[name]
 
     def _products(self, spec: TensorSpec, dimension: int, pick: Callable[[AxisGrowth], Vector]) -> Vector:
         parts = spec.dims[dimension].parts
-        products: list[Vector] = [reduce(_product, [pick(self._axis(name)) for name in part]) for part in parts]
+        products: list[Vector] = [reduce(_product, [pick(self._axis(spec, name)) for name in part]) for part in parts]
         joined: Vector = np.concatenate(products)
         return joined
 

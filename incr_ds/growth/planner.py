@@ -14,7 +14,9 @@ from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
+from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
 from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
@@ -24,7 +26,22 @@ WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
-    """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written."""
+    """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written.
+
+    A target of another model_type is a mixture of experts that ``source`` is upcycled into.
+    """
+    if source.family.upcycles:
+        raise GrowthError(
+            f"{where}: the source is a {source.family.model_type}, and mixtures of experts are targets only; grow "
+            "the dense model."
+        )
+    if recipe.target.get("model_type", source.family.model_type) == source.family.model_type:
+        return _plan_dense(source, recipe, where)
+    mixture = check_upcycling(source, recipe, where)
+    return upcycled(_plan_dense(source, dense_part(source, recipe), where), recipe, mixture, where)
+
+
+def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> GrowthPlan:
     changes = _checked_changes(source, recipe, where)
     sizes = {**source.sizes, **{axis: changes[field] for axis, field in _fields(source).items() if field in changes}}
     depth = recipe.depth
@@ -38,6 +55,8 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
         sizes["query_dim"] = sizes["head_dim"]
     layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
     axes = _grow_axes(source, sizes, recipe)
+    if recipe.fitted is not None:
+        axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
     inexact = _inexact(source, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
@@ -258,6 +277,7 @@ def _inexact(
             recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
             "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
         ),
+        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
         (
             hidden.centred and source.tied,
             "width.hidden: centred does not keep the source's function with tied embeddings, since the head's rows lose their "

@@ -23,11 +23,13 @@ SMALL = {
     "ffn": 250,
     "vocab": 101,
     "positions": 64,
+    "experts": 4,
 }
 OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "opt": {"word_embed_proj_dim": 96},
     "phi3": {"pad_token_id": None},
     "gemma2": {"query_pre_attn_scalar": 12, "sliding_window": 9},
+    "qwen3_moe": {"num_experts_per_tok": 2, "norm_topk_prob": True},
     "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window": 9, "sliding_window_pattern": 2},
 }
 

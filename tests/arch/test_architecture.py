@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from incr_ds.arch.architecture import architecture_from_config, read_config, saved_architecture
-from incr_ds.arch.family import families
+from incr_ds.arch.family import families, family_of, mixtures
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import FAMILIES, TRAINED_BESIDE, pico_architecture, pico_config
@@ -32,10 +33,10 @@ def test_every_trained_family_is_tested():
     assert {name for name, family in families().items() if family.trains} == {*FAMILIES, *TRAINED_BESIDE}
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", sorted(families() | mixtures()))
 def test_no_config_field_of_transformers_is_ignored(name):
     """Every field of the config class has a place in the family file, and those said to have no effect have none."""
-    family = families()[name]
+    family = (families() | mixtures())[name]
     assert family.model_type == name
     assert set(AutoConfig.for_model(name).to_dict()) <= family.known_fields
     architecture = small_architecture(name)
@@ -49,13 +50,14 @@ def test_no_config_field_of_transformers_is_ignored(name):
 
 def logits_of(config, tokens):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), experts_implementation="eager").eval()
     with torch.no_grad():
         return model(tokens).logits
 
 
 def other_than(value):
-    return {bool: lambda: not value, float: lambda: value + 0.3, str: lambda: "mean"}.get(type(value), lambda: "tanh")()
+    others = {bool: lambda: not value, float: lambda: value + 0.3, int: lambda: value + 1, str: lambda: "mean"}
+    return others.get(type(value), lambda: "tanh")()
 
 
 @pytest.mark.parametrize("family", sorted(families()))
@@ -67,7 +69,17 @@ def test_shapes_and_order_of_every_family(family):
     assert found == [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", sorted(mixtures()))
+def test_tensors_of_mixtures_are_those_of_the_files(name, tmp_path):
+    """transformers joins experts in memory and saves them one by one."""
+    architecture = small_architecture(name)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture.config)).save_pretrained(tmp_path)
+    found = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert found == {spec.saved_name: spec.shape for spec in architecture.stored}
+    assert family_of(name, "test").class_name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+
+
+@pytest.mark.parametrize("name", sorted(families() | mixtures()))
 def test_a_complete_config_is_taken_as_it_is(name, tmp_path):
     """What transformers saves gives the architecture that transformers fills in, without asking it again."""
     asked = small_architecture(name)
