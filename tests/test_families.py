@@ -1,12 +1,16 @@
 """Every family from a folder that transformers wrote to a grown folder that transformers loads, through the public functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import incr_ds
 from incr_ds.arch.family import families
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import GrowthError, LayoutError
+from incr_ds.target.placement import check_layout
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.verify import random_batches
 
@@ -59,12 +63,12 @@ def test_a_mixture_is_published_and_proved(request_for, dense, mixture, ffn):
     assert compared.relative_difference <= 2e-5
 
 
-def test_families_without_training_modules_have_no_parallel_layout(request_for):
+def test_families_without_training_modules_have_no_parallel_layout():
+    known = small_architecture("gpt2")
+    untrained = replace(known, family=known.family.model_copy(update={"trains": False}))
     with pytest.raises(LayoutError, match="gpt2 has no tensor- or pipeline-parallel form here; use tensor_parallel: 1"):
-        incr_ds.plan_request(request_for("gpt2", "{tensor_parallel: 2}"))
-    plain = request_for("gpt2", "{}")
-    incr_ds.grow_checkpoint(incr_ds.plan_request(plain))
-    assert incr_ds.open_source(plain.output).facts.kind == "DeepSpeed ZeRO-1"
+        check_layout(untrained, ParallelLayout(pipeline_parallel=2))
+    check_layout(untrained, ParallelLayout(data_parallel=2))
 
 
 def test_hidden_and_heads_grow_together_where_the_head_size_follows(request_for):

@@ -136,7 +136,7 @@ def _model(run: RunSettings, work: Work, device: torch.device, dtype: torch.dtyp
 def _layers_step(run: RunSettings, work: Work, device: torch.device) -> Callable[[], int]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _model(run, work, device, dtype)
-    width = model.model["layers"]["0"].hidden_size
+    width = model.get_submodule("model.layers.0").hidden_size
     stream = torch.randn(work.batch, work.sequence_length, width, device=device, dtype=dtype, requires_grad=True)
 
     def step() -> int:

@@ -30,6 +30,13 @@ class Architecture:
         return bool(self.config["tie_word_embeddings"])
 
     @property
+    def logit_softcap(self) -> float | None:
+        """The c of logits c tanh(z / c), or None where they are the product z itself."""
+        field = self.family.logit_softcap
+        cap = None if field is None else self.config[field]
+        return None if cap is None else float(cap)
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self.sizes["layers"]
@@ -71,7 +78,7 @@ class Architecture:
     def _spec(self, item: TensorDeclaration, layer: int | None, expert: int | None = None) -> TensorSpec:
         template, _, inside = item.name.partition("{layer}.")
         inside = inside.format(expert=expert)
-        local_name = inside if layer is not None else template.removeprefix("model.")
+        local_name = inside if layer is not None else template.removeprefix(f"{self.family.base}.")
         dims = tuple(Dimension(dim.use, dim.parts, sum(map(self._size, dim.parts))) for dim in item.dims)
         tied_to = item.tied_to if self.tied else None
         name = item.name.format(layer=layer, expert=expert)

@@ -84,14 +84,22 @@ class Family(Settings):
     often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``upcycles`` are the dense families
     that a mixture of experts is made from. ``buffers`` are endings of names that old checkpoints hold and that follow from
     the config. ``class_name`` is transformers' causal language model, which a config.json names. ``trains``: this package
-    has the family's modules, cut over tensor and pipeline ranks.
+    builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
+    ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained. ``embedding_dropout`` is the
+    config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on the logits;
+    ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
 
     model_type: str
     class_name: str
     trains: bool = False
+    uncut: str | None = None
+    trains_with: dict[str, Any] = Field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     embedding_scale: Literal["sqrt-hidden"] | None = None
+    embedding_dropout: str | None = None
+    logit_softcap: str | None = None
+    fresh_writers: Literal["scaled"] | None = None
     equal_copies: list[str] = Field(default_factory=list)
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
@@ -99,6 +107,16 @@ class Family(Settings):
     buffers: list[str] = Field(default_factory=list)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration
+
+    @property
+    def layers_path(self) -> str:
+        """Where transformers' causal language model keeps its decoder layers."""
+        return next(item.name for item in self.tensors if "{layer}" in item.name).partition(".{layer}")[0]
+
+    @property
+    def base(self) -> str:
+        """The module that holds the layers, and beside them the embedding and the final norm."""
+        return self.layers_path.rpartition(".")[0]
 
     @property
     def known_fields(self) -> frozenset[str]:

@@ -50,6 +50,9 @@ class WidthRecipe(Settings):
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
     config's) or with ``constant``.
 
+    ``order`` is that of copied residual positions and FFN neurons: the whole old axis again and again (0 1 2 0 1 2), or each
+    position beside its copies (0 0 1 1 2 2).
+
     ``copies_from`` says which layer the copies beyond the first of FFN units, heads and residual positions are of, in what
     a layer's matrices produce: its own, or the next one (bert2BERT's advanced knowledge initialization; the last layer
     copies itself). The latter does not keep the function.
@@ -60,6 +63,7 @@ class WidthRecipe(Settings):
     constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
+    order: Literal["tile", "interleave"] = "tile"
     copies_from: Literal["own-layer", "next-layer"] = "own-layer"
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
 
@@ -102,6 +106,24 @@ class ExpertsRecipe(Settings):
 
     new: Literal["copy", "virtual-groups", "drop"] = "copy"
     ratio: float = Field(default=0.5, gt=0.0, lt=1.0)
+
+
+class FittedAxis(Settings):
+    """Factors per new position of a width axis: on what is written there, and on how it is read."""
+
+    amplitude: list[float]
+    share: list[float]
+
+
+class FittedOperators(Settings):
+    """What tools/fit_growth.py found, on top of the recipe's own operators (after LiGO, Wang et al., arXiv 2303.00980).
+
+    ``axes`` holds factors of the axes that grow. ``layers`` lists for each target layer the source layers that its tensors
+    are a sum of, with their weights; empty: as the layer map has them.
+    """
+
+    axes: dict[str, FittedAxis] = Field(default_factory=dict)
+    layers: list[dict[int, float]] = Field(default_factory=list)
 
 
 class TargetLayout(ParallelLayout):
@@ -156,6 +178,7 @@ class GrowthRecipe(Settings):
     width: WidthRecipe = WidthRecipe()
     depth: DepthRecipe = DepthRecipe()
     experts: ExpertsRecipe = ExpertsRecipe()
+    fitted: FittedOperators | None = None
     optimizer: Literal["exact", "keep", "reset-new", "reset"] = "exact"
     exact: Literal["required", "preferred"] = "preferred"
     layout: TargetLayout = TargetLayout()

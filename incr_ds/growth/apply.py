@@ -134,6 +134,8 @@ class GrownTensors:
 
     def _gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Source entries at each position of the part; further copies of what the tensor produces may come from above."""
+        if tensor.mix:
+            return self._mixed(tensor, state, bounds)
         own = self._gather_from(tensor.source, tensor, state, bounds)
         if tensor.above is None:
             return own
@@ -144,6 +146,12 @@ class GrownTensors:
         later = torch.from_numpy(masks[0])
         later = later[:, None] if produced[0] == 0 and len(bounds) == 2 else later
         return torch.where(later, self._gather_from(tensor.above, tensor, state, bounds), own)
+
+    def _mixed(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
+        """The weighted sum of several layers' entries; of a norm used as offset + weight, of what it is used as."""
+        parts = [weight * self._gather_from(name, tensor, state, bounds) for name, weight in tensor.mix]
+        excess = sum(weight for _, weight in tensor.mix) - 1.0
+        return torch.stack(parts).sum(dim=0) + excess * tensor.target.offset
 
     def _gather_from(self, source: str, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Entries of ``source`` at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""

@@ -28,7 +28,8 @@ class TensorPlan:
 
     ``start`` says what it holds: the source's values (``copy``), zeros, ones on the diagonal, or a new router's. Beside what
     the axes do, the values are multiplied by ``scale``, their gradient by ``gradient``. What the tensor produces beyond the first
-    copy of each unit comes from ``above``, the next layer's tensor, where that is given.
+    copy of each unit comes from ``above``, the next layer's tensor, where that is given. ``mix``, if not empty, are source
+    tensors with weights, whose sum stands in ``source``'s place.
     """
 
     target: TensorSpec
@@ -38,6 +39,7 @@ class TensorPlan:
     scale: float = 1.0
     gradient: float = 1.0
     above: str | None = None
+    mix: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class GrowthPlan:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
-        used = {name for plan in self.tensors.values() for name in (plan.source, plan.above)}
+        used = {name for plan in self.tensors.values() for name in (plan.source, plan.above, *dict(plan.mix))}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
@@ -174,6 +176,7 @@ class GrowthPlan:
                     "shape": plan.target.shape,
                     "source": plan.source,
                     "above": plan.above,
+                    "mix": list(plan.mix),
                     "start": plan.start,
                     "scale": plan.scale,
                 }
@@ -200,7 +203,16 @@ class GrowthPlan:
             start = "zero"
         elif layer.is_new and new == "identity":
             start = "identity" if spec.is_matrix else "zero"
-        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start))
+        mix = self._mix(spec) if start == "copy" else ()
+        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start), mix=mix)
+
+    def _mix(self, spec: TensorSpec) -> tuple[tuple[str, float], ...]:
+        if self.recipe.fitted is None or not self.recipe.fitted.layers or spec.layer is None:
+            return ()
+        weights = self.recipe.fitted.layers[spec.layer]
+        return tuple(
+            (spec.name.replace(f".{spec.layer}.", f".{layer}.", 1), weights[layer]) for layer in sorted(weights)
+        )
 
     def _above(self, spec: TensorSpec, start: Start) -> str | None:
         """The source tensor one layer further up, for bert2BERT's AKI; the last layer has none and copies itself."""

@@ -14,6 +14,7 @@ from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
+from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
 from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
@@ -54,6 +55,8 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
         sizes["query_dim"] = sizes["head_dim"]
     layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
     axes = _grow_axes(source, sizes, recipe)
+    if recipe.fitted is not None:
+        axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
     inexact = _inexact(source, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
@@ -64,8 +67,10 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
 
 def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRecipe) -> dict[str, AxisGrowth]:
     old, width, family = source.sizes, recipe.width, source.family
-    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed)
-    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new)
+    hidden = grow_hidden(
+        width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed, width.order
+    )
+    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new, width.order)
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
     heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
@@ -274,6 +279,7 @@ def _inexact(
             recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
             "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
         ),
+        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
         (
             hidden.centred and source.tied,
             "width.hidden: centred does not keep the source's function with tied embeddings, since the head's rows lose their "

@@ -12,10 +12,16 @@ from incr_ds.errors import GrowthError
 from incr_ds.growth.axis import FRESH, AxisGrowth, identity
 
 NewUnits = Literal["zero-output", "copy"]
+Order = Literal["tile", "interleave"]
 
 
 def grow_hidden(
-    method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"] = "rms", seed: int = 0
+    method: HiddenMethod,
+    old: int,
+    new: int,
+    norm: Literal["rms", "layer"] = "rms",
+    seed: int = 0,
+    order: Order = "tile",
 ) -> AxisGrowth:
     """Growth of the residual stream from ``old`` to ``new`` dimensions; see WidthRecipe for the methods.
 
@@ -40,7 +46,7 @@ def grow_hidden(
             f"nearest sizes that work: {lower}, {lower + old}. width.hidden: {uneven} takes any larger size."
         )
     if method in ("integer", "isometric"):
-        return _copied_hidden(method, old, new)
+        return _copied_hidden(method, old, new, order)
     if method == "fpi":
         return _unequal_hidden(old, new, seed)
     if method in ("random", "constant"):
@@ -48,14 +54,14 @@ def grow_hidden(
     return _padded_hidden(method, old, new, norm)
 
 
-def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits) -> AxisGrowth:
+def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits, order: Order = "tile") -> AxisGrowth:
     """Growth of an inner axis (FFN neurons) to any larger size."""
     if new < old:
         raise GrowthError(f"target.{field}: {new} is smaller than the source's {old}; growth only adds.")
     if new == old:
         return identity(axis, old)
     if units == "copy":
-        index = [position % old for position in range(new)]
+        index = copy_order(old, new, order)
     else:
         index = [*range(old), *[FRESH] * (new - old)]
     return _inner(axis, units, old, index)
@@ -130,8 +136,14 @@ def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
     )
 
 
-def _copied_hidden(method: str, old: int, new: int) -> AxisGrowth:
-    index = [position % old for position in range(new)]
+def copy_order(old: int, new: int, order: Order) -> list[int]:
+    """The old position of each new one, copied as evenly as sizes allow: earlier positions once more than later ones."""
+    tiled = [position % old for position in range(new)]
+    return tiled if order == "tile" else sorted(tiled)
+
+
+def _copied_hidden(method: str, old: int, new: int, order: Order) -> AxisGrowth:
+    index = copy_order(old, new, order)
     counts = np.bincount(index, minlength=old)[index]
     amplitude = np.sqrt(new / (old * counts))
     share = 1.0 / counts

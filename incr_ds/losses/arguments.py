@@ -13,15 +13,17 @@ Scalar = float | Tensor
 
 
 def resolve_teacher(
-    teacher: Teacher | None, hidden: Tensor | None, head: Tensor | None, alpha: Scalar
+    teacher: Teacher | None, hidden: Tensor | None, head: Tensor | None, softcap: float | None, alpha: Scalar
 ) -> Teacher | None:
-    """The one teacher that counts: None with the float alpha 0."""
+    """The one teacher that counts: None with the float alpha 0. ``softcap`` belongs to ``hidden`` and ``head``."""
     if (hidden is None) != (head is None):
         raise ValueError("teacher_hidden and teacher_head belong together; one of them is missing")
     if hidden is not None and head is not None:
         if teacher is not None:
             raise ValueError("give either teacher, or teacher_hidden and teacher_head, not both")
-        teacher = HiddenTeacher(hidden, head)
+        teacher = HiddenTeacher(hidden, head, softcap)
+    elif softcap is not None and teacher is not None:
+        raise ValueError("teacher_softcap belongs to teacher_hidden and teacher_head; a teacher has its own")
     if isinstance(alpha, float | int) and alpha == 0:
         return None
     if teacher is None:
@@ -30,7 +32,12 @@ def resolve_teacher(
 
 
 def check_numbers(
-    alpha: Scalar, temperature: Scalar, label_smoothing: float, divergence: str, teacher: Teacher | None
+    alpha: Scalar,
+    temperature: Scalar,
+    label_smoothing: float,
+    divergence: str,
+    teacher: Teacher | None,
+    softcap: float | None,
 ) -> None:
     """Refuse numbers outside their ranges; tensors are not looked into, which would synchronise."""
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
@@ -39,6 +46,10 @@ def check_numbers(
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 <= label_smoothing < 1")
+    caps = {"softcap": softcap, "the teacher's softcap": getattr(teacher, "softcap", None)}
+    for name, cap in caps.items():
+        if cap is not None and not cap > 0:
+            raise ValueError(f"{name} is {cap}, expected a positive number, or None for logits as they are")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} is unknown; the divergences are {', '.join(DIVERGENCES)}")
     if isinstance(teacher, TopKTeacher | SampledTeacher) and divergence != "forward_kl":

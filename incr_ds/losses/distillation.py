@@ -70,31 +70,32 @@ def distillation_loss(
     budget_bytes: int | None = None,
     head_gradient: Tensor | None = None,
     gradient_scale: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> DistillationLoss:
     """(1 - alpha) CE + alpha temperature^2 divergence + z_loss lse^2, mean over the labels != ``ignore_index``.
 
-    ``student_hidden`` [N, Hs], ``student_head`` [V, Hs], ``labels`` [N], ``teacher_hidden`` [N, Ht], ``teacher_head``
-    [V, Ht]; the logits are hidden @ head.T. ``teacher`` instead of the two names another kind of teacher. ``alpha`` in
-    [0, 1] and ``temperature`` > 0 may be 0-d tensors, so that a schedule recompiles and synchronises nothing. Without a
-    teacher alpha must be the float 0.0, and then the loss is the cross entropy (and z-loss) alone. ``divergence`` is
-    KL(teacher || student), KL(student || teacher), or their Jensen-Shannon mean; sparse teachers have the first only.
+    ``student_hidden`` [N, Hs], ``student_head`` [V, Hs], ``labels`` [N], ``teacher_hidden`` [N, Ht], ``teacher_head`` [V, Ht];
+    the logits z are hidden @ head.T, with ``softcap`` c (the teacher's: ``teacher_softcap``) c tanh(z / c). ``teacher`` instead
+    of the two names another kind of teacher. ``alpha`` in [0, 1] and ``temperature`` > 0 may be 0-d tensors, so that a
+    schedule recompiles and synchronises nothing. Without a teacher alpha must be the float 0.0, and then the loss is the
+    cross entropy (and z-loss) alone. ``divergence`` is KL(teacher || student), KL(student || teacher), or their
+    Jensen-Shannon mean; sparse teachers have the first only.
 
-    Head rows from ``vocab_size`` entries on are padding: outside every sum, with no gradient; the two heads may be
-    padded differently. With ``group`` the vocabulary is cut over its ranks: hidden states and labels are the same on all
-    of them, each holds the rows of both heads from ``vocab_start`` on (default: equal parts), every rank gets the
-    same loss and the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With
-    ``sequence_parallel`` each rank brings an equal part of the tokens instead (hidden states, labels, sparse entries), in the
-    order of the ranks, and gets the gradient of its own hidden states.
+    Head rows from ``vocab_size`` entries on are padding: outside every sum, with no gradient; the two heads may be padded
+    differently. With ``group`` the vocabulary is cut over its ranks: hidden states and labels are the same on all of them,
+    each holds the rows of both heads from ``vocab_start`` on (default: equal parts), every rank gets the same loss and the
+    whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With ``sequence_parallel`` each rank
+    brings an equal part of the tokens instead (hidden states, labels, sparse entries) and gets the gradient of its own.
 
-    ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32
-    [V, Hs] (fp64 for fp64), the head's gradient is added to that buffer during this call, times ``gradient_scale`` (0-d,
-    default 1), and autograd gets none for the head; a backward that arrives with another scale makes the hidden gradient
-    not a number. Wrong arguments raise ValueError; a second derivative, a second backward, and inputs changed in
-    place before the backward raise RuntimeError.
+    ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32 [V, Hs] (fp64
+    for fp64), the head's gradient is added to that buffer during this call, times ``gradient_scale`` (0-d, default 1), and
+    autograd gets none for the head; a backward with another scale makes the hidden gradient not a number. Wrong arguments
+    raise ValueError; a second derivative or backward, and inputs changed before the backward, raise RuntimeError.
     """
-    teacher = resolve_teacher(teacher, teacher_hidden, teacher_head, alpha)
+    teacher = resolve_teacher(teacher, teacher_hidden, teacher_head, teacher_softcap, alpha)
     check_shapes(student_hidden, student_head, labels, teacher)
-    check_numbers(alpha, temperature, label_smoothing, divergence, teacher)
+    check_numbers(alpha, temperature, label_smoothing, divergence, teacher, softcap)
     if sequence_parallel:
         student_hidden, labels = gather_tokens(student_hidden, group), gather_tokens(labels, group)
         teacher = gather_teacher(teacher, group)
@@ -102,13 +103,12 @@ def distillation_loss(
     objective = _objective(
         student_hidden, student_head, teacher, alpha, temperature, z_loss, label_smoothing, divergence
     )
-    call = _Call(student_hidden, student_head, labels, teacher, objective, divergence, ignore_index, part)
+    call = _Call(student_hidden, student_head, labels, teacher, objective, divergence, ignore_index, part, softcap)
     if backend == "reference":
         check_reference(part, head_gradient)
         return _by_reference(call)
-    return _fused(
-        call, backend, budget_bytes, checked_buffer(head_gradient, student_head, gradient_scale), gradient_scale
-    )
+    buffer = checked_buffer(head_gradient, student_head, gradient_scale)
+    return _fused(call, backend, budget_bytes, buffer, gradient_scale)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class _Call:
     divergence: Divergence
     ignore_index: int
     part: VocabularyPart
+    softcap: float | None
 
 
 def _fused(
@@ -142,6 +143,7 @@ def _fused(
         gradient_scale=scale,
         wants_hidden=wants and hidden.requires_grad,
         wants_head=wants and (head.requires_grad or buffer is not None),
+        softcap=call.softcap,
     )
     loss, parts, tokens = FusedLoss.apply(hidden, head, problem)  # type: ignore[no-untyped-call]
     return _result(loss, parts, tokens)
@@ -164,6 +166,7 @@ def _by_reference(call: _Call) -> DistillationLoss:
             ignore_index=call.ignore_index,
             divergence=call.divergence,
             vocab_size=call.part.whole,
+            softcap=call.softcap,
         )
     tokens = (call.labels != call.ignore_index).sum()
     return _result(call.objective.total(*means(parts, tokens)[:ENTROPY]), parts.detach(), tokens)

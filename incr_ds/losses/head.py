@@ -24,6 +24,8 @@ class LossSettings:
     backend: Backend = "auto"
     budget_bytes: int | None = None
     sequence_parallel: bool = False
+    softcap: float | None = None
+    teacher_softcap: float | None = None
 
 
 class DistillationHead(nn.Module):
@@ -80,13 +82,15 @@ class DistillationHead(nn.Module):
             backend=self.settings.backend,
             budget_bytes=self.settings.budget_bytes,
             sequence_parallel=self.settings.sequence_parallel,
+            softcap=self.settings.softcap,
+            teacher_softcap=self.settings.teacher_softcap if teacher_hidden is not None else None,
         )
 
 
 def _flattened(teacher: Teacher) -> Teacher:
     """``teacher`` with one token per row."""
     if isinstance(teacher, HiddenTeacher):
-        return HiddenTeacher(teacher.hidden.flatten(0, -2), teacher.head)
+        return HiddenTeacher(teacher.hidden.flatten(0, -2), teacher.head, teacher.softcap)
     if isinstance(teacher, TopKTeacher):
         return TopKTeacher(teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2), teacher.tail)
     return SampledTeacher(teacher.indices.flatten(0, -2), teacher.weights.flatten(0, -2))

@@ -119,12 +119,15 @@ class LeanWalk:
         for columns in self._blocks:
             student, teacher = self._block(columns)
             picks = self._picks(columns)
+            slope = prepared.student.slope(student) if problem.writes else None
             numbers = row_numbers(prepared, self._rows, totals, terms, picks[:, 0], centre)
             divergence = problem.kernels.gradient(student, teacher, numbers)
             if forward:
                 self.parts[DIVERGENCE] += divergence
             if terms.at_entries is not None and problem.writes:
                 place_entries(self._logits, student.shape[1], picks[:, 1:], terms.at_entries, prepared.live)
+            if slope is not None:
+                student.mul_(slope)
             self._multiply(columns, student)
 
     def _multiply(self, columns: slice, gradient: Tensor) -> None:

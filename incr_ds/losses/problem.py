@@ -27,7 +27,7 @@ class Problem:
     """What one call works on, apart from the tensors that may need a gradient.
 
     ``head_gradient``, if given, is the buffer that the head's gradient is added to, times ``gradient_scale``. With
-    ``lean`` no logits are stored.
+    ``lean`` no logits are stored. ``softcap`` caps the student's logits.
     """
 
     labels: Tensor
@@ -42,6 +42,7 @@ class Problem:
     gradient_scale: Tensor | None
     wants_hidden: bool
     wants_head: bool
+    softcap: float | None = None
 
     @property
     def writes(self) -> bool:
@@ -87,7 +88,8 @@ class Prepared:
             logits_bytes=self.logits_dtype.itemsize,
             accumulation_bytes=self.dtype.itemsize,
             copy_bytes=operand.itemsize if copied else 0,
-            temporaries=problem.kernels.temporaries,
+            # The slope of a cap is kept while the row kernels overwrite the logits.
+            temporaries=problem.kernels.temporaries + (problem.softcap is not None),
         )
 
     def empty_parts(self) -> Tensor:
@@ -97,7 +99,7 @@ class Prepared:
 
 def prepare(hidden: Tensor, head: Tensor, problem: Problem) -> Prepared:
     """Open the products of student and teacher in the dtype that autocast or the tensors give."""
-    student = Projection(hidden, head[: problem.part.size])
+    student = Projection(hidden, head[: problem.part.size], problem.softcap)
     teacher, entries = _open_teacher(problem, student.dtype)
     live = problem.labels != problem.ignore_index
     tokens = live.sum()
@@ -125,7 +127,7 @@ def _open_teacher(problem: Problem, dtype: torch.dtype) -> tuple[Projection | No
     if teacher is None:
         return None, None
     if isinstance(teacher, HiddenTeacher):
-        return Projection(teacher.hidden, teacher.head[: problem.part.size]), None
+        return Projection(teacher.hidden, teacher.head[: problem.part.size], teacher.softcap), None
     return None, sparse_entries(teacher, dtype)
 
 

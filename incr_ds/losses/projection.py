@@ -17,10 +17,11 @@ class Projection:
     """``hidden`` [N, H] and ``head`` [V, H].
 
     On CUDA the products take low-precision operands and sum in fp32. Elsewhere the operands are converted first, because
-    only CUDA's ``mm`` gives fp32 results of other operands.
+    only CUDA's ``mm`` gives fp32 results of other operands. With ``softcap`` c the logits are c tanh(z / c) of the product z
+    (Gemma 2, arXiv 2408.00118, section 2).
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+    def __init__(self, hidden: Tensor, head: Tensor, softcap: float | None = None) -> None:
         operand = operand_dtype(hidden, head)
         self.operand_dtype = operand
         self.dtype = accumulation_dtype(operand)
@@ -28,6 +29,7 @@ class Projection:
         self._product_dtype = operand if self._mixed else self.dtype
         self._hidden = hidden.detach().to(operand)
         self._head = self._operand(head.detach().to(operand))
+        self._softcap = softcap
 
     def of_columns(self, columns: slice) -> Projection:
         """The same tokens against the rows ``columns`` of the head."""
@@ -38,6 +40,17 @@ class Projection:
     def logits(self, rows: slice, out: Tensor) -> None:
         """Logits of the tokens ``rows`` into ``out`` [C, V]."""
         self._product(self._operand(self._hidden[rows]), self._head.t(), out)
+        if self._softcap is not None:
+            out.div_(self._softcap).tanh_().mul_(self._softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """What the gradient of capped ``logits`` [C, V] is multiplied by to be that of the product: 1 - (logits / c)^2.
+
+        None where there is no cap.
+        """
+        if self._softcap is None:
+            return None
+        return logits.to(self.dtype, copy=True).div_(self._softcap).square_().neg_().add_(1.0)
 
     def through_head(self, gradient: Tensor, out: Tensor, *, add: bool) -> None:
         """Gradient of the hidden states into ``out`` [C, H], or added to it, from that of the logits [C, V]."""

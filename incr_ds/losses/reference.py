@@ -24,6 +24,7 @@ def reference_parts(
     ignore_index: int,
     divergence: Divergence,
     vocab_size: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross entropy, divergence, squared log-sum-exp and entropy of every token, [4, N]; 0 where it is ignored.
 
@@ -31,7 +32,7 @@ def reference_parts(
     """
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, head.dtype))
     live = labels != ignore_index
-    logits = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
+    logits = _capped(hidden.to(dtype) @ head[:vocab_size].to(dtype).T, softcap)
     log_p = F.log_softmax(logits, dim=1)
     target = -log_p.gather(1, torch.where(live, labels, 0)[:, None]).squeeze(1)
     ce = (1 - label_smoothing) * target - (label_smoothing * log_p.mean(dim=1) if label_smoothing else 0)
@@ -40,11 +41,16 @@ def reference_parts(
     if teacher is None:
         distance = torch.zeros_like(ce)
     elif isinstance(teacher, HiddenTeacher):
-        scores = teacher.hidden.detach().to(dtype) @ teacher.head[:vocab_size].detach().to(dtype).T
+        product = teacher.hidden.detach().to(dtype) @ teacher.head[:vocab_size].detach().to(dtype).T
+        scores = _capped(product, teacher.softcap)
         distance = _dense(tempered, F.log_softmax(scores / temperature, dim=1), divergence)
     else:
         distance = _sparse(tempered, teacher)
     return torch.where(live, torch.stack([ce, distance, logits.logsumexp(dim=1).square(), entropy]), 0)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _dense(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:

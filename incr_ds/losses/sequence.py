@@ -40,7 +40,7 @@ def gather_teacher(teacher: Teacher | None, group: dist.ProcessGroup | None) -> 
     if teacher is None or group is None:
         return teacher
     if isinstance(teacher, HiddenTeacher):
-        return HiddenTeacher(gather_tokens(teacher.hidden.detach(), group), teacher.head)
+        return HiddenTeacher(gather_tokens(teacher.hidden.detach(), group), teacher.head, teacher.softcap)
     indices = gather_tokens(teacher.indices, group)
     if isinstance(teacher, TopKTeacher):
         return TopKTeacher(indices, gather_tokens(teacher.log_probs, group), teacher.tail)

@@ -95,9 +95,12 @@ class StoredWalk:
         statistics = problem.kernels.statistics(student, teacher, tempering)
         totals = combine(statistics, picked_logits(student, prepared.picks[rows].t()), tempering, part)
         terms = row_terms(prepared, rows, totals, self.parts)
+        slope = prepared.student.slope(student) if problem.writes else None
         self._differentiate(rows, student, teacher, totals, terms)
         if terms.at_entries is not None and problem.writes:
             place_entries(padded, part.size, prepared.picks[rows, 1:], terms.at_entries, prepared.live[rows])
+        if slope is not None:
+            student.mul_(slope)
 
     def _differentiate(
         self, rows: slice, student: Tensor, teacher: Tensor | None, totals: Totals, terms: RowTerms

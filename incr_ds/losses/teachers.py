@@ -14,10 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """The whole distribution softmax(hidden @ head.T / T): ``hidden`` [N, Ht], ``head`` [V, Ht]."""
+    """The whole distribution softmax(z / T) of z = hidden @ head.T: ``hidden`` [N, Ht], ``head`` [V, Ht].
+
+    With ``softcap`` c the logits are c tanh(z / c).
+    """
 
     hidden: Tensor
     head: Tensor
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.errors import ConfigError
 
 Attention = Literal["sdpa", "eager", "cudnn"]
@@ -30,6 +32,16 @@ def transformers_attention(attention: Attention) -> str:
 def preferred_kernels(attention: Attention) -> AbstractContextManager[None]:
     """Inside, scaled_dot_product_attention tries cuDNN first if so asked; else torch chooses."""
     return sdpa_kernel(_CUDNN_FIRST, set_priority=True) if attention == "cudnn" else contextlib.nullcontext()
+
+
+def check_capped_scores(attention: Attention, architecture: Architecture) -> None:
+    """Raise ConfigError where scaled_dot_product_attention would not compute the model: it caps no scores (Gemma 2)."""
+    kind = getattr(transformers, architecture.family.class_name)
+    if attention != "eager" and not kind._supports_sdpa:
+        raise ConfigError(
+            f"model.attention: {attention}: {architecture.family.model_type} caps its attention scores, which torch's kernels do "
+            "not; set eager."
+        )
 
 
 def check_attention(attention: Attention, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -16,10 +16,10 @@ from incr_ds.arch.family import families
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
-from incr_ds.errors import LayoutError
+from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import LossSettings
-from incr_ds.model.attention import check_attention
+from incr_ds.model.attention import check_attention, check_capped_scores
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.liger import use_liger
 from incr_ds.model.pipeline import StagedLanguageModel
@@ -107,11 +107,19 @@ def _check_trains(architecture: Architecture) -> None:
         raise LayoutError(
             f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
         )
+    for field, value in architecture.family.trains_with.items():
+        if architecture.config[field] != value:
+            raise ConfigError(
+                f"{field} is {architecture.config[field]!r}; {architecture.family.model_type} is trained here with {value!r} "
+                "only. Set it in the model's config.json."
+            )
 
 
 def _choose_kernels(request: ModelRequest) -> None:
     """See that attention and layers can run as asked, before the first layer is built."""
     check_attention(request.settings.attention, request.device)
+    for architecture in [request.architecture, *([] if request.teacher is None else [request.teacher.architecture])]:
+        check_capped_scores(request.settings.attention, architecture)
     if request.settings.layer_kernels == "liger":
         taught = [] if request.teacher is None else [request.teacher.architecture]
         for model_type in {one.family.model_type for one in (request.architecture, *taught)}:
@@ -135,6 +143,7 @@ def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Tea
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
     check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+    _check_trains(architecture)
     weights = CheckpointWeights(request.teacher)
     return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
 
@@ -143,6 +152,8 @@ def _factory(
     request: ModelRequest, architecture: Architecture, weights: Weights, ranks: TensorRanks, device: torch.device
 ) -> LayerFactory:
     settings = request.settings
+    taught = None if request.teacher is None else request.teacher.architecture.logit_softcap
+    loss = replace(request.loss, softcap=architecture.logit_softcap, teacher_softcap=taught)
     return LayerFactory(
         architecture,
         ranks,
@@ -151,5 +162,5 @@ def _factory(
         device,
         settings.attention,
         settings.activation_checkpointing,
-        request.loss,
+        loss,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.tensors import TensorSpec
+from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.losses.head import DistillationHead, LossSettings
 from incr_ds.model.attention import Attention, transformers_attention
@@ -21,6 +22,11 @@ from incr_ds.model.weights import Weights
 from incr_ds.target.placement import ShardedTensor, rank_parameters
 
 HEAD = "lm_head.weight"
+
+
+def module_path(architecture: Architecture, spec: TensorSpec) -> str:
+    """Where transformers' model has the module that holds a tensor: its decoder layer, or one outside of them."""
+    return spec.name.rpartition(".")[0] if spec.layer is None else f"{architecture.family.layers_path}.{spec.layer}"
 
 
 @dataclass(frozen=True)
@@ -47,30 +53,29 @@ class LayerFactory:
     @cached_property
     def positions(self) -> Positions:
         """Rotary embeddings and masks, shared by the layers."""
-        return Positions(self.config, type(self._outline.model.rotary_emb)(self.config))
+        meta = getattr(self._base, "rotary_emb", None)
+        return Positions(self.config, None if meta is None else type(meta)(self.config))
 
-    def embedding(self) -> nn.Module:
-        """Token ids [B, S] to hidden states [B, S, H]."""
-        given = self._outline.model.embed_tokens
+    def path(self, role: Role) -> str:
+        """Where transformers' model has the module that holds the tensors of ``role``, which is outside of the layers."""
+        return module_path(self.architecture, next(spec for spec in self.architecture.tensors if spec.role == role))
+
+    def module(self, role: Role) -> nn.Module:
+        """The module of ``role``: embedding, positions or final_norm."""
+        given = self._outline.get_submodule(self.path(role))
         with torch.device("meta"):
-            holder = nn.ModuleDict(
-                {"embed_tokens": nn.Embedding(given.num_embeddings, given.embedding_dim, given.padding_idx)}
-            )
-        self._finish(holder, "model.")
-        return holder["embed_tokens"]
+            if isinstance(given, nn.Embedding):
+                # A plain one: what a family's own class does beside it is in InputEmbedding.
+                given = nn.Embedding(given.num_embeddings, given.embedding_dim, given.padding_idx)
+            holder = nn.ModuleDict({"module": copy.deepcopy(given)})
+        return self._finish(holder, {"module": self.path(role)})["module"]
 
     def block(self, layer: int) -> nn.Module:
         """Decoder layer ``layer``."""
-        kind = type(self._outline.model.layers[layer])
+        path = f"{self.architecture.family.layers_path}.{layer}"
         with torch.device("meta"):
-            block = kind(self.config, layer)
-        return self._finish(block, f"model.layers.{layer}.")
-
-    def norm(self) -> nn.Module:
-        """The final norm."""
-        with torch.device("meta"):
-            norm = type(self._outline.model.norm)(self.config.hidden_size, eps=self.config.rms_norm_eps)
-        return self._finish(norm, "model.norm.")
+            block = type(self._outline.get_submodule(path))(self.config, layer)
+        return self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
 
     def head(self, shared: nn.Parameter | None = None) -> DistillationHead:
         """The output projection with its loss; ``shared`` is the embedding's parameter when the two are tied."""
@@ -90,20 +95,27 @@ class LayerFactory:
         cut = ParallelLayout(tensor_parallel=self.ranks.size)
         return {shard.tensor.name: shard for shard in rank_parameters(self.architecture, cut, 0, self.ranks.rank)}
 
-    def _finish(self, module: nn.Module, prefix: str) -> nn.Module:
-        specs = self._specs(module, prefix)
-        cut_linears(module, specs, self.ranks)
-        for name, empty in list(module.named_parameters()):
-            owner, _, attribute = name.rpartition(".")
-            filled = self._parameter(self._shards[prefix + name])
+    @property
+    def _base(self) -> nn.Module:
+        return self._outline.get_submodule(self.architecture.family.base)
+
+    def _finish(self, holder: nn.ModuleDict, paths: Mapping[str, str]) -> nn.ModuleDict:
+        """Cut and fill the modules in ``holder``; ``paths`` are theirs in transformers' model."""
+        names = {
+            f"{key}.{name}": f"{path}.{name}"
+            for key, path in paths.items()
+            for name, _ in holder[key].named_parameters()
+        }
+        specs = {inside: self.architecture.by_name[name] for inside, name in names.items()}
+        cut_linears(holder, specs, self.ranks)
+        for inside, empty in list(holder.named_parameters()):
+            owner, _, attribute = inside.rpartition(".")
+            filled = self._parameter(self._shards[names[inside]])
             # DeepSpeed's layers leave marks on the parameter that its optimizer reads.
             filled.__dict__.update(empty.__dict__)
-            setattr(module.get_submodule(owner), attribute, filled)
-        sum_partial_gradients(module, specs, self.ranks)
-        return module
-
-    def _specs(self, module: nn.Module, prefix: str) -> Mapping[str, TensorSpec]:
-        return {name: self.architecture.by_name[prefix + name] for name, _ in module.named_parameters()}
+            setattr(holder.get_submodule(owner), attribute, filled)
+        sum_partial_gradients(holder, specs, self.ranks)
+        return holder
 
     def _parameter(self, shard: ShardedTensor) -> nn.Parameter:
         values = self.weights.read(shard)

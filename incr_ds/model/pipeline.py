@@ -11,8 +11,10 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
+from incr_ds.arch.tensors import Role
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
+from incr_ds.model.embedding import InputEmbedding
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import run_block
 from incr_ds.model.teacher import Teacher, pack
@@ -22,15 +24,20 @@ Stream = Tensor | tuple[Tensor, Tensor]
 
 
 class EmbeddingLayer(nn.Module):
-    """Pipeline layer 0."""
+    """Pipeline layer 0. Where it is tied to the head, the last stage has one too, ``with_positions`` false."""
 
-    def __init__(self, factory: LayerFactory) -> None:
+    def __init__(self, factory: LayerFactory, with_positions: bool = True) -> None:
         super().__init__()
-        self.embed_tokens = factory.embedding()
+        architecture = factory.architecture
+        roles: list[Role] = ["embedding"]
+        if with_positions and "positions" in architecture.sizes:
+            roles.append("positions")
+        modules = [_add(self, factory, role) for role in roles]
+        self._embedding = InputEmbedding(architecture, modules[0], modules[1] if len(modules) > 1 else None)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, H]."""
-        return self.embed_tokens(input_ids)
+        return self._embedding.hidden_states(input_ids, training=self.training)
 
 
 class BlockLayer(nn.Module):
@@ -55,11 +62,12 @@ class NormLayer(nn.Module):
 
     def __init__(self, factory: LayerFactory) -> None:
         super().__init__()
-        self.norm = factory.norm()
+        # In a tuple, so that it is registered once, under transformers' name.
+        self._norm = (_add(self, factory, "final_norm"),)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
-        return self.norm(hidden)
+        return self._norm[0](hidden)
 
 
 class HeadLayer(nn.Module):
@@ -72,6 +80,17 @@ class HeadLayer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Hands ``hidden`` on."""
         return hidden
+
+
+def _add(owner: nn.Module, factory: LayerFactory, role: Role) -> nn.Module:
+    """The module of ``role``, registered in ``owner`` under its name beside transformers' decoder layers."""
+    module = factory.module(role)
+    owner.add_module(_local(factory, role), module)
+    return module
+
+
+def _local(factory: LayerFactory, role: Role) -> str:
+    return factory.path(role).removeprefix(f"{factory.architecture.family.base}.")
 
 
 def _hand_on(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -131,7 +150,8 @@ class StagedLanguageModel(PipelineModule):
         if self.stage_id != self.num_stages - 1:
             return None
         if factory.architecture.tied:
-            return factory.head(self.tied_modules[TIED_KEY].embed_tokens.weight)
+            embedding = self.tied_modules[TIED_KEY].get_submodule(_local(factory, "embedding"))
+            return factory.head(embedding.weight)
         return self.forward_funcs[-1].lm_head
 
     def _partition_layers(self, method: Any = None) -> None:
@@ -144,8 +164,8 @@ class StagedLanguageModel(PipelineModule):
 def _ends(factory: LayerFactory) -> tuple[LayerSpec, LayerSpec]:
     if not factory.architecture.tied:
         return LayerSpec(EmbeddingLayer, factory), LayerSpec(HeadLayer, factory)
-    weight = "embed_tokens.weight"
+    weight = f"{_local(factory, 'embedding')}.weight"
     return (
         TiedLayerSpec(TIED_KEY, EmbeddingLayer, factory, tied_weight_attr=weight),
-        TiedLayerSpec(TIED_KEY, EmbeddingLayer, factory, tied_weight_attr=weight, forward_fn=_hand_on),
+        TiedLayerSpec(TIED_KEY, EmbeddingLayer, factory, False, tied_weight_attr=weight, forward_fn=_hand_on),
     )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.attention import Attention, preferred_kernels
-from incr_ds.model.layers import LayerFactory
+from incr_ds.model.embedding import InputEmbedding
+from incr_ds.model.layers import LayerFactory, module_path
+from incr_ds.target.placement import pipeline_layer
 
 
 class LanguageModel(nn.Module):
@@ -21,19 +26,21 @@ class LanguageModel(nn.Module):
 
     def __init__(self, factory: LayerFactory, layers: range) -> None:
         super().__init__()
-        num_layers = factory.architecture.num_layers
-        body: dict[str, nn.Module] = {}
-        if 0 in layers:
-            body["embed_tokens"] = factory.embedding()
-        body["layers"] = nn.ModuleDict(
-            {str(layer): factory.block(layer) for layer in range(num_layers) if layer + 1 in layers}
-        )
-        if num_layers + 1 in layers:
-            body["norm"] = factory.norm()
-        self.model = nn.ModuleDict(body)
-        if num_layers + 2 in layers:
-            shares = factory.architecture.tied and "embed_tokens" in body
-            self.lm_head = factory.head(body["embed_tokens"].weight if shares else None)
+        architecture = factory.architecture
+        # Dictionaries are no modules: what they hold is registered once, where transformers has it.
+        self._ends: dict[Role, nn.Module] = {}
+        self._blocks: dict[int, nn.Module] = {}
+        for path, spec in _places(architecture, layers):
+            module = factory.block(spec.layer) if spec.layer is not None else factory.module(spec.role)
+            _attach(self, path, module)
+            if spec.layer is not None:
+                self._blocks[spec.layer] = module
+            else:
+                self._ends[spec.role] = module
+        tokens = self._ends.get("embedding")
+        self._embedding = None if tokens is None else InputEmbedding(architecture, tokens, self._ends.get("positions"))
+        if architecture.num_layers + 2 in layers:
+            self.lm_head = factory.head(None if tokens is None or not architecture.tied else tokens.weight)
         self._positions = factory.positions
         self._recompute = factory.activation_checkpointing
         self._attention = factory.attention
@@ -53,12 +60,33 @@ class LanguageModel(nn.Module):
 
     def hidden_states(self, stream: Tensor) -> Tensor:
         """Run the layers up to the head: ``stream`` is input_ids [B, S] at the embedding, else hidden [B, S, H]."""
-        if "embed_tokens" in self.model:
-            stream = self.model["embed_tokens"](stream)
-        for name, block in self.model["layers"].items():
-            arguments = self._positions.arguments(stream, int(name))
+        if self._embedding is not None:
+            stream = self._embedding.hidden_states(stream, training=self.training)
+        for layer, block in self._blocks.items():
+            arguments = self._positions.arguments(stream, layer)
             stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)
-        return self.model["norm"](stream) if "norm" in self.model else stream
+        return self._ends["final_norm"](stream) if "final_norm" in self._ends else stream
+
+
+def _places(architecture: Architecture, layers: range) -> Iterator[tuple[str, TensorSpec]]:
+    """Where transformers' model has the modules of pipeline ``layers`` up to the head, in the order of its parameters, each
+    with a tensor that it holds."""
+    seen = set()
+    for spec in architecture.tensors:
+        layer = pipeline_layer(spec, architecture.num_layers)
+        path = module_path(architecture, spec)
+        if layer in layers and layer <= architecture.num_layers + 1 and path not in seen:
+            seen.add(path)
+            yield path, spec
+
+
+def _attach(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool, attention: Attention) -> Tensor:

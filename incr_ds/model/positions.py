@@ -10,44 +10,49 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+SLIDING = "sliding_attention"
+
 
 class Positions:
     """Arguments of transformers' decoder layers for whole sequences, positions 0, 1, ...
 
-    Not an nn.Module: the engine casts modules to bf16, and inverse frequencies must stay fp32. The arguments of the
-    last shape are kept, since every layer of every step asks for the same.
+    ``rotary`` is None for models whose layers know nothing of positions. Not an nn.Module: the engine casts modules to
+    bf16, and inverse frequencies must stay fp32. The arguments of the last shape are kept, since every layer of every step
+    asks for the same.
     """
 
-    def __init__(self, config: PretrainedConfig, rotary: nn.Module) -> None:
+    def __init__(self, config: PretrainedConfig, rotary: nn.Module | None) -> None:
         self._config = config
         self._rotary = rotary
         self._key: tuple[Any, ...] | None = None
-        self._kept: dict[bool, Mapping[str, Any]] = {}
+        self._kept: dict[str, Mapping[str, Any]] = {}
 
     def arguments(self, hidden: Tensor, layer: int) -> Mapping[str, Any]:
         """Keyword arguments of decoder layer ``layer`` for ``hidden`` [B, S, H]."""
         key = (hidden.shape[:2], hidden.dtype, hidden.device)
         if key != self._key:
             self._key, self._kept = key, {}
-        sliding = self._slides(layer)
-        if sliding not in self._kept:
-            self._kept[sliding] = self._build(hidden, sliding)
-        return self._kept[sliding]
+        kind = self._kind(layer)
+        if kind not in self._kept:
+            self._kept[kind] = self._build(hidden, kind)
+        return self._kept[kind]
 
-    def _slides(self, layer: int) -> bool:
+    def _kind(self, layer: int) -> str:
         types = getattr(self._config, "layer_types", None)
         if types is not None:
-            return bool(types[layer] == "sliding_attention")
-        return getattr(self._config, "sliding_window", None) is not None
+            return str(types[layer])
+        window = getattr(self._config, "sliding_window", None)
+        return "full_attention" if window is None else SLIDING
 
     @torch.no_grad()
-    def _build(self, hidden: Tensor, sliding: bool) -> Mapping[str, Any]:
+    def _build(self, hidden: Tensor, kind: str) -> Mapping[str, Any]:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
         # None where scaled_dot_product_attention's own causal mask is enough.
         mask = make_mask(config=self._config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
-        return {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "position_embeddings": self._rotary(hidden, position_ids),
-        }
+        arguments = {"attention_mask": mask, "position_ids": position_ids}
+        if self._rotary is not None:
+            # Gemma 3 has frequencies of their own for each kind of layer.
+            kinds = (kind,) if hasattr(self._rotary, "layer_types") else ()
+            arguments["position_embeddings"] = self._rotary(hidden, position_ids, *kinds)
+        return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Protocol
 
 import torch
@@ -23,15 +24,17 @@ class Weights(Protocol):
 
 
 class FreshWeights:
-    """transformers' initialization: normal(0, initializer_range) matrices, norms of one, biases of zero.
+    """transformers' initialization: normal(0, deviation of the config) matrices, norms that multiply by one, biases of zero.
 
     Each tensor is drawn whole from a generator seeded by (seed, name) and then sliced, so every layout starts from
     the same model.
     """
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
-        self._deviation = float(architecture.config.get("initializer_range") or 0.02)
-        self._padding_row = architecture.config.get("pad_token_id")
+        family, config = architecture.family, architecture.config
+        self._deviation = float(config.get(family.config.initializer) or 0.02)
+        self._writers = 1.0 / math.sqrt(2 * architecture.num_layers) if family.fresh_writers == "scaled" else 1.0
+        self._padding_row = config.get("pad_token_id")
         self._seed = seed
 
     def read(self, shard: ShardedTensor) -> Tensor:
@@ -40,10 +43,11 @@ class FreshWeights:
 
     def _whole(self, spec: TensorSpec) -> Tensor:
         if not spec.is_matrix:
-            return torch.zeros(spec.shape) if spec.name.endswith(".bias") else torch.ones(spec.shape)
+            return torch.full(spec.shape, 0.0 if spec.name.endswith(".bias") else 1.0 - spec.offset)
         digest = hashlib.blake2b(f"{self._seed}:{spec.name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-        values = torch.empty(spec.shape).normal_(0.0, self._deviation, generator=generator)
+        deviation = self._deviation * (self._writers if spec.role == "writer" else 1.0)
+        values = torch.empty(spec.shape).normal_(0.0, deviation, generator=generator)
         if spec.role == "embedding" and self._padding_row is not None:
             values[self._padding_row] = 0.0
         return values

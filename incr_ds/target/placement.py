@@ -69,14 +69,19 @@ def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 
 def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
     """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work."""
-    problems = []
-    if not architecture.family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
+    problems, family = [], architecture.family
+    if not family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
         raise LayoutError(
-            f"layout: {architecture.family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
+            f"layout: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
             "and pipeline_parallel: 1, or format: huggingface."
         )
-    for axis in filter(architecture.family.axes.__contains__, WHOLE_UNITS):
-        size, field = architecture.sizes[axis], architecture.family.axes[axis]
+    if family.uncut and layout.tensor_parallel > 1:
+        problems.append(
+            f"  tensor_parallel {layout.tensor_parallel}: {family.model_type} is not cut over tensor ranks: {family.uncut}; "
+            "use pipeline_parallel, or data_parallel with zero_stage 3"
+        )
+    for axis in filter(family.axes.__contains__, WHOLE_UNITS):
+        size, field = architecture.sizes[axis], family.axes[axis]
         if size % layout.tensor_parallel:
             fitting = [degree for degree in range(1, size + 1) if size % degree == 0]
             problems.append(
@@ -85,7 +90,7 @@ def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
             )
     for axis in ("vocab", "ffn"):
         if architecture.sizes[axis] < layout.tensor_parallel:
-            problems.append(f"  tensor_parallel {layout.tensor_parallel}: larger than {architecture.family.axes[axis]}")
+            problems.append(f"  tensor_parallel {layout.tensor_parallel}: larger than {family.axes[axis]}")
     if architecture.num_layers < layout.pipeline_parallel:
         problems.append(
             f"  pipeline_parallel {layout.pipeline_parallel}: the model has {architecture.num_layers} layers; "
@@ -107,7 +112,7 @@ def pipeline_layer(spec: TensorSpec, num_layers: int) -> int:
     """The pipeline layer that owns a tensor."""
     if spec.layer is not None:
         return spec.layer + 1
-    return {"embedding": 0, "final_norm": num_layers + 1, "reader": num_layers + 2}[spec.role]
+    return {"embedding": 0, "positions": 0, "final_norm": num_layers + 1, "reader": num_layers + 2}[spec.role]
 
 
 def layer_local_name(spec: TensorSpec) -> str:
@@ -121,17 +126,18 @@ def rank_parameters(
     """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
 
     With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more, the names are
-    PipelineModule's: ``<pipeline layer>.<local name>``, tied ones ``tied_modules.embedding.<local name>`` and first.
+    PipelineModule's: ``<pipeline layer>.<local name>``, tied ones ``tied_modules.embedding.<local name>`` and first. Learned
+    positions are part of the embedding's module on the first stage.
     """
     if layout.pipeline_parallel == 1:
         return tuple(_shard(spec, spec.name, layout, tensor_rank) for spec in architecture.stored)
     num_layers = architecture.num_layers
     layers = stage_layers(num_layers, layout.pipeline_parallel)[stage]
     tied, own = [], []
-    for spec in architecture.stored:
+    for spec in sorted(architecture.stored, key=lambda spec: pipeline_layer(spec, num_layers)):
         layer = pipeline_layer(spec, num_layers)
-        if architecture.tied and spec.role == "embedding":
-            if 0 in layers or num_layers + 2 in layers:
+        if architecture.tied and layer == 0:
+            if 0 in layers or (num_layers + 2 in layers and spec.role == "embedding"):
                 tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank))
         elif layer in layers:
             own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank))

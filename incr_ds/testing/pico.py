@@ -7,6 +7,15 @@ from typing import Any
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TRAINED_BESIDE = (
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "phi3",
+    "olmo2",
+    "gemma3_text",
+    "gemma2",
+)  # small models of these: incr_ds.testing.memory
 
 
 def pico_config(family: str = "llama", *, tied: bool = False, **changes: Any) -> dict[str, Any]:

@@ -110,6 +110,17 @@ def test_hidden(fp64_norms, method, hidden, tied, breaking):
     assert difference("llama", {"hidden_size": hidden}, tied, width=width) <= 1e-12
 
 
+@pytest.mark.parametrize("hidden", [192, 222])
+@pytest.mark.parametrize("breaking", ["per-element", "diagonal"])
+def test_interleaved_copies(fp64_norms, hidden, breaking):
+    """Each position beside its copies; 222 are two or three of each."""
+    width = {"order": "interleave", "ffn": {"new": "copy"}, "symmetry_breaking": {"method": breaking}}
+    assert difference("llama", {"hidden_size": hidden, "intermediate_size": 500}, True, width=width) <= 1e-12
+    plan = plan_growth(small_architecture("llama"), recipe_of(target={"hidden_size": hidden}, width=width))
+    index = plan.axes["hidden"].index
+    assert index[:3] == ((0, 0, 1) if hidden == 192 else (0, 0, 0)) and list(index) == sorted(index)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_zero_padding_with_scaled_eps(fp64_norms, family, tied):

@@ -78,6 +78,63 @@ def test_triton_equals_the_reference(settings, divergence):
     assert all(error < bound for error, bound in zip(relative_errors(found, expected), FP32_ERRORS, strict=True))
 
 
+CAPS = [{"softcap": 2.0}, {"teacher_softcap": 3.0}, {"softcap": 4.0, "teacher_softcap": 3.0}]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("caps", CAPS, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+def test_capped_logits_equal_the_reference(backend, caps, divergence):
+    """Whose gradient is autograd's through the cap."""
+    problem = make_problem(torch.float32)
+    settings = {
+        "alpha": 0.3,
+        "temperature": 1.5,
+        "z_loss": 0.02,
+        "label_smoothing": 0.1,
+        "divergence": divergence,
+        **caps,
+    }
+    expected = outcome(problem.to(torch.float64), **settings, backend="reference")
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    bounds = FP32_ERRORS if backend == "triton" else [1e-12] * 7
+    for budget in (None, 9_000):
+        found = outcome(problem.to(dtype), **settings, backend=backend, budget_bytes=budget)
+        assert all(error < bound for error, bound in zip(relative_errors(found, expected), bounds, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "lean"])
+def test_capped_logits_and_sparse_teachers(backend):
+    problem = make_problem()
+    settings = {"alpha": 0.4, "temperature": 1.5, "teacher": sparse(problem, "bucket"), "softcap": 3.0}
+    expected = outcome(problem, **settings, backend="reference")
+    found = outcome(make_problem(), **settings, backend=backend, budget_bytes=9_000)
+    assert max(relative_errors(found, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_capped_logits_of_low_precision(dtype):
+    """A cap's slope is taken from logits that were rounded once more; what that leaves stays within rounding."""
+    problem = make_problem(dtype, tokens=64, scale=0.5)
+    settings = {"alpha": 0.5, "softcap": 4.0, "teacher_softcap": 4.0}
+    exact = outcome(problem.to(torch.float64), **settings, backend="reference")
+    for backend in ("torch", "lean"):
+        ours = relative_errors(outcome(problem.to(dtype), **settings, backend=backend), exact)
+        assert ours[0] < 1e-2 and max(ours[5:]) < 2e-2, backend
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 0.0}, "softcap is 0.0, expected a positive number, or None"),
+        ({"teacher_softcap": -1.0, "alpha": 0.5}, "the teacher's softcap is -1.0, expected a positive number"),
+    ],
+)
+def test_caps_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        outcome(make_problem(), **{"alpha": 0.0, **arguments})
+
+
 @pytest.mark.parametrize("kind", ["bucket", "none", "sampled"])
 @pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
 def test_sparse_teachers_equal_the_reference(kind, backend):

@@ -15,10 +15,11 @@ def kl(target, estimate):
     return F.kl_div(estimate, target, log_target=True, reduction="batchmean")
 
 
-def formula(problem, alpha, temperature, divergence):
+def formula(problem, alpha, temperature, divergence, cap=None, teacher_cap=None):
     kept = problem.labels != -100
     logits = (problem.hidden @ problem.head.T)[kept]
     scores = (problem.teacher_hidden @ problem.teacher_head.T)[kept]
+    logits, scores = (z if c is None else c * (z / c).tanh() for z, c in ((logits, cap), (scores, teacher_cap)))
     log_p, log_q = F.log_softmax(logits / temperature, 1), F.log_softmax(scores / temperature, 1)
     log_m = ((log_p.exp() + log_q.exp()) / 2).log()
     distance = {
@@ -44,6 +45,19 @@ def test_the_reference_is_the_formula(alpha, temperature, divergence):
     torch.testing.assert_close(torch.stack(found[:5]), torch.stack(expected), rtol=1e-12, atol=0)
     assert found.tokens == 9
     torch.testing.assert_close(found.per_token.sum(1) / 9, torch.stack(expected[1:]).detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("cap", "teacher_cap"), [(2.0, None), (None, 3.0), (2.0, 3.0)])
+def test_capped_logits_are_their_formula(cap, teacher_cap):
+    problem = make_problem()
+    found = distillation_loss(
+        *problem.tensors, alpha=0.3, temperature=2.0, z_loss=0.01, label_smoothing=0.1, backend="reference",
+        softcap=cap, teacher_softcap=teacher_cap,
+    )  # fmt: skip
+    expected = formula(problem, 0.3, 2.0, "forward_kl", cap, teacher_cap)
+    torch.testing.assert_close(torch.stack(found[:5]), torch.stack(expected), rtol=1e-12, atol=0)
+    uncapped = formula(problem, 0.3, 2.0, "forward_kl")
+    assert (found.loss - uncapped[0]).abs() > 0.1, "the caps must matter"
 
 
 def test_sparse_teachers_are_their_formulas():

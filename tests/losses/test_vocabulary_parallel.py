@@ -23,6 +23,8 @@ CASES = {
     "sampled": {"alpha": 0.5},
     "triton": {"alpha": 0.3, "temperature": 2.0, "backend": "triton"},
     "lean": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "backend": "lean"},
+    "capped": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "softcap": 3.0},
+    "lean capped": {"alpha": 0.6, "divergence": "reverse_kl", "backend": "lean", "softcap": 3.0},
     "lean jsd": {"alpha": 0.6, "divergence": "jsd", "backend": "lean"},
 }
 

@@ -86,7 +86,7 @@ for family in sys.argv[1:]:
     assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= names and not {name for name in names if name.endswith("RMSNorm")} - {
         "LigerRMSNorm"
     }, (family, names)
-    rotate = sys.modules[type(model.model["layers"]["0"]).__module__].apply_rotary_pos_emb
+    rotate = sys.modules[type(model.get_submodule("model.layers.0")).__module__].apply_rotary_pos_emb
     assert rotate.__module__.startswith("liger_kernel"), rotate
 print("built")
 """

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
+from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import check_parameters
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
@@ -19,9 +20,17 @@ from incr_ds.testing.pico import FAMILIES, pico_architecture
 ALONE = TensorRanks(None, 0, 1)
 
 
-def plain(checkpoint, dtype=torch.float64, attention="sdpa", recompute=False):
+def plain(checkpoint, dtype=torch.float64, attention="sdpa", recompute=False, softcap=None):
+    loss = LossSettings(softcap=softcap)
     factory = LayerFactory(
-        checkpoint.architecture, ALONE, CheckpointWeights(checkpoint), dtype, torch.device("cpu"), attention, recompute
+        checkpoint.architecture,
+        ALONE,
+        CheckpointWeights(checkpoint),
+        dtype,
+        torch.device("cpu"),
+        attention,
+        recompute,
+        loss,
     )
     return LanguageModel(factory, range(checkpoint.architecture.num_layers + 3))
 

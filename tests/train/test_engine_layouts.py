@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.testing.checkpoint import MemoryCheckpoint
-from incr_ds.testing.pico import pico_architecture
+from incr_ds.testing.memory import small_architecture
+from incr_ds.testing.pico import TRAINED_BESIDE, pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
 
@@ -44,25 +45,47 @@ class Case:
         return self.accumulation * self.data
 
     def run(self):
+        attention = "eager" if self.family == "gemma2" else "sdpa"
         layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline}
         return pico_run(
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
             optimizer=OPTIMIZER,
             precision=self.precision,
-            model={"config": "pico", "activation_checkpointing": self.recompute, "freeze": list(self.freeze)},
+            model={
+                "config": "pico",
+                "activation_checkpointing": self.recompute,
+                "freeze": list(self.freeze),
+                "attention": attention,
+            },
             distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
             loss={"z_loss": self.z_loss},
         )
 
 
+# Dropout would draw other numbers in another layout; two tensor ranks need an even number of heads.
+CHANGES = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+    "gemma3_text": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+}
+
+
 def student(case):
+    if case.family in TRAINED_BESIDE:
+        changes = {"tie_word_embeddings": case.tied, **CHANGES.get(case.family, {})}
+        return MemoryCheckpoint(small_architecture(case.family, **changes), seed=1)
     # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
     architecture = pico_architecture(case.family, tied=case.tied, num_key_value_heads=2)
     return MemoryCheckpoint(architecture, seed=1)
 
 
-def teacher():
+def teacher(case=None):
+    if case is not None and case.family in TRAINED_BESIDE:
+        return MemoryCheckpoint(
+            small_architecture(case.family, tie_word_embeddings=True, **CHANGES.get(case.family, {})), seed=2
+        )
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     return MemoryCheckpoint(pico_architecture("llama", **sizes), seed=2)
 
@@ -85,7 +108,7 @@ def train(case):
     from incr_ds.train.engine import build_engine
 
     weights = student(case)
-    engine = build_engine(case.run(), weights.architecture, weights, teacher())
+    engine = build_engine(case.run(), weights.architecture, weights, teacher(case))
     steps, evaluations = [], []
     for step, (alpha, temperature) in enumerate(SCHEDULE):
         mine = micro_batches(case.micro_batches, step)[engine.data_parallel_rank :: case.data]
@@ -106,7 +129,7 @@ def train(case):
 
 def reference(case):
     """The same training by transformers and torch alone."""
-    model, guide = transformers_model(student(case)), transformers_model(teacher())
+    model, guide = transformers_model(student(case)), transformers_model(teacher(case))
     frozen = frozen_tensors(student(case).architecture, case.freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

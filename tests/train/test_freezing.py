@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from freezing_engines import train_cases
+from saving_engines import train_cases
 from test_engine_layouts import Case, reference, student
 from transformers import AutoModelForCausalLM
 

@@ -1,13 +1,15 @@
-"""Child processes of test_freezing: every case in one group of processes, saved on the way and resumed."""
+"""Child processes of test_freezing and test_engine_families: every case in one group, saved on the way and resumed."""
 
 from pathlib import Path
 
 import deepspeed
-from test_engine_layouts import RATE, SCHEDULE, micro_batches, student, teacher
+from test_engine_layouts import RATE, SCHEDULE, Case, micro_batches, student, teacher
 
+from incr_ds.testing.runs import pico_run
 from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from incr_ds.train.engine import build_engine
 from incr_ds.train.metrics import Position
+from incr_ds.train.start import find_start
 
 SAVED = 2  # steps before the checkpoint
 
@@ -21,7 +23,7 @@ def train_cases(folder, cases):
 def train_case(output, case):
     run = case.run().model_copy(update={"output": output})
     weights = student(case)
-    engine = build_engine(run, weights.architecture, weights, teacher())
+    engine = build_engine(run, weights.architecture, weights, teacher(case))
     results = steps(engine, case, range(SAVED))
     state = TrainingState(
         position=Position(step=SAVED), evaluated_step=-1, data={}, settings=run.model_dump(mode="json")
@@ -30,7 +32,7 @@ def train_case(output, case):
     at_save = values(engine, case)
     results += steps(engine, case, range(SAVED, len(SCHEDULE)))
     whole = values(engine, case)
-    resumed = build_engine(run, weights.architecture, None, teacher())
+    resumed = build_engine(run, weights.architecture, None, teacher(case))
     load_checkpoint(resumed, run, saved, {})
     again = steps(resumed, case, range(SAVED, len(SCHEDULE)))
     states = sum(state["exp_avg"].numel() for state in resumed._engine.optimizer.optimizer.state.values())
@@ -57,3 +59,16 @@ def values(engine, case):
             (shard.tensor.name, shard.bounds): parameter.detach().clone()
             for shard, parameter in zip(engine.shards, parameters, strict=True)
         }
+
+
+def load_grown(folders, layouts):
+    """By family: what a run in the layout that a checkpoint was grown for begins with."""
+    found = {}
+    for family, folder in folders.items():
+        run = pico_run(model={"initialize_from": folder}, layout=layouts[family])
+        start = find_start(run)
+        assert start.checkpoint is not None
+        engine = build_engine(run, start.architecture, None, None)
+        engine.load(start.checkpoint, start.tag)
+        found[family] = values(engine, Case(family, tied=False))
+    return found

@@ -1,0 +1,43 @@
+"""What a model makes of token ids before its first layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from incr_ds.arch.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class InputEmbedding:
+    """Token embeddings times a scale, plus learned positions, with dropout, as the family declares them.
+
+    Not an nn.Module: the modules that own ``tokens`` and ``positions`` differ between plain engines and pipelines.
+    """
+
+    architecture: Architecture
+    tokens: nn.Module
+    positions: nn.Embedding | None
+
+    def hidden_states(self, input_ids: Tensor, *, training: bool) -> Tensor:
+        """[B, S] -> [B, S, H]."""
+        hidden = self.tokens(input_ids)
+        if self.architecture.family.embedding_scale is not None:
+            # In the model's dtype, as transformers has it.
+            scale = torch.tensor(math.sqrt(self.architecture.sizes["hidden"]), dtype=hidden.dtype)
+            hidden = hidden * scale.item()
+        if self.positions is not None:
+            # OPT's table has rows before the first position.
+            first = self.positions.num_embeddings - self.architecture.sizes["positions"]
+            hidden = hidden + self.positions(torch.arange(first, first + input_ids.shape[1], device=hidden.device))
+        dropout = self._dropout
+        return F.dropout(hidden, dropout) if training and dropout else hidden
+
+    @property
+    def _dropout(self) -> float:
+        field = self.architecture.family.embedding_dropout
+        return 0.0 if field is None else float(self.architecture.config[field])

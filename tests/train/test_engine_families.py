@@ -1,0 +1,93 @@
+"""Families beside Llama's kin, cut over processes: training, saving, resuming and loading what was grown for the layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from saving_engines import load_grown, train_cases
+from test_engine_layouts import Case, reference
+
+from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.source import open_source
+from incr_ds.testing.memory import drawn_model, small_architecture
+from incr_ds.testing.processes import run_processes
+
+# With and without a pipeline, tied and untied, each family's teacher of the same family; with learned positions, tied and
+# untied pipelines differ in where these lie.
+CASES = {
+    "gpt_neox-pipeline": Case("gpt_neox", tied=False, pipeline=2, accumulation=4),
+    "gpt_neox-tensor": Case("gpt_neox", tied=True, tensor=2),
+    "gpt_neox-zero3": Case("gpt_neox", tied=False, data=2, zero=3),
+    "gpt2-pipeline": Case("gpt2", tied=True, pipeline=2, accumulation=4, recompute=True),
+    "gpt2-untied-pipeline": Case("gpt2", tied=False, pipeline=2),
+    "gpt2-zero2": Case("gpt2", tied=True, data=2, zero=2, accumulation=2),
+    "opt-pipeline": Case("opt", tied=True, pipeline=2, accumulation=4),
+    "opt-untied-pipeline": Case("opt", tied=False, pipeline=2),
+    "opt-zero3": Case("opt", tied=True, data=2, zero=3),
+    "phi3-pipeline": Case("phi3", tied=False, pipeline=2, accumulation=4),
+    "phi3-zero1": Case("phi3", tied=True, data=2),
+    "olmo2-pipeline": Case("olmo2", tied=False, pipeline=2, accumulation=2),
+    "gemma3-pipeline": Case("gemma3_text", tied=True, pipeline=2, accumulation=2),
+    "gemma2-pipeline": Case("gemma2", tied=True, pipeline=2, accumulation=2),
+    "gemma2-tensor": Case("gemma2", tied=True, tensor=2),
+    "gemma2-zero3": Case("gemma2", tied=True, data=2, zero=3),
+    "gemma3-tensor": Case("gemma3_text", tied=True, tensor=2),
+    "olmo2-zero3": Case("olmo2", tied=True, data=2, zero=3),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return run_processes(train_cases, 2, str(tmp_path_factory.mktemp("families")), CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_one_process(trained, name):
+    expected_steps, _, expected = reference(CASES[name])
+    found = [(step.loss, step.ce, step.divergence, step.gradient_norm) for step in trained[0][name]["results"]]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected_steps), rtol=1e-5, atol=1e-6)
+    seen = dict.fromkeys(expected, 0)
+    for rank in trained:
+        for (tensor, bounds), value in rank[name]["whole"].items():
+            whole = expected[tensor][tuple(slice(*bound) for bound in bounds)]
+            torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5, msg=lambda text, n=tensor: f"{n}: {text}")
+            seen[tensor] += value.numel()
+    assert all(count >= expected[tensor].numel() for tensor, count in seen.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_is_the_whole_one_and_its_checkpoint_is_read(trained, name):
+    for rank in trained:
+        assert rank[name]["again"] == rank[name]["results"][2:]
+        assert all(torch.equal(value, rank[name]["resumed"][key]) for key, value in rank[name]["whole"].items())
+    checkpoint = open_source(Path(trained[0][name]["saved"]))
+    for rank in trained:
+        for (tensor, bounds), value in rank[name]["at_save"].items():
+            assert torch.equal(checkpoint.read(tensor)[tuple(slice(*bound) for bound in bounds)], value), tensor
+    assert len(list(checkpoint.self_check())) >= len(checkpoint.architecture.stored)
+
+
+def test_a_grown_checkpoint_loads_into_its_layout(tmp_path):
+    """GPT-2, tied: learned positions lie beside the embedding on the first stage alone. OPT: its final norm comes first."""
+    layouts, folders = (
+        {"gpt2": {"pipeline_parallel": 2}, "opt": {"pipeline_parallel": 2}, "gpt_neox": {"tensor_parallel": 2}},
+        {},
+    )
+    for family, layout in layouts.items():
+        folder = tmp_path / family
+        source = drawn_model(small_architecture(family, tie_word_embeddings=family == "gpt2"), torch.float32)
+        source.save_pretrained(folder / "source")
+        field = small_architecture(family).family.axes["layers"]
+        recipe = {"target": {field: 4}, "optimizer": "reset", "layout": layout}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        grow_checkpoint(plan_request(GrowthRequest(folder / "source", tmp_path / "recipe.yaml", folder / "grown")))
+        folders[family] = str(folder / "grown")
+    ranks = run_processes(load_grown, 2, folders, layouts)
+    for family in layouts:
+        expected, seen = open_source(tmp_path / family / "grown"), set()
+        for rank in ranks:
+            for (tensor, bounds), value in rank[family].items():
+                assert torch.equal(expected.read(tensor)[tuple(slice(*bound) for bound in bounds)], value), tensor
+                seen.add(tensor)
+        assert seen == {spec.name for spec in expected.architecture.stored}

@@ -1,0 +1,47 @@
+"""Fit the operators of a growth on a few hundred batches, before the growth; writes a recipe that grow_checkpoint.py takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from incr_ds.command import command, console, print_json, progress_bar
+from incr_ds.config.fields import load_settings
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import ConfigError
+from incr_ds.target.commit import write_atomically
+from incr_ds.train.fitting import fit_growth
+
+
+@command
+def main(
+    config: Annotated[Path, typer.Option(help="Run file whose model.initialize_from names source and recipe.")],
+    output: Annotated[Path, typer.Option(help="Recipe to write (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW, the source frozen."""
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; choose another name.")
+    run = load_settings(config, RunSettings, override)
+    steps = run.schedule.train_steps
+    with progress_bar(quiet=json) as progress:
+        fit = fit_growth(run, lambda step, loss: progress("fitting", step + 1, steps) if progress else None)
+    write_atomically(output, yaml.safe_dump(fit.recipe.model_dump(exclude_unset=True), sort_keys=False))
+    found = {"recipe": str(output), "steps": steps, "loss_before": fit.before, "loss_after": fit.after}
+    if json:
+        print_json(found)
+        return
+    console.print(
+        f"held-out loss {fit.before:.4f} with the recipe's own operators, {fit.after:.4f} with the fitted ones"
+    )
+    if fit.after >= fit.before:
+        console.print("the fit did not help: more steps, another learning rate, or the recipe as it was")
+    console.print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
