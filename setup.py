@@ -10,6 +10,7 @@ REQUIRES = [
     "numpy",
     "safetensors",
     "pydantic>=2.10",
+    "typing_extensions>=4.12",
     "PyYAML",
     "typer",
     "rich",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
+from rich.tree import Tree
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -15,6 +16,7 @@ from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
 from incr_ds.suggest import Suggestion
 
+_LAYER = "LAYER"
 SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
 
@@ -84,6 +86,35 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def tensor_tree(architecture: Architecture) -> Tree:
+    """Every tensor by its name and shape; tensors that are alike in several layers once, with the layers' numbers."""
+    alike: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in architecture.tensors:
+        alike.setdefault((_without_layer(spec), str(spec.shape), str(spec.tied_to)), []).append(spec)
+    tree = Tree("tensors")
+    branches: dict[str, Tree] = {"": tree}
+    for specs in alike.values():
+        *folders, last = _without_layer(specs[0]).replace(_LAYER, _layers_text(specs)).split(".")
+        at = ""
+        for folder in folders:
+            below = f"{at}.{folder}"
+            if below not in branches:
+                branches[below] = branches[at].add(folder)
+            at = below
+        tied = f", tied to {specs[0].tied_to}" if specs[0].tied_to else ""
+        branches[at].add(f"{last} {list(specs[0].shape)}{tied}", highlight=False)
+    return tree
+
+
+def _without_layer(spec: TensorSpec) -> str:
+    return spec.name if spec.layer is None else spec.name.replace(f".{spec.layer}.", f".{_LAYER}.", 1)
+
+
+def _layers_text(specs: Sequence[TensorSpec]) -> str:
+    layers = [spec.layer for spec in specs]
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
 
 
 def _stated_sizes(architecture: Architecture) -> list[str]:

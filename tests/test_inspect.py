@@ -1,6 +1,7 @@
 """inspect_checkpoint.py: what it prints, and its diff."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -37,6 +38,21 @@ def test_components_are_listed(folders):
         assert shown in done.stdout
     content = json.loads(run_tool("inspect_checkpoint", folders / "native", "--json").stdout)
     assert sum(content["components"].values()) == content["parameters"]
+
+
+def test_every_tensor_stands_in_the_tree(folders):
+    shown = run_tool("inspect_checkpoint", folders / "universal").stdout
+    architecture = pico_architecture()
+    last = architecture.num_layers - 1
+    lines = [re.sub("[│├└─]", "", line).strip() for line in shown.splitlines()]
+    assert f"0 to {last}" in lines and "embed_tokens" in lines
+    down = architecture.by_name["model.layers.0.mlp.down_proj.weight"]
+    assert (
+        lines.count(f"weight {list(down.shape)}") == 1
+        and lines[lines.index("down_proj") + 1] == f"weight {list(down.shape)}"
+    )
+    content = json.loads(run_tool("inspect_checkpoint", folders / "native", "--json").stdout)
+    assert content["tensors"] == {spec.name: list(spec.shape) for spec in architecture.tensors}
 
 
 def test_layouts_of_one_model_do_not_differ(folders):

@@ -13,7 +13,7 @@ from incr_ds.command import command, console, print_json
 from incr_ds.difference import differences
 from incr_ds.errors import ConfigError
 from incr_ds.source import open_source
-from incr_ds.tables import checkpoint_table, component_sizes, difference_table
+from incr_ds.tables import checkpoint_table, component_sizes, difference_table, tensor_tree
 from incr_ds.target.commit import MANIFEST, verify_manifest
 
 
@@ -58,6 +58,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "parameters": architecture.num_parameters,
                 "components": component_sizes(architecture),
                 "layout": dict(facts.layout),
+                "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},
                 "states": list(facts.states),
                 "step": facts.step,
                 "metadata": dict(facts.metadata),
@@ -66,7 +67,12 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
         )
         return
     console.print(checkpoint_table(checkpoint))
-    console.print("manifest: every file as published" if manifest else "manifest: none (not published by incr_ds)")
+    console.print(tensor_tree(architecture))
+    console.print(
+        "manifest: every file as published"
+        if manifest
+        else "manifest: none (not published by incr_ds); tools/verify_checkpoint.py checks what the format allows"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from incr_ds.arch.family import Family, TensorDeclaration, family_of
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
 
+# Above them a config is damaged, and the declaration of its tensors alone would fill the memory.
+_LARGEST = {"layers": 10_000, "experts": 10_000}
+_LARGEST_SIZE = 2**31
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -161,9 +165,14 @@ def _architecture(family: Family, full: Mapping[str, Any], where: str) -> Archit
 def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
     """The size of every axis: its config field, or where the config has none, the family's rule."""
     stated = {axis: (field, full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
-    for field, value in stated.values():
+    for axis, (field, value) in stated.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{where}: {field}: expected a positive whole number, found {value!r}.")
+        if value > _LARGEST.get(axis, _LARGEST_SIZE):
+            raise ConfigError(
+                f"{where}: {field}: {value} is above {_LARGEST.get(axis, _LARGEST_SIZE)}, more than any model has; the file "
+                "is damaged."
+            )
     sizes = {axis: value for axis, (_, value) in stated.items()}
     if missing := [field for axis, field in family.axes.items() if axis not in sizes and axis not in family.derived]:
         raise ConfigError(f"{where}: {missing[0]}: missing; a {family.model_type} config states it.")

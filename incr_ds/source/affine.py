@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from incr_ds.arch.blocks import Block
 from incr_ds.errors import CheckpointError
+from incr_ds.source.contents import AffineParameter, AffinePiece, affine_parameters
 
 VERSION = 1
 
@@ -19,17 +21,17 @@ VERSION = 1
 class AffineMaps:
     """The maps in one checkpoint's ``universal_checkpoint_info``; empty where it has none."""
 
-    def __init__(self, info: Any, where: str) -> None:
+    def __init__(self, info: Any, where: Path) -> None:
         maps = info.get("affine_map") if isinstance(info, dict) else None
         self._where = where
-        self._maps: Mapping[str, Any] = {}
-        if not maps:
+        self._maps: Mapping[str, AffineParameter] = {}
+        if not isinstance(maps, dict) or not maps:
             return
         if maps.get("version") != VERSION:
             raise CheckpointError(
                 f"{where}: its affine map has version {maps.get('version')}, version {VERSION} is known; update incr_ds."
             )
-        self._maps = maps["params"]
+        self._maps = affine_parameters(maps.get("params"), where)
         self._unsupported: Mapping[str, str] = info.get("autotp_unsupported_parameter_patterns") or {}
         self._exact = {_plain(pattern): entry for pattern, entry in self._maps.items()}
 
@@ -45,12 +47,15 @@ class AffineMaps:
         entry = self._exact.get(parameter)
         if entry is None:
             return None
-        ranks = {int(rank): value for rank, value in entry["ranks"].items()}
-        held = ranks[tensor_rank]
+        held = entry["ranks"].get(tensor_rank)
+        if held is None:
+            raise CheckpointError(
+                f"{self._where}: {parameter}: its affine map says nothing of tensor rank {tensor_rank}."
+            )
         shapes = tuple(entry["logical_shape"]), tuple(held["shard_shape"])
         return [self._block(name, piece, *shapes) for piece in held["pieces"] if math.prod(piece["shape"])]
 
-    def _block(self, name: str, piece: Mapping[str, Any], whole: tuple[int, ...], shard: tuple[int, ...]) -> Block:
+    def _block(self, name: str, piece: AffinePiece, whole: tuple[int, ...], shard: tuple[int, ...]) -> Block:
         shape = tuple(piece["shape"])
         begin = self._corner(name, piece["source"], shape, whole)
         row, *columns = self._corner(name, piece["dest"], shape, shard)

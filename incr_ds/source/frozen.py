@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from incr_ds.arch.logical import State
 from incr_ds.errors import CheckpointError
+from incr_ds.source.contents import ModelFile, model_content
 from incr_ds.source.flat import FlatParameter, Piece, scattered_parameters
 from incr_ds.source.unpickle import load_pt
 
@@ -21,7 +21,7 @@ def add_frozen(
     parameters: dict[str, FlatParameter],
     flats: Flats,
     model_file: Path,
-    model: Mapping[str, Any],
+    model: ModelFile,
     stage: int,
     trust: bool,
 ) -> frozenset[str]:
@@ -30,7 +30,7 @@ def add_frozen(
     ZeRO-2 saves them whole, ZeRO-3 a share in each rank's model file, ZeRO-1 (and BF16_Optimizer) only among the module's
     weights. CheckpointError where they are missing.
     """
-    shapes = {name: tuple(shape) for name, shape in (model.get("frozen_param_shapes") or {}).items()}
+    shapes = model.get("frozen_param_shapes") or {}
     if stage == 3:
         return _add_shares(parameters, flats, model_file, shapes, trust) if shapes else frozenset()
     module = model.get("module") or {}
@@ -74,7 +74,7 @@ def _add_shares(
     ]
     first_group = len(flats[0]["weight"])
     for flat, path in zip(flats, files, strict=True):
-        fragments = load_pt(path, trust=trust).get("frozen_param_fragments") or {}
+        fragments = model_content(load_pt(path, trust=trust), path).get("frozen_param_fragments") or {}
         missing = [name for name in shapes if name not in fragments]
         if missing:
             raise CheckpointError(

@@ -28,7 +28,7 @@ def assembled_tensors(
         for parameter, logical in rank.names.items():
             found.setdefault(logical, {}).setdefault(rank.index // tensor_parallel, []).append((rank, parameter))
     declared = architecture.by_name
-    maps = AffineMaps(ranks[0].universal_info, str(ranks[0].model_file))
+    maps = AffineMaps(ranks[0].universal_info, ranks[0].model_file)
     held: dict[str, list[Held]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for logical, stages in found.items():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import CheckpointFacts, State, check_shapes
 from incr_ds.errors import CheckpointError
+from incr_ds.source.progress import tokens_seen
 from incr_ds.source.unpickle import load_pt
 
 INDEX = "model.safetensors.index.json"
@@ -47,7 +48,9 @@ class HuggingFaceCheckpoint:
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
         check_shapes(architecture, shapes, str(folder))
         kind = "safetensors" if files[0].suffix == ".safetensors" else ".bin"
-        self._facts = CheckpointFacts(folder, f"Hugging Face {kind}", ("weight",), None, {}, {}, files)
+        self._facts = CheckpointFacts(
+            folder, f"Hugging Face {kind}", ("weight",), None, {}, tokens_seen({}, folder), files
+        )
 
     @property
     def facts(self) -> CheckpointFacts:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.source.contents import tensors
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
 from incr_ds.source.naming import logical_names
 from incr_ds.source.partitions import ModelRank
@@ -23,7 +24,7 @@ def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iter
     """Weights of pipeline layers as ``<layer>.<name inside>``, in the model's dtype."""
     for layer in sorted(layers):
         path = folder / f"layer_{layer:02d}-model_{tensor_rank:02d}-model_states.pt"
-        for name, tensor in load_pt(path).items():
+        for name, tensor in tensors(load_pt(path), path).items():
             yield f"{layer}.{name}", tensor
 
 

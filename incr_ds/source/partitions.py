@@ -13,8 +13,18 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, State
 from incr_ds.errors import CheckpointError
-from incr_ds.source.flat import FlatShards, check_bounds, contiguous_parameters, scattered_parameters
-from incr_ds.source.frozen import add_frozen
+from incr_ds.source.contents import (
+    AdamState,
+    ModelFile,
+    Moments,
+    model_content,
+    moments,
+    partitions,
+    stage3_partitions,
+    zero_stage,
+)
+from incr_ds.source.flat import FlatParameter, FlatShards, check_bounds, contiguous_parameters, scattered_parameters
+from incr_ds.source.frozen import Flats, add_frozen
 from incr_ds.source.naming import logical_names
 from incr_ds.source.unpartitioned import unpartitioned
 from incr_ds.source.unpickle import load_pt
@@ -34,7 +44,7 @@ class ModelRank:
     index: int
     model_file: Path
     files: tuple[Path, ...]
-    model: Mapping[str, Any]
+    model: ModelFile
     shards: FlatShards
     stage: int
     kind: str
@@ -87,50 +97,88 @@ def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     return [(rank, models[rank], tuple(optimizer[rank][data] for data in range(num_data))) for rank in ranks]
 
 
+@dataclass(frozen=True)
+class _OptimizerFile:
+    """One data-parallel rank's optimizer file, its two forms (ZeRO-1/2 and ZeRO-3) made one."""
+
+    path: Path
+    stage: int
+    says_stage: bool
+    partition_count: int
+    adam: AdamState
+    masters: list[torch.Tensor]
+    paddings: Sequence[Sequence[int] | None] | None
+    universal_info: Any
+
+    def flat(self) -> dict[State, list[torch.Tensor]]:
+        """Masters and moments, one-dimensional, by group."""
+        groups = [self._moments(index, self.adam["state"].get(index, {})) for index in range(len(self.masters))]
+        return {
+            "weight": [tensor.flatten() for tensor in self.masters],
+            "exp_avg": [group["exp_avg"].flatten() for group in groups],
+            "exp_avg_sq": [group["exp_avg_sq"].flatten() for group in groups],
+        }
+
+    def steps(self) -> dict[int, int]:
+        """Adam's count of steps by group."""
+        return {index: self._moments(index, group)["step"] for index, group in self.adam["state"].items()}
+
+    def _moments(self, index: int, group: Mapping[str, Any]) -> Moments:
+        return moments(group, self.path, f"optimizer group {index}")
+
+
 def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
-    index, model_file, files = paths
-    model = load_pt(model_file, trust=trust)
+    index, model_path, files = paths
+    model = model_content(load_pt(model_path, trust=trust), model_path)
     if not files:
-        return _unpartitioned_rank(index, model_file, model, architecture)
-    states = [_optimizer_state(load_pt(path, trust=trust), path) for path in files]
-    _check_partition_count(states, model, model_file, files)
-    stage = int(states[0].get("zero_stage", BF16_OPTIMIZER))
-    group_shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
-    if stage == 3:
-        parameters = scattered_parameters(group_shapes, len(files))
-        flats = [_stage3_tensors(state, path) for state, path in zip(states, files, strict=True)]
-    else:
-        flats = [_stage12_tensors(state, path) for state, path in zip(states, files, strict=True)]
-        sizes = [moment.numel() for moment in flats[0]["exp_avg"]]
-        parameters = contiguous_parameters(group_shapes, _paddings(states[0], group_shapes), sizes)
-    frozen = add_frozen(parameters, flats, model_file, model, stage, trust)
+        return _unpartitioned_rank(index, model_path, model, architecture)
+    states = [_optimizer_file(load_pt(path, trust=trust), path) for path in files]
+    _check_partition_count(states, model, model_path)
+    first = states[0]
+    flats = [state.flat() for state in states]
+    parameters = _parameters(model_path, model.get("param_shapes") or [], first, flats)
+    frozen = add_frozen(parameters, flats, model_path, model, first.stage, trust)
     flat = {state: [tensors[state] for tensors in flats] for state in STATES}
     shards = FlatShards(parameters, flat, frozen)
-    check_bounds(shards, str(model_file.parent))
-    step = _common_step(states, stage, files)
+    check_bounds(shards, str(model_path.parent))
+    step = _common_step(states)
     names = logical_names(parameters, architecture)
-    groups = _hyperparameters(states[0], stage)
-    kind = f"DeepSpeed ZeRO-{stage}" if "zero_stage" in states[0] else "DeepSpeed BF16_Optimizer"
+    kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
     dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
-    info = states[0].get("universal_checkpoint_info") or model.get("universal_checkpoint_info")
-    return ModelRank(index, model_file, files, model, shards, stage, kind, dtype, step, names, groups, info)
+    info = first.universal_info or model.get("universal_checkpoint_info")
+    groups = _hyperparameters(first)
+    return ModelRank(index, model_path, files, model, shards, first.stage, kind, dtype, step, names, groups, info)
 
 
-def _unpartitioned_rank(
-    index: int, model_file: Path, model: Mapping[str, Any], architecture: Architecture
-) -> ModelRank:
+def _parameters(
+    model_path: Path, group_shapes: Sequence[Mapping[str, tuple[int, ...]]], first: _OptimizerFile, flats: Flats
+) -> dict[str, FlatParameter]:
+    """Where each trained parameter lies in the flat tensors of the ranks."""
+    if any(len(tensors["weight"]) != len(group_shapes) for tensors in flats):
+        counts = ", ".join(str(len(tensors["weight"])) for tensors in flats)
+        raise CheckpointError(
+            f"{model_path}: param_shapes has {len(group_shapes)} groups, the optimizer files beside it {counts}: from "
+            "different checkpoints."
+        )
+    if first.stage == 3:
+        return scattered_parameters(group_shapes, len(flats))
+    sizes = [moment.numel() for moment in flats[0]["exp_avg"]]
+    return contiguous_parameters(group_shapes, _paddings(first, group_shapes), sizes)
+
+
+def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architecture: Architecture) -> ModelRank:
     """A rank of ZeRO-0: one file holds the module and its optimizer."""
-    found = unpartitioned(model_file, model, architecture)
+    found = unpartitioned(model_path, model, architecture)
     info = model.get("universal_checkpoint_info")
     names = {name: name for name in found.shards.parameters}
-    files = (model_file,)
+    files = (model_path,)
     kind, dtype = "DeepSpeed ZeRO-0", str(found.dtype).removeprefix("torch.")
     return ModelRank(
-        index, model_file, files, model, found.shards, 0, kind, dtype, found.step, names, found.hyperparameters, info
+        index, model_path, files, model, found.shards, 0, kind, dtype, found.step, names, found.hyperparameters, info
     )
 
 
-def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def _optimizer_file(content: Any, path: Path) -> _OptimizerFile:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: no key optimizer_state_dict; not a DeepSpeed optimizer file.")
@@ -138,82 +186,51 @@ def _optimizer_state(content: Mapping[str, Any], path: Path) -> Mapping[str, Any
         raise CheckpointError(
             f"{path}: an elastic checkpoint, which is not supported; save with elastic_checkpoint false."
         )
-    return state
+    stage = zero_stage(state.get("zero_stage", BF16_OPTIMIZER), path)
+    info, says_stage = state.get("universal_checkpoint_info"), "zero_stage" in state
+    if stage == 3:
+        third = stage3_partitions(state, path)
+        adam, masters, paddings = third["optimizer_state_dict"], third["fp32_flat_groups"], None
+        return _OptimizerFile(path, stage, says_stage, third["partition_count"], adam, masters, paddings, info)
+    found = partitions(state, path)
+    adam, masters = found["base_optimizer_state"], found["single_partition_of_fp32_groups"]
+    paddings = found.get("param_alignment_paddings")
+    return _OptimizerFile(path, stage, says_stage, found["partition_count"], adam, masters, paddings, info)
 
 
-def _check_partition_count(
-    states: Sequence[Mapping[str, Any]], model: Mapping[str, Any], model_file: Path, files: Sequence[Path]
-) -> None:
+def _check_partition_count(states: Sequence[_OptimizerFile], model: ModelFile, model_path: Path) -> None:
     expected = model.get("dp_world_size")
-    if expected != len(files):
+    if expected != len(states):
         raise CheckpointError(
-            f"{model_file}: written with {expected} data-parallel ranks, found {len(files)} optimizer file(s) beside it. "
+            f"{model_path}: written with {expected} data-parallel ranks, found {len(states)} optimizer file(s) beside it. "
             "Copy the missing files back, or remove those of another checkpoint."
         )
-    for state, path in zip(states, files, strict=True):
-        count = state["partition_count"]
-        count = count[0] if isinstance(count, list | tuple) else count
-        if count != expected:
+    for state in states:
+        if state.partition_count != expected:
             raise CheckpointError(
-                f"{path}: one of {count} partitions, expected one of {expected}: from another checkpoint."
+                f"{state.path}: one of {state.partition_count} partitions, expected one of {expected}: from another checkpoint."
             )
 
 
-def _stage12_tensors(state: Mapping[str, Any], path: Path) -> dict[State, list[torch.Tensor]]:
-    adam = state["base_optimizer_state"]["state"]
-    masters = list(state["single_partition_of_fp32_groups"])
-    groups = [_adam_group(adam, index, path) for index in range(len(masters))]
-    return {
-        "weight": [tensor.flatten() for tensor in masters],
-        "exp_avg": [group["exp_avg"].flatten() for group in groups],
-        "exp_avg_sq": [group["exp_avg_sq"].flatten() for group in groups],
-    }
-
-
-def _stage3_tensors(state: Mapping[str, Any], path: Path) -> dict[State, list[torch.Tensor]]:
-    masters = list(state["fp32_flat_groups"])
-    adam = state["optimizer_state_dict"]["state"]
-    groups = [_adam_group(adam, index, path) for index in range(len(masters))]
-    return {
-        "weight": [tensor.flatten() for tensor in masters],
-        "exp_avg": [group["exp_avg"].flatten() for group in groups],
-        "exp_avg_sq": [group["exp_avg_sq"].flatten() for group in groups],
-    }
-
-
-def _adam_group(adam: Mapping[int, Any], index: int, path: Path) -> Mapping[str, Any]:
-    group: Mapping[str, Any] = adam.get(index, {})
-    missing = [key for key in ("exp_avg", "exp_avg_sq", "step") if key not in group]
-    if missing:
-        found = ", ".join(map(str, group)) or "nothing"
+def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    saved = first.paddings or [None] * len(group_shapes)
+    lengths = [len(shapes) for shapes in group_shapes]
+    if [len(paddings or range(length)) for paddings, length in zip(saved, lengths, strict=False)] != lengths:
         raise CheckpointError(
-            f"{path}: optimizer group {index} has no {', '.join(missing)} (found {found}). Only Adam's moments can be "
-            "grown; for another optimizer, or before the first step, export the weights to Hugging Face format."
+            f"{first.path}: param_alignment_paddings does not have one entry for each parameter of param_shapes: from "
+            "different checkpoints."
         )
-    return group
+    return [list(paddings or [0] * length) for paddings, length in zip(saved, lengths, strict=True)]
 
 
-def _paddings(state: Mapping[str, Any], group_shapes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    saved = state.get("param_alignment_paddings")
-    if saved is None:
-        return [[0] * len(shapes) for shapes in group_shapes]
-    return [
-        list(paddings) if paddings else [0] * len(shapes) for paddings, shapes in zip(saved, group_shapes, strict=True)
-    ]
-
-
-def _common_step(states: Sequence[Mapping[str, Any]], stage: int, files: Sequence[Path]) -> int:
-    key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-    steps = {}
-    for state, path in zip(states, files, strict=True):
-        for index, group in state[key]["state"].items():
-            steps[int(group["step"])] = f"{path.name} group {index}"
+def _common_step(states: Sequence[_OptimizerFile]) -> int:
+    steps = {step: f"{state.path.name} group {index}" for state in states for index, step in state.steps().items()}
     if len(steps) != 1:
         found = "; ".join(f"step {step} in {where}" for step, where in steps.items())
-        raise CheckpointError(f"{files[0].parent}: the optimizer files disagree on the step: {found}.")
+        raise CheckpointError(f"{states[0].path.parent}: the optimizer files disagree on the step: {found}.")
     return next(iter(steps))
 
 
-def _hyperparameters(state: Mapping[str, Any], stage: int) -> tuple[Mapping[str, Any], ...]:
-    groups = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["param_groups"]
+def _hyperparameters(first: _OptimizerFile) -> tuple[Mapping[str, Any], ...]:
+    groups = first.adam["param_groups"]
     return tuple({key: value for key, value in group.items() if key != "params"} for group in groups)

@@ -1,4 +1,4 @@
-"""How many tokens a checkpoint was trained on, where whoever trained it noted that."""
+"""How far a checkpoint was trained, as whoever trained it noted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_NOTED = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
-def tokens_seen(model: Mapping[str, Any], folder: Path) -> dict[str, int]:
+
+def training_facts(model: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """Steps, samples and DeepSpeed's version from a DeepSpeed model file, and tokens where known."""
+    return {key: model[key] for key in _NOTED if key in model} | tokens_seen(model, folder)
+
+
+def tokens_seen(model: Mapping[str, object], folder: Path) -> dict[str, int]:
     """{"tokens": count} from a DeepSpeed model file (``position`` of this package's trainer, ``tokens`` of
     Megatron-DeepSpeed) or the trainer_state.json of transformers' Trainer in ``folder``; {} where none says."""
     position = model.get("position")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,12 +12,13 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import Assembled
+from incr_ds.source.contents import ModelFile, counted_steps, model_content
 from incr_ds.source.megatron import fused_tensors, is_megatron
 from incr_ds.source.naming import logical_names
+from incr_ds.source.progress import training_facts
 from incr_ds.source.unpickle import load_pt
 
 _FILES: Mapping[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
-_METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class UniversalCheckpoint:
         self._is_megatron = is_megatron(parameters)
         found = {name: name for name in parameters} if self._is_megatron else logical_names(parameters, architecture)
         self._folders = {logical: self._folder / "zero" / parameter for parameter, logical in found.items()}
+        if twice := sorted(parameter for parameter, name in found.items() if self._folders[name].name != parameter):
+            raise CheckpointError(
+                f"{self._folder / 'zero' / twice[0]}: holds {found[twice[0]]}, which {self._folders[found[twice[0]]].name} holds "
+                "too; one of them is of another checkpoint."
+            )
         self._tensors: dict[tuple[str, State], torch.Tensor] = {}
         shapes = {name: tuple(self._tensor(name, "weight").shape) for name in self._folders}
         self._fused: Mapping[str, Assembled] = {}
@@ -55,7 +60,7 @@ class UniversalCheckpoint:
         else:
             check_shapes(architecture, shapes, str(self._folder))
         model = self._model_states()
-        metadata = {key: model[key] for key in _METADATA if key in model} | {"dtype": "float32"}
+        metadata = training_facts(model, folder) | {"dtype": "float32"}
         files = tuple(sorted(path for path in self._folder.rglob("*.pt") if path.is_file()))
         kind = "DeepSpeed universal, Megatron-DeepSpeed" if self._is_megatron else "DeepSpeed universal"
         self._facts = CheckpointFacts(self._folder, kind, STATES, self._step(), {}, metadata, files)
@@ -88,7 +93,7 @@ class UniversalCheckpoint:
             for state in STATES:
                 self._tensor(name, state)
             if (folder / "step.pt").is_file() and (
-                found := int(load_pt(folder / "step.pt", trust=self._trust))
+                found := counted_steps(load_pt(folder / "step.pt", trust=self._trust), folder / "step.pt")
             ) != step:
                 raise CheckpointError(f"{folder / 'step.pt'}: step {found}, elsewhere {step}: from another checkpoint.")
             yield name
@@ -121,19 +126,19 @@ class UniversalCheckpoint:
             raise CheckpointError(f"{path}: expected shape {list(spec.shape)}, found {list(tensor.shape)}.")
         return tensor
 
-    def _model_states(self) -> Mapping[str, Any]:
+    def _model_states(self) -> ModelFile:
         files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))
         if not files:
             raise CheckpointError(f"{self._folder}: no mp_rank_*_model_states.pt; the checkpoint is incomplete.")
-        model: Mapping[str, Any] = load_pt(files[0], trust=self._trust)
-        return model
+        return model_content(load_pt(files[0], trust=self._trust), files[0])
 
     def _step(self) -> int:
         beside = next(iter(self._folders.values())) / "step.pt"
         if beside.is_file():
-            return int(load_pt(beside, trust=self._trust))
-        content = load_pt(self._folder / "zero" / "optimizer_state.pt", trust=self._trust)
+            return counted_steps(load_pt(beside, trust=self._trust), beside)
+        path = self._folder / "zero" / "optimizer_state.pt"
+        content = load_pt(path, trust=self._trust)
         try:
-            return int(content["optimizer_state_dict"]["state"][0]["step"])
-        except (KeyError, TypeError) as error:
+            return counted_steps(content["optimizer_state_dict"]["state"][0]["step"], path)
+        except (KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{self._folder}: neither step.pt files nor a step in optimizer_state.pt.") from error

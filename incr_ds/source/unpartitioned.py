@@ -12,6 +12,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import State
 from incr_ds.errors import CheckpointError
+from incr_ds.source.contents import AdamState, ModelFile, Moments, adam_state, masters, moments
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
 
 _PROBED = 4096  # elements of a master that tell tensors of one shape apart
@@ -32,7 +33,7 @@ class _Slot:
     """A parameter as the optimizer knows it: its number, its moments, its fp32 master if it has one."""
 
     number: int
-    state: Mapping[str, Any]
+    state: Moments
     master: torch.Tensor | None
 
     def may_be(self, weight: torch.Tensor) -> bool:
@@ -45,7 +46,7 @@ class _Slot:
         return torch.equal(probe.to(weight.dtype), weight.flatten()[:_PROBED])
 
 
-def unpartitioned(path: Path, model: Mapping[str, Any], architecture: Architecture) -> Unpartitioned:
+def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> Unpartitioned:
     """Match the optimizer's numbered parameters with the module's names.
 
     Within a parameter group the optimizer keeps the module's order; with shapes (and masters' values, in reduced
@@ -63,10 +64,14 @@ def unpartitioned(path: Path, model: Mapping[str, Any], architecture: Architectu
     groups = _slots(path, optimizer)
     numbered = _match(path, weights, groups)
     shards = _shards(weights, numbered)
-    state = optimizer.get("optimizer_state_dict", optimizer)
+    state = _adam(path, optimizer)
     hyperparameters = tuple({k: v for k, v in group.items() if k != "params"} for group in state["param_groups"])
     dtype = next(iter(weights.values())).dtype
     return Unpartitioned(shards, dtype, _step(path, groups), hyperparameters)
+
+
+def _adam(path: Path, optimizer: Mapping[str, Any]) -> AdamState:
+    return adam_state(optimizer.get("optimizer_state_dict", optimizer), path, "optimizer")
 
 
 def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
@@ -75,21 +80,15 @@ def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
             f"{path}: ZeRO-0 with a fused fp16 optimizer flattens its parameters without their names, which is not supported; "
             "save with ZeRO-1, or export the model to Hugging Face format."
         )
-    state = optimizer.get("optimizer_state_dict", optimizer)
-    masters: Sequence[Sequence[torch.Tensor]] | None = optimizer.get("fp32_groups")
+    state = _adam(path, optimizer)
+    saved = optimizer.get("fp32_groups")
+    held = masters(saved, path, "optimizer.fp32_groups") if saved is not None else None
     groups = []
     for index, group in enumerate(state["param_groups"]):
         slots = []
         for place, number in enumerate(group["params"]):
-            moments = state["state"].get(number, {})
-            missing = [key for key in ("exp_avg", "exp_avg_sq", "step") if key not in moments]
-            if missing:
-                found = ", ".join(map(str, moments)) or "nothing"
-                raise CheckpointError(
-                    f"{path}: optimizer parameter {number} has no {', '.join(missing)} (found {found}). Only Adam's moments "
-                    "can be grown; for another optimizer, or before the first step, export the weights to Hugging Face format."
-                )
-            slots.append(_Slot(number, moments, masters[index][place] if masters is not None else None))
+            found = moments(state["state"].get(number, {}), path, f"optimizer parameter {number}")
+            slots.append(_Slot(number, found, held[index][place] if held is not None else None))
         groups.append(slots)
     return groups
 

@@ -24,8 +24,7 @@ from incr_ds.source.holders import assembled_tensors
 from incr_ds.source.layer_files import with_frozen_layers
 from incr_ds.source.megatron import is_megatron, megatron_tensors, padding_notes
 from incr_ds.source.partitions import ModelRank, open_ranks
-
-_METADATA = ("global_steps", "global_samples", "skipped_steps", "ds_version")
+from incr_ds.source.progress import training_facts
 
 
 class ZeroCheckpoint:
@@ -98,7 +97,7 @@ class ZeroCheckpoint:
             "zero_stage": first.stage,
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
-        metadata = {key: first.model[key] for key in _METADATA if key in first.model}
+        metadata = training_facts(first.model, self._folder.parent)
         metadata["dtype"] = first.dtype
         metadata["optimizer_groups"] = first.hyperparameters
         if self._is_megatron:

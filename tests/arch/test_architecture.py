@@ -102,6 +102,14 @@ def test_sizes_of_a_complete_config(tmp_path, value):
         saved_architecture(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**7), ("vocab_size", 10**18)])
+def test_sizes_that_no_model_has(tmp_path, field, value):
+    """A declaration of ten million layers would fill the memory before anything else was looked at."""
+    (tmp_path / "config.json").write_text(json.dumps({**pico_architecture().config, field: value}))
+    with pytest.raises(ConfigError, match=rf"config.json: {field}: {value} is above \d+, more than any model has"):
+        saved_architecture(tmp_path / "config.json")
+
+
 def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_path):
     """It takes longer to import than many checkpoints take to grow."""
     config = dict(pico_architecture().config)

@@ -72,3 +72,99 @@ def test_the_named_tag_is_a_folder_beside(tmp_path, content):
     (tmp_path / "source" / "latest").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"latest: expected the name of a folder beside it, found .*--tag"):
         open_source(tmp_path / "source")
+
+
+ABSENT = object()
+
+
+def entries(content, path=(), depth=4):
+    """The path of every entry of nested containers, of the first in long ones."""
+    yield path
+    if depth and isinstance(content, dict | list | tuple):
+        found = list(content.items() if isinstance(content, dict) else enumerate(content))
+        for key, value in found if depth > 2 else found[:1]:
+            yield from entries(value, (*path, key), depth - 1)
+
+
+def replaced(content, path, value):
+    """``content`` with one entry changed, or without it."""
+    if not path:
+        return value
+    changed = dict(content) if isinstance(content, dict) else list(content)
+    if value is ABSENT and len(path) == 1:
+        del changed[path[0]]
+    else:
+        changed[path[0]] = replaced(changed[path[0]], path[1:], value)
+    return changed
+
+
+@pytest.mark.parametrize("layout", ["zero-1", "zero-3", "pipeline", pytest.param("universal", marks=pytest.mark.slow)])
+def test_an_entry_of_another_kind_is_a_message_or_nothing(tmp_path, layout):
+    """Whatever stands in the place of an entry of a pickle, or if nothing does."""
+    layers, cut = (2, {"pipeline_parallel": 2}) if layout == "pipeline" else (1, LAYOUTS[layout])
+    write_synthetic(tmp_path, pico_architecture(num_hidden_layers=layers, vocab_size=11), **cut)
+    folder = tmp_path / "source"
+    (folder / "manifest.json").unlink()
+    truth = tensors(open_source(folder))
+    files = sorted(path for path in folder.rglob("*.pt"))
+    changed = [files[0], files[-1]] if layout != "universal" else [path for path in files if "embed" in str(path)]
+    draw, found = random.Random(7), 0
+    for path in {*changed, *folder.rglob("*mp_rank_00_model_states.pt"), *folder.rglob("zero/optimizer_state.pt")}:
+        kept, content = path.read_bytes(), torch.load(path, weights_only=False)
+        for entry in entries(content):
+            value = draw.choice([ABSENT, 5, -1, "text", [], {}, torch.zeros(3)]) if entry else 5
+            torch.save(replaced(content, entry, value), path)
+            try:
+                read = tensors(open_source(folder))
+            except IncrError:
+                found += 1
+            else:
+                assert read.keys() == truth.keys() and all(torch.equal(read[key], truth[key]) for key in truth), entry
+        path.write_bytes(kept)
+    assert found > 5
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "value", "said"),
+    [
+        (
+            "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+            ("base_optimizer_state",),
+            ABSENT,
+            "base_optimizer_state: Field required",
+        ),
+        (
+            "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+            ("base_optimizer_state", "state"),
+            5,
+            r"optimizer_state_dict.base_optimizer_state.state: Input should be a valid dictionary, found int",
+        ),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", ("partition_count",), [2, 3], "partition_count: .* found list"),
+        (
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            ("zero_stage",),
+            "x",
+            "zero_stage: expected 1, 2 or 3, found 'x'",
+        ),
+        (
+            "mp_rank_00_model_states.pt",
+            ("param_shapes",),
+            [],
+            "param_shapes has 0 groups, the optimizer files beside it 2, 2",
+        ),
+        (
+            "mp_rank_00_model_states.pt",
+            ("module",),
+            {"a": 5},
+            "module.a: Input should be an instance of Tensor, found int",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, file, entry, value, said):
+    write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), data_parallel=2)
+    (path,) = tmp_path.rglob(file)
+    content = torch.load(path, weights_only=False)
+    inside = ("optimizer_state_dict",) if "optim" in file else ()
+    torch.save(replaced(content, (*inside, *entry), value), path)
+    with pytest.raises(CheckpointError, match=f"{file}: .*{said}"):
+        open_source(tmp_path / "source")
