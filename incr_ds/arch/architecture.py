@@ -159,7 +159,24 @@ def _architecture(family: Family, full: Mapping[str, Any], where: str) -> Archit
                 f"{sizes[axis]} only."
             )
     _check_heads(sizes, where)
+    _check_numbers(family, full, where)
     return Architecture(family, full, sizes)
+
+
+def _check_numbers(family: Family, full: Mapping[str, Any], where: str) -> None:
+    """eps and rotary frequencies, which growth computes with."""
+    rope = full.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: rope_parameters: expected a mapping, found {rope!r}.")
+    found = {f"rope_parameters.{key}": value for key, value in rope.items() if key == "rope_theta"}
+    for kind, inner in rope.items():  # of one kind of layer, where a family has several
+        if isinstance(inner, dict) and "rope_theta" in inner:
+            found[f"rope_parameters.{kind}.rope_theta"] = inner["rope_theta"]
+    if family.config.eps is not None:
+        found[family.config.eps] = full.get(family.config.eps)
+    for field, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ConfigError(f"{where}: {field}: expected a positive number, found {value!r}.")
 
 
 def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:

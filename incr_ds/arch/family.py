@@ -164,7 +164,7 @@ def mixtures() -> dict[str, Family]:
 def family_of(model_type: Any, where: str) -> Family:
     """The family of a config's model_type; ConfigError with the known ones otherwise."""
     known = {**_shipped(), **_mixtures()}
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(known)}. "
             "A family is one YAML file in incr_ds/arch/families."

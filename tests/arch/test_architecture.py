@@ -110,6 +110,22 @@ def test_sizes_that_no_model_has(tmp_path, field, value):
         saved_architecture(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rms_norm_eps": "x"}, "rms_norm_eps: expected a positive number, found 'x'"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps: expected a positive number, found -1"),
+        ({"rope_parameters": 5}, "rope_parameters: expected a mapping, found 5"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta: expected a positive number, found 0"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported; supported: "),
+    ],
+)
+def test_numbers_that_growth_computes_with(tmp_path, change, said):
+    (tmp_path / "config.json").write_text(json.dumps({**pico_architecture().config, **change}))
+    with pytest.raises(ConfigError, match=f"config.json: {said}"):
+        saved_architecture(tmp_path / "config.json")
+
+
 def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_path):
     """It takes longer to import than many checkpoints take to grow."""
     config = dict(pico_architecture().config)
