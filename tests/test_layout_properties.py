@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
+from incr_ds.grown import open_grown
 from incr_ds.source import open_source
 from incr_ds.source.assembly import Held, assemble
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
@@ -40,12 +42,12 @@ def layouts(draw):
     return layout
 
 
-def lay_out(source, layout, folder, name):
-    """Publish ``source`` in a layout; also a path is a source."""
+def lay_out(source, layout, folder, name, target=None):
+    """Publish ``source``, grown or not, in a layout."""
     recipe = folder / f"{name}.yaml"
     recipe.write_text("target: {}\n")
     request = GrowthRequest(folder, recipe, folder / name)
-    content = {"target": {}, "layout": layout}
+    content = {"target": target or {}, "layout": layout}
     grow_checkpoint(plan_files(request, source, parse_settings(content, GrowthRecipe, "test")))
     return open_source(folder / name)
 
@@ -69,6 +71,24 @@ def test_from_any_layout_to_any_other(tied, first, second):
         same(two, truth)
         list(two.self_check())
         assert one.facts.step == two.facts.step == 100
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.booleans(), layouts(), layouts(), st.integers(0, 7), st.integers(8, 20))
+def test_grown_on_load_from_any_layout_and_on_disk_in_any_other(tied, first, second, begin, end):
+    """What a run computes for its slices is what the tool would have written, whatever wrote the source."""
+    target = {"hidden_size": 36, "num_hidden_layers": 5, "intermediate_size": 63}
+    source = SyntheticCheckpoint(pico_architecture(tied=tied, intermediate_size=51))
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        lay_out(source, first, folder, "source")
+        (folder / "grow.yaml").write_text(yaml.safe_dump({"target": target}))
+        on_disk = lay_out(source, second, folder, "grown", target)
+        on_load, _ = open_grown(folder / "source", folder / "grow.yaml")
+        same(on_load, on_disk)
+        for spec in on_disk.architecture.stored:
+            part = slice(begin, end)
+            assert torch.equal(on_load.read(spec.name, "exp_avg", part), on_disk.read(spec.name, "exp_avg", part))
 
 
 @st.composite

@@ -182,7 +182,7 @@ class TrainingEngine:
         """Take masters, moments, step and the number of steps from ``checkpoint``, each rank its own part."""
         named = dict(self._engine.module.named_parameters())
         parameters = {shard: named[shard.parameter] for shard in self._trained}
-        fill_optimizer(self._engine.optimizer, parameters, checkpoint, self._run.layout.zero_stage)
+        fill_optimizer(self._engine.optimizer, parameters, checkpoint)
         adapt_steps(self._engine.optimizer.optimizer, self._run)
         self._engine.global_steps = int(checkpoint.facts.metadata.get("global_steps", 0))
 

@@ -1,49 +1,82 @@
-"""A rank's share of a checkpoint's masters and Adam moments, put into DeepSpeed's flat ZeRO-1 and 2 partitions."""
+"""A rank's share of a checkpoint's masters and Adam moments, put into DeepSpeed's flat ZeRO partitions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from incr_ds.arch.logical import STATES, LogicalCheckpoint, State
-from incr_ds.errors import ConfigError
 from incr_ds.target.files import Bounds, Part, Slices, StreamedTensor
 from incr_ds.target.placement import ShardedTensor
 
 
-def fill_optimizer(
-    optimizer: Any, parameters: Mapping[ShardedTensor, Tensor], checkpoint: LogicalCheckpoint, zero_stage: int
-) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """Elements [start, stop) of a rank's parameter, from ``offset`` in the flat partition number ``group``."""
+
+    group: int
+    offset: int
+    start: int
+    stop: int
+
+
+def fill_optimizer(optimizer: Any, parameters: Mapping[ShardedTensor, Tensor], checkpoint: LogicalCheckpoint) -> None:
     """Give every partition on this rank the masters, moments and step of ``checkpoint``, reading only what it holds.
 
-    ``optimizer`` is DeepSpeed's. Where a parameter lies in a partition is taken from DeepSpeed's own mapping, so no
-    order of parameters is assumed. ConfigError for ZeRO-3, whose partitions have no such mapping.
+    ``optimizer`` is DeepSpeed's, of ZeRO-1, 2 or 3. Where a parameter lies in a partition is taken from DeepSpeed's own
+    mapping, so no order of parameters is assumed.
     """
-    if zero_stage == 3:
-        raise ConfigError(
-            "layout.zero_stage 3: moments cannot be filled in on load, which a growth on load, another model.freeze and "
-            "optimizer.multipliers need; use zero_stage 1 or 2, set model.load_optimizer: false, or grow to disk with format: "
-            "universal."
-        )
-    masters = list(optimizer.single_partition_of_fp32_groups)
-    flats = [_reset(optimizer.optimizer, master, checkpoint.facts.step or 0) for master in masters]
-    slices = Slices(_reader(checkpoint))
+    step, slices = checkpoint.facts.step or 0, Slices(_reader(checkpoint))
+    flats = [_reset(optimizer.optimizer, master, group, step) for master, group in _masters(optimizer)]
+    place_of = _place_scattered if _is_stage3(optimizer) else _place_contiguous
     for shard, parameter in parameters.items():
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # None: no part of it on this rank
-        if mapping is None:
+        place = place_of(optimizer, parameter)
+        if place is None:  # no part of it on this rank
             continue
-        inside, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        for state, flat in flats[mapping.param_group_index].items():
-            part = Part(shard.tensor.name, state, shard.bounds, inside.start, inside.start + inside.numel)
-            _fill(flat.narrow(0, there.start, there.numel), part, slices)
+        for state, flat in flats[place.group].items():
+            part = Part(shard.tensor.name, state, shard.bounds, place.start, place.stop)
+            _fill(flat.narrow(0, place.offset, place.stop - place.start), part, slices)
 
 
-def _reset(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[State, Tensor]:
-    """Zero moments at ``step`` for one flat partition; returns the tensors to fill, by state."""
-    group = next(group for group in optimizer.param_groups if any(item is master for item in group["params"]))
+def _is_stage3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def _masters(optimizer: Any) -> list[tuple[Tensor, Mapping[str, Any]]]:
+    """Every flat partition, with the parameter group that it belongs to."""
+    groups = optimizer.optimizer.param_groups
+    if not _is_stage3(optimizer):
+        masters = optimizer.single_partition_of_fp32_groups
+        return [(master, next(g for g in groups if any(item is master for item in g["params"]))) for master in masters]
+    numbers = optimizer.sub_group_to_group_id  # between two steps, ZeRO-3's groups list no parameters
+    masters = optimizer.fp32_partitioned_groups_flat
+    return [(master, groups[numbers[number]]) for number, master in enumerate(masters)]
+
+
+def _place_contiguous(_: Any, parameter: Any) -> _Place | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    inside, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return _Place(mapping.param_group_index, there.start, inside.start, inside.start + inside.numel)
+
+
+def _place_scattered(optimizer: Any, parameter: Any) -> _Place | None:
+    """ZeRO-3 gives each rank an equal share of every parameter, the last ones filled up with zeros."""
+    group, offset, share = optimizer.grad_position[parameter.ds_id]
+    start = parameter.ds_zero_partition_rank * share
+    stop = min(start + share, parameter.ds_numel)
+    return _Place(group, offset, start, stop) if start < stop else None
+
+
+def _reset(
+    optimizer: torch.optim.Optimizer, master: Tensor, group: Mapping[str, Any], step: int
+) -> dict[State, Tensor]:
+    """Zero moments at ``step`` for one flat partition of a parameter group; returns the tensors to fill, by state."""
     on_device = group.get("fused") or group.get("capturable")
     counter = torch.tensor(float(step), device=master.device if on_device else "cpu")
     moments = {state: torch.zeros_like(master) for state in STATES[1:]}

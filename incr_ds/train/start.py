@@ -102,10 +102,9 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
     declared = read_dynamics(folder)
     dynamics = _followed(run, declared)
-    regrouped = dynamics != declared or _changes_frozen(run, folder, source)
-    if regrouped or (declared and run.layout.zero_stage != 3):
+    if declared or dynamics != declared or _changes_frozen(run, folder, source):
         # A grown folder's flat buffers are those of two groups and all tensors, a run's those of its own: filled tensor by
-        # tensor, either fits. Of ZeRO-3, whose buffers cannot be filled so, there are only a run's.
+        # tensor, either fits.
         return Start(
             architecture=source.architecture, weights=source, with_moments=True, account=account, dynamics=dynamics
         )

@@ -7,19 +7,19 @@ from growing_engines import grow_and_save, run_settings
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.errors import ConfigError, GrowthError, LayoutError
+from incr_ds.errors import GrowthError, LayoutError
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
 from incr_ds.grown import open_grown
 from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint
-from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.start import find_start
 
 TARGET = {"hidden_size": 144, "num_hidden_layers": 5, "intermediate_size": 331}
 LAYOUTS = {
     "dp2-zero2-bf16": ("bf16", {"data_parallel": 2, "zero_stage": 2}),
+    "dp2-zero3-bf16": ("bf16", {"data_parallel": 2, "zero_stage": 3}),
     "pp2": ("fp32", {"pipeline_parallel": 2}),
     "tp2": ("fp32", {"tensor_parallel": 2}),
 }
@@ -36,7 +36,9 @@ def write_source(folder):
     return source
 
 
-@pytest.mark.parametrize("name", ["dp2-zero2-bf16", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["dp2-zero2-bf16", "dp2-zero3-bf16", "pp2", pytest.param("tp2", marks=pytest.mark.slow)]
+)
 def test_equal_to_loading_the_grown_checkpoint(tmp_path, name):
     precision, layout = LAYOUTS[name]
     write_source(tmp_path)
@@ -70,13 +72,6 @@ def test_a_layout_that_disagrees_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
     with pytest.raises(LayoutError, match=r"tensor_parallel 5: num_attention_heads 12 does not divide"):
         find_start(run_settings(tmp_path, {"tensor_parallel": 5}, "fp32"))
-
-
-def test_zero_3_says_what_to_do_instead():
-    with pytest.raises(
-        ConfigError, match=r"zero_stage 3: moments cannot be filled in on load.*; use zero_stage 1 or 2"
-    ):
-        fill_optimizer(None, {}, None, 3)
 
 
 def test_a_source_without_moments(tmp_path):
