@@ -19,7 +19,7 @@ from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
 Bounds = tuple[tuple[int, int], ...]
 BYTES_PER_ELEMENT = 128  # of memory that reading takes at its height, per element of the source's and target's rows
-_MEAN_ROWS_ELEMENTS = 1 << 20  # fixed: a sum in other portions would round differently
+_MEAN_ROWS_ELEMENTS = 1 << 18  # fixed: a sum in other portions would round differently
 
 
 class GrownTensors:

@@ -11,7 +11,7 @@ from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
-_PORTION = 1 << 20  # elements read at once; fixed, since a sum in other portions would round differently
+_PORTION = 1 << 18  # elements read at once; fixed, since a sum in other portions would round differently
 
 
 def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | None:

@@ -15,7 +15,7 @@ from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
 from incr_ds.source.layer_files import layer_weights
 from incr_ds.source.partitions import ModelRank
 
-_CHECKED_ELEMENTS = 1 << 20  # compared at once
+_CHECKED_ELEMENTS = 1 << 18  # compared at once
 
 
 def check_padding(rank: ModelRank) -> None:
