@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow test-triton check lint types setup clean
+.PHONY: quickstart test test-slow test-triton test-deepspeed check lint types setup clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
@@ -21,6 +21,15 @@ test-triton: $(READY)
 	for version in 3.6.0 3.9.0; do \
 	  test -d build/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$$version triton==$$version; \
 	  PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest tests/kernels -m "slow or not slow" || exit 1; \
+	done
+
+# Other releases of DeepSpeed: the reader against what they write, and their loaders against what is written for them.
+test-deepspeed: $(READY)
+	for version in 0.16.9 0.18.4; do \
+	  test -d build/deepspeed-$$version || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+	    --target build/deepspeed-$$version deepspeed==$$version; \
+	  PYTHONPATH=build/deepspeed-$$version $(BIN)/python -m pytest tests/source/test_zero.py tests/train/test_installed_release.py \
+	    -m "slow or not slow" -W ignore::DeprecationWarning || exit 1; \
 	done
 
 check: lint types test

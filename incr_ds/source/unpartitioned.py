@@ -53,6 +53,11 @@ def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> U
     precision) that must leave one possibility. CheckpointError for more or none, and for what else is not supported.
     """
     module, optimizer = model.get("module"), model.get("optimizer")
+    if module and not optimizer:
+        raise CheckpointError(
+            f"{path}: holds a module without its optimizer, and no ZeRO optimizer files are beside it: there are no moments to "
+            "grow. Export the weights to Hugging Face format and use optimizer: reset."
+        )
     if not module or not isinstance(optimizer, dict):
         raise CheckpointError(
             f"{path}: neither ZeRO optimizer files nor a module with its optimizer are here. A pipeline without ZeRO is not "

@@ -1,6 +1,7 @@
 """The ZeRO reader against real DeepSpeed engines: stages, data-parallel sizes, dtypes, orders of the flat buffers."""
 
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -28,6 +29,14 @@ CASES = {
     "z3": {"stage": 3, "bf16": False, "tied": False, "zero": {}},
     "z3-bf16-tied-small-groups": {"stage": 3, "bf16": True, "tied": True, "zero": {"sub_group_size": 20_000}},
 }
+RELEASE = tuple(map(int, version("deepspeed").split("+")[0].split(".")[:2]))
+KINDS = {"bf16-optimizer": "BF16_Optimizer"}
+if RELEASE < (0, 19):  # no such setting yet
+    del CASES["z2-aligned"]
+if RELEASE == (0, 18):  # gives both kinds of bf16 optimizer one name, and saves no state of what it builds for them
+    del CASES["bf16-optimizer"], CASES["z0-bf16-frozen"]
+if RELEASE < (0, 18):  # has one kind only
+    KINDS["z0-bf16-frozen"] = "BF16_Optimizer"
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +56,15 @@ def test_every_tensor_is_read(written, case, ranks):
     folder, live = written[case, ranks]
     checkpoint = open_source(folder)
     stage = CASES[case]["stage"]
-    kind = "BF16_Optimizer" if case == "bf16-optimizer" else f"ZeRO-{stage}"
+    kind = KINDS.get(case, f"ZeRO-{stage}")
     assert checkpoint.facts.kind == f"DeepSpeed {kind}"
     # DeepSpeed's bf16 optimizer without ZeRO takes a step of its own to make the states.
-    assert checkpoint.facts.step == (3 if case == "z0-bf16-frozen" else 2)
+    assert checkpoint.facts.step == (3 if case == "z0-bf16-frozen" and kind == "ZeRO-0" else 2)
     assert checkpoint.facts.layout == {
         "tensor_parallel": 1,
         "pipeline_parallel": 1,
         "data_parallel": ranks,
-        "zero_stage": stage,
+        "zero_stage": 1 if kind == "BF16_Optimizer" else stage,
     }
     assert {group["weight_decay"] for group in checkpoint.facts.metadata["optimizer_groups"]} == {0.1, 0.0}
     assert set(live) == {spec.name for spec in checkpoint.architecture.stored}
@@ -110,7 +119,7 @@ def test_missing_last_shard(damaged):
 
 
 def test_missing_model_file(damaged):
-    folder = damaged("z2-aligned")
+    folder = damaged("z2-bf16-round-robin")
     (folder / "step" / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"missing mp_rank_00_model_states\.pt"):
         open_source(folder)

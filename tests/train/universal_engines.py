@@ -53,7 +53,7 @@ def _load_in_plain_engine(folder, name, case):
     _save(engine, Path(folder), name)
     steps = engine.global_steps
     engine.destroy()
-    return {"groups": kept, "loss": loss, "global_steps": steps}
+    return {"groups": kept, "loss": loss, "global_steps": steps, "native": case.get("native", False)}
 
 
 def load_in_layout(folder, layout, name):
