@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 REQUIRES = [
-    "deepspeed>=0.19.3,<0.20",
+    "deepspeed>=0.19.8,<0.20",
     "torch>=2.10",
     "transformers>=5.0,<6",
     "sentencepiece",

@@ -348,6 +348,7 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
             "parameters": plan.target.num_parameters,
             "dtype": str(planned.dtype).removeprefix("torch."),
             "tensor_bytes": planned.num_bytes,
+            "deepspeed": planned.request.target_deepspeed,
         },
     }
 

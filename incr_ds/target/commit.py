@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from incr_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 VERSION = 2
+_PACKAGES = ("incr_ds", "torch", "numpy", "safetensors", "transformers", "deepspeed")
 _BLOCK = 1 << 20
 Check = Callable[[Path, Mapping[str, Any]], str]
 
@@ -26,7 +29,7 @@ Check = Callable[[Path, Mapping[str, Any]], str]
 def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder beside ``final``; when the block ends well, publish it as ``final``.
 
-    Every file is flushed to disk, manifest.json (size and xxh3 of each file, ``kind``, ``facts``) is written last, and
+    Every file is flushed to disk, manifest.json (size and xxh3 of each file, ``kind``, ``facts``, versions) is written last, and
     one rename makes the folder visible. If the block raises, the temporary folder is removed and ``final`` untouched.
     Raises CheckpointError if ``final`` exists and is not empty.
     """
@@ -93,9 +96,19 @@ def seal(
             f"{folder / unseen[0]}: written, but not visible here; the output must be in a folder that all processes share."
         )
     files = {name: known[name] if name in known else _flush_and_hash(folder / name) for name in names}
-    write_atomically(folder / MANIFEST, _manifest_text({"kind": kind, "facts": facts, "files": files}))
+    content = {"kind": kind, "versions": installed_versions(), "facts": facts, "files": files}
+    write_atomically(folder / MANIFEST, _manifest_text(content))
     for inner in {path.parent for path in _files(folder)}:
         flush(inner)
+
+
+def installed_versions() -> dict[str, str]:
+    """Of Python and the packages that decide what is written; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def reveal(temporary: Path, final: Path) -> None:
@@ -132,7 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("manifest_version") != VERSION or "files" not in content:
         raise CheckpointError(f"{path}: not a manifest of version {VERSION}.")
-    if text != _manifest_text({key: content.get(key) for key in ("kind", "facts", "files")}):
+    if text != _manifest_text(
+        {key: value for key, value in content.items() if key not in ("manifest_version", "checksum")}
+    ):
         raise CheckpointError(f"{path}: its own checksum does not fit its content: the manifest was changed.")
     return content
 

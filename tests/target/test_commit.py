@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import xxhash
@@ -38,6 +40,18 @@ def test_manifest_says_what_is_there(published):
     assert content["files"] == {
         "b.bin": {"bytes": 0, "xxh3": xxhash.xxh3_128(b"").hexdigest()},
         "inner/a.bin": {"bytes": 3000, "xxh3": xxhash.xxh3_128(b"abc" * 1000).hexdigest()},
+    }
+    assert content["versions"]["python"] == platform.python_version() and content["versions"]["torch"] == version(
+        "torch"
+    )
+    assert set(content["versions"]) == {
+        "python",
+        "incr_ds",
+        "torch",
+        "numpy",
+        "safetensors",
+        "transformers",
+        "deepspeed",
     }
     assert [path.name for path in published.parent.iterdir()] == ["out"]
 

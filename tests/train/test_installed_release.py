@@ -1,4 +1,4 @@
-"""Whatever release of DeepSpeed is installed loads what --target-deepspeed writes for it; `make test-deepspeed` installs others."""
+"""Whatever DeepSpeed is installed loads what --target-deepspeed writes for it; `make test-deepspeed` installs others."""
 
 from importlib.metadata import version
 
