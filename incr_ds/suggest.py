@@ -61,7 +61,7 @@ def parse_count(text: str) -> int:
     number, factor = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1.0)
     try:
         return int(float(number) * factor)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"--suggest {text}: expected a number of parameters, like 3e9, 1.3B or 350M.") from error
 
 

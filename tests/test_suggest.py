@@ -56,6 +56,7 @@ def test_warnings():
         ("10", "the source has [0-9,]+ parameters already"),
         ("9e15", "no valid target within 10%"),
         ("many", "like 3e9, 1.3B"),
+        ("inf", "like 3e9, 1.3B"),
     ],
 )
 def test_impossible_budgets(text, message):

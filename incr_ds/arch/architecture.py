@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -183,7 +184,8 @@ def _filled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    given = {key: value for key, value in config.items() if key != "model_type"}
+    # transformers writes into the mappings that it is given.
+    given = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
     try:
         filled = AutoConfig.for_model(config["model_type"], **given).to_dict()
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

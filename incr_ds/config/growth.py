@@ -30,7 +30,7 @@ class SymmetryBreaking(Settings):
 
     method: Literal["per-element", "noise", "diagonal", "none"] = "per-element"
     scale: float = Field(default=0.5, ge=0.0)
-    snr_db: float = 10.0
+    snr_db: float = Field(default=10.0, ge=0.0)
     seed: int = Field(default=0, ge=0)
 
 

@@ -13,6 +13,7 @@ from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import AxisGrowth, identity
+from incr_ds.growth.changes import ROTARY, checked_changes, growing_fields
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
@@ -20,7 +21,6 @@ from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
 from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
-GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 TABLES = ("vocab", "positions")
 WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
@@ -36,14 +36,21 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
             "the dense model."
         )
     if recipe.target.get("model_type", source.family.model_type) == source.family.model_type:
+        if "experts" in recipe.model_fields_set:
+            raise GrowthError(
+                f"{where}: experts: only a mixture has them; set target.model_type, or leave the section out."
+            )
         return _plan_dense(source, recipe, where)
     mixture = check_upcycling(source, recipe, where)
     return upcycled(_plan_dense(source, dense_part(source, recipe), where), recipe, mixture, where)
 
 
 def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> GrowthPlan:
-    changes = _checked_changes(source, recipe, where)
-    sizes = {**source.sizes, **{axis: changes[field] for axis, field in _fields(source).items() if field in changes}}
+    changes = checked_changes(source, recipe, where)
+    sizes = {
+        **source.sizes,
+        **{axis: changes[field] for axis, field in growing_fields(source).items() if field in changes},
+    }
     depth = recipe.depth
     if depth.map is not None and source.family.axes["layers"] not in changes:
         sizes["layers"] = len(depth.map)
@@ -58,7 +65,7 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
     if recipe.fitted is not None:
         axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
-    inexact = _inexact(source, recipe, axes, layers)
+    inexact = _inexact(source, target, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
         raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
     notes = (*_method_notes(recipe), *inexact, *_notes(recipe, axes))
@@ -78,11 +85,6 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     if sizes["head_dim"] != old["head_dim"]:
         grown["head_dim"], grown["query_dim"] = grow_head_size(old["head_dim"], sizes["head_dim"])
     return {**{axis: identity(axis, size) for axis, size in old.items()}, **grown}
-
-
-def _fields(source: Architecture) -> dict[str, str]:
-    """Config field of each axis that can grow and has one."""
-    return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
 
 
 def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str) -> None:
@@ -141,37 +143,6 @@ def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
         )
 
 
-def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
-    fields = set(_fields(source).values())
-    for field, value in recipe.target.items():
-        if field not in source.family.known_fields:
-            known = ", ".join(sorted(fields))
-            raise GrowthError(
-                f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {known}."
-            )
-        free = field in source.family.without_effect or _is_longer_rotary_context(source, field, value)
-        if field not in fields and not free and value != source.config.get(field):
-            raise GrowthError(
-                f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
-                f"grows it; fields that can grow: {', '.join(sorted(fields))}."
-            )
-        if field in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
-    return dict(recipe.target)
-
-
-def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
-    """Plain rotary positions have no end: a longer context changes nothing for the old one."""
-    if field != "max_position_embeddings" or "positions" in source.sizes:
-        return False
-    return _has_plain_rotary(source) and isinstance(value, int) and value > source.config[field]
-
-
-def _has_plain_rotary(source: Architecture) -> bool:
-    kinds = rotary_kinds(source.config)
-    return bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
-
-
 def _target_architecture(
     source: Architecture,
     sizes: Mapping[str, int],
@@ -220,7 +191,7 @@ def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Arch
     """For a refused target, the nearest values of each changed size that transformers would take."""
     hints = []
     for field, value in changes.items():
-        if field in _fields(source).values():
+        if field in growing_fields(source).values():
             below = _first_valid(config, field, range(value - 1, max(0, value - 257), -1))
             above = _first_valid(config, field, range(value + 1, value + 257))
             found = [str(size) for size in (below, above) if size is not None]
@@ -242,7 +213,11 @@ def _is_valid(config: Mapping[str, Any]) -> bool:
 
 
 def _inexact(
-    source: Architecture, recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]
+    source: Architecture,
+    target: Architecture,
+    recipe: GrowthRecipe,
+    axes: Mapping[str, AxisGrowth],
+    layers: tuple[LayerSource, ...],
 ) -> tuple[str, ...]:
     """Why the target does not compute the source's function, one reason a line; empty when it does."""
     family, hidden = source.family, axes["hidden"]
@@ -278,6 +253,10 @@ def _inexact(
         (
             recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
             "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
+        ),
+        (
+            target.config.get(ROTARY) != source.config.get(ROTARY),
+            f"target.{ROTARY}: the rotary pairs turn at other speeds, which does not keep the source's function",
         ),
         (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
         (

@@ -338,9 +338,33 @@ def test_more_positions_keep_the_function(fp64_norms):
     assert difference("gpt2", {"n_positions": 128}, length=64) <= 1e-12
     assert difference("opt", {"max_position_embeddings": 80}, length=64) <= 1e-12
     assert difference("llama", {"max_position_embeddings": 128}, length=64) <= 1e-12
-    scaled = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_longer_context_keeps_how_rotary_pairs_turn(fp64_norms, kind):
+    """They do not depend on the longest position, whatever the scaling; those of dynamic NTK do."""
+    architecture = small_architecture("llama", max_position_embeddings=128, rope_parameters=SCALED[kind])
+    source = drawn_model(architecture)
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target={"max_position_embeddings": 256}))
+    assert grown.plan.exact and grown.plan.target.config["max_position_embeddings"] == 256
+    assert relative_difference(source, grown_model(grown), length=120) <= 1e-12
+    dynamic = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(GrowthError, match="max_position_embeddings: 128 differs from the source's 64, and no operator"):
-        plan_growth(scaled, recipe_of(target={"max_position_embeddings": 128}))
+        plan_growth(dynamic, recipe_of(target={"max_position_embeddings": 128}))
+
+
+def test_another_scaling_of_rotary_positions_keeps_the_base_and_says_that_the_function_changes():
+    architecture = small_architecture("llama", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    model = drawn_model(architecture)
+    asked = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    recipe = recipe_of(target={"max_position_embeddings": 256, "rope_parameters": asked})
+    grown = grown_tensors(model_checkpoint(architecture, model), recipe)
+    assert recipe.target["rope_parameters"] == asked, "the recipe stays as it was"
+    assert grown.plan.target.config["rope_parameters"] == {**asked, "rope_theta": 77.0}
+    assert "target.rope_parameters: the rotary pairs turn at other speeds" in grown.plan.inexact[0]
+    assert relative_difference(model, grown_model(grown), length=60) > 1e-3
+    same = recipe_of(target={"rope_parameters": {"rope_type": "default"}})
+    assert plan_growth(architecture, same).exact
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -8,7 +8,7 @@ from grown import grown_tensors, recipe_of, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incr_ds.errors import GrowthError
+from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.counter import normals
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
@@ -74,11 +74,54 @@ EVERYTHING = {
             {"target": {"num_hidden_layers": 5}, "depth": {"method": "map", "map": [0, 1, 2, 2]}},
             r"depth\.map lists 4 layers, target\.num_hidden_layers is 5",
         ),
+        ("llama", {"target": {"hidden_size": 96_000_000}}, r"hidden_size: 96,000,000 is more than the 4,194,304 that"),
+        ("llama", {"target": {"num_hidden_layers": 99_999}}, r"num_hidden_layers: 99,999 is more than the 16,384 that"),
+        (
+            "llama",
+            {"target": {}, "experts": {"new": "drop"}},
+            r"experts: only a mixture has them; set target\.model_type",
+        ),
+        (
+            "opt",
+            {"target": {"hidden_size": 112, "num_attention_heads": 7, "word_embed_proj_dim": 96}},
+            r"target\.word_embed_proj_dim: 96, but it follows hidden_size, which is 112; leave it out",
+        ),
+        (
+            "llama",
+            {"target": {"rope_parameters": {"rope_type": "spiral"}}},
+            r"rope_parameters: rope_type 'spiral' is not one of default, linear, llama3, yarn, dynamic, longrope",
+        ),
+        (
+            "llama",
+            {"target": {"rope_parameters": {"rope_type": "linear"}}},
+            r"transformers refuses this llama config: .*Missing required keys.*factor",
+        ),
+        (
+            "gemma3_text",
+            {"target": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+            r"rope_parameters: factor is no kind of layer; they are full_attention, sliding_attention",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(family, content, message):
     with pytest.raises(GrowthError, match=f"(?s){message}"):
         plan_growth(small_architecture(family), recipe_of(**content))
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ({"symmetry_breaking": {"method": "noise", "snr_db": float("nan")}}, "snr_db: Input should be a finite number"),
+        ({"symmetry_breaking": {"snr_db": -3.0}}, r"snr_db: Input should be greater than or equal to 0, found -3\.0"),
+        ({"symmetry_breaking": {"scale": -0.5}}, "scale: Input should be greater than or equal to 0"),
+        ({"symmetry_breaking": {"scale": float("inf")}}, "scale: Input should be a finite number"),
+        ({"hidden": "constant", "constant": float("nan")}, "width.constant: Input should be a finite number"),
+        ({"hidden": "random", "std": -0.1}, "width.std: Input should be greater than 0"),
+    ],
+)
+def test_numbers_that_no_weight_can_come_of(width, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(target={"hidden_size": 192}, width=width)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_nor
             "num_experts_per_tok: 4 is not a multiple of the 5 .*; nearest: 5",
         ),
         ("llama", upcycling("mixtral", 2, 3), "num_experts_per_tok: 3 exceeds num_local_experts 2"),
+        ("llama", upcycling("mixtral", 2, 0), "num_experts_per_tok: expected a positive whole number, found 0"),
+        ("llama", upcycling("mixtral", 5000), "num_local_experts: 5,000 is more than the 4,096 that a plan can hold"),
         ("qwen3", upcycling("qwen3_moe", growth={"norm_topk_prob": False}), "norm_topk_prob is False; .* True only"),
         (
             "llama",
