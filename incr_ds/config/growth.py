@@ -13,9 +13,10 @@ from incr_ds.config.layout import ParallelLayout
 
 
 class UnitRecipe(Settings):
-    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split)."""
+    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split), which keep
+    the function; ``random`` or ``constant`` (filled as ``hidden`` is, outputs too), which do not."""
 
-    new: Literal["zero-output", "copy"] = "zero-output"
+    new: Literal["zero-output", "copy", "random", "constant"] = "zero-output"
 
 
 class SymmetryBreaking(Settings):
@@ -48,7 +49,7 @@ class WidthRecipe(Settings):
     whole copies as fit, and padding for the rest, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or
     mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some more randomly chosen copies, norms
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
-    config's) or with ``constant``.
+    config's) or with ``constant``, as new FFN neurons and heads may be.
 
     ``order`` is that of copied residual positions and FFN neurons: the whole old axis again and again (0 1 2 0 1 2), or each
     position beside its copies (0 0 1 1 2 2).

@@ -12,16 +12,17 @@ from incr_ds.arch.family import families
 from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
-from incr_ds.growth.axis import AxisGrowth, identity
+from incr_ds.growth.axis import FRESH, AxisGrowth, identity
 from incr_ds.growth.changes import ROTARY, checked_changes, growing_fields
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
-from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
+from incr_ds.growth.width import PADDING, grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
 TABLES = ("vocab", "positions")
+UNITS = ("ffn", "heads")
 WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
@@ -221,6 +222,7 @@ def _inexact(
 ) -> tuple[str, ...]:
     """Why the target does not compute the source's function, one reason a line; empty when it does."""
     family, hidden = source.family, axes["hidden"]
+    padded = [f"{axis}.new: {axes[axis].method}" for axis in UNITS if _is_padded(axes[axis])]
     uneven = [axis for axis in family.equal_copies if len(set(axes[axis].copies)) > 1]
     checks = [
         (
@@ -238,6 +240,10 @@ def _inexact(
         (
             hidden.method in ("random", "constant"),
             f"width.hidden: {hidden.method} does not keep the source's function: the norms see what the new positions hold",
+        ),
+        (
+            bool(padded),
+            f"width.{' and width.'.join(padded)} does not keep the source's function: new units write at once",
         ),
         (
             hidden.method == "fpi" and len(set(hidden.copies)) > 1,
@@ -271,6 +277,10 @@ def _inexact(
         ),
     ]
     return tuple(text for applies, text in checks if applies)
+
+
+def _is_padded(axis: AxisGrowth) -> bool:
+    return axis.method in PADDING and FRESH in axis.index
 
 
 def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:

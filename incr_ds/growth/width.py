@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from incr_ds.config.growth import HiddenMethod
 from incr_ds.errors import GrowthError
-from incr_ds.growth.axis import FRESH, AxisGrowth, identity
+from incr_ds.growth.axis import FRESH, AxisGrowth, Fill, identity
 
-NewUnits = Literal["zero-output", "copy"]
+NewUnits = Literal["zero-output", "copy", "random", "constant"]
 Order = Literal["tile", "interleave"]
+PADDING = ("random", "constant")  # new units that are read as they are written: the function moves
+WRITTEN: Mapping[NewUnits, Fill] = {
+    "zero-output": "random",
+    "copy": "random",
+    "random": "random",
+    "constant": "constant",
+}
+READ: Mapping[NewUnits, Fill] = {"zero-output": "zero", "copy": "zero", "random": "random", "constant": "constant"}
 
 
 def grow_hidden(
@@ -99,7 +108,9 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> t
     shares = np.array(query.share).reshape(new_kv_heads, new_group).sum(axis=1) / group
     amplitude = tuple(0.0 if kv == FRESH else 1.0 for kv in kv_index)
     gradient = tuple(float(share) for share in shares)
-    return query, AxisGrowth("kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient)
+    return query, AxisGrowth(
+        "kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient, fresh_out=WRITTEN[units]
+    )
 
 
 def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
@@ -195,11 +206,22 @@ def _filled_hidden(method: Literal["random", "constant"], old: int, new: int) ->
     return AxisGrowth("hidden", method, old, index, kept, kept, kept, fresh_out=method, fresh_in=method)
 
 
-def _inner(axis: str, method: str, old: int, index: list[int]) -> AxisGrowth:
+def _inner(axis: str, method: NewUnits, old: int, index: list[int]) -> AxisGrowth:
+    """What fresh units produce is random or constant; how they are read, zero, unless they are padding."""
     counts = np.bincount([i for i in index if i != FRESH], minlength=old)
-    share = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
+    shares = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
     amplitude = tuple(0.0 if i == FRESH else 1.0 for i in index)
-    return AxisGrowth(axis, method, old, tuple(index), amplitude, tuple(share), tuple(share))
+    return AxisGrowth(
+        axis,
+        method,
+        old,
+        tuple(index),
+        amplitude,
+        tuple(shares),
+        tuple(shares),
+        fresh_out=WRITTEN[method],
+        fresh_in=READ[method],
+    )
 
 
 def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnits) -> list[int]:
@@ -210,7 +232,7 @@ def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnit
         for _ in range(new_group):
             slot = placed.get(kv, 0)
             placed[kv] = slot + 1
-            is_fresh = kv == FRESH or (units == "zero-output" and slot >= group)
+            is_fresh = kv == FRESH or (units != "copy" and slot >= group)
             heads.append(FRESH if is_fresh else kv * group + slot % group)
     return heads
 

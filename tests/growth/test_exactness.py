@@ -222,6 +222,38 @@ def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
         assert (whole(grown, norm)[96:] == 1.0).all()
 
 
+# Not constant in gpt_neox: units that write the same everywhere move the mean alone, which LayerNorm subtracts.
+@pytest.mark.parametrize(
+    ("family", "new"), [("llama", "random"), ("llama", "constant"), ("phi3", "constant"), ("gpt_neox", "random")]
+)
+def test_padded_units_are_as_asked_and_change_the_function(fp64_norms, family, new):
+    """Initial value padding of FFN neurons and heads: old entries stay, all others are drawn or the constant."""
+    architecture = small_architecture(family)
+    model = drawn_model(architecture)
+    source, axes = model_checkpoint(architecture, model), architecture.family.axes
+    target = {axes["ffn"]: 331}
+    if family == "llama":
+        target |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    width = {"ffn": {"new": new}, "heads": {"new": new}, "std": 0.1, "constant": 0.03}
+    grown = grown_tensors(source, recipe_of(target=target, width=width))
+    reason = f"width.ffn.new: {new} and width.heads.new: {new}" if family == "llama" else f"width.ffn.new: {new}"
+    assert grown.plan.inexact == (f"{reason} does not keep the source's function: new units write at once",)
+    assert relative_difference(model, grown_model(grown)) > 1e-3
+    padded = 0
+    for spec in grown.plan.target.stored:
+        old, found = source.read(spec.name), whole(grown, spec.name)
+        index = [torch.from_numpy(grown.plan.index(spec, dimension)) for dimension in range(found.dim())]
+        kept = torch.zeros_like(found, dtype=torch.bool)
+        kept[torch.meshgrid(*[(part >= 0).nonzero()[:, 0] for part in index], indexing="ij")] = True
+        assert torch.equal(found[kept], old.reshape(-1)), spec.name
+        if new == "constant":
+            assert (found[~kept] == 0.03).all(), spec.name
+        elif found.dim() == 2 and not kept.all():
+            assert abs(float(found[~kept].std()) - 0.1) < 0.01, spec.name
+        padded += int(not kept.all())
+    assert padded == {"llama": 21, "phi3": 6, "gpt_neox": 9}[family]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
     """bert2BERT's AKI: columns as FPI splits them; rows beyond the first copies are those of the layer above."""
