@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from incr_ds.arch.architecture import check_context
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100
+LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def compare(
             f"{target.facts.path}: vocabulary {target.architecture.sizes['vocab']}, the source's is "
             f"{vocab}; logits cannot be compared."
         )
+    for checkpoint in (source, target):
+        check_context(checkpoint.architecture, max(batch.shape[-1] for batch in batches), str(checkpoint.facts.path))
     first, second = load_model(source, dtype), load_model(target, dtype)
     losses = torch.zeros(2, dtype=torch.float64)
     difference = largest = 0.0
@@ -74,6 +77,11 @@ def compare(
             tokens += batch[:, 1:].numel()
     source_loss, target_loss = (losses / tokens).tolist()
     return Comparison(source_loss, target_loss, difference, difference / largest, tokens)
+
+
+def usual_length(source: LogicalCheckpoint) -> int:
+    """Tokens a sample where nobody asks for a number: as many as a table of learned positions has, at most LENGTH."""
+    return min(LENGTH, source.architecture.sizes.get("positions", LENGTH))
 
 
 def random_batches(vocab_size: int, samples: int, length: int, seed: int = 0) -> list[torch.Tensor]:

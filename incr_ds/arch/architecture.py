@@ -131,6 +131,16 @@ def saved_architecture(path: Path) -> Architecture:
     return _architecture(family, config if complete else _filled(config, where), where)
 
 
+def check_context(architecture: Architecture, length: int, where: str) -> None:
+    """ConfigError if a table of learned positions ends before ``length`` tokens do; ``where`` names what asks for them."""
+    most = architecture.sizes.get("positions")
+    if most is not None and length > most:
+        raise ConfigError(
+            f"{where}: {length} tokens a sample, but this {architecture.family.model_type} has {most} learned positions "
+            f"({architecture.family.axes['positions']}); ask for at most {most}."
+        )
+
+
 def _known_family(config: Mapping[str, Any], where: str) -> Family:
     family = family_of(config.get("model_type"), where)
     unknown = sorted(set(config) - family.known_fields)

@@ -221,8 +221,7 @@ def _inexact(
     layers: tuple[LayerSource, ...],
 ) -> tuple[str, ...]:
     """Why the target does not compute the source's function, one reason a line; empty when it does."""
-    family, hidden = source.family, axes["hidden"]
-    padded = [f"{axis}.new: {axes[axis].method}" for axis in UNITS if _is_padded(axes[axis])]
+    family = source.family
     uneven = [axis for axis in family.equal_copies if len(set(axes[axis].copies)) > 1]
     checks = [
         (
@@ -237,6 +236,30 @@ def _inexact(
             not axes["vocab"].is_identity,
             f"target.{family.axes['vocab']}: new entries take probability from the old ones, whose logits stay",
         ),
+        (
+            recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
+            "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
+        ),
+        (
+            target.config.get(ROTARY) != source.config.get(ROTARY),
+            f"target.{ROTARY}: the rotary pairs turn at other speeds, which does not keep the source's function",
+        ),
+        *_inexact_widths(source, axes),
+        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
+        (
+            bool(uneven),
+            f"{family.model_type} has a norm over all heads at once, so that {' and '.join(uneven)} keep the source's function "
+            "only with new: copy and a multiple of the old count",
+        ),
+    ]
+    return tuple(text for applies, text in checks if applies)
+
+
+def _inexact_widths(source: Architecture, axes: Mapping[str, AxisGrowth]) -> tuple[tuple[bool, str], ...]:
+    """What the operators of width axes move: whether it applies, and the reason."""
+    family, hidden = source.family, axes["hidden"]
+    padded = [f"{axis}.new: {axes[axis].method}" for axis in UNITS if _is_padded(axes[axis])]
+    return (
         (
             hidden.method in ("random", "constant"),
             f"width.hidden: {hidden.method} does not keep the source's function: the norms see what the new positions hold",
@@ -257,26 +280,11 @@ def _inexact(
             f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
         ),
         (
-            recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
-            "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
-        ),
-        (
-            target.config.get(ROTARY) != source.config.get(ROTARY),
-            f"target.{ROTARY}: the rotary pairs turn at other speeds, which does not keep the source's function",
-        ),
-        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
-        (
             hidden.centred and source.tied,
             "width.hidden: centred does not keep the source's function with tied embeddings, since the head's rows lose their "
             "mean too; width.hidden: mean does",
         ),
-        (
-            bool(uneven),
-            f"{family.model_type} has a norm over all heads at once, so that {' and '.join(uneven)} keep the source's function "
-            "only with new: copy and a multiple of the old count",
-        ),
-    ]
-    return tuple(text for applies, text in checks if applies)
+    )
 
 
 def _is_padded(axis: AxisGrowth) -> bool:
