@@ -4,23 +4,16 @@ import json
 
 import pytest
 import torch
-from grown import grown_tensors, recipe_of, whole
+from grown import EVERYTHING, everything, grown_tensors, random_part, recipe_of, renamed, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from incr_ds.arch.family import families
 from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.counter import normals
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
-
-EVERYTHING = {
-    "hidden_size": 144,
-    "intermediate_size": 331,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 5,
-}
 
 
 @pytest.mark.parametrize(
@@ -172,20 +165,30 @@ def test_every_method_keeps_the_source_in_order(method, old, added):
     assert all(layer.copies == sum(other.layer == layer.layer for other in found) for layer in found)
 
 
-@pytest.mark.parametrize("state", ["weight", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("hidden", ["auto", "zero"])
-def test_any_slice_is_the_slice_of_the_whole(state, hidden):
-    architecture = small_architecture("qwen3", tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("hidden", "new", "breaking"),
+    [
+        ("auto", "copy", "per-element"),
+        ("zero", "zero-output", "none"),
+        ("lemon", "copy", "noise"),
+        ("fpi", "copy", "diagonal"),
+        ("random", "constant", "per-element"),
+    ],
+)
+@pytest.mark.parametrize("family", sorted(families()))
+def test_any_slice_is_the_slice_of_the_whole(family, hidden, new, breaking):
+    """Of weights and moments, rows and columns at once, as tensor ranks and pipeline stages cut them and finer."""
+    architecture = small_architecture(family, tie_word_embeddings=True)
     source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
-    grown = grown_tensors(source, recipe_of(target=EVERYTHING, width={"hidden": hidden, "ffn": {"new": "copy"}}))
+    units = {"new": new}
+    width = {"hidden": hidden, "ffn": units, "heads": units, "symmetry_breaking": {"method": breaking}}
+    grown = grown_tensors(source, recipe_of(target=renamed(family, everything(family)), width=width))
     generator = torch.Generator().manual_seed(1)
     for spec in grown.plan.target.stored:
-        bounds = []
-        for size in spec.shape:
-            start = int(torch.randint(size, (), generator=generator))
-            bounds.append((start, start + 1 + int(torch.randint(size - start, (), generator=generator))))
-        expected = whole(grown, spec.name, state)[tuple(slice(*part) for part in bounds)]
-        assert torch.equal(grown.read(spec.name, state, tuple(bounds)), expected), spec.name
+        bounds = tuple(random_part(size, generator) for size in spec.shape)
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            expected = whole(grown, spec.name, state)[tuple(slice(*part) for part in bounds)]
+            assert torch.equal(grown.read(spec.name, state, bounds), expected), f"{spec.name}, {state}"
 
 
 def test_copies_differ_and_their_shares_sum_to_one():

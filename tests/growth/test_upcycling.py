@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grown import grown_tensors, recipe_of, relative_difference, whole
+from grown import grown_model, grown_tensors, random_part, recipe_of, relative_difference, whole
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -120,6 +120,33 @@ def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_nor
             assert abs(float(found.mean() - old.mean())) < 0.003 and abs(float(found.std() / old.std()) - 1) < 0.03
         replaced.append(tuple(new.tolist()))
     assert len(set(replaced)) == 5
+
+
+@pytest.mark.parametrize(("new", "experts", "ffn"), [("copy", 4, None), ("virtual-groups", 10, 50), ("drop", 4, None)])
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+def test_any_slice_is_the_slice_of_the_whole(dense, mixture, new, experts, ffn):
+    architecture = small_architecture(dense)
+    source = model_checkpoint(architecture, drawn_model(architecture, torch.float32))
+    grown = grown_tensors(source, upcycling(mixture, experts, 5 if ffn else 2, new, ffn, GROWTH))
+    generator = torch.Generator().manual_seed(1)
+    for spec in grown.plan.target.stored:
+        bounds = tuple(random_part(size, generator) for size in spec.shape)
+        expected = whole(grown, spec.name)[tuple(slice(*part) for part in bounds)]
+        assert torch.equal(grown.read(spec.name, "weight", bounds), expected), spec.name
+
+
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path, dense, mixture):
+    """One expert that is always picked is the dense model; a grown model becomes a mixture as any other."""
+    architecture = small_architecture(dense)
+    model = drawn_model(architecture)
+    first = grown_tensors(model_checkpoint(architecture, model), recipe_of(target={**GROWTH, "intermediate_size": 300}))
+    middle = model_checkpoint(first.plan.target, grown_model(first))
+    for experts, chosen in ((1, 1), (4, 2)):
+        grown = grown_tensors(middle, upcycling(mixture, experts, chosen))
+        folder = tmp_path / str(experts)
+        folder.mkdir()
+        assert relative_difference(model, published(grown, folder)) <= 1e-12
 
 
 @pytest.mark.parametrize(
