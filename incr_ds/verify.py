@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The first ``samples`` runs of ``length`` tokens of a Megatron data set (documents joined as they come)."""
     if not prefix.with_name(prefix.name + ".idx").is_file():
         raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without its ending.")
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    with warnings.catch_warnings(action="ignore"):  # about GPU libraries that data sets do not need
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
     found: list[torch.Tensor] = []

@@ -154,8 +154,9 @@ class TargetLayout(ParallelLayout):
 
 
 class Method(Settings):
-    """A published method: where, how far ``recipe`` is it, and the recipe's keys."""
+    """A published method: where, what it grows, how far ``recipe`` is it, and the recipe's keys."""
 
+    grows: list[Literal["width", "depth"]]
     published: str
     known: str
     recipe: dict[str, Any]

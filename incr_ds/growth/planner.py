@@ -69,7 +69,7 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
     inexact = _inexact(source, target, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
         raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
-    notes = (*_method_notes(recipe), *inexact, *_notes(recipe, axes))
+    notes = (*_method_notes(recipe, axes, layers), *inexact, *_notes(recipe, axes))
     return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
 
 
@@ -291,11 +291,22 @@ def _is_padded(axis: AxisGrowth) -> bool:
     return axis.method in PADDING and FRESH in axis.index
 
 
-def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:
+def _method_notes(
+    recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]
+) -> tuple[str, ...]:
     if recipe.recipe is None:
         return ()
     method = methods()[recipe.recipe]
-    return (f"{recipe.recipe}: {method.published}. {method.known}",)
+    grown = {
+        "width": any(not axes[axis].is_identity for axis in WIDTH_AXES if axis in axes),
+        "depth": any(layer.is_new for layer in layers),
+    }
+    beyond = [
+        f"{recipe.recipe} is published for {method.grows[0]} alone; the growth in {part} is this recipe's own"
+        for part, grows in grown.items()
+        if grows and part not in method.grows
+    ]
+    return (f"{recipe.recipe}: {method.published}. {method.known}", *beyond)
 
 
 def _is_uneven(axis: AxisGrowth) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from incr_ds.config.growth import HiddenMethod
 from incr_ds.errors import GrowthError
 from incr_ds.growth.axis import FRESH, AxisGrowth, Fill, identity
+from incr_ds.growth.counter import choices
 
 NewUnits = Literal["zero-output", "copy", "random", "constant"]
 Order = Literal["tile", "interleave"]
@@ -192,7 +193,7 @@ def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms"
 
 def _unequal_hidden(old: int, new: int, seed: int) -> AxisGrowth:
     """Function-preserving initialization (Net2Net; bert2BERT's FPI) as published: random further copies, norms unchanged."""
-    chosen = np.random.default_rng(seed).integers(0, old, size=new - old)
+    chosen = choices(seed, "hidden/fpi", new - old, old)
     index = np.concatenate([np.arange(old), chosen])
     share = 1.0 / np.bincount(index, minlength=old)[index]
     ones = (1.0,) * new

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from grown import EVERYTHING, everything, grown_tensors, random_part, recipe_of, renamed, whole
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from incr_ds.arch.family import families
 from incr_ds.errors import ConfigError, GrowthError
-from incr_ds.growth.counter import normals
+from incr_ds.growth.counter import choices, normals, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
@@ -222,6 +223,15 @@ def test_the_seed_decides_and_nothing_else():
 def test_random_numbers_are_addressed_by_element(first, count, seed):
     stream = normals(seed, "tensor", 0, first + count)
     assert (normals(seed, "tensor", first, count) == stream[first:]).all()
+
+
+def test_drawn_maps_are_the_same_everywhere():
+    """Philox's words are fixed by its publication; numpy may change what its generators make of theirs."""
+    assert choices(3, "hidden/fpi", 8, 96).tolist() == [71, 63, 1, 16, 26, 22, 89, 20]
+    assert shuffled(3, "layers.0.experts.1/dropped", 8).tolist() == [0, 3, 6, 4, 1, 2, 5, 7]
+    many = choices(1, "a", 100_000, 10)
+    assert np.abs(np.bincount(many, minlength=10) - 10_000).max() < 400
+    assert sorted(shuffled(1, "a", 1000)) == list(range(1000))
 
 
 def test_random_numbers_are_standard_normal_and_independent_between_tensors():
