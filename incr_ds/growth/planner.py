@@ -84,7 +84,9 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
     grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
     if sizes["head_dim"] != old["head_dim"]:
-        grown["head_dim"], grown["query_dim"] = grow_head_size(old["head_dim"], sizes["head_dim"])
+        grown["head_dim"], grown["query_dim"] = grow_head_size(
+            old["head_dim"], sizes["head_dim"], scaled_by_size=family.scores_scale is None
+        )
     return {**{axis: identity(axis, size) for axis, size in old.items()}, **grown}
 
 

@@ -122,13 +122,13 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
     return [count for count in divisors if kv_heads * math.ceil(group / (new_heads // count)) <= count]
 
 
-def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
+def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[AxisGrowth, AxisGrowth]:
     """Growth of a head's size by a whole factor k under rotary positions; returns keys' and values' axis, queries'.
 
     Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), as pair k i of the larger head does,
     so it moves there; the planner checks that a scaling of the frequencies leaves it so. New positions of the queries
-    are zero, so those of the keys may be random, and queries grow by sqrt(new / old), since scores are divided by the
-    root of the head's size.
+    are zero, so those of the keys may be random, and queries grow by sqrt(new / old) where scores are divided by the
+    root of the head's size (``scaled_by_size``).
     """
     if new % old:
         lower = max(old, new // old * old)
@@ -140,7 +140,7 @@ def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
     places = [(position // half, position % half) for position in range(new)]
     index = tuple(side * (old // 2) + pair // factor if pair % factor == 0 else FRESH for side, pair in places)
     kept = np.array(index) != FRESH
-    scale = math.sqrt(new / old)
+    scale = math.sqrt(new / old) if scaled_by_size else 1.0
     ones, scaled, unscaled = (_floats(kept * size) for size in (1.0, scale, 1.0 / scale))
     return (
         AxisGrowth("head_dim", "rotary pairs", old, index, ones, ones, ones),

@@ -280,7 +280,7 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
 def test_larger_heads(fp64_norms, family, head_dim, tied):
     """Pairs of the rotary positions move to where they turn as fast; together with everything else too."""
     assert difference(family, {"head_dim": head_dim}, tied, length=50) <= 1e-12
@@ -325,7 +325,12 @@ def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
     [
         ("llama", {}, 20, r"target\.head_dim: 20 is not a multiple of the source's 8.*nearest sizes that work: 16, 24"),
         ("llama", {}, 4, r"target\.head_dim: 4 is smaller than the source's 8"),
-        ("qwen3", {}, 16, r"qwen3's queries and keys pass through more .* head_dim grows in llama, mistral, qwen2\."),
+        (
+            "qwen3",
+            {},
+            16,
+            r"qwen3's queries and keys pass through more .* head_dim grows in gemma2, llama, mistral, qwen2\.",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
