@@ -1,8 +1,13 @@
 """Dense models become mixtures of experts that transformers loads: the same function, or the published definition."""
 
+from pathlib import Path
+from tempfile import mkdtemp
+
 import pytest
 import torch
 from grown import grown_model, grown_tensors, random_part, recipe_of, relative_difference, whole
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +138,35 @@ def test_any_slice_is_the_slice_of_the_whole(dense, mixture, new, experts, ffn):
         bounds = tuple(random_part(size, generator) for size in spec.shape)
         expected = whole(grown, spec.name)[tuple(slice(*part) for part in bounds)]
         assert torch.equal(grown.read(spec.name, "weight", bounds), expected), spec.name
+
+
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.sampled_from([1, 2, 5, 10]),
+    groups=st.integers(1, 3),
+    chosen=st.integers(1, 3),
+    heads=st.sampled_from([(6, 3), (12, 6), (9, 3)]),
+    layers=st.integers(3, 4),
+    tied=st.booleans(),
+)
+def test_any_mixture_keeps_the_function(
+    fp64_norms, tmp_path, dense, mixture, parts, groups, chosen, heads, layers, tied
+):
+    """``groups`` whole FFNs in ``parts`` each, of which whole ones are picked."""
+    architecture = small_architecture(dense, tie_word_embeddings=tied)
+    source = drawn_model(architecture)
+    growth = {
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "num_hidden_layers": layers,
+        "hidden_size": 180,
+    }
+    new, picked = ("copy" if parts == 1 else "virtual-groups"), min(chosen, groups) * parts
+    recipe = upcycling(mixture, groups * parts, picked, new, None if parts == 1 else 250 // parts, growth)
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe)
+    assert grown.plan.exact
+    assert relative_difference(source, published(grown, Path(mkdtemp(dir=tmp_path)))) <= 1e-12
 
 
 @pytest.mark.parametrize(("dense", "mixture"), PAIRS)
