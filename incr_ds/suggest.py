@@ -12,12 +12,12 @@ from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, IncrError, LayoutError
-from incr_ds.growth.planner import plan_growth
+from incr_ds.growth.planner import LARGEST, plan_growth, size_warnings
 from incr_ds.target.placement import check_layout, rank_parameters
 
 CLOSE = 0.1  # how far from the budget a suggestion may be
 WIDEST, DEEPEST = 4, 8  # times the source's hidden size and layers
-RELIABLE, LARGEST = 2.0, 4.0  # growth in parameters at once, in what is published
+RELIABLE = 2.0  # growth in parameters at once, in what is published
 TOKENS_PER_PARAMETER = 20  # of the target: up to about here growth pays in what is published (arXiv 2411.07340)
 KERNEL_UNIT = 128  # sizes that matrix kernels like; narrower models use their own head size
 BYTES_WEIGHTS, BYTES_GRADIENTS, BYTES_OPTIMIZER = 2, 2, 12  # bf16, bf16, fp32 master and two moments
@@ -183,11 +183,10 @@ def _bytes(target: Architecture, layout: ParallelLayout) -> int:
 
 def _warnings(source: Architecture, sizes: Mapping[str, int], ratio: float) -> tuple[str, ...]:
     checks = [
-        (ratio > LARGEST, f"grows {ratio:.1f} times; published gains are for 2 to 4 times in one step"),
         (RELIABLE < ratio <= LARGEST, f"grows {ratio:.1f} times; 2 times is most reliable (arXiv 2411.07340)"),
         (
             sizes["layers"] == source.sizes["layers"],
             "width alone: in G_stack's comparison (arXiv 2405.15319) it did not pay when the source's own cost is counted",
         ),
     ]
-    return tuple(text for applies, text in checks if applies)
+    return (*size_warnings(ratio), *(text for applies, text in checks if applies))

@@ -23,6 +23,7 @@ from incr_ds.growth.width import PADDING, grow_entries, grow_head_size, grow_hea
 SILENT = ("zero-output", "identity")
 TABLES = ("vocab", "positions")
 UNITS = ("ffn", "heads")
+LARGEST = 4.0  # growth in parameters at once, in what is published
 WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
@@ -69,7 +70,12 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
     inexact = _inexact(source, target, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
         raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
-    notes = (*_method_notes(recipe, axes, layers), *inexact, *_notes(recipe, axes))
+    notes = (
+        *_method_notes(recipe, axes, layers),
+        *inexact,
+        *_notes(recipe, axes),
+        *size_warnings(target.num_parameters / source.num_parameters),
+    )
     return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
 
 
@@ -309,6 +315,13 @@ def _method_notes(
         if grows and part not in method.grows
     ]
     return (f"{recipe.recipe}: {method.published}. {method.known}", *beyond)
+
+
+def size_warnings(ratio: float) -> tuple[str, ...]:
+    """What the literature has against a growth to ``ratio`` times the parameters."""
+    if ratio <= LARGEST:
+        return ()
+    return (f"grows {ratio:.1f} times; published gains are for 2 to 4 times in one step",)
 
 
 def _is_uneven(axis: AxisGrowth) -> bool:

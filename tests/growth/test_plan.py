@@ -255,6 +255,14 @@ def test_the_plan_is_json_and_repeats():
     }
 
 
+def test_more_than_four_times_the_parameters_is_said():
+    source, warning = small_architecture("llama"), "times; published gains are for 2 to 4 times in one step"
+    for layers, expected in ((11, []), (16, ["grows 5.0 " + warning])):
+        plan = plan_growth(source, recipe_of(target={"num_hidden_layers": layers}))
+        assert [note for note in plan.notes if "published gains" in note] == expected
+        assert plan.exact
+
+
 def test_per_layer_fields_follow_the_layer_map():
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     architecture = small_architecture("qwen3", layer_types=kinds, use_sliding_window=True, sliding_window=16)
