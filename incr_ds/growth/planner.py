@@ -62,8 +62,11 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
     if sizes["head_dim"] != source.sizes["head_dim"]:
         _check_larger_heads(source, sizes["head_dim"], where)
         sizes["query_dim"] = sizes["head_dim"]
-    layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
-    axes = _grow_axes(source, sizes, recipe)
+    try:
+        layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map)
+        axes = _grow_axes(source, sizes, recipe)
+    except GrowthError as error:
+        raise GrowthError(f"{where}: {error}") from error
     if recipe.fitted is not None:
         axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)

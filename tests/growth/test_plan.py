@@ -98,8 +98,8 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
     ],
 )
 def test_impossible_requests_are_refused(family, content, message):
-    with pytest.raises(GrowthError, match=f"(?s){message}"):
-        plan_growth(small_architecture(family), recipe_of(**content))
+    with pytest.raises(GrowthError, match=f"(?s)^grow\\.yaml: .*{message}"):
+        plan_growth(small_architecture(family), recipe_of(**content), "grow.yaml")
 
 
 @pytest.mark.parametrize(
