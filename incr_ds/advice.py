@@ -100,10 +100,10 @@ def starts_anew(plan: GrowthPlan, source: Trained) -> bool:
 
 def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
     if source.peak is None:
-        yield Advice(
-            "schedule",
-            "learning_rate: the source does not say its own; after an exact growth its maximum is the one to take",
-        )
+        which = "after an exact growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
+        if not plan.exact:
+            which = "after inexact growths, methods like G_stack take that of a model of the target's size"
+        yield Advice("schedule", f"learning_rate: the source does not say its own; {which}")
         return
     reason = (
         "the source's maximum, which LEMON (arXiv 2310.07999) keeps after an exact growth: lower ones did worse there"

@@ -12,11 +12,13 @@ from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, IncrError, LayoutError
-from incr_ds.growth.planner import plan_growth
+from incr_ds.growth.planner import LARGEST, plan_growth, size_warnings
 from incr_ds.target.placement import check_layout, rank_parameters
 
 CLOSE = 0.1  # how far from the budget a suggestion may be
 WIDEST, DEEPEST = 4, 8  # times the source's hidden size and layers
+RELIABLE = 2.0  # growth in parameters at once, in what is published
+TOKENS_PER_PARAMETER = 20  # of the target: up to about here growth pays in what is published (arXiv 2411.07340)
 KERNEL_UNIT = 128  # sizes that matrix kernels like; narrower models use their own head size
 BYTES_WEIGHTS, BYTES_GRADIENTS, BYTES_OPTIMIZER = 2, 2, 12  # bf16, bf16, fp32 master and two moments
 
@@ -24,13 +26,15 @@ BYTES_WEIGHTS, BYTES_GRADIENTS, BYTES_OPTIMIZER = 2, 2, 12  # bf16, bf16, fp32 m
 @dataclass(frozen=True)
 class Suggestion:
     """One target: the recipe's ``target``, its parameters, training FLOPs per token (6 per parameter that multiplies),
-    bytes of weights, gradients and optimizer on the fullest rank (bf16, activations not counted), and what to know."""
+    bytes of weights, gradients and optimizer on the fullest rank (bf16, activations not counted), the training tokens up to
+    which growth pays in what is published, and what to know."""
 
     target: Mapping[str, int]
     parameters: int
     ratio: float
     flops_per_token: int
     bytes_per_rank: int
+    gain_tokens: int
     warnings: tuple[str, ...]
 
 
@@ -44,15 +48,18 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
         raise ConfigError(
             f"--suggest {budget:,}: the source has {source.num_parameters:,} parameters already; growth only adds."
         )
-    found = [target for target in _candidates(source, budget, layout) if _is_valid(source, target, layout)]
+    nearest = sorted(_candidates(source, budget, layout), key=lambda sizes: _distance(source, sizes, budget))
+    close = [sizes for sizes in nearest if _distance(source, sizes, budget) <= CLOSE]
+    found = [sizes for sizes in close if _is_valid(source, sizes, layout)]
     if not found:
+        reached = next((sizes for sizes in nearest[len(close) :] if _is_valid(source, sizes, layout)), None)
+        hint = f"the nearest has {_sized(source, reached).num_parameters:,} parameters" if reached else "nor near it"
         raise ConfigError(
-            f"--suggest {budget:,}: no valid target within {CLOSE:.0%} of it in this layout; try another budget or layout."
+            f"--suggest {budget:,}: no valid target within {CLOSE:.0%} of it in this layout, up to {WIDEST} times as wide and "
+            f"{DEEPEST} times as deep; {hint}. Try another budget or layout."
         )
-    found.sort(
-        key=lambda target: (_unevenness(source, target), abs(_described(source, target, layout).parameters - budget))
-    )
-    return tuple(_described(source, target, layout) for target in found[:most])
+    found.sort(key=lambda sizes: _unevenness(source, sizes))  # of equals, the nearest stays first
+    return tuple(_described(source, sizes, layout) for sizes in found[:most])
 
 
 def parse_count(text: str) -> int:
@@ -61,7 +68,7 @@ def parse_count(text: str) -> int:
     number, factor = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1.0)
     try:
         return int(float(number) * factor)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"--suggest {text}: expected a number of parameters, like 3e9, 1.3B or 350M.") from error
 
 
@@ -76,15 +83,17 @@ def parse_layout(text: str) -> ParallelLayout:
 
 def _candidates(source: Architecture, budget: int, layout: ParallelLayout) -> Iterator[dict[str, int]]:
     """For every hidden size the depth that comes nearest to the budget, as sizes by axis."""
-    old = source.sizes
+    old, step = source.sizes, layout.pipeline_parallel
+    fewest, most = math.ceil(old["layers"] / step) * step, DEEPEST * old["layers"] // step * step
     for hidden in _hidden_sizes(source):
         sizes = {**old, **_width(source, hidden, layout)}
         one, two = (_sized(source, {**sizes, "layers": count}).num_parameters for count in (1, 2))
-        step = layout.pipeline_parallel
         layers = round((budget - one + (two - one)) / (two - one) / step) * step
-        reached = one + (layers - 1) * (two - one)
-        if old["layers"] <= layers <= DEEPEST * old["layers"] and abs(reached / budget - 1.0) <= CLOSE:
-            yield {**sizes, "layers": layers}
+        yield {**sizes, "layers": min(max(layers, fewest), most)}
+
+
+def _distance(source: Architecture, sizes: Mapping[str, int], budget: int) -> float:
+    return abs(_sized(source, sizes).num_parameters / budget - 1.0)
 
 
 def _hidden_sizes(source: Architecture) -> range:
@@ -153,6 +162,7 @@ def _described(source: Architecture, sizes: Mapping[str, int], layout: ParallelL
         ratio,
         6 * multiplied,
         _bytes(target, layout),
+        TOKENS_PER_PARAMETER * parameters,
         _warnings(source, sizes, ratio),
     )
 
@@ -173,10 +183,10 @@ def _bytes(target: Architecture, layout: ParallelLayout) -> int:
 
 def _warnings(source: Architecture, sizes: Mapping[str, int], ratio: float) -> tuple[str, ...]:
     checks = [
-        (ratio > 4.0, f"grows {ratio:.1f} times; published gains are for 2 to 4 times in one step"),
+        (RELIABLE < ratio <= LARGEST, f"grows {ratio:.1f} times; 2 times is most reliable (arXiv 2411.07340)"),
         (
             sizes["layers"] == source.sizes["layers"],
             "width alone: in G_stack's comparison (arXiv 2405.15319) it did not pay when the source's own cost is counted",
         ),
     ]
-    return tuple(text for applies, text in checks if applies)
+    return (*size_warnings(ratio), *(text for applies, text in checks if applies))

@@ -14,7 +14,7 @@ from incr_ds.arch.tensors import TensorSpec
 from incr_ds.difference import Difference
 from incr_ds.grow import PlannedGrowth
 from incr_ds.growth.axis import FRESH, AxisGrowth
-from incr_ds.suggest import Suggestion
+from incr_ds.suggest import TOKENS_PER_PARAMETER, Suggestion
 
 _LAYER = "LAYER"
 SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
@@ -52,8 +52,12 @@ def _how(planned: PlannedGrowth, axis: str) -> str:
 
 def suggestion_table(found: Sequence[Suggestion]) -> Table:
     """Targets to choose from."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("target", "parameters", "times", "FLOPs a token", "bytes a rank", "to know"):
+    caption = (
+        f"tokens: {TOKENS_PER_PARAMETER} a parameter. Up to about there growth pays in what is published; later, gains shrink "
+        "(arXiv 2411.07340)."
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for heading in ("target", "parameters", "times", "FLOPs a token", "bytes a rank", "tokens", "to know"):
         table.add_column(heading, justify="left" if heading in ("target", "to know") else "right")
     for item in found:
         target = ", ".join(f"{field}: {size}" for field, size in item.target.items())
@@ -62,6 +66,7 @@ def suggestion_table(found: Sequence[Suggestion]) -> Table:
             f"{item.ratio:.2f}",
             f"{item.flops_per_token:.2e}",
             f"{item.bytes_per_rank:,}",
+            f"{item.gain_tokens:.2e}",
         )
         table.add_row(f"{{{target}}}", *numbers, "; ".join(item.warnings))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from incr_ds.arch.architecture import check_context
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100
+LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def compare(
             f"{target.facts.path}: vocabulary {target.architecture.sizes['vocab']}, the source's is "
             f"{vocab}; logits cannot be compared."
         )
+    for checkpoint in (source, target):
+        check_context(checkpoint.architecture, max(batch.shape[-1] for batch in batches), str(checkpoint.facts.path))
     first, second = load_model(source, dtype), load_model(target, dtype)
     losses = torch.zeros(2, dtype=torch.float64)
     difference = largest = 0.0
@@ -76,6 +80,11 @@ def compare(
     return Comparison(source_loss, target_loss, difference, difference / largest, tokens)
 
 
+def usual_length(source: LogicalCheckpoint) -> int:
+    """Tokens a sample where nobody asks for a number: as many as a table of learned positions has, at most LENGTH."""
+    return min(LENGTH, source.architecture.sizes.get("positions", LENGTH))
+
+
 def random_batches(vocab_size: int, samples: int, length: int, seed: int = 0) -> list[torch.Tensor]:
     """Uniform random tokens, one batch of one sample each: enough to compare functions, not to measure a loss."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +95,8 @@ def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The first ``samples`` runs of ``length`` tokens of a Megatron data set (documents joined as they come)."""
     if not prefix.with_name(prefix.name + ".idx").is_file():
         raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without its ending.")
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    with warnings.catch_warnings(action="ignore"):  # about GPU libraries that data sets do not need
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
     found: list[torch.Tensor] = []

@@ -48,14 +48,44 @@ def test_warnings():
     source = small_architecture("llama")
     large = suggest_targets(source, 6 * source.num_parameters, ParallelLayout())
     assert all("published gains are for 2 to 4 times" in item.warnings[0] for item in large)
+    three = suggest_targets(source, 3 * source.num_parameters, ParallelLayout())
+    assert all("; 2 times is most reliable" in item.warnings[0] for item in three)
+    little = suggest_targets(source, 17 * source.num_parameters // 10, ParallelLayout())
+    assert not any("times" in warning for item in little for warning in item.warnings)
+    assert [item.gain_tokens for item in little] == [20 * item.parameters for item in little]
+
+
+def test_large_models_get_sizes_that_kernels_like_in_groups_that_stay():
+    """Llama of 1.2 billion: 32 query heads in 8 groups, everything a multiple of 128."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    more = {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "tie_word_embeddings": True}
+    source = small_architecture("llama", **sizes, **more)
+    assert source.num_parameters == 1_235_814_400
+    found = suggest_targets(source, 3 * 10**9, ParallelLayout(tensor_parallel=4, data_parallel=2))
+    assert len(found) == 5
+    for item in found:
+        target = {**sizes, **more, **item.target}
+        assert target["hidden_size"] % 128 == 0 and target["intermediate_size"] % (4 * 128) == 0
+        assert target["num_attention_heads"] == 4 * target["num_key_value_heads"]
+        assert target["num_key_value_heads"] % 4 == 0
+        hidden, ffn, heads = target["hidden_size"], target["intermediate_size"], target["num_attention_heads"]
+        layer = 3 * hidden * ffn + 2 * hidden * heads * 64 + 2 * hidden * heads // 4 * 64
+        matrices = target["num_hidden_layers"] * layer + 128_256 * hidden
+        norms = (2 * target["num_hidden_layers"] + 1) * hidden
+        assert item.parameters == matrices + norms and item.flops_per_token == 6 * matrices
+        assert item.bytes_per_rank == pytest.approx((2 + 2 + 12 / 2) * (matrices / 4 + norms), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("10", "the source has [0-9,]+ parameters already"),
-        ("9e15", "no valid target within 10%"),
+        (
+            "9e15",
+            "within 10% of it .* up to 4 times as wide and 8 times as deep; the nearest has [0-9,]{9,} parameters",
+        ),
         ("many", "like 3e9, 1.3B"),
+        ("inf", "like 3e9, 1.3B"),
     ],
 )
 def test_impossible_budgets(text, message):
@@ -78,7 +108,10 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("grow_checkpoint").main()
     assert ended.value.code == 0
-    assert "num_hidden_layers" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "num_hidden_layers" in shown and "tokens: 20 a parameter. Up to about there growth pays" in " ".join(
+        shown.split()
+    )
     monkeypatch.setattr(sys, "argv", ["grow_checkpoint", "--source", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("grow_checkpoint").main()

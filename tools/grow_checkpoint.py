@@ -21,9 +21,9 @@ from incr_ds.suggest import parse_count, parse_layout, suggest_targets
 from incr_ds.tables import growth_table, suggestion_table
 from incr_ds.target.budget import parse_bytes
 from incr_ds.target.releases import TESTED
-from incr_ds.verify import compare, data_batches, random_batches
+from incr_ds.verify import compare, data_batches, random_batches, usual_length
 
-SAMPLES, LENGTH = 8, 128  # of which an inexact growth's loss is measured
+SAMPLES = 8  # of which an inexact growth's loss is measured
 
 
 @command
@@ -85,7 +85,8 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
             console.print(f"note: {note}")
     if plan_only:
         return
-    texts = agree(crew, lambda: data_batches(data, SAMPLES, LENGTH) if data else None)  # before anything is written
+    length = usual_length(planned.source)
+    texts = agree(crew, lambda: data_batches(data, SAMPLES, length) if data else None)  # before anything is written
     with progress_bar(quiet=quiet) as progress:
         facts = grow_checkpoint(planned, progress, crew)
     if not quiet:
@@ -106,7 +107,7 @@ def _step_0(planned: PlannedGrowth, texts: list[Tensor] | None) -> dict[str, Any
     needed = 4 * (source.num_parameters + target.num_parameters)
     if needed > planned.request.memory_budget:
         return {"needed_bytes": needed}
-    batches = texts or random_batches(source.sizes["vocab"], SAMPLES, LENGTH)
+    batches = texts or random_batches(source.sizes["vocab"], SAMPLES, usual_length(planned.source))
     return asdict(compare(planned.source, open_source(planned.request.output), batches))
 
 

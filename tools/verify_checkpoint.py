@@ -13,7 +13,7 @@ from incr_ds.command import command, console, print_json
 from incr_ds.integrity import check_folder
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
-from incr_ds.verify import compare, data_batches, random_batches
+from incr_ds.verify import compare, data_batches, random_batches, usual_length
 
 
 @command
@@ -22,7 +22,9 @@ def main(
     against: Annotated[Path | None, typer.Option(help="Source checkpoint whose logits should be kept.")] = None,
     data: Annotated[Path | None, typer.Option(help="Megatron data set prefix; default: random tokens.")] = None,
     samples: Annotated[int, typer.Option(min=1)] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per sample; default 128, or all learned positions if fewer.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest relative logit difference of an exact growth.")] = 1e-4,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
@@ -38,7 +40,8 @@ def main(
     if against:
         source = open_source(against, trust=trust)
         vocab = source.architecture.sizes["vocab"]
-        batches = data_batches(data, samples, length) if data else random_batches(vocab, samples, length)
+        size = length or usual_length(source)
+        batches = data_batches(data, samples, size) if data else random_batches(vocab, samples, size)
         comparison = compare(source, checkpoint, batches)
         exact = bool(manifest["facts"].get("exact", True)) if manifest else True
         passed = comparison.relative_difference <= tolerance or not exact

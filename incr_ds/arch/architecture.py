@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -134,6 +135,16 @@ def saved_architecture(path: Path) -> Architecture:
     return _architecture(family, config if complete else _filled(config, where), where)
 
 
+def check_context(architecture: Architecture, length: int, where: str) -> None:
+    """ConfigError if a table of learned positions ends before ``length`` tokens do; ``where`` names what asks for them."""
+    most = architecture.sizes.get("positions")
+    if most is not None and length > most:
+        raise ConfigError(
+            f"{where}: {length} tokens a sample, but this {architecture.family.model_type} has {most} learned positions "
+            f"({architecture.family.axes['positions']}); ask for at most {most}."
+        )
+
+
 def _known_family(config: Mapping[str, Any], where: str) -> Family:
     family = family_of(config.get("model_type"), where)
     unknown = sorted(set(config) - family.known_fields)
@@ -211,7 +222,8 @@ def _filled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    given = {key: value for key, value in config.items() if key != "model_type"}
+    # transformers writes into the mappings that it is given.
+    given = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
     try:
         filled = AutoConfig.for_model(config["model_type"], **given).to_dict()
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 # Their frequencies depend on the config alone, not on the length of a sequence.
 STEADY = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = (*STEADY, "dynamic", "longrope")
+BASIC = ("rope_theta", "partial_rotary_factor")  # of every kind of rope_parameters
 
 
 def rotary_kinds(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -15,9 +15,9 @@ from incr_ds.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of every settings section: frozen, strictly typed, unknown keys refused."""
+    """Base of every settings section: frozen, strictly typed, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)

@@ -13,9 +13,10 @@ from incr_ds.config.layout import ParallelLayout
 
 
 class UnitRecipe(Settings):
-    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split)."""
+    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split), which keep
+    the function; ``random`` or ``constant`` (filled as ``hidden`` is, outputs too), which do not."""
 
-    new: Literal["zero-output", "copy"] = "zero-output"
+    new: Literal["zero-output", "copy", "random", "constant"] = "zero-output"
 
 
 class SymmetryBreaking(Settings):
@@ -30,7 +31,7 @@ class SymmetryBreaking(Settings):
 
     method: Literal["per-element", "noise", "diagonal", "none"] = "per-element"
     scale: float = Field(default=0.5, ge=0.0)
-    snr_db: float = 10.0
+    snr_db: float = Field(default=10.0, ge=0.0)
     seed: int = Field(default=0, ge=0)
 
 
@@ -48,7 +49,7 @@ class WidthRecipe(Settings):
     whole copies as fit, and padding for the rest, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or
     mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some more randomly chosen copies, norms
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
-    config's) or with ``constant``.
+    config's) or with ``constant``, as new FFN neurons and heads may be.
 
     ``order`` is that of copied residual positions and FFN neurons: the whole old axis again and again (0 1 2 0 1 2), or each
     position beside its copies (0 0 1 1 2 2).
@@ -153,8 +154,9 @@ class TargetLayout(ParallelLayout):
 
 
 class Method(Settings):
-    """A published method: where, how far ``recipe`` is it, and the recipe's keys."""
+    """A published method: where, what it grows, how far ``recipe`` is it, and the recipe's keys."""
 
+    grows: list[Literal["width", "depth"]]
     published: str
     known: str
     recipe: dict[str, Any]

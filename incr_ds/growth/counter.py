@@ -5,24 +5,42 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 from incr_ds.growth.axis import Vector
 
-_WORDS_PER_BLOCK = 4  # Philox4x64 yields four 64-bit words a counter value: two normals
+IntVector = npt.NDArray[np.int64]
+
+_WORDS_PER_BLOCK = 4  # Philox4x64 yields four 64-bit words a counter value: two elements
 
 
 def normals(seed: int, name: str, first: int, count: int) -> Vector:
-    """Standard normals number ``first`` to ``first + count`` of the stream (seed, name).
+    """Standard normals number ``first`` to ``first + count`` of the stream (seed, name): Box and Muller's cosine branch."""
+    uniform = _pairs(seed, name, first, count)
+    drawn: Vector = np.sqrt(-2.0 * np.log(uniform[:, 0])) * np.cos(2.0 * np.pi * uniform[:, 1])
+    return drawn
 
-    Philox (Salmon et al., SC 2011) in counter mode; each normal is Box and Muller's cosine branch of two words.
-    """
+
+def choices(seed: int, name: str, count: int, options: int) -> IntVector:
+    """``count`` whole numbers from 0 to ``options`` - 1, each drawn alike and on its own."""
+    drawn: IntVector = (_pairs(seed, name, 0, count)[:, 0] * options).astype(np.int64)
+    return drawn
+
+
+def shuffled(seed: int, name: str, count: int) -> IntVector:
+    """0 to ``count`` - 1 in a drawn order."""
+    order: IntVector = np.argsort(_pairs(seed, name, 0, count)[:, 0], kind="stable")
+    return order
+
+
+def _pairs(seed: int, name: str, first: int, count: int) -> Vector:
+    """Two uniform numbers between 0 and 1 for each element from ``first`` on: Philox (Salmon et al., SC 2011) in counter mode."""
     begin = first // 2
     blocks = (first + count + 1) // 2 - begin
     generator = np.random.Philox(key=_key(seed, name), counter=begin)
-    words = generator.random_raw(blocks * _WORDS_PER_BLOCK).reshape(-1, 2)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    drawn: Vector = np.sqrt(-2.0 * np.log(uniform[:, 0])) * np.cos(2.0 * np.pi * uniform[:, 1])
-    return drawn[first - 2 * begin :][:count]
+    words = generator.random_raw(blocks * _WORDS_PER_BLOCK).reshape(-1, 2)[first - 2 * begin :][:count]
+    pairs: Vector = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return pairs
 
 
 def _key(seed: int, name: str) -> int:

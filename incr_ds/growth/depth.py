@@ -20,9 +20,7 @@ class LayerSource:
     copies: int = 1
 
 
-def map_layers(
-    method: str, old: int, new: int, given: Sequence[int] | None = None, where: str = "recipe"
-) -> tuple[LayerSource, ...]:
+def map_layers(method: str, old: int, new: int, given: Sequence[int] | None = None) -> tuple[LayerSource, ...]:
     """The layer map from ``old`` to ``new`` layers by one of METHODS, or ``given`` for method "map".
 
     Of the target layers that copy one source layer, all but one are new: the later ones, or for "prepend" the earlier.
@@ -30,7 +28,7 @@ def map_layers(
     """
     if new < old and method != "map":
         raise GrowthError(f"target.num_hidden_layers: {new} is smaller than the source's {old}; growth only adds.")
-    copied = _given(given, old, new, where) if method == "map" else METHODS[method](old, new)
+    copied = _given(given, old, new) if method == "map" else METHODS[method](old, new)
     counts = Counter(copied)
     seen_from = range(new) if method != "prepend" else range(new - 1, -1, -1)
     kept: dict[int, int] = {}
@@ -106,15 +104,13 @@ METHODS: Mapping[str, Callable[[int, int], list[int]]] = {
 }
 
 
-def _given(given: Sequence[int] | None, old: int, new: int, where: str) -> list[int]:
+def _given(given: Sequence[int] | None, old: int, new: int) -> list[int]:
     listed = list(given or ())
     wrong = [layer for layer in listed if not 0 <= layer < old]
     if wrong:
-        raise GrowthError(
-            f"{where}: depth.map: {wrong[0]} is not a layer of the source; its layers are 0 to {old - 1}."
-        )
+        raise GrowthError(f"depth.map: {wrong[0]} is not a layer of the source; its layers are 0 to {old - 1}.")
     if len(listed) != new:
         raise GrowthError(
-            f"{where}: depth.map lists {len(listed)} layers, target.num_hidden_layers is {new}; make them the same."
+            f"depth.map lists {len(listed)} layers, target.num_hidden_layers is {new}; make them the same."
         )
     return listed

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from incr_ds.growth.axis import FRESH, AxisGrowth
+from incr_ds.growth.counter import shuffled
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,6 @@ class ExpertGrowth:
         """The neurons that start anew: none, or floor(ratio * old) of them."""
         if self.method != "drop":
             return np.empty(0, dtype=np.int64)
-        drawn = np.random.default_rng([self.seed, layer, expert]).permutation(self.old)
+        drawn = shuffled(self.seed, f"layers.{layer}.experts.{expert}/dropped", self.old)
         found: np.ndarray = np.sort(drawn[: int(self.ratio * self.old)])
         return found

@@ -12,16 +12,18 @@ from incr_ds.arch.family import families
 from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
-from incr_ds.growth.axis import AxisGrowth, identity
+from incr_ds.growth.axis import FRESH, AxisGrowth, identity
+from incr_ds.growth.changes import ROTARY, checked_changes, growing_fields
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
-from incr_ds.growth.width import grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
+from incr_ds.growth.width import PADDING, grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
 
 SILENT = ("zero-output", "identity")
-GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 TABLES = ("vocab", "positions")
+UNITS = ("ffn", "heads")
+LARGEST = 4.0  # growth in parameters at once, in what is published
 WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
@@ -36,14 +38,21 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
             "the dense model."
         )
     if recipe.target.get("model_type", source.family.model_type) == source.family.model_type:
+        if "experts" in recipe.model_fields_set:
+            raise GrowthError(
+                f"{where}: experts: only a mixture has them; set target.model_type, or leave the section out."
+            )
         return _plan_dense(source, recipe, where)
     mixture = check_upcycling(source, recipe, where)
     return upcycled(_plan_dense(source, dense_part(source, recipe), where), recipe, mixture, where)
 
 
 def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> GrowthPlan:
-    changes = _checked_changes(source, recipe, where)
-    sizes = {**source.sizes, **{axis: changes[field] for axis, field in _fields(source).items() if field in changes}}
+    changes = checked_changes(source, recipe, where)
+    sizes = {
+        **source.sizes,
+        **{axis: changes[field] for axis, field in growing_fields(source).items() if field in changes},
+    }
     depth = recipe.depth
     if depth.map is not None and source.family.axes["layers"] not in changes:
         sizes["layers"] = len(depth.map)
@@ -53,15 +62,23 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
     if sizes["head_dim"] != source.sizes["head_dim"]:
         _check_larger_heads(source, sizes["head_dim"], where)
         sizes["query_dim"] = sizes["head_dim"]
-    layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map, where)
-    axes = _grow_axes(source, sizes, recipe)
+    try:
+        layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map)
+        axes = _grow_axes(source, sizes, recipe)
+    except GrowthError as error:
+        raise GrowthError(f"{where}: {error}") from error
     if recipe.fitted is not None:
         axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
-    inexact = _inexact(source, recipe, axes, layers)
+    inexact = _inexact(source, target, recipe, axes, layers)
     if recipe.exact == "required" and inexact:
         raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
-    notes = (*_method_notes(recipe), *inexact, *_notes(recipe, axes))
+    notes = (
+        *_method_notes(recipe, axes, layers),
+        *inexact,
+        *_notes(recipe, axes),
+        *size_warnings(target.num_parameters / source.num_parameters),
+    )
     return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
 
 
@@ -76,13 +93,10 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
     grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
     if sizes["head_dim"] != old["head_dim"]:
-        grown["head_dim"], grown["query_dim"] = grow_head_size(old["head_dim"], sizes["head_dim"])
+        grown["head_dim"], grown["query_dim"] = grow_head_size(
+            old["head_dim"], sizes["head_dim"], scaled_by_size=family.scores_scale is None
+        )
     return {**{axis: identity(axis, size) for axis, size in old.items()}, **grown}
-
-
-def _fields(source: Architecture) -> dict[str, str]:
-    """Config field of each axis that can grow and has one."""
-    return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
 
 
 def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str) -> None:
@@ -141,37 +155,6 @@ def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
         )
 
 
-def _checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
-    fields = set(_fields(source).values())
-    for field, value in recipe.target.items():
-        if field not in source.family.known_fields:
-            known = ", ".join(sorted(fields))
-            raise GrowthError(
-                f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {known}."
-            )
-        free = field in source.family.without_effect or _is_longer_rotary_context(source, field, value)
-        if field not in fields and not free and value != source.config.get(field):
-            raise GrowthError(
-                f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
-                f"grows it; fields that can grow: {', '.join(sorted(fields))}."
-            )
-        if field in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
-    return dict(recipe.target)
-
-
-def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
-    """Plain rotary positions have no end: a longer context changes nothing for the old one."""
-    if field != "max_position_embeddings" or "positions" in source.sizes:
-        return False
-    return _has_plain_rotary(source) and isinstance(value, int) and value > source.config[field]
-
-
-def _has_plain_rotary(source: Architecture) -> bool:
-    kinds = rotary_kinds(source.config)
-    return bool(kinds) and all(kind.get("rope_type") == "default" for kind in kinds)
-
-
 def _target_architecture(
     source: Architecture,
     sizes: Mapping[str, int],
@@ -220,7 +203,7 @@ def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Arch
     """For a refused target, the nearest values of each changed size that transformers would take."""
     hints = []
     for field, value in changes.items():
-        if field in _fields(source).values():
+        if field in growing_fields(source).values():
             below = _first_valid(config, field, range(value - 1, max(0, value - 257), -1))
             above = _first_valid(config, field, range(value + 1, value + 257))
             found = [str(size) for size in (below, above) if size is not None]
@@ -242,10 +225,14 @@ def _is_valid(config: Mapping[str, Any]) -> bool:
 
 
 def _inexact(
-    source: Architecture, recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]
+    source: Architecture,
+    target: Architecture,
+    recipe: GrowthRecipe,
+    axes: Mapping[str, AxisGrowth],
+    layers: tuple[LayerSource, ...],
 ) -> tuple[str, ...]:
     """Why the target does not compute the source's function, one reason a line; empty when it does."""
-    family, hidden = source.family, axes["hidden"]
+    family = source.family
     uneven = [axis for axis in family.equal_copies if len(set(axes[axis].copies)) > 1]
     checks = [
         (
@@ -261,8 +248,36 @@ def _inexact(
             f"target.{family.axes['vocab']}: new entries take probability from the old ones, whose logits stay",
         ),
         (
+            recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
+            "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
+        ),
+        (
+            target.config.get(ROTARY) != source.config.get(ROTARY),
+            f"target.{ROTARY}: the rotary pairs turn at other speeds, which does not keep the source's function",
+        ),
+        *_inexact_widths(source, axes),
+        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
+        (
+            bool(uneven),
+            f"{family.model_type} has a norm over all heads at once, so that {' and '.join(uneven)} keep the source's function "
+            "only with new: copy and a multiple of the old count",
+        ),
+    ]
+    return tuple(text for applies, text in checks if applies)
+
+
+def _inexact_widths(source: Architecture, axes: Mapping[str, AxisGrowth]) -> tuple[tuple[bool, str], ...]:
+    """What the operators of width axes move: whether it applies, and the reason."""
+    family, hidden = source.family, axes["hidden"]
+    padded = [f"{axis}.new: {axes[axis].method}" for axis in UNITS if _is_padded(axes[axis])]
+    return (
+        (
             hidden.method in ("random", "constant"),
             f"width.hidden: {hidden.method} does not keep the source's function: the norms see what the new positions hold",
+        ),
+        (
+            bool(padded),
+            f"width.{' and width.'.join(padded)} does not keep the source's function: new units write at once",
         ),
         (
             hidden.method == "fpi" and len(set(hidden.copies)) > 1,
@@ -276,29 +291,40 @@ def _inexact(
             f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
         ),
         (
-            recipe.width.copies_from == "next-layer" and any(max(axes[axis].copies) > 1 for axis in WIDTH_AXES),
-            "width.copies_from: next-layer does not keep the source's function: further copies are another layer's units",
-        ),
-        (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
-        (
             hidden.centred and source.tied,
             "width.hidden: centred does not keep the source's function with tied embeddings, since the head's rows lose their "
             "mean too; width.hidden: mean does",
         ),
-        (
-            bool(uneven),
-            f"{family.model_type} has a norm over all heads at once, so that {' and '.join(uneven)} keep the source's function "
-            "only with new: copy and a multiple of the old count",
-        ),
-    ]
-    return tuple(text for applies, text in checks if applies)
+    )
 
 
-def _method_notes(recipe: GrowthRecipe) -> tuple[str, ...]:
+def _is_padded(axis: AxisGrowth) -> bool:
+    return axis.method in PADDING and FRESH in axis.index
+
+
+def _method_notes(
+    recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth], layers: tuple[LayerSource, ...]
+) -> tuple[str, ...]:
     if recipe.recipe is None:
         return ()
     method = methods()[recipe.recipe]
-    return (f"{recipe.recipe}: {method.published}. {method.known}",)
+    grown = {
+        "width": any(not axes[axis].is_identity for axis in WIDTH_AXES if axis in axes),
+        "depth": any(layer.is_new for layer in layers),
+    }
+    beyond = [
+        f"{recipe.recipe} is published for {method.grows[0]} alone; the growth in {part} is this recipe's own"
+        for part, grows in grown.items()
+        if grows and part not in method.grows
+    ]
+    return (f"{recipe.recipe}: {method.published}. {method.known}", *beyond)
+
+
+def size_warnings(ratio: float) -> tuple[str, ...]:
+    """What the literature has against a growth to ``ratio`` times the parameters."""
+    if ratio <= LARGEST:
+        return ()
+    return (f"grows {ratio:.1f} times; published gains are for 2 to 4 times in one step",)
 
 
 def _is_uneven(axis: AxisGrowth) -> bool:

@@ -9,6 +9,7 @@ from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import Family, mixtures
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import ConfigError, GrowthError
+from incr_ds.growth.changes import check_size
 from incr_ds.growth.experts import ExpertGrowth
 from incr_ds.growth.plan import GrowthPlan
 
@@ -26,6 +27,8 @@ def check_upcycling(source: Architecture, recipe: GrowthRecipe, where: str) -> F
             "optimizer: reset. Mixtures are not trained here."
         )
     family = mixtures()[asked]
+    if (field := family.axes["experts"]) in recipe.target:
+        check_size(field, "experts", recipe.target[field], where)
     unknown = sorted(set(recipe.target) - family.known_fields - source.family.known_fields)
     if unknown:
         raise GrowthError(f"{where}: target.{unknown[0]}: not a config field of {own} or {asked}.")
@@ -95,6 +98,7 @@ def _check_counts(experts: ExpertGrowth, target: Architecture, where: str) -> No
     """A router that picks whole groups only; more experts than it picks."""
     count, chosen = target.sizes["experts"], int(target.config["num_experts_per_tok"])
     field = target.family.axes["experts"]
+    check_size("num_experts_per_tok", "experts", chosen, where)
     for name, value in ((field, count), ("num_experts_per_tok", chosen)):
         if value % experts.shards:
             lower = value // experts.shards * experts.shards

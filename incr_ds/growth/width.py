@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from incr_ds.config.growth import HiddenMethod
 from incr_ds.errors import GrowthError
-from incr_ds.growth.axis import FRESH, AxisGrowth, identity
+from incr_ds.growth.axis import FRESH, AxisGrowth, Fill, identity
+from incr_ds.growth.counter import choices
 
-NewUnits = Literal["zero-output", "copy"]
+NewUnits = Literal["zero-output", "copy", "random", "constant"]
 Order = Literal["tile", "interleave"]
+PADDING = ("random", "constant")  # new units that are read as they are written: the function moves
+WRITTEN: Mapping[NewUnits, Fill] = {
+    "zero-output": "random",
+    "copy": "random",
+    "random": "random",
+    "constant": "constant",
+}
+READ: Mapping[NewUnits, Fill] = {"zero-output": "zero", "copy": "zero", "random": "random", "constant": "constant"}
 
 
 def grow_hidden(
@@ -99,7 +109,9 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> t
     shares = np.array(query.share).reshape(new_kv_heads, new_group).sum(axis=1) / group
     amplitude = tuple(0.0 if kv == FRESH else 1.0 for kv in kv_index)
     gradient = tuple(float(share) for share in shares)
-    return query, AxisGrowth("kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient)
+    return query, AxisGrowth(
+        "kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient, fresh_out=WRITTEN[units]
+    )
 
 
 def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
@@ -110,13 +122,13 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
     return [count for count in divisors if kv_heads * math.ceil(group / (new_heads // count)) <= count]
 
 
-def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
+def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[AxisGrowth, AxisGrowth]:
     """Growth of a head's size by a whole factor k under rotary positions; returns keys' and values' axis, queries'.
 
     Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), as pair k i of the larger head does,
     so it moves there; the planner checks that a scaling of the frequencies leaves it so. New positions of the queries
-    are zero, so those of the keys may be random, and queries grow by sqrt(new / old), since scores are divided by the
-    root of the head's size.
+    are zero, so those of the keys may be random, and queries grow by sqrt(new / old) where scores are divided by the
+    root of the head's size (``scaled_by_size``).
     """
     if new % old:
         lower = max(old, new // old * old)
@@ -128,7 +140,7 @@ def grow_head_size(old: int, new: int) -> tuple[AxisGrowth, AxisGrowth]:
     places = [(position // half, position % half) for position in range(new)]
     index = tuple(side * (old // 2) + pair // factor if pair % factor == 0 else FRESH for side, pair in places)
     kept = np.array(index) != FRESH
-    scale = math.sqrt(new / old)
+    scale = math.sqrt(new / old) if scaled_by_size else 1.0
     ones, scaled, unscaled = (_floats(kept * size) for size in (1.0, scale, 1.0 / scale))
     return (
         AxisGrowth("head_dim", "rotary pairs", old, index, ones, ones, ones),
@@ -181,7 +193,7 @@ def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms"
 
 def _unequal_hidden(old: int, new: int, seed: int) -> AxisGrowth:
     """Function-preserving initialization (Net2Net; bert2BERT's FPI) as published: random further copies, norms unchanged."""
-    chosen = np.random.default_rng(seed).integers(0, old, size=new - old)
+    chosen = choices(seed, "hidden/fpi", new - old, old)
     index = np.concatenate([np.arange(old), chosen])
     share = 1.0 / np.bincount(index, minlength=old)[index]
     ones = (1.0,) * new
@@ -195,11 +207,22 @@ def _filled_hidden(method: Literal["random", "constant"], old: int, new: int) ->
     return AxisGrowth("hidden", method, old, index, kept, kept, kept, fresh_out=method, fresh_in=method)
 
 
-def _inner(axis: str, method: str, old: int, index: list[int]) -> AxisGrowth:
+def _inner(axis: str, method: NewUnits, old: int, index: list[int]) -> AxisGrowth:
+    """What fresh units produce is random or constant; how they are read, zero, unless they are padding."""
     counts = np.bincount([i for i in index if i != FRESH], minlength=old)
-    share = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
+    shares = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
     amplitude = tuple(0.0 if i == FRESH else 1.0 for i in index)
-    return AxisGrowth(axis, method, old, tuple(index), amplitude, tuple(share), tuple(share))
+    return AxisGrowth(
+        axis,
+        method,
+        old,
+        tuple(index),
+        amplitude,
+        tuple(shares),
+        tuple(shares),
+        fresh_out=WRITTEN[method],
+        fresh_in=READ[method],
+    )
 
 
 def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnits) -> list[int]:
@@ -210,7 +233,7 @@ def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnit
         for _ in range(new_group):
             slot = placed.get(kv, 0)
             placed[kv] = slot + 1
-            is_fresh = kv == FRESH or (units == "zero-output" and slot >= group)
+            is_fresh = kv == FRESH or (units != "copy" and slot >= group)
             heads.append(FRESH if is_fresh else kv * group + slot % group)
     return heads
 

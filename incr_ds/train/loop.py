@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.architecture import Architecture, check_context
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -223,6 +223,7 @@ def open_data(run: RunSettings, architecture: Architecture) -> Data:
             check_vocabulary(prefix, architecture.sizes["vocab"])
         return {prefix: data_fingerprint(prefix) for prefix in prefixes}
 
+    check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     fingerprints = on_rank_zero(prepared)
     return Data(*opened(False), fingerprints)
 

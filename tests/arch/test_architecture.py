@@ -33,26 +33,56 @@ def test_every_trained_family_is_tested():
     assert {name for name, family in families().items() if family.trains} == {*FAMILIES, *TRAINED_BESIDE}
 
 
+# Switches that are off as a config is filled: on, so that what depends on them shows within ten tokens.
+ON = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["as filled", "switched on"])
 @pytest.mark.parametrize("name", sorted(families() | mixtures()))
-def test_no_config_field_of_transformers_is_ignored(name):
+def test_no_config_field_of_transformers_is_ignored(name, on):
     """Every field of the config class has a place in the family file, and those said to have no effect have none."""
     family = (families() | mixtures())[name]
     assert family.model_type == name
     assert set(AutoConfig.for_model(name).to_dict()) <= family.known_fields
-    architecture = small_architecture(name)
+    config = probed_config(name, on)
     tokens = torch.arange(20).reshape(2, 10)
-    before = logits_of(architecture.config, tokens)
-    for field in set(family.config.without_effect) & set(architecture.config):
-        assert torch.equal(
-            before, logits_of({**architecture.config, field: other_than(architecture.config[field])}, tokens)
-        )
+    before = logits_of(config, tokens)
+    for field in set(family.config.without_effect) & set(config):
+        changed = logits_of({**config, field: other_than(config[field])}, tokens)
+        assert torch.equal(before, changed), field
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("llama", "attention_dropout"),
+        ("qwen3", "use_sliding_window"),
+        ("qwen2", "max_window_layers"),
+        ("gemma2", "final_logit_softcapping"),
+        ("gpt_neox", "use_parallel_residual"),
+        ("gpt2", "resid_pdrop"),
+    ],
+)
+def test_a_field_that_changes_the_mathematics_shows(name, field):
+    """Were it declared to have no effect, the test above would see it."""
+    config, tokens = probed_config(name, on=True), torch.arange(20).reshape(2, 10)
+    changed = logits_of({**config, field: other_than(config[field])}, tokens)
+    assert not torch.equal(logits_of(config, tokens), changed)
+
+
+def probed_config(name, on):
+    family = (families() | mixtures())[name]
+    switched = family.known_fields - set(family.config.only) if on else ()
+    return small_architecture(name, **{field: value for field, value in ON.items() if field in switched}).config
 
 
 def logits_of(config, tokens):
+    """In evaluation, and with dropout as in training."""
+    given = {field: value for field, value in config.items() if field != "layer_types"}  # follow from the others
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), experts_implementation="eager")
     with torch.no_grad():
-        return model(tokens).logits
+        return torch.stack([model.train(mode)(tokens).logits for mode in (False, True)])
 
 
 def other_than(value):

@@ -2,11 +2,49 @@
 
 import torch
 
+from incr_ds.arch.family import families
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model
+
+# These take the head's size from hidden / heads, so that hidden and heads grow together.
+HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]
+# hidden 96 -> 144 is not a multiple, 250 -> 331 shares no factor, 6/3 heads -> 8/4 adds a whole group.
+EVERYTHING = {
+    "hidden_size": 144,
+    "intermediate_size": 331,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 5,
+}
+
+
+AXES = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_hidden_layers": "layers",
+}
+
+
+def everything(family):
+    """A target with every axis larger, as far as the family's own rules allow."""
+    target = dict(EVERYTHING)
+    if family in HIDDEN_PER_HEAD:
+        target |= {"hidden_size": 208, "num_attention_heads": 13, "num_key_value_heads": 13}
+    if family == "olmo2":
+        target |= {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
+    if "kv_heads" not in families()[family].axes:
+        del target["num_key_value_heads"]
+    return target
+
+
+def renamed(family, target):
+    """``target`` under the names of the family's own config."""
+    return {families()[family].axes.get(AXES.get(field), field): size for field, size in target.items()}
 
 
 def recipe_of(**content) -> GrowthRecipe:
@@ -34,3 +72,9 @@ def relative_difference(first, second, vocab=101, length=17):
     with torch.no_grad():
         old, new = first(tokens).logits, second(tokens).logits
     return float((old - new).abs().max() / old.abs().max())
+
+
+def random_part(size, generator):
+    """Start and stop of a part of a dimension."""
+    start = int(torch.randint(size, (), generator=generator))
+    return start, start + 1 + int(torch.randint(size - start, (), generator=generator))

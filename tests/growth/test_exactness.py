@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from grown import grown_model, grown_tensors, recipe_of, relative_difference, whole
+from grown import (
+    AXES,
+    EVERYTHING,
+    HIDDEN_PER_HEAD,
+    everything,
+    grown_model,
+    grown_tensors,
+    recipe_of,
+    relative_difference,
+    renamed,
+    whole,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,48 +26,16 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
 FAMILIES = sorted(families())
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 LAYER_NORM = [name for name, family in families().items() if family.norm == "layer"]
-# These take the head's size from hidden / heads, so that hidden and heads grow together.
-HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]
 # Their eps serves other norms too, or is not in the config.
 SHARED_EPS = ("olmo2", "gemma3_text", "qwen3", "opt")
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
-# hidden 96 -> 144 is not a multiple, 250 -> 331 shares no factor, 6/3 heads -> 8/4 adds a whole group.
-EVERYTHING = {
-    "hidden_size": 144,
-    "intermediate_size": 331,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 5,
-}
-
-
-AXES = {
-    "hidden_size": "hidden",
-    "intermediate_size": "ffn",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "num_hidden_layers": "layers",
-}
-
-
-def everything(family):
-    """A target with every axis larger, as far as the family's own rules allow."""
-    target = dict(EVERYTHING)
-    if family in HIDDEN_PER_HEAD:
-        target |= {"hidden_size": 208, "num_attention_heads": 13, "num_key_value_heads": 13}
-    if family == "olmo2":
-        target |= {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
-    if "kv_heads" not in families()[family].axes:
-        del target["num_key_value_heads"]
-    return target
 
 
 def difference(family, target, tied=False, length=17, **recipe):
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     architecture = small_architecture(family, tie_word_embeddings=tied, **biases)
     source = drawn_model(architecture)
-    target = {architecture.family.axes.get(AXES.get(field), field): size for field, size in target.items()}
-    grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=target, **recipe))
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=renamed(family, target), **recipe))
     assert grown.plan.exact
     return relative_difference(source, grown_model(grown), length=length)
 
@@ -222,6 +201,38 @@ def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
         assert (whole(grown, norm)[96:] == 1.0).all()
 
 
+# Not constant in gpt_neox: units that write the same everywhere move the mean alone, which LayerNorm subtracts.
+@pytest.mark.parametrize(
+    ("family", "new"), [("llama", "random"), ("llama", "constant"), ("phi3", "constant"), ("gpt_neox", "random")]
+)
+def test_padded_units_are_as_asked_and_change_the_function(fp64_norms, family, new):
+    """Initial value padding of FFN neurons and heads: old entries stay, all others are drawn or the constant."""
+    architecture = small_architecture(family)
+    model = drawn_model(architecture)
+    source, axes = model_checkpoint(architecture, model), architecture.family.axes
+    target = {axes["ffn"]: 331}
+    if family == "llama":
+        target |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    width = {"ffn": {"new": new}, "heads": {"new": new}, "std": 0.1, "constant": 0.03}
+    grown = grown_tensors(source, recipe_of(target=target, width=width))
+    reason = f"width.ffn.new: {new} and width.heads.new: {new}" if family == "llama" else f"width.ffn.new: {new}"
+    assert grown.plan.inexact == (f"{reason} does not keep the source's function: new units write at once",)
+    assert relative_difference(model, grown_model(grown)) > 1e-3
+    padded = 0
+    for spec in grown.plan.target.stored:
+        old, found = source.read(spec.name), whole(grown, spec.name)
+        index = [torch.from_numpy(grown.plan.index(spec, dimension)) for dimension in range(found.dim())]
+        kept = torch.zeros_like(found, dtype=torch.bool)
+        kept[torch.meshgrid(*[(part >= 0).nonzero()[:, 0] for part in index], indexing="ij")] = True
+        assert torch.equal(found[kept], old.reshape(-1)), spec.name
+        if new == "constant":
+            assert (found[~kept] == 0.03).all(), spec.name
+        elif found.dim() == 2 and not kept.all():
+            assert abs(float(found[~kept].std()) - 0.1) < 0.01, spec.name
+        padded += int(not kept.all())
+    assert padded == {"llama": 21, "phi3": 6, "gpt_neox": 9}[family]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
     """bert2BERT's AKI: columns as FPI splits them; rows beyond the first copies are those of the layer above."""
@@ -269,7 +280,7 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
 def test_larger_heads(fp64_norms, family, head_dim, tied):
     """Pairs of the rotary positions move to where they turn as fast; together with everything else too."""
     assert difference(family, {"head_dim": head_dim}, tied, length=50) <= 1e-12
@@ -314,7 +325,12 @@ def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
     [
         ("llama", {}, 20, r"target\.head_dim: 20 is not a multiple of the source's 8.*nearest sizes that work: 16, 24"),
         ("llama", {}, 4, r"target\.head_dim: 4 is smaller than the source's 8"),
-        ("qwen3", {}, 16, r"qwen3's queries and keys pass through more .* head_dim grows in llama, mistral, qwen2\."),
+        (
+            "qwen3",
+            {},
+            16,
+            r"qwen3's queries and keys pass through more .* head_dim grows in gemma2, llama, mistral, qwen2\.",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -338,9 +354,33 @@ def test_more_positions_keep_the_function(fp64_norms):
     assert difference("gpt2", {"n_positions": 128}, length=64) <= 1e-12
     assert difference("opt", {"max_position_embeddings": 80}, length=64) <= 1e-12
     assert difference("llama", {"max_position_embeddings": 128}, length=64) <= 1e-12
-    scaled = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_longer_context_keeps_how_rotary_pairs_turn(fp64_norms, kind):
+    """They do not depend on the longest position, whatever the scaling; those of dynamic NTK do."""
+    architecture = small_architecture("llama", max_position_embeddings=128, rope_parameters=SCALED[kind])
+    source = drawn_model(architecture)
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target={"max_position_embeddings": 256}))
+    assert grown.plan.exact and grown.plan.target.config["max_position_embeddings"] == 256
+    assert relative_difference(source, grown_model(grown), length=120) <= 1e-12
+    dynamic = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(GrowthError, match="max_position_embeddings: 128 differs from the source's 64, and no operator"):
-        plan_growth(scaled, recipe_of(target={"max_position_embeddings": 128}))
+        plan_growth(dynamic, recipe_of(target={"max_position_embeddings": 128}))
+
+
+def test_another_scaling_of_rotary_positions_keeps_the_base_and_says_that_the_function_changes():
+    architecture = small_architecture("llama", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    model = drawn_model(architecture)
+    asked = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    recipe = recipe_of(target={"max_position_embeddings": 256, "rope_parameters": asked})
+    grown = grown_tensors(model_checkpoint(architecture, model), recipe)
+    assert recipe.target["rope_parameters"] == asked, "the recipe stays as it was"
+    assert grown.plan.target.config["rope_parameters"] == {**asked, "rope_theta": 77.0}
+    assert "target.rope_parameters: the rotary pairs turn at other speeds" in grown.plan.inexact[0]
+    assert relative_difference(model, grown_model(grown), length=60) > 1e-3
+    same = recipe_of(target={"rope_parameters": {"rope_type": "default"}})
+    assert plan_growth(architecture, same).exact
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -397,14 +437,32 @@ def test_growing_by_nothing_is_the_identity(fp64_norms, family):
             assert torch.equal(grown.read(spec.name, state, bounds), source.read(spec.name, state))
 
 
-def test_two_growths_in_a_row_keep_the_function(fp64_norms):
-    architecture = small_architecture("qwen3", tie_word_embeddings=True)
+AGAIN = {"hidden_size": 233, "num_hidden_layers": 6, "intermediate_size": 400, "num_attention_heads": 12}
+
+
+def everything_again(family):
+    """A second target, larger than ``everything`` on every axis that the family lets grow."""
+    if family == "olmo2":
+        again = {**AGAIN, "hidden_size": 384, "num_attention_heads": 24, "num_key_value_heads": 12}
+    elif family in HIDDEN_PER_HEAD:
+        again = {**AGAIN, "hidden_size": 240, "num_attention_heads": 15, "num_key_value_heads": 15}
+    else:
+        again = {**AGAIN, "hidden_size": 228}
+    return {field: size for field, size in again.items() if AXES[field] in families()[family].axes}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_growths_in_a_row_keep_the_function(fp64_norms, family):
+    architecture = small_architecture(family, tie_word_embeddings=True)
     model = drawn_model(architecture)
-    first = grown_tensors(model_checkpoint(architecture, model), recipe_of(target=EVERYTHING))
-    middle = grown_model(first)
-    target = {"hidden_size": 233, "num_hidden_layers": 6, "intermediate_size": 400, "num_attention_heads": 12}
-    second = grown_tensors(model_checkpoint(first.plan.target, middle), recipe_of(target=target))
-    assert relative_difference(model, grown_model(second)) <= 1e-12
+    width = {"heads": {"new": "copy" if family == "olmo2" else "zero-output"}}
+    middle, checkpoint = model, model_checkpoint(architecture, model)
+    for target in (everything(family), everything_again(family)):
+        grown = grown_tensors(checkpoint, recipe_of(target=renamed(family, target), width=width, exact="required"))
+        middle = grown_model(grown)
+        checkpoint = model_checkpoint(grown.plan.target, middle)
+    assert checkpoint.architecture.num_parameters > 2 * architecture.num_parameters
+    assert relative_difference(model, middle) <= 1e-12
 
 
 def test_unmodified_transformers():
@@ -429,21 +487,26 @@ def test_copied_layers_change_the_function_and_say_so(fp64_norms):
     assert relative_difference(source, grown_model(grown)) > 1e-3
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RANDOM_SHAPES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@RANDOM_SHAPES
 @given(
     hidden=st.integers(96, 230),
     ffn=st.integers(250, 600),
     heads=st.integers(6, 18),
     kv_heads=st.integers(3, 18),
+    times=st.integers(1, 3),
     layers=st.integers(3, 7),
-    method=st.sampled_from(["auto", "isometric", "zero"]),
+    method=st.sampled_from(["auto", "isometric", "zero", "zero-scaled-eps", "lemon"]),
     new=st.sampled_from(["zero-output", "copy"]),
+    order=st.sampled_from(["tile", "interleave"]),
     depth=st.sampled_from(sorted(METHODS)),
     family=st.sampled_from(LLAMA_LIKE),
     tied=st.booleans(),
 )
 def test_any_shape_is_exact_or_refused(
-    fp64_norms, hidden, ffn, heads, kv_heads, layers, method, new, depth, family, tied
+    fp64_norms, hidden, ffn, heads, kv_heads, times, layers, method, new, order, depth, family, tied
 ):
     target = {
         "hidden_size": hidden,
@@ -452,10 +515,51 @@ def test_any_shape_is_exact_or_refused(
         "num_key_value_heads": kv_heads,
         "num_hidden_layers": layers,
     }
-    width = {"hidden": method, "ffn": {"new": new}, "heads": {"new": new}}
+    if family != "qwen3":  # its heads have norms of their own
+        target["head_dim"] = times * 8
+    width = {"hidden": method, "ffn": {"new": new}, "heads": {"new": new}, "order": order}
     try:
         found = difference(family, target, tied, width=width, depth={"method": depth})
     except IncrError as refusal:
-        assert "work" in str(refusal) or "can be" in str(refusal) or "Nearest" in str(refusal)
+        assert any(reason in str(refusal) for reason in ("work", "can be", "Nearest", "use width.hidden: zero"))
+        return
+    assert found <= 1e-12
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@settings(RANDOM_SHAPES, max_examples=6)
+@given(
+    units=st.integers(0, 12),
+    ffn=st.integers(250, 600),
+    layers=st.integers(3, 7),
+    method=st.sampled_from(["auto", "integer", "lemon", "zero", "mean", "centred"]),
+    breaking=st.sampled_from(["per-element", "noise", "diagonal", "none"]),
+    new=st.sampled_from(["zero-output", "copy"]),
+    silent=st.sampled_from(["zero-output", "identity"]),
+    depth=st.sampled_from(sorted(METHODS)),
+    tied=st.booleans(),
+)
+def test_any_shape_of_every_other_family_is_exact_or_refused(
+    fp64_norms, family, units, ffn, layers, method, breaking, new, silent, depth, tied
+):
+    """Shapes that the family's own rules allow: whole heads where hidden is heads times their size, OLMo-2's equal copies."""
+    target = {"hidden_size": 96 + 16 * units, "intermediate_size": ffn, "num_hidden_layers": layers}
+    if family == "olmo2":
+        target |= {"hidden_size": 96 * (1 + units % 3), "num_key_value_heads": 3 * (1 + units % 3)}
+    if family in HIDDEN_PER_HEAD:
+        target["num_attention_heads"] = target["hidden_size"] // 16
+    elif units % 2:
+        target |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    if family == "phi3":
+        target["num_key_value_heads"] = target["num_attention_heads"] if units else 3
+    width = {"hidden": method, "ffn": {"new": new}, "heads": {"new": "copy" if family == "olmo2" else new}}
+    width["symmetry_breaking"] = {"method": breaking}
+    try:
+        source = small_architecture(family, tie_word_embeddings=tied)
+        plan_growth(source, recipe_of(target=renamed(family, target), width=width, exact="required"))
+        found = difference(family, target, tied, width=width, depth={"method": depth, "new": silent})
+    except IncrError as refusal:
+        reasons = ("work", "can be", "Nearest", "pads for LayerNorm", "whose mean moves", "width.hidden: mean does")
+        assert any(reason in str(refusal) for reason in reasons)
         return
     assert found <= 1e-12

@@ -5,6 +5,7 @@ from grown import grown_model, grown_tensors, recipe_of, relative_difference
 
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError
+from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 EXACT = {"hypercloning", "lemon", "llama-pro", "staged"}
@@ -33,6 +34,24 @@ def test_method(fp64_norms, name):
     assert ("keep the function" in methods()[name].known or "Exact in neither" in methods()[name].known) == (
         name not in EXACT
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "note"),
+    [
+        (
+            "g_stack",
+            {"hidden_size": 192},
+            "g_stack is published for depth alone; the growth in width is this recipe's own",
+        ),
+        ("hypercloning", DEPTH, "hypercloning is published for width alone; the growth in depth is this recipe's own"),
+        ("lemon", {**DEPTH, "hidden_size": 192}, None),
+        ("llama-pro", DEPTH, None),
+    ],
+)
+def test_what_a_method_is_not_published_for_is_said(name, target, note):
+    notes = plan_growth(small_architecture("llama"), recipe_of(recipe=name, target=target)).notes
+    assert [text for text in notes if "is published for" in text] == [note] * (note is not None)
 
 
 def test_what_the_file_states_wins():

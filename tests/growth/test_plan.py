@@ -2,25 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from grown import grown_tensors, recipe_of, whole
+from grown import EVERYTHING, everything, grown_tensors, random_part, recipe_of, renamed, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incr_ds.errors import GrowthError
-from incr_ds.growth.counter import normals
+from incr_ds.arch.family import families
+from incr_ds.errors import ConfigError, GrowthError
+from incr_ds.growth.counter import choices, normals, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
-
-EVERYTHING = {
-    "hidden_size": 144,
-    "intermediate_size": 331,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 5,
-}
 
 
 @pytest.mark.parametrize(
@@ -74,11 +68,54 @@ EVERYTHING = {
             {"target": {"num_hidden_layers": 5}, "depth": {"method": "map", "map": [0, 1, 2, 2]}},
             r"depth\.map lists 4 layers, target\.num_hidden_layers is 5",
         ),
+        ("llama", {"target": {"hidden_size": 96_000_000}}, r"hidden_size: 96,000,000 is more than the 4,194,304 that"),
+        ("llama", {"target": {"num_hidden_layers": 99_999}}, r"num_hidden_layers: 99,999 is more than the 16,384 that"),
+        (
+            "llama",
+            {"target": {}, "experts": {"new": "drop"}},
+            r"experts: only a mixture has them; set target\.model_type",
+        ),
+        (
+            "opt",
+            {"target": {"hidden_size": 112, "num_attention_heads": 7, "word_embed_proj_dim": 96}},
+            r"target\.word_embed_proj_dim: 96, but it follows hidden_size, which is 112; leave it out",
+        ),
+        (
+            "llama",
+            {"target": {"rope_parameters": {"rope_type": "spiral"}}},
+            r"rope_parameters: rope_type 'spiral' is not one of default, linear, llama3, yarn, dynamic, longrope",
+        ),
+        (
+            "llama",
+            {"target": {"rope_parameters": {"rope_type": "linear"}}},
+            r"transformers refuses this llama config: .*Missing required keys.*factor",
+        ),
+        (
+            "gemma3_text",
+            {"target": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+            r"rope_parameters: factor is no kind of layer; they are full_attention, sliding_attention",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(family, content, message):
-    with pytest.raises(GrowthError, match=f"(?s){message}"):
-        plan_growth(small_architecture(family), recipe_of(**content))
+    with pytest.raises(GrowthError, match=f"(?s)^grow\\.yaml: .*{message}"):
+        plan_growth(small_architecture(family), recipe_of(**content), "grow.yaml")
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ({"symmetry_breaking": {"method": "noise", "snr_db": float("nan")}}, "snr_db: Input should be a finite number"),
+        ({"symmetry_breaking": {"snr_db": -3.0}}, r"snr_db: Input should be greater than or equal to 0, found -3\.0"),
+        ({"symmetry_breaking": {"scale": -0.5}}, "scale: Input should be greater than or equal to 0"),
+        ({"symmetry_breaking": {"scale": float("inf")}}, "scale: Input should be a finite number"),
+        ({"hidden": "constant", "constant": float("nan")}, "width.constant: Input should be a finite number"),
+        ({"hidden": "random", "std": -0.1}, "width.std: Input should be greater than 0"),
+    ],
+)
+def test_numbers_that_no_weight_can_come_of(width, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(target={"hidden_size": 192}, width=width)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +166,30 @@ def test_every_method_keeps_the_source_in_order(method, old, added):
     assert all(layer.copies == sum(other.layer == layer.layer for other in found) for layer in found)
 
 
-@pytest.mark.parametrize("state", ["weight", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("hidden", ["auto", "zero"])
-def test_any_slice_is_the_slice_of_the_whole(state, hidden):
-    architecture = small_architecture("qwen3", tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("hidden", "new", "breaking"),
+    [
+        ("auto", "copy", "per-element"),
+        ("zero", "zero-output", "none"),
+        ("lemon", "copy", "noise"),
+        ("fpi", "copy", "diagonal"),
+        ("random", "constant", "per-element"),
+    ],
+)
+@pytest.mark.parametrize("family", sorted(families()))
+def test_any_slice_is_the_slice_of_the_whole(family, hidden, new, breaking):
+    """Of weights and moments, rows and columns at once, as tensor ranks and pipeline stages cut them and finer."""
+    architecture = small_architecture(family, tie_word_embeddings=True)
     source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
-    grown = grown_tensors(source, recipe_of(target=EVERYTHING, width={"hidden": hidden, "ffn": {"new": "copy"}}))
+    units = {"new": new}
+    width = {"hidden": hidden, "ffn": units, "heads": units, "symmetry_breaking": {"method": breaking}}
+    grown = grown_tensors(source, recipe_of(target=renamed(family, everything(family)), width=width))
     generator = torch.Generator().manual_seed(1)
     for spec in grown.plan.target.stored:
-        bounds = []
-        for size in spec.shape:
-            start = int(torch.randint(size, (), generator=generator))
-            bounds.append((start, start + 1 + int(torch.randint(size - start, (), generator=generator))))
-        expected = whole(grown, spec.name, state)[tuple(slice(*part) for part in bounds)]
-        assert torch.equal(grown.read(spec.name, state, tuple(bounds)), expected), spec.name
+        bounds = tuple(random_part(size, generator) for size in spec.shape)
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            expected = whole(grown, spec.name, state)[tuple(slice(*part) for part in bounds)]
+            assert torch.equal(grown.read(spec.name, state, bounds), expected), f"{spec.name}, {state}"
 
 
 def test_copies_differ_and_their_shares_sum_to_one():
@@ -178,6 +225,15 @@ def test_random_numbers_are_addressed_by_element(first, count, seed):
     assert (normals(seed, "tensor", first, count) == stream[first:]).all()
 
 
+def test_drawn_maps_are_the_same_everywhere():
+    """Philox's words are fixed by its publication; numpy may change what its generators make of theirs."""
+    assert choices(3, "hidden/fpi", 8, 96).tolist() == [71, 63, 1, 16, 26, 22, 89, 20]
+    assert shuffled(3, "layers.0.experts.1/dropped", 8).tolist() == [0, 3, 6, 4, 1, 2, 5, 7]
+    many = choices(1, "a", 100_000, 10)
+    assert np.abs(np.bincount(many, minlength=10) - 10_000).max() < 400
+    assert sorted(shuffled(1, "a", 1000)) == list(range(1000))
+
+
 def test_random_numbers_are_standard_normal_and_independent_between_tensors():
     first, second = normals(5, "a", 0, 200_000), normals(5, "b", 0, 200_000)
     assert abs(first.mean()) < 0.01 and abs(first.std() - 1) < 0.01
@@ -197,6 +253,14 @@ def test_the_plan_is_json_and_repeats():
     assert {tensor["name"] for tensor in content["tensors"] if tensor["start"] == "zero"} == {
         f"model.layers.{layer}.{name}.weight" for layer in (1, 3) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
+
+
+def test_more_than_four_times_the_parameters_is_said():
+    source, warning = small_architecture("llama"), "times; published gains are for 2 to 4 times in one step"
+    for layers, expected in ((11, []), (16, ["grows 5.0 " + warning])):
+        plan = plan_growth(source, recipe_of(target={"num_hidden_layers": layers}))
+        assert [note for note in plan.notes if "published gains" in note] == expected
+        assert plan.exact
 
 
 def test_per_layer_fields_follow_the_layer_map():

@@ -1,8 +1,13 @@
 """Dense models become mixtures of experts that transformers loads: the same function, or the published definition."""
 
+from pathlib import Path
+from tempfile import mkdtemp
+
 import pytest
 import torch
-from grown import grown_tensors, recipe_of, relative_difference, whole
+from grown import grown_model, grown_tensors, random_part, recipe_of, relative_difference, whole
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -122,6 +127,62 @@ def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_nor
     assert len(set(replaced)) == 5
 
 
+@pytest.mark.parametrize(("new", "experts", "ffn"), [("copy", 4, None), ("virtual-groups", 10, 50), ("drop", 4, None)])
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+def test_any_slice_is_the_slice_of_the_whole(dense, mixture, new, experts, ffn):
+    architecture = small_architecture(dense)
+    source = model_checkpoint(architecture, drawn_model(architecture, torch.float32))
+    grown = grown_tensors(source, upcycling(mixture, experts, 5 if ffn else 2, new, ffn, GROWTH))
+    generator = torch.Generator().manual_seed(1)
+    for spec in grown.plan.target.stored:
+        bounds = tuple(random_part(size, generator) for size in spec.shape)
+        expected = whole(grown, spec.name)[tuple(slice(*part) for part in bounds)]
+        assert torch.equal(grown.read(spec.name, "weight", bounds), expected), spec.name
+
+
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.sampled_from([1, 2, 5, 10]),
+    groups=st.integers(1, 3),
+    chosen=st.integers(1, 3),
+    heads=st.sampled_from([(6, 3), (12, 6), (9, 3)]),
+    layers=st.integers(3, 4),
+    tied=st.booleans(),
+)
+def test_any_mixture_keeps_the_function(
+    fp64_norms, tmp_path, dense, mixture, parts, groups, chosen, heads, layers, tied
+):
+    """``groups`` whole FFNs in ``parts`` each, of which whole ones are picked."""
+    architecture = small_architecture(dense, tie_word_embeddings=tied)
+    source = drawn_model(architecture)
+    growth = {
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "num_hidden_layers": layers,
+        "hidden_size": 180,
+    }
+    new, picked = ("copy" if parts == 1 else "virtual-groups"), min(chosen, groups) * parts
+    recipe = upcycling(mixture, groups * parts, picked, new, None if parts == 1 else 250 // parts, growth)
+    grown = grown_tensors(model_checkpoint(architecture, source), recipe)
+    assert grown.plan.exact
+    assert relative_difference(source, published(grown, Path(mkdtemp(dir=tmp_path)))) <= 1e-12
+
+
+@pytest.mark.parametrize(("dense", "mixture"), PAIRS)
+def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path, dense, mixture):
+    """One expert that is always picked is the dense model; a grown model becomes a mixture as any other."""
+    architecture = small_architecture(dense)
+    model = drawn_model(architecture)
+    first = grown_tensors(model_checkpoint(architecture, model), recipe_of(target={**GROWTH, "intermediate_size": 300}))
+    middle = model_checkpoint(first.plan.target, grown_model(first))
+    for experts, chosen in ((1, 1), (4, 2)):
+        grown = grown_tensors(middle, upcycling(mixture, experts, chosen))
+        folder = tmp_path / str(experts)
+        folder.mkdir()
+        assert relative_difference(model, published(grown, folder)) <= 1e-12
+
+
 @pytest.mark.parametrize(
     ("dense", "recipe", "message"),
     [
@@ -148,6 +209,8 @@ def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_nor
             "num_experts_per_tok: 4 is not a multiple of the 5 .*; nearest: 5",
         ),
         ("llama", upcycling("mixtral", 2, 3), "num_experts_per_tok: 3 exceeds num_local_experts 2"),
+        ("llama", upcycling("mixtral", 2, 0), "num_experts_per_tok: expected a positive whole number, found 0"),
+        ("llama", upcycling("mixtral", 5000), "num_local_experts: 5,000 is more than the 4,096 that a plan can hold"),
         ("qwen3", upcycling("qwen3_moe", growth={"norm_topk_prob": False}), "norm_topk_prob is False; .* True only"),
         (
             "llama",

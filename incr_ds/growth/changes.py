@@ -1,0 +1,95 @@
+"""What a recipe's ``target`` may change of the source's config, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import GrowthError
+
+GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
+ROTARY = "rope_parameters"
+# A plan holds every position of an axis and names every tensor; beyond these a number is a slip.
+MOST_POSITIONS, MOST_LAYERS, MOST_EXPERTS = 1 << 22, 1 << 14, 1 << 12
+
+
+def growing_fields(source: Architecture) -> dict[str, str]:
+    """Config field of each axis that can grow and has one."""
+    return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
+
+
+def checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
+    """The recipe's ``target``. GrowthError for a field that is unknown or cannot grow, and for what is no size."""
+    axes = {field: axis for axis, field in growing_fields(source).items()}
+    for field, value in recipe.target.items():
+        if field not in source.family.known_fields:
+            raise GrowthError(
+                f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {_listed(axes)}."
+            )
+        if field in axes:
+            check_size(field, axes[field], value, where)
+        elif axis := source.family.config.follows.get(field):
+            _check_follows(field, value, source.family.axes[axis], recipe, source.sizes[axis], where)
+        elif not _is_free(source, field, value) and value != source.config.get(field):
+            raise GrowthError(
+                f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
+                f"grows it; fields that can grow: {_listed(axes)}."
+            )
+    changes = dict(recipe.target)
+    if ROTARY in changes:
+        changes[ROTARY] = _rotations(source.config[ROTARY], changes[ROTARY], f"{where}: target.{ROTARY}")
+    return changes
+
+
+def check_size(field: str, axis: str, value: Any, where: str) -> None:
+    """GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
+    most = {"layers": MOST_LAYERS, "experts": MOST_EXPERTS}.get(axis, MOST_POSITIONS)
+    if value > most:
+        raise GrowthError(f"{where}: target.{field}: {value:,} is more than the {most:,} that a plan can hold.")
+
+
+def _rotations(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``new`` rope_parameters, of each kind of layer, with the base and the share of a head that turns from ``old``."""
+    if "rope_type" not in old:
+        unknown = sorted(set(new) - set(old))
+        if unknown:
+            raise GrowthError(f"{where}: {unknown[0]} is no kind of layer; they are {_listed(old)}.")
+        return {kind: _rotations(old[kind], new.get(kind, old[kind]), f"{where}.{kind}") for kind in old}
+    if new.get("rope_type") not in ROPE_TYPES:
+        raise GrowthError(
+            f"{where}: rope_type {new.get('rope_type')!r} is not one of {', '.join(ROPE_TYPES)}; state it."
+        )
+    return {key: old[key] for key in BASIC if key in old} | dict(new)
+
+
+def _listed(fields: Iterable[str]) -> str:
+    return ", ".join(sorted(fields))
+
+
+def _check_follows(field: str, value: Any, followed: str, recipe: GrowthRecipe, old: int, where: str) -> None:
+    size = recipe.target.get(followed, old)
+    if value != size:
+        raise GrowthError(
+            f"{where}: target.{field}: {value!r}, but it follows {followed}, which is {size}; leave it out."
+        )
+
+
+def _is_free(source: Architecture, field: str, value: Any) -> bool:
+    """A change that no operator need make up for, or that is known to change the function: how rotary pairs turn."""
+    if field == ROTARY:
+        return isinstance(value, dict) and bool(rotary_kinds(source.config))
+    return field in source.family.without_effect or _is_longer_rotary_context(source, field, value)
+
+
+def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
+    """Rotary pairs that turn steadily have no end: a longer context changes nothing for the old one."""
+    if field != "max_position_embeddings" or "positions" in source.sizes:
+        return False
+    kinds = rotary_kinds(source.config)
+    steady = bool(kinds) and all(kind.get("rope_type") in STEADY for kind in kinds)
+    return steady and isinstance(value, int) and value > source.config[field]
