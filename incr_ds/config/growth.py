@@ -51,8 +51,10 @@ class WidthRecipe(Settings):
     unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
     config's) or with ``constant``, as new FFN neurons and heads may be.
 
-    ``order`` is that of copied residual positions and FFN neurons: the whole old axis again and again (0 1 2 0 1 2), or each
-    position beside its copies (0 0 1 1 2 2).
+    ``order`` is that of copies: the whole old axis again and again (0 1 2 0 1 2), each residual position and FFN neuron
+    beside its copies (0 0 1 1 2 2), or ``drawn``: the old axis once, and then any of it (0 1 2 2 0 2), of heads too, as
+    Net2Net and bert2BERT have it. Residual positions are drawn under ``isometric``, and always under ``fpi``; the equal
+    copies of ``integer`` are those of ``tile``.
 
     ``copies_from`` says which layer the copies beyond the first of FFN units, heads and residual positions are of, in what
     a layer's matrices produce: its own, or the next one (bert2BERT's advanced knowledge initialization; the last layer
@@ -64,7 +66,7 @@ class WidthRecipe(Settings):
     constant: float = 0.0
     ffn: UnitRecipe = UnitRecipe()
     heads: UnitRecipe = UnitRecipe()
-    order: Literal["tile", "interleave"] = "tile"
+    order: Literal["tile", "interleave", "drawn"] = "tile"
     copies_from: Literal["own-layer", "next-layer"] = "own-layer"
     symmetry_breaking: SymmetryBreaking = SymmetryBreaking()
 

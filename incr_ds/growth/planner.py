@@ -84,12 +84,11 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
 
 def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRecipe) -> dict[str, AxisGrowth]:
     old, width, family = source.sizes, recipe.width, source.family
-    hidden = grow_hidden(
-        width.hidden, old["hidden"], sizes["hidden"], family.norm, width.symmetry_breaking.seed, width.order
-    )
-    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new, width.order)
+    seed, order = width.symmetry_breaking.seed, width.order
+    hidden = grow_hidden(width.hidden, old["hidden"], sizes["hidden"], family.norm, seed, order)
+    ffn = grow_units("ffn", family.axes["ffn"], old["ffn"], sizes["ffn"], width.ffn.new, order, seed)
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
-    heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new)
+    heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new, order, seed)
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
     grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
     if sizes["head_dim"] != old["head_dim"]:

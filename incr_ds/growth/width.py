@@ -11,10 +11,10 @@ import numpy as np
 from incr_ds.config.growth import HiddenMethod
 from incr_ds.errors import GrowthError
 from incr_ds.growth.axis import FRESH, AxisGrowth, Fill, identity
-from incr_ds.growth.counter import choices
+from incr_ds.growth.counter import IntVector, choices
 
 NewUnits = Literal["zero-output", "copy", "random", "constant"]
-Order = Literal["tile", "interleave"]
+Order = Literal["tile", "interleave", "drawn"]
 PADDING = ("random", "constant")  # new units that are read as they are written: the function moves
 WRITTEN: Mapping[NewUnits, Fill] = {
     "zero-output": "random",
@@ -56,7 +56,7 @@ def grow_hidden(
             f"nearest sizes that work: {lower}, {lower + old}. width.hidden: {uneven} takes any larger size."
         )
     if method in ("integer", "isometric"):
-        return _copied_hidden(method, old, new, order)
+        return _copied_hidden(method, old, new, "tile" if (method, order) == ("integer", "drawn") else order, seed)
     if method == "fpi":
         return _unequal_hidden(old, new, seed)
     if method in ("random", "constant"):
@@ -64,14 +64,16 @@ def grow_hidden(
     return _padded_hidden(method, old, new, norm)
 
 
-def grow_units(axis: str, field: str, old: int, new: int, units: NewUnits, order: Order = "tile") -> AxisGrowth:
+def grow_units(
+    axis: str, field: str, old: int, new: int, units: NewUnits, order: Order = "tile", seed: int = 0
+) -> AxisGrowth:
     """Growth of an inner axis (FFN neurons) to any larger size."""
     if new < old:
         raise GrowthError(f"target.{field}: {new} is smaller than the source's {old}; growth only adds.")
     if new == old:
         return identity(axis, old)
     if units == "copy":
-        index = copy_order(old, new, order)
+        index = copy_order(axis, old, new, order, seed)
     else:
         index = [*range(old), *[FRESH] * (new - old)]
     return _inner(axis, units, old, index)
@@ -88,12 +90,15 @@ def grow_entries(axis: str, field: str, old: int, new: int) -> AxisGrowth:
     return AxisGrowth(axis, "mean", old, index, kept, kept, kept, fresh_out="mean")
 
 
-def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> tuple[AxisGrowth, AxisGrowth]:
+def grow_heads(
+    old: tuple[int, int], new: tuple[int, int], units: NewUnits, order: Order = "tile", seed: int = 0
+) -> tuple[AxisGrowth, AxisGrowth]:
     """Growth of (query heads, kv heads), grouped attention kept right; returns both axes.
 
     Query head q reads kv head q // (heads / kv_heads), so every query head must sit in a group whose kv head is the one
     it was trained with. Each old group of g query heads takes ceil(g / g') new groups of g' slots; groups beyond that are
-    fresh (zero-output) or further copies. Raises GrowthError when there are too few new groups.
+    fresh (zero-output) or further copies: in turn, or with ``order`` drawn any of the old ones, and in a group any of its
+    heads. Raises GrowthError when there are too few new groups.
     """
     (heads, kv_heads), (new_heads, new_kv_heads) = old, new
     if old == new:
@@ -103,8 +108,10 @@ def grow_heads(old: tuple[int, int], new: tuple[int, int], units: NewUnits) -> t
     needed = math.ceil(group / new_group)
     kv_index = [kv for kv in range(kv_heads) for _ in range(needed)]
     extra = new_kv_heads - len(kv_index)
-    kv_index += [position % kv_heads if units == "copy" else FRESH for position in range(extra)]
-    head_index = _place_heads(kv_index, group, new_group, units)
+    further = choices(seed, "kv_heads/copies", extra, kv_heads) if order == "drawn" else np.arange(extra) % kv_heads
+    kv_index += [int(kv) if units == "copy" else FRESH for kv in further]
+    drawn = choices(seed, "heads/copies", new_heads, group) if order == "drawn" else None
+    head_index = _place_heads(kv_index, group, new_group, units, drawn)
     query = _inner("heads", units, heads, head_index)
     shares = np.array(query.share).reshape(new_kv_heads, new_group).sum(axis=1) / group
     amplitude = tuple(0.0 if kv == FRESH else 1.0 for kv in kv_index)
@@ -148,14 +155,17 @@ def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[Axi
     )
 
 
-def copy_order(old: int, new: int, order: Order) -> list[int]:
-    """The old position of each new one, copied as evenly as sizes allow: earlier positions once more than later ones."""
+def copy_order(axis: str, old: int, new: int, order: Order, seed: int) -> list[int]:
+    """The old position of each new one: as evenly as sizes allow, earlier ones once more than later ones, or all once and
+    further copies drawn (Net2Net, bert2BERT)."""
+    if order == "drawn":
+        return [*range(old), *(int(position) for position in choices(seed, f"{axis}/copies", new - old, old))]
     tiled = [position % old for position in range(new)]
     return tiled if order == "tile" else sorted(tiled)
 
 
-def _copied_hidden(method: str, old: int, new: int, order: Order) -> AxisGrowth:
-    index = copy_order(old, new, order)
+def _copied_hidden(method: str, old: int, new: int, order: Order, seed: int) -> AxisGrowth:
+    index = copy_order("hidden", old, new, order, seed)
     counts = np.bincount(index, minlength=old)[index]
     amplitude = np.sqrt(new / (old * counts))
     share = 1.0 / counts
@@ -225,16 +235,22 @@ def _inner(axis: str, method: NewUnits, old: int, index: list[int]) -> AxisGrowt
     )
 
 
-def _place_heads(kv_index: list[int], group: int, new_group: int, units: NewUnits) -> list[int]:
-    """Fill every slot of every new group with an old query head of the group's own kv head, or FRESH."""
+def _place_heads(
+    kv_index: list[int], group: int, new_group: int, units: NewUnits, drawn: IntVector | None
+) -> list[int]:
+    """Fill every slot of every new group with an old query head of the group's own kv head, or FRESH.
+
+    A slot beyond the first copies takes the group's heads in turn, or the one that ``drawn`` says.
+    """
     placed: dict[int, int] = {}
-    heads = []
+    heads: list[int] = []
     for kv in kv_index:
         for _ in range(new_group):
             slot = placed.get(kv, 0)
             placed[kv] = slot + 1
             is_fresh = kv == FRESH or (units != "copy" and slot >= group)
-            heads.append(FRESH if is_fresh else kv * group + slot % group)
+            inside = slot % group if slot < group or drawn is None else int(drawn[len(heads)])
+            heads.append(FRESH if is_fresh else kv * group + inside)
     return heads
 
 

@@ -100,6 +100,22 @@ def test_interleaved_copies(fp64_norms, hidden, breaking):
     assert index[:3] == ((0, 0, 1) if hidden == 192 else (0, 0, 0)) and list(index) == sorted(index)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("breaking", ["per-element", "diagonal", "none"])
+def test_drawn_copies(fp64_norms, family, breaking):
+    """All old ones first, then any of them, more than once or not at all: of neurons, heads, and isometric positions."""
+    width = {"order": "drawn", "ffn": {"new": "copy"}, "heads": {"new": "copy"}}
+    width["symmetry_breaking"] = {"method": breaking, "seed": 3}
+    sizes = {"ffn": 700, "hidden": 225, "heads": 15, "kv_heads": 5}
+    if family != "llama":  # whose heads' size is hidden / heads
+        sizes = {"ffn": 700, "hidden": 192, "heads": 12}
+    fields = small_architecture(family).family.axes
+    target = {fields[axis]: size for axis, size in sizes.items()}
+    assert difference(family, target, True, width=width) <= 1e-12
+    neurons = plan_growth(small_architecture(family), recipe_of(target=target, width=width)).axes["ffn"].index
+    assert neurons[:250] == tuple(range(250)) and 1 < len(set(neurons[250:])) < 250
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_zero_padding_with_scaled_eps(fp64_norms, family, tied):
@@ -500,7 +516,7 @@ RANDOM_SHAPES = settings(max_examples=25, deadline=None, suppress_health_check=[
     layers=st.integers(3, 7),
     method=st.sampled_from(["auto", "isometric", "zero", "zero-scaled-eps", "lemon"]),
     new=st.sampled_from(["zero-output", "copy"]),
-    order=st.sampled_from(["tile", "interleave"]),
+    order=st.sampled_from(["tile", "interleave", "drawn"]),
     depth=st.sampled_from(sorted(METHODS)),
     family=st.sampled_from(LLAMA_LIKE),
     tied=st.booleans(),
