@@ -70,6 +70,11 @@ def test_growth_differs_where_it_grew(folders):
     assert "model.layers.2.mlp.down_proj.weight" in shown
 
 
+def test_options_of_one_folder_do_not_go_with_diff(folders):
+    done = run_tool("inspect_checkpoint", "diff", folders / "native", folders / "universal", "--tag", "grown")
+    assert done.returncode == 2 and "--tag and --config belong to one folder only" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["diff", "one"], ["one", "two"], ["one", "two", "three"]])
 def test_other_arguments_are_refused(arguments):
     done = run_tool("inspect_checkpoint", *arguments)

@@ -27,6 +27,10 @@ def main(
 ) -> None:
     """Print what a folder holds, reading no tensor; or, with `diff A B`, every tensor that differs (then exit with 1)."""
     if len(folders) == 3 and str(folders[0]) == "diff":
+        if tag is not None or config is not None:
+            raise ConfigError(
+                "diff compares what `latest` names in each folder; --tag and --config belong to one folder only."
+            )
         _differ(folders[1], folders[2], trust, json)
     elif len(folders) == 1:
         _inspect(folders[0], tag, config, trust, json)
