@@ -9,7 +9,7 @@ from typing import Any
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError
 from incr_ds.source.records import check_records
-from incr_ds.target.commit import MANIFEST, hash_as_listed, hash_file, verify_manifest
+from incr_ds.target.commit import MANIFEST, hash_as_listed, verify_manifest
 
 
 def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
@@ -18,8 +18,7 @@ def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
     CheckpointError names the tensors that are not.
     """
     if listed is None:
-        check_records(path)
-        return hash_file(path)
+        return check_records(path)
     try:
         return hash_as_listed(path, listed)
     except CheckpointError:

@@ -2,42 +2,98 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
 from incr_ds.errors import CheckpointError
 from incr_ds.source.outline import check_stored, is_archive, opened_archive
 from incr_ds.source.unpickle import stubs_alone
 
+_BLOCK = 1 << 20
+_HEADER_MAGIC = b"PK\x03\x04"
+_HEADER = struct.Struct("<26xHH")  # of a record: magic and more, length of the name, length of the extra field
 
-def check_records(path: Path) -> None:
-    """Read every record of a .pt file; CheckpointError naming the tensors of the first one whose CRC-32 is wrong.
+
+@dataclass(frozen=True)
+class _Extent:
+    """Bytes [start, stop) of a file hold a record."""
+
+    record: zipfile.ZipInfo
+    start: int
+    stop: int
+
+
+def check_records(path: Path) -> str:
+    """xxh3 (128 bits, hexadecimal) of a .pt file, which is read once; CheckpointError naming the tensors of the first record
+    whose CRC-32 is wrong.
 
     Files older than torch's zip format have no checksums, and files saved without them say zero: both pass.
     """
-    if not is_archive(path):
-        return
-    with opened_archive(path) as archive:
+    extents = _extents(path) if is_archive(path) else []
+    digest, sums = xxhash.xxh3_128(), [0] * len(extents)
+    position, current = 0, 0
+    for block in _blocks(path):
+        digest.update(block)
+        end = position + len(block)
+        while current < len(extents) and extents[current].start < end:
+            extent = extents[current]
+            part = block[max(0, extent.start - position) : max(0, extent.stop - position)]
+            sums[current] = zlib.crc32(part, sums[current])
+            if extent.stop > end:
+                break
+            current += 1
+        position = end
+    for extent, found in zip(extents, sums, strict=True):
+        if extent.stop > position:
+            raise CheckpointError(_damaged_record(path, extent.record, f"it ends after {position} bytes"))
+        if found != extent.record.CRC:
+            raise CheckpointError(
+                _damaged_record(
+                    path, extent.record, f"its CRC-32 is {found:08x}, torch.save noted {extent.record.CRC:08x}"
+                )
+            )
+    return digest.hexdigest()
+
+
+def _extents(path: Path) -> list[_Extent]:
+    """The records that have a checksum, in the order in which they lie in the file."""
+    with opened_archive(path) as archive, open(path, "rb") as stream:
         check_stored(path, archive)
-        for record in archive.infolist():
-            try:
-                if record.CRC:
-                    _read(archive, record)
-            except Exception as error:  # a damaged header raises anything
-                raise CheckpointError(
-                    f"{path}: {_named(path, record.filename)} is damaged ({error}). Copy the file again from where it was "
-                    "written, or use another tag."
-                ) from error
+        found = [_extent(path, stream, record) for record in archive.infolist() if record.CRC]
+    return sorted(found, key=lambda extent: extent.start)
 
 
-def _read(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
-    with archive.open(record) as stream:
-        while stream.read(1 << 20):
-            pass
+def _extent(path: Path, stream: BinaryIO, record: zipfile.ZipInfo) -> _Extent:
+    inside = 0 <= record.header_offset < path.stat().st_size
+    header = os.pread(stream.fileno(), _HEADER.size, record.header_offset) if inside else b""
+    if len(header) < _HEADER.size or not header.startswith(_HEADER_MAGIC):
+        raise CheckpointError(_damaged_record(path, record, "its header is another"))
+    name_bytes, extra_bytes = _HEADER.unpack(header)
+    start = record.header_offset + _HEADER.size + name_bytes + extra_bytes
+    return _Extent(record, start, start + record.file_size)
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            yield buffer[:count]
+
+
+def _damaged_record(path: Path, record: zipfile.ZipInfo, why: str) -> str:
+    return (
+        f"{path}: {_named(path, record.filename)} is damaged ({why}). Copy the file again from where it was "
+        "written, or use another tag."
+    )
 
 
 def _named(path: Path, record: str) -> str:
