@@ -9,7 +9,7 @@ import torch
 
 from incr_ds.arch.logical import LogicalCheckpoint, State
 from incr_ds.grow import TOKENIZER_FILES
-from incr_ds.target.commit import publish, write_atomically
+from incr_ds.target.commit import publish, refuse_overlap, write_atomically
 from incr_ds.target.files import Bounds, Slices, write_file
 from incr_ds.target.huggingface import config_text, huggingface_files, index_text
 
@@ -17,13 +17,15 @@ from incr_ds.target.huggingface import config_text, huggingface_files, index_tex
 def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dtype, beside: Path) -> None:
     """Publish ``source`` as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    Tokenizer files in ``beside`` are copied along. The output appears whole or not at all.
+    Tokenizer files in ``beside``, the source's folder, are copied along; the output must not lie in it. The output appears
+    whole or not at all.
     """
 
     def read(name: str, state: State, bounds: Bounds) -> torch.Tensor:
         rows = source.read(name, state, slice(*bounds[0]))
         return rows[:, slice(*bounds[1])] if len(bounds) > 1 else rows
 
+    refuse_overlap(beside, output)
     files = huggingface_files(source.architecture, dtype)
     facts = {"source": str(source.facts.kind), "step": source.facts.step}
     with publish(output, "huggingface export", facts) as folder:

@@ -34,7 +34,7 @@ from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file
 from incr_ds.source import open_source
 from incr_ds.target.budget import anonymous_bytes, portion_elements
-from incr_ds.target.commit import flush, listed_files, refuse_existing, write_atomically
+from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
 from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
@@ -127,6 +127,7 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
     """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
     recipe = load_settings(request.recipe, GrowthRecipe)
     source = open_source(request.source, request.tag, request.config, trust=request.trust)
+    refuse_overlap(request.source, request.output)
     return plan_files(request, source, recipe)
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -266,6 +267,21 @@ def test_an_existing_output_is_kept(source, recipe, tmp_path):
     done = grow(source["zero"], recipe(), tmp_path / "out")
     assert done.returncode == 2 and "exists already and is not an empty folder" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("output", [".", "inner", "step/inner", ".."])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_an_output_in_its_source_is_refused(source, recipe, tmp_path, output, overwrite):
+    """It would make files foreign to the source's manifest, or replace the source while it is read."""
+    folder = tmp_path / "own" / "source"
+    shutil.copytree(source["zero"], folder)
+    path = recipe()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = grow(folder, path, folder / output, *overwrite)
+    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    done = run_tool("export_huggingface", folder, folder / output)
+    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path):

@@ -54,7 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as stream:
             content = yaml.load(stream, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML settings file.") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({why}); expected a YAML settings file.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):

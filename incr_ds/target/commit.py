@@ -85,6 +85,16 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def refuse_overlap(source: Path, output: Path) -> None:
+    """Raise CheckpointError if one folder lies in the other: the source would be changed, or replaced while it is read."""
+    one, other = source.resolve(), output.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise CheckpointError(
+            f"{output}: the output and the source {source} lie in one another, and the source must stay as it is; name an "
+            "output beside it."
+        )
+
+
 def seal(
     folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
