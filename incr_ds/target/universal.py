@@ -8,6 +8,7 @@ runtime/base_optimizer.py, runtime/zero/stage3.py, runtime/engine.py).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ PARAMETER_GROUPS = 256
 
 
 @dataclass(frozen=True)
-class _ArchiveFile:
+class _ArchiveFile(ABC):
     """A .pt file below the tag's folder."""
 
     target: NativeTarget
@@ -52,9 +53,9 @@ class _ArchiveFile:
         archive: Archive = archive_of(self.content())
         archive.write(sink, Path(self.inner).stem, slices)
 
+    @abstractmethod
     def content(self) -> Any:
         """What the file holds."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
