@@ -31,8 +31,7 @@ from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
-from incr_ds.integrity import check_file
-from incr_ds.source import open_source
+from incr_ds.integrity import check_file, open_described
 from incr_ds.target.budget import anonymous_bytes, portion_elements
 from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
@@ -126,7 +125,7 @@ class PlannedGrowth:
 def plan_request(request: GrowthRequest) -> PlannedGrowth:
     """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
     recipe = load_settings(request.recipe, GrowthRecipe)
-    source = open_source(request.source, request.tag, request.config, trust=request.trust)
+    source = open_described(request.source, request.tag, request.config, trust=request.trust)
     refuse_overlap(request.source, request.output)
     return plan_files(request, source, recipe)
 
@@ -267,9 +266,10 @@ def _resumable(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = any(output.parent.glob(f".{output.name}.incomplete-*"))
+        more = " Finished files are kept beside it: the same command goes on from there." if kept else ""
         raise CheckpointError(
-            f"{output}: {error.strerror or error} ({error.filename or 'while writing'}); nothing was published. Finished "
-            "files are kept beside it: the same command goes on from there."
+            f"{output}: {error.strerror or error} ({error.filename or 'while writing'}); nothing was published.{more}"
         ) from error
 
 
@@ -361,10 +361,10 @@ def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None)
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     if planned.dynamics:
         write_atomically(folder / DYNAMICS_FILE, dynamics_text(planned.dynamics))
-    if advice := advice_text(
-        advise(planned.plan, source_training(planned.request.source, planned.source.facts), ratio)
-    ):
-        write_atomically(folder / ADVICE_FILE, advice)
+    if planned.plan.target.family.trains:
+        training = source_training(planned.request.source, planned.source.facts)
+        if advice := advice_text(advise(planned.plan, training, ratio)):
+            write_atomically(folder / ADVICE_FILE, advice)
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"

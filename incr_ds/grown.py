@@ -18,7 +18,7 @@ from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
-from incr_ds.source import open_source
+from incr_ds.integrity import open_described
 
 
 class GrownCheckpoint:
@@ -61,7 +61,7 @@ class GrownCheckpoint:
 def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
     """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
     settings = load_settings(recipe, GrowthRecipe)
-    opened = open_source(source, tag)
+    opened = open_described(source, tag)
     check_moments(opened, settings)
     plan = plan_growth(opened.architecture, settings, str(recipe))
     return GrownCheckpoint(plan, opened, grown_dynamics(plan, read_dynamics(source))), settings

@@ -8,8 +8,14 @@ from typing import Any
 
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError
+from incr_ds.source import open_source
+from incr_ds.source.huggingface import HuggingFaceCheckpoint
 from incr_ds.source.records import check_records
+from incr_ds.source.universal import UniversalCheckpoint
+from incr_ds.source.zero import ZeroCheckpoint
 from incr_ds.target.commit import MANIFEST, hash_as_listed, verify_manifest
+
+_TENSORS = (".pt", ".safetensors", ".bin")
 
 
 def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
@@ -25,6 +31,22 @@ def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
         if "tensors" not in listed:
             check_records(path)
         raise
+
+
+def check_description(folder: Path) -> None:
+    """Where a folder has a manifest: nothing is missing, foreign or of another size, and what is not a file of tensors (config,
+    plan, tokenizer) is what was published. CheckpointError names the first file that is not; the tensors are checked as
+    they are read."""
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder, lambda path, listed: "" if path.suffix in _TENSORS else hash_as_listed(path, listed))
+
+
+def open_described(
+    path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
+    """``open_source`` of a folder that passes ``check_description``."""
+    check_description(Path(path))
+    return open_source(path, tag, config, trust=trust)
 
 
 def check_folder(folder: Path, checkpoint: LogicalCheckpoint | None = None) -> dict[str, Any] | None:

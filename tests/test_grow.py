@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -172,6 +173,11 @@ def test_verify_and_export(source, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert same_function(open_source(source["zero"]), open_source(tmp_path / "exported")) <= 1e-5
+    assert run_tool("export_huggingface", out, tmp_path / "rounded").returncode == 0
+    done = run_tool("verify_checkpoint", tmp_path / "rounded", "--against", out, "--samples", 2, "--length", 12)
+    assert done.returncode == 0 and "tolerance 0.02: weights are stored in 16 bits" in done.stdout, done.stdout
+    done = run_tool("export_huggingface", out, tmp_path / "rounded")
+    assert done.returncode == 2 and "exists already" in done.stderr and "--overwrite" not in done.stderr
     other = run_tool(
         "verify_checkpoint", out, "--against", source["huggingface"], "--json", "--samples", 1, "--length", 12
     )
@@ -259,6 +265,31 @@ def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
     done = grow(first, same_size, tmp_path / "second")
     assert done.returncode == 2 and f"{shard}: checksum xxh3" in done.stderr and "content changed" in done.stderr
     assert not (tmp_path / "second").exists()
+
+
+def test_what_describes_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
+    """An eps that nobody published would be taken for the model's: no shape tells."""
+    first, same_size = tmp_path / "first", recipe(target={})
+    assert grow(source["zero"], recipe(), first).returncode == 0
+    config = first / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'))
+    (first / "notes.txt").write_text("mine")
+    attempts = {
+        "grow_checkpoint": ["--source", first, "--recipe", same_size, "--output", tmp_path / "second"],
+        "evaluate": [first, "--data", tmp_path / "nowhere"],
+        "export_huggingface": [first, tmp_path / "second"],
+    }
+    for expected in (r"notes.txt: not in the manifest", r"config.json: .* the manifest says"):
+        for tool, arguments in attempts.items():
+            done = run_tool(tool, *arguments)
+            assert done.returncode == 2 and re.search(expected, done.stderr), (tool, done.stderr)
+        (first / "notes.txt").unlink(missing_ok=True)
+    assert not (tmp_path / "second").exists()
+    done = run_tool("evaluate", source["zero"], "--data", tmp_path / "nowhere.bin")
+    assert (
+        done.returncode == 2
+        and "nowhere.bin.bin: no such file; expected the path of a Megatron data set" in done.stderr
+    )
 
 
 def test_an_existing_output_is_kept(source, recipe, tmp_path):

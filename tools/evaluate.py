@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.command import command, console, print_json, progress_bar
-from incr_ds.source import open_source
+from incr_ds.integrity import open_described
 from incr_ds.train.evaluation import evaluate_checkpoint
 
 
@@ -25,7 +25,7 @@ def main(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Print loss, perplexity and bits per byte of FOLDER on DATA."""
-    checkpoint = open_source(folder, tag, config, trust=trust)
+    checkpoint = open_described(folder, tag, config, trust=trust)
     with progress_bar(quiet=json) as progress:
         found = evaluate_checkpoint(checkpoint, data, sequence_length, samples, progress=progress)
     if json:

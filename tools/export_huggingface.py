@@ -11,7 +11,7 @@ import typer
 
 from incr_ds.command import command, console
 from incr_ds.export import export_huggingface
-from incr_ds.source import open_source
+from incr_ds.integrity import open_described
 
 
 class Dtype(StrEnum):
@@ -31,7 +31,7 @@ def main(
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
 ) -> None:
     """Export FOLDER to OUTPUT, which AutoModelForCausalLM.from_pretrained loads."""
-    source = open_source(folder, tag, config, trust=trust)
+    source = open_described(folder, tag, config, trust=trust)
     export_huggingface(source, output, getattr(torch, dtype.value), folder)
     console.print(f"published {output}: {source.architecture.num_parameters:,} parameters in {dtype.value}")
 

@@ -15,6 +15,7 @@ from incr_ds.command import USER_MISTAKE, command, console, print_json, progress
 from incr_ds.crew import Crew, agree
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.grow import GrowthRequest, PlannedGrowth, grow_checkpoint, plan_request
+from incr_ds.integrity import open_described
 from incr_ds.launched import join_crew
 from incr_ds.source import open_source
 from incr_ds.suggest import parse_count, parse_layout, suggest_targets
@@ -53,7 +54,7 @@ def main(
     """
     # --local_rank is what the deepspeed launcher adds to every command; the environment says the same.
     if suggest is not None:
-        opened = open_source(source, tag, config, trust=trust)
+        opened = open_described(source, tag, config, trust=trust)
         found = suggest_targets(opened.architecture, parse_count(suggest), parse_layout(layout))
         if json:
             print_json({"suggestions": [asdict(item) for item in found]})

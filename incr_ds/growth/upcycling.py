@@ -114,7 +114,8 @@ def _check_counts(experts: ExpertGrowth, target: Architecture, where: str) -> No
 def _notes(experts: ExpertGrowth) -> tuple[str, ...]:
     if experts.method == "drop":
         return ()
-    return ("experts start equal and differ as the router sends them different tokens; its weights are drawn anew",)
+    equal = "experts" if experts.method == "copy" else "experts that hold the same part of the FFN"
+    return (f"{equal} start equal and differ as the router sends them different tokens; its weights are drawn anew",)
 
 
 def _without(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

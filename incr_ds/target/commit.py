@@ -36,24 +36,27 @@ def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
     refuse_existing(final)
     remove_abandoned(final)
     temporary = temporary_folder(final)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         seal(temporary, kind, facts)
         reveal(temporary, final)
+    except OSError as error:
+        where = error.filename or "while writing"
+        raise CheckpointError(f"{final}: {error.strerror or error} ({where}); nothing was published.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_existing(final: Path, *, overwrite: bool = False) -> None:
+def refuse_existing(final: Path, *, overwrite: bool | None = None) -> None:
     """Raise CheckpointError if ``final`` is something that publishing would destroy; with ``overwrite``, a folder that
-    was itself published may be."""
+    was itself published may be. None: whoever asks has no such option."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
+        option = "" if overwrite is None else " (--overwrite replaces a published checkpoint)"
         raise CheckpointError(
-            f"{final}: exists already and is not an empty folder; name another output or remove it (--overwrite replaces "
-            "a published checkpoint)."
+            f"{final}: exists already and is not an empty folder; name another output or remove it{option}."
         )
     if not (final / MANIFEST).is_file():
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from incr_ds.arch.architecture import check_context
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.train.corpus import tokens_per_byte
-from incr_ds.train.data import check_vocabulary, open_held_out_data
+from incr_ds.train.data import check_data_files, check_vocabulary, open_held_out_data
 from incr_ds.verify import load_model
 
 
@@ -49,6 +49,7 @@ def evaluate_checkpoint(
     Raises ConfigError for missing data, too few samples, and tokens outside the model's vocabulary.
     """
     check_context(checkpoint.architecture, sequence_length, str(checkpoint.facts.path))
+    check_data_files(prefix)
     check_vocabulary(prefix, checkpoint.architecture.sizes["vocab"])
     with tempfile.TemporaryDirectory() as cache:
         data = open_held_out_data(prefix, sequence_length, Path(cache), samples)

@@ -16,7 +16,7 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
-from incr_ds.source import open_source
+from incr_ds.integrity import open_described
 from incr_ds.train.checkpoints import (
     TrainingState,
     changed_settings,
@@ -99,7 +99,7 @@ def pretrain(run: RunSettings, *, resume: bool = True) -> Outcome:
     with StopSignals() as signals:
         initialize_distributed(run.layout)
         start = find_start(run)
-        teacher = None if run.distillation is None else open_source(Path(run.distillation.teacher))
+        teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
         data = open_data(run, start.architecture)
         newest = newest_complete(run, print)
         if newest is not None and not resume:

@@ -13,7 +13,7 @@ from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
 from incr_ds.grown import open_grown
-from incr_ds.source import open_source
+from incr_ds.integrity import open_described
 from incr_ds.target.commit import MANIFEST
 from incr_ds.target.placement import check_layout
 from incr_ds.train.checkpoints import check_layout_matches
@@ -55,7 +55,7 @@ def find_start(run: RunSettings) -> Start:
     if isinstance(model.initialize_from, GrowthStart):
         return _grown_on_load(run, model.initialize_from)
     folder = Path(model.initialize_from)
-    source = open_source(folder, tag=model.tag)
+    source = open_described(folder, tag=model.tag)
     if model.load_optimizer and (folder / "latest").is_file():
         return _with_optimizer(run, folder, source)
     account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"

@@ -90,7 +90,8 @@ def test_what_is_no_manifest(tmp_path, text, message):
 
 
 def test_a_failure_publishes_nothing(tmp_path):
-    with pytest.raises(OSError, match="disk on fire"), publish(tmp_path / "out", "test", {}) as folder:
+    message = r"out: disk on fire \(while writing\); nothing was published"
+    with pytest.raises(CheckpointError, match=message), publish(tmp_path / "out", "test", {}) as folder:
         (folder / "a").write_text("half")
         raise OSError("disk on fire")
     assert list(tmp_path.iterdir()) == []

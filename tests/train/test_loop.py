@@ -192,7 +192,7 @@ def test_no_resume_refuses_a_run_that_has_checkpoints(world):
 
 
 def test_the_teacher_costs_flops_only_while_its_weight_lasts(world, monkeypatch):
-    monkeypatch.setattr(loop, "open_source", lambda path: loop.find_start(settings(world, "run")))
+    monkeypatch.setattr(loop, "open_described", lambda path: loop.find_start(settings(world, "run")))
     taught = settings(world, "taught", distillation={"teacher": "t", "weight": 0.5, "anneal_steps": 2})
     alone = settings(world, "alone")
     pretrain(taught)
