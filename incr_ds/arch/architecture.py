@@ -16,9 +16,14 @@ from incr_ds.arch.family import Family, TensorDeclaration, family_of
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
 
-# Above them a config is damaged, and the declaration of its tensors alone would fill the memory.
-_LARGEST = {"layers": 10_000, "experts": 10_000}
-_LARGEST_SIZE = 2**31
+# A plan holds every position of an axis and names every tensor; beyond these a config is damaged, or a number a slip.
+_MOST = {"layers": 1 << 14, "experts": 1 << 12}
+_MOST_POSITIONS = 1 << 22
+
+
+def most_of(axis: str) -> int:
+    """The largest size of an axis that is taken for one."""
+    return _MOST.get(axis, _MOST_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -196,10 +201,9 @@ def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int
     for axis, (field, value) in stated.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{where}: {field}: expected a positive whole number, found {value!r}.")
-        if value > _LARGEST.get(axis, _LARGEST_SIZE):
+        if value > most_of(axis):
             raise ConfigError(
-                f"{where}: {field}: {value} is above {_LARGEST.get(axis, _LARGEST_SIZE)}, more than any model has; the file "
-                "is damaged."
+                f"{where}: {field}: {value} is above {most_of(axis)}, more than any model has; the file is damaged."
             )
     sizes = {axis: value for axis, (_, value) in stated.items()}
     if missing := [field for axis, field in family.axes.items() if axis not in sizes and axis not in family.derived]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.architecture import Architecture, most_of
 from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import GrowthError
 
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 ROTARY = "rope_parameters"
-# A plan holds every position of an axis and names every tensor; beyond these a number is a slip.
-MOST_POSITIONS, MOST_LAYERS, MOST_EXPERTS = 1 << 22, 1 << 14, 1 << 12
 
 
 def growing_fields(source: Architecture) -> dict[str, str]:
@@ -48,9 +46,10 @@ def check_size(field: str, axis: str, value: Any, where: str) -> None:
     """GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
-    most = {"layers": MOST_LAYERS, "experts": MOST_EXPERTS}.get(axis, MOST_POSITIONS)
-    if value > most:
-        raise GrowthError(f"{where}: target.{field}: {value:,} is more than the {most:,} that a plan can hold.")
+    if value > most_of(axis):
+        raise GrowthError(
+            f"{where}: target.{field}: {value:,} is more than the {most_of(axis):,} that a plan can hold."
+        )
 
 
 def _rotations(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> dict[str, Any]:
