@@ -219,7 +219,9 @@ def main(
     disk: Annotated[Path, typer.Option(help="A folder on the disk to measure.")] = Path("."),
     memory: Annotated[Path, typer.Option(help="A folder on tmpfs.")] = Path("/dev/shm"),
     parameters: Annotated[float, typer.Option(min=1e6, help="Size of the source on disk.")] = 5e8,
-    memory_parameters: Annotated[float, typer.Option(min=0, help="Size on tmpfs; 0 leaves it out.")] = 1e8,
+    memory_parameters: Annotated[
+        float, typer.Option(min=0, help="Size on tmpfs, of which the converter needs 60 bytes each; 0 leaves it out.")
+    ] = 2.5e8,
     smaller: Annotated[float, typer.Option(min=0, help="A second size on disk, for the trend; 0 leaves it out.")] = 1e8,
     workers: Annotated[str, typer.Option(help="Worker counts, separated by commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; medians are reported.")] = 3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 import xxhash
+from isal.isal_zlib import crc32
 
 from incr_ds.errors import CheckpointError
 from incr_ds.source.outline import check_stored, is_archive, opened_archive
@@ -47,7 +47,7 @@ def check_records(path: Path) -> str:
         while current < len(extents) and extents[current].start < end:
             extent = extents[current]
             part = block[max(0, extent.start - position) : max(0, extent.stop - position)]
-            sums[current] = zlib.crc32(part, sums[current])
+            sums[current] = crc32(part, sums[current])
             if extent.stop > end:
                 break
             current += 1

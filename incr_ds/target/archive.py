@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32
 from torch._utils import _rebuild_tensor_v2
 
 from incr_ds.target.files import Slices, StreamedTensor
@@ -138,7 +138,7 @@ class _Records:
         self.sink.write(struct.pack("<IHHHHHIIIHH", *fields) + encoded + extra)
         start, checksum = self.sink.position, 0
         for block, label in blocks:
-            checksum = zlib.crc32(block, checksum)
+            checksum = crc32(block, checksum)
             self.sink.write(block, label)
         size = self.sink.position - start
         form = "<IIQQ" if size >= _WIDE else "<IIII"
