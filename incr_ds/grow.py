@@ -138,12 +138,21 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, dynamics)
-    check_layout(plan.target, layout)
+    _check_layout(plan, str(request.recipe))
     check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
     target = replace(_native_target(source, plan, dtype), bare_states=bare)
     return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
+
+
+def _check_layout(plan: GrowthPlan, recipe: str) -> None:
+    """LayoutError, naming the recipe, if the target cannot be cut as it says, by its training code."""
+    layout = plan.recipe.layout
+    check_layout(plan.target, layout, f"{recipe}: layout")
+    if layout.modules != "own":
+        where = f"{recipe}: layout.modules: {layout.modules}"
+        check_modules(modules_of(layout.modules), plan.target, layout.tensor_parallel, where)
 
 
 def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFile, ...]:
@@ -291,7 +300,6 @@ def _in_modules(target: NativeTarget, layout: TargetLayout) -> NativeTarget:
     if layout.modules == "own":
         return target
     modules = modules_of(layout.modules)
-    check_modules(modules, target.architecture, layout.tensor_parallel, f"layout.modules: {layout.modules}")
     vocab = target.architecture.sizes["vocab"]
     vocabulary = padded_vocabulary(vocab, layout.vocabulary_multiple, layout.tensor_parallel)
     return replace(target, modules=modules, vocabulary=vocabulary)
@@ -328,9 +336,11 @@ def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
 
 
 def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
-    total = len(source.architecture.stored)
+    # More are checked than there are tensors where ranks hold copies or parts: the last is reported once all are.
+    phase, total = "checking the source", len(source.architecture.stored)
     for done, _ in enumerate(source.self_check()):
-        report("checking the source", min(done + 1, total), total)
+        report(phase, min(done + 1, total - 1), total)
+    report(phase, total, total)
 
 
 def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]:

@@ -166,9 +166,12 @@ def test_the_same_bytes_for_any_number_of_workers(source, recipe, tmp_path):
 def test_verify_and_export(source, recipe, tmp_path):
     out = tmp_path / "out"
     assert grow(source["zero"], recipe(layout={"pipeline_parallel": 2}), out).returncode == 0
-    done = run_tool("verify_checkpoint", out, "--against", source["zero"], "--samples", 2, "--length", 12)
+    compared = ("--against", source["zero"], "--samples", 2, "--length", 12)
+    done = run_tool("verify_checkpoint", out, "--tag", "grown", *compared)
     assert done.returncode == 0, done.stderr
     assert "logits kept" in done.stdout
+    done = run_tool("verify_checkpoint", out, "--tag", "another", *compared)
+    assert done.returncode == 2 and "another" in done.stderr and "Traceback" not in done.stderr
     done = run_tool("export_huggingface", out, tmp_path / "exported", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -212,6 +215,7 @@ BAD = [
     ({"widht": {"hidden": "zero"}}, "widht: unknown key; did you mean width?"),
     ({"width": {"hidden": "isometrical"}}, "width.hidden: Input should be 'auto', 'integer', 'isometric'"),
     ({"layout": {"tensor_parallel": 3}}, "tensor_parallel 3: num_attention_heads 8 does not divide"),
+    ({"layout": {"tensor_parallel": 3}}, ".yaml: layout: the model cannot be cut this way"),
     ({"layout": {"pipeline_parallel": 6}}, "pipeline_parallel can be 1 to 5"),
     ({"layout": {"pipeline_parallel": 2, "zero_stage": 2}}, "DeepSpeed's pipeline supports zero_stage 0 and 1"),
     ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use 1, 2 or 3"),

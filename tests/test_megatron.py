@@ -175,6 +175,12 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(LayoutError, match=r"tensor_parallel 2: num_key_value_heads 3 does not divide"):
         lay_out(tmp_path, truth(num_key_value_heads=3), tensor_parallel=2)
     with pytest.raises(
+        LayoutError,
+        match=r"recipe\.yaml: layout\.modules: megatron-deepspeed: tensor_parallel 2: does not divide intermediate_size 253, "
+        r"and Megatron cuts evenly only; tensor_parallel can be 1\.",
+    ):
+        lay_out(tmp_path, truth(intermediate_size=253), tensor_parallel=2)
+    with pytest.raises(
         LayoutError, match=r"layout\.modules: megatron-deepspeed: no modules for qwen3 there; it has llama"
     ):
         lay_out(tmp_path, SyntheticCheckpoint(small_architecture("qwen3")))
@@ -193,5 +199,7 @@ def test_from_megatron_to_megatron_in_another_layout(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {}, "layout": layout}))
     planned = plan_request(GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "out"))
     assert any("padded from 101 to 112 rows" in note for note in planned.notes)
-    grow_checkpoint(planned)
+    reported = []
+    grow_checkpoint(planned, lambda phase, done, total: reported.append((phase, done == total)))
+    assert reported.count(("checking the source", True)) == 1  # though ranks hold parts and copies
     same(open_source(tmp_path / "out"), source)

@@ -23,6 +23,8 @@ EXACT, ROUNDED = 1e-4, 2e-2  # relative; the second where weights are stored in 
 @command
 def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint to verify.")],
+    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
     against: Annotated[Path | None, typer.Option(help="Source checkpoint whose logits should be kept.")] = None,
     data: Annotated[Path | None, typer.Option(help="Megatron data set prefix; default: random tokens.")] = None,
     samples: Annotated[int, typer.Option(min=1)] = 8,
@@ -40,7 +42,7 @@ def main(
 ) -> None:
     """Exit with 0 if FOLDER is sound (and computes what --against computes), 2 if a file is wrong, 1 if logits differ."""
     manifest = check_folder(folder)
-    checkpoint = open_source(folder, trust=trust)
+    checkpoint = open_source(folder, tag, config, trust=trust)
     if manifest is None:
         check_folder(folder, checkpoint)
     checked = sum(1 for _ in checkpoint.self_check())

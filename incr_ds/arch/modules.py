@@ -90,12 +90,15 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
     family, sizes = architecture.family, architecture.sizes
     if family.model_type not in modules.families:
         raise LayoutError(f"{where}: no modules for {family.model_type} there; it has {', '.join(modules.families)}.")
-    for axis in ("kv_heads", "heads", "ffn"):
-        if sizes[axis] % tensor_parallel:
-            raise LayoutError(
-                f"{where}: tensor_parallel {tensor_parallel}: {family.axes[axis]} {sizes[axis]} does not divide; Megatron cuts "
-                "evenly only."
-            )
+    evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn")}
+    undivided = [f"{field} {size}" for field, size in evenly.items() if size % tensor_parallel]
+    if undivided:
+        most = math.gcd(*evenly.values())
+        fitting = ", ".join(str(degree) for degree in range(1, most + 1) if most % degree == 0)
+        raise LayoutError(
+            f"{where}: tensor_parallel {tensor_parallel}: does not divide {', '.join(undivided)}, and Megatron cuts evenly only; "
+            f"tensor_parallel can be {fitting}."
+        )
 
 
 def module_parameters(

@@ -67,12 +67,15 @@ def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
-def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
-    """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work."""
+def check_layout(architecture: Architecture, layout: ParallelLayout, where: str = "layout") -> None:
+    """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work.
+
+    ``where`` is what states the layout.
+    """
     problems, family = [], architecture.family
     if not family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
         raise LayoutError(
-            f"layout: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
+            f"{where}: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
             "and pipeline_parallel: 1, or format: huggingface."
         )
     if family.uncut and layout.tensor_parallel > 1:
@@ -97,7 +100,7 @@ def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
             f"pipeline_parallel can be 1 to {architecture.num_layers}"
         )
     if problems:
-        raise LayoutError("\n".join(["layout: the model cannot be cut this way", *problems]))
+        raise LayoutError("\n".join([f"{where}: the model cannot be cut this way", *problems]))
 
 
 def stage_layers(num_layers: int, pipeline_parallel: int) -> tuple[range, ...]:
