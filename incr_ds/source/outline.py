@@ -65,12 +65,12 @@ def is_archive(path: Path) -> bool:
 
 def opened_archive(path: Path) -> zipfile.ZipFile:
     """The archive of a .pt file; CheckpointError if its directory is damaged."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(damaged(path, ValueError("its end, where an archive lists its records, is missing")))
     try:
-        return zipfile.ZipFile(path)
-    except Exception as error:  # a damaged directory raises anything
+        if zipfile.is_zipfile(path):
+            return zipfile.ZipFile(path)
+    except Exception as error:  # a damaged directory raises anything, from either call
         raise CheckpointError(damaged(path, error)) from error
+    raise CheckpointError(damaged(path, ValueError("its end, where an archive lists its records, is missing")))
 
 
 def check_stored(path: Path, archive: zipfile.ZipFile) -> None:

@@ -143,6 +143,12 @@ def test_old_formats_are_named(tmp_path):
         (tmp_path / "bad.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"damaged or truncated \({len(content)} bytes\): {why}"):
             load_pt(tmp_path / "bad.pt")
+    torch.save({"a": torch.ones(3)}, tmp_path / "disks.pt")
+    content = bytearray((tmp_path / "disks.pt").read_bytes())
+    content[content.index(b"PK\x06\x07") + 16] = 2  # the archive's end says that it spans two disks
+    (tmp_path / "disks.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged or truncated .*span multiple disks"):
+        load_pt(tmp_path / "disks.pt")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("a/text", "hello")
     with pytest.raises(CheckpointError, match=r"no record data\.pkl; not a file that torch\.save wrote"):
