@@ -179,6 +179,10 @@ def test_verify_and_export(source, recipe, tmp_path):
     assert run_tool("export_huggingface", out, tmp_path / "rounded").returncode == 0
     done = run_tool("verify_checkpoint", tmp_path / "rounded", "--against", out, "--samples", 2, "--length", 12)
     assert done.returncode == 0 and "tolerance 0.02: weights are stored in 16 bits" in done.stdout, done.stdout
+    done = run_tool(
+        "verify_checkpoint", tmp_path / "rounded", "--tolerance", 0, "--against", out, "--samples", 1, "--length", 8
+    )
+    assert done.returncode == 1 and "LOGITS DIFFER" in done.stdout and "tolerance" not in done.stdout, done.stdout
     done = run_tool("export_huggingface", out, tmp_path / "rounded")
     assert done.returncode == 2 and "exists already" in done.stderr and "--overwrite" not in done.stderr
     other = run_tool(

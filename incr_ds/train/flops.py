@@ -74,7 +74,7 @@ def device_peak(precision: str) -> Peak:
     """Peak of this process's device: known by the GPU's name, otherwise measured with a short matrix product."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     if not torch.cuda.is_available():
-        # Some CPUs multiply fp32 faster than bf16, and torch then does so in parts of a bf16 run: that is their peak.
+        # Without instructions for bf16 its product is many times slower than fp32's, which is then what the CPU can do.
         peak = max(_measured(torch.device("cpu"), kind) for kind in {torch.float32, dtype})
         kinds = precision if dtype == torch.float32 else f"{precision} or fp32, the faster,"
         return Peak(peak, f"measured, {kinds} matrix product on this CPU process")

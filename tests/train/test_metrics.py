@@ -84,6 +84,7 @@ def test_the_cpu_peak_is_measured_and_says_so():
     peak = device_peak("fp32")
     assert peak.flops_per_second > 1e8
     assert peak.origin.startswith(("measured, fp32", "data sheet"))
+    assert device_peak("bf16").origin.startswith(("measured, bf16 or fp32, the faster,", "data sheet"))
 
 
 def test_signals_set_the_flag_once_and_handlers_come_back():
