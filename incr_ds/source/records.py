@@ -15,10 +15,10 @@ import xxhash
 from isal.isal_zlib import crc32
 
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import file_blocks
 from incr_ds.source.outline import check_stored, is_archive, opened_archive
 from incr_ds.source.unpickle import stubs_alone
 
-_BLOCK = 1 << 20
 _HEADER_MAGIC = b"PK\x03\x04"
 _HEADER = struct.Struct("<26xHH")  # of a record: magic and more, length of the name, length of the extra field
 
@@ -41,7 +41,7 @@ def check_records(path: Path) -> str:
     extents = _extents(path) if is_archive(path) else []
     digest, sums = xxhash.xxh3_128(), [0] * len(extents)
     position, current = 0, 0
-    for block in _blocks(path):
+    for block in file_blocks(path):
         digest.update(block)
         end = position + len(block)
         while current < len(extents) and extents[current].start < end:
@@ -80,13 +80,6 @@ def _extent(path: Path, stream: BinaryIO, record: zipfile.ZipInfo) -> _Extent:
     name_bytes, extra_bytes = _HEADER.unpack(header)
     start = record.header_offset + _HEADER.size + name_bytes + extra_bytes
     return _Extent(record, start, start + record.file_size)
-
-
-def _blocks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            yield buffer[:count]
 
 
 def _damaged_record(path: Path, record: zipfile.ZipInfo, why: str) -> str:

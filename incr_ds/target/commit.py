@@ -17,11 +17,11 @@ from typing import Any
 import xxhash
 
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import file_blocks
 
 MANIFEST = "manifest.json"
 VERSION = 2
 _PACKAGES = ("incr_ds", "torch", "numpy", "safetensors", "transformers", "deepspeed")
-_BLOCK = 1 << 20
 Check = Callable[[Path, Mapping[str, Any]], str]
 
 
@@ -232,13 +232,8 @@ def _changed(path: Path, listed: Mapping[str, Any]) -> str:
 def hash_file(path: Path, offset: int = 0, length: int | None = None) -> str:
     """xxh3 (128 bits, hexadecimal) of a file's content, or of ``length`` bytes of it from ``offset``."""
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BLOCK))
-    left = path.stat().st_size - offset if length is None else length
-    with open(path, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        while left and (count := stream.readinto(buffer[: min(_BLOCK, left)])):
-            digest.update(buffer[:count])
-            left -= count
+    for block in file_blocks(path, offset, length):
+        digest.update(block)
     return digest.hexdigest()
 
 
