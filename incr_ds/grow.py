@@ -96,7 +96,12 @@ class PlannedGrowth:
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of tensor data that will be written."""
-        return sum(tensor_bytes(file) for file in self.files)
+        return sum(self.sizes.values())
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of tensor data in each file, by its path."""
+        return {file.path: tensor_bytes(file) for file in self.files}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -217,7 +222,7 @@ def _run_jobs(
     Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
     files, inputs, checks = _own_share(planned, space, crew)
-    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing:
+    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording() as record:
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
         checking = [pool.submit(_check_source, planned.source, report)] if checks else []
@@ -238,7 +243,7 @@ def _run_jobs(
                 flushed[waiting] = (writing[job], result)
                 waiting.add_done_callback(finished.put)
             elif job in flushed:
-                space.record(*flushed[job])
+                record(*flushed[job])
                 report("writing", len(space.done), total)
         ratio = measuring[0].result() if measuring else None
         return {path: job.result() for path, job in hashing.items()}, ratio
@@ -249,7 +254,7 @@ def _own_share(planned: PlannedGrowth, space: Workspace, crew: Crew) -> tuple[li
     files = [file for file in planned.files if file.path not in space.done]
     inputs = planned.source.facts.files
     read = [path.stat().st_size for path in inputs]
-    sizes = [*(tensor_bytes(file) for file in files), *read, sum(read)]
+    sizes = [*(planned.sizes[file.path] for file in files), *read, sum(read)]
     own = shares(sizes, crew.size)[crew.rank]
     last = len(files) + len(inputs)
     return (

@@ -116,10 +116,10 @@ def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
 
 # Reads every input once, front to back, and writes what was read until the wanted size is reached; flushed to disk.
 COPY = """
-import os, sys
+import mmap, os, sys
 wanted, output, inputs = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 os.makedirs(output)
-buffer = memoryview(bytearray(8 << 20))
+buffer = memoryview(mmap.mmap(-1, 8 << 20))  # begins on a page, where the copy is fastest
 for path in sorted(inputs, key=lambda path: "optim" not in path):
     target = open(os.path.join(output, os.path.basename(path)), "wb", buffering=0)
     with open(path, "rb", buffering=0) as source:

@@ -45,11 +45,20 @@ class GrownTensors:
         copies them, ``reset`` gives zeros.
         """
         tensor = self.plan.tensors[name]
+        reset = state != "weight" and self.plan.recipe.optimizer == "reset"
+        if name in self.plan.unchanged and not reset:
+            return self._unchanged(tensor.source, state, bounds)
         if state == "weight":
             return self._weight(tensor, bounds)
-        if self.plan.recipe.optimizer == "reset":
+        if reset:
             return torch.zeros([stop - start for start, stop in bounds])
         return self._moment(tensor, state, bounds)
+
+    def _unchanged(self, source: str, state: State, bounds: Bounds) -> torch.Tensor:
+        """The part of a source tensor itself: what all the arithmetic below comes to where nothing grows."""
+        rows, *columns = (slice(*part) for part in bounds)
+        found = self._source.read(source, state, rows)[(slice(None), *columns)]
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
         spec = tensor.target

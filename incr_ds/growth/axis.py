@@ -23,6 +23,7 @@ padding with zeros once every writer's mean over the positions is 0, which Layer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -70,10 +71,21 @@ class AxisGrowth:
         """True when nothing changes."""
         return self.index == tuple(range(self.old)) and set(self.amplitude) == {1.0}
 
+    @property
+    def keeps_tensors(self) -> bool:
+        """True when nothing changes in the tensors that have this axis, nor in their gradients."""
+        factors = {*self.share, *self.gradient, self.kappa}
+        return self.is_identity and factors == {1.0} and not self.centred
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """``index`` as an array."""
+        return np.array(self.index, dtype=np.int64)
+
     def value(self, use: AxisUse) -> Vector:
         """Factor of a weight along this axis, per new position; 0 at fresh positions, which are filled apart."""
-        s, w = np.array(self.amplitude), np.array(self.share)
-        fresh = np.array(self.index) == FRESH
+        s, w = self._amplitudes, self._shares
+        fresh = self.positions == FRESH
         safe = np.where(s == 0, 1.0, s)
         vectors: dict[str, Vector] = {
             "out": s,
@@ -90,8 +102,8 @@ class AxisGrowth:
 
     def gradient_factor(self, use: AxisUse) -> Vector:
         """Factor of the gradient (so of exp_avg) along this axis; squared it is exp_avg_sq's."""
-        s, written = np.array(self.amplitude), np.array(self.gradient)
-        fresh = np.array(self.index) == FRESH
+        s, written = self._amplitudes, self._gradients
+        fresh = self.positions == FRESH
         vectors: dict[str, Vector] = {
             "out": written,
             "in": np.ones(self.new),
@@ -104,6 +116,18 @@ class AxisGrowth:
             "lookup": np.ones(self.new),
         }
         return np.where(fresh, 0.0, vectors[use])
+
+    @cached_property
+    def _amplitudes(self) -> Vector:
+        return np.array(self.amplitude, dtype=np.float64)
+
+    @cached_property
+    def _shares(self) -> Vector:
+        return np.array(self.share, dtype=np.float64)
+
+    @cached_property
+    def _gradients(self) -> Vector:
+        return np.array(self.gradient, dtype=np.float64)
 
 
 def identity(axis: str, size: int) -> AxisGrowth:

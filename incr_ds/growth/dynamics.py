@@ -19,5 +19,6 @@ def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[st
     found = {}
     for name, tensor in plan.tensors.items():
         before = earlier.get(tensor.source, UNCHANGED)
-        found[name] = plan.nearest_dynamics(name).after(before) if mode == "exact" else before
+        grows = mode == "exact" and name not in plan.unchanged
+        found[name] = plan.nearest_dynamics(name).after(before) if grows else before
     return {name: own for name, own in found.items() if own != UNCHANGED}

@@ -65,6 +65,12 @@ class GrowthPlan:
         """One entry per stored target tensor, by name."""
         return {spec.name: self._tensor(spec) for spec in self.target.stored}
 
+    @cached_property
+    def unchanged(self) -> frozenset[str]:
+        """The target tensors that are a source tensor element for element, their moments too."""
+        kept = {name for name, axis in self.axes.items() if axis.keeps_tensors}
+        return frozenset(name for name, plan in self.tensors.items() if self._is_unchanged(plan, kept))
+
     @property
     def exact(self) -> bool:
         """True when the target computes the source's function."""
@@ -87,7 +93,7 @@ class GrowthPlan:
         found, begin = [], 0
         for part in spec.dims[dimension].parts:
             axes = [self._axis(spec, name) for name in part]
-            index = reduce(_spread, axes[1:], np.array(axes[0].index))
+            index = reduce(_spread, axes[1:], axes[0].positions)
             found.append(np.where(index == FRESH, FRESH, index + begin))
             begin += int(np.prod([axis.old for axis in axes]))
         return np.concatenate(found)
@@ -125,7 +131,7 @@ class GrowthPlan:
 
         def others(axis: AxisGrowth) -> Vector:
             chosen = (axis.fresh_in if reads else axis.fresh_out) == fill
-            kept: Vector = 1.0 - ((np.array(axis.index) == FRESH) & chosen)
+            kept: Vector = 1.0 - ((axis.positions == FRESH) & chosen)
             return kept
 
         found: np.ndarray = self._products(spec, dimension, others) == 0.0
@@ -206,6 +212,12 @@ class GrowthPlan:
         mix = self._mix(spec) if start == "copy" else ()
         return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start), mix=mix)
 
+    def _is_unchanged(self, plan: TensorPlan, kept: set[str]) -> bool:
+        spec = plan.target
+        copied = plan.start == "copy" and not plan.mix and not plan.new_layer and plan.scale == plan.gradient == 1.0
+        upcycled = self.experts is not None and spec.expert is not None
+        return copied and not upcycled and all(kept.issuperset(dimension.named_axes) for dimension in spec.dims)
+
     def _mix(self, spec: TensorSpec) -> tuple[tuple[str, float], ...]:
         if self.recipe.fitted is None or not self.recipe.fitted.layers or spec.layer is None:
             return ()
@@ -269,7 +281,7 @@ def _product(outer: Vector, inner: Vector) -> Vector:
 
 def _spread(outer: np.ndarray, inner: AxisGrowth) -> np.ndarray:
     """Positions of a product of two axes, FRESH where either is."""
-    index = np.array(inner.index)
+    index = inner.positions
     spread = outer[:, None] * inner.old + index[None, :]
     fresh = (outer == FRESH)[:, None] | (index == FRESH)[None, :]
     return np.where(fresh, FRESH, spread).reshape(-1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
@@ -76,15 +77,25 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
     wrong = 0
     for first in range(0, flat.shape[0], rows):
         stop = min(first + rows, flat.shape[0])
-        master = rank.shards.read(parameter, "weight", first, stop).to(saved.dtype)
-        if not torch.equal(master, saved[first:stop]):
-            wrong += int((master != saved[first:stop]).sum())
+        master = rank.shards.read(parameter, "weight", first, stop)
+        if not _rounds_to(master, saved[first:stop]):
+            wrong += int((master.to(saved.dtype) != saved[first:stop]).sum())
     if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
         raise CheckpointError(
             f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "
             f"differ from the saved {saved.dtype} weight. Shards were swapped, damaged, or mixed from two checkpoints."
         )
+
+
+def _rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether ``masters``, cast, are the saved weights. torch compares 16-bit numbers one by one, numpy their bits many at a
+    time: five times as fast. Equal bits are equal numbers unless they are NaN, and a sum shows whether any is."""
+    rounded = masters.to(saved.dtype)
+    if saved.dtype.itemsize == 2 and not masters.sum().isnan():
+        if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
+            return True
+    return torch.equal(rounded, saved)
 
 
 def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:
@@ -101,7 +112,7 @@ def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, n
     for first in range(0, spec.shape[0], rows):
         part = slice(first, first + rows)
         saved = exported.read(name, "weight", part)
-        if not torch.equal(checkpoint.read(name, "weight", part).to(saved.dtype), saved):
+        if not _rounds_to(checkpoint.read(name, "weight", part), saved):
             raise CheckpointError(
                 f"{exported.facts.path}: {name}: the weights exported there are not the fp32 masters in "
                 f"{checkpoint.facts.path.name}. Shards were swapped or damaged, or the two are of different steps."

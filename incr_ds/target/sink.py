@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 Label = tuple[str, str]  # a tensor and one of its states
+_SMALL = 64 << 10  # bytes that are gathered, so that headers and small tensors cost no system call each
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Sink:
     """Appends bytes to a new file and keeps their size and xxh3, of the whole and of each tensor in it."""
 
     def __init__(self, path: Path) -> None:
-        self._stream = open(path, "wb", buffering=0)
+        self._stream = open(path, "wb", buffering=_SMALL)
         self._digest = xxhash.xxh3_128()
         self._extents: list[_Extent] = []
         self.position = 0
@@ -42,9 +43,7 @@ class Sink:
         self._digest.update(data)
         if label is not None:
             self._extent(label, data)
-        left = memoryview(data)
-        while len(left):
-            left = left[self._stream.write(left) :]
+        self._stream.write(data)
         self.position += len(data)
 
     @property

@@ -15,13 +15,15 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from incr_ds.errors import CheckpointError, IncrError
 from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
+
+Record = Callable[[str, Mapping[str, Any]], None]
 
 
 class Workspace:
@@ -51,11 +53,17 @@ class Workspace:
             if path.is_file() and str(path.relative_to(self.folder)) not in self.done:
                 path.unlink()
 
-    def record(self, path: str, digest: Mapping[str, Any]) -> None:
-        """Note a file that is flushed to disk. A note that a crash loses costs the work on that file again, no more."""
-        with open(self._journal, "a", encoding="utf-8") as journal:
-            journal.write(_line(path, digest))
-        self.done[path] = digest
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Yield record(path, digest), which notes a file that is flushed to disk. A note that a crash loses costs the work on
+        that file again, no more."""
+        with open(self._journal, "a", buffering=1, encoding="utf-8") as journal:
+
+            def record(path: str, digest: Mapping[str, Any]) -> None:
+                journal.write(_line(path, digest))
+                self.done[path] = digest
+
+            yield record
 
     def publish(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Write the manifest and make the folder visible under its name, in place of a checkpoint that is there."""

@@ -1,0 +1,100 @@
+"""What tools/grow_checkpoint.py does and says, once its options are understood."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+from torch import Tensor
+
+from incr_ds.advice import FILE as ADVICE_FILE
+from incr_ds.command import USER_MISTAKE, console, print_json, progress_bar
+from incr_ds.crew import Crew, agree
+from incr_ds.errors import IncrError
+from incr_ds.grow import GrowthRequest, PlannedGrowth, grow_checkpoint, plan_request
+from incr_ds.integrity import open_described
+from incr_ds.launched import join_crew
+from incr_ds.source import open_source
+from incr_ds.suggest import parse_count, parse_layout, suggest_targets
+from incr_ds.tables import growth_table, suggestion_table
+from incr_ds.verify import compare, data_batches, random_batches, usual_length
+
+SAMPLES = 8  # of which an inexact growth's loss is measured
+
+
+def print_suggestions(
+    source: Path, parameters: str, layout: str, tag: str | None, config: Path | None, trust: bool, json: bool
+) -> None:
+    """What ``source`` could grow to, with about so many parameters."""
+    opened = open_described(source, tag, config, trust=trust)
+    found = suggest_targets(opened.architecture, parse_count(parameters), parse_layout(layout))
+    if json:
+        print_json({"suggestions": [asdict(item) for item in found]})
+    else:
+        console.print(suggestion_table(found))
+
+
+def grow(request: GrowthRequest, data: Path | None, plan_only: bool, json: bool) -> None:
+    """Plan ``request`` and, unless ``plan_only``, do it: by all processes together, if there are more than one."""
+    with join_crew() as crew:
+        try:
+            _grow(request, crew, data, plan_only, json)
+        except IncrError:
+            if crew.rank:
+                sys.exit(USER_MISTAKE)  # the first process says it, once
+            raise
+
+
+def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool, json: bool) -> None:
+    planned = agree(crew, lambda: plan_request(request))
+    quiet = json or crew.rank > 0
+    if json and plan_only and not crew.rank:
+        typer.echo(planned.plan.to_json())
+    if not quiet:
+        console.print(f"source: {planned.source.facts.kind}, {request.source}")
+        console.print(growth_table(planned))
+        for note in planned.notes:
+            console.print(f"note: {note}")
+    if plan_only:
+        return
+    length = usual_length(planned.source)
+    texts = agree(crew, lambda: data_batches(data, SAMPLES, length) if data else None)  # before anything is written
+    with progress_bar(quiet=quiet) as progress:
+        facts = grow_checkpoint(planned, progress, crew)
+    if not quiet:
+        console.print(f"published {request.output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
+        if (request.output / ADVICE_FILE).is_file():
+            advice = request.output / ADVICE_FILE
+            console.print(f"for training: {advice}, a fragment that launchers/pretrain.py takes (--config)")
+    measured = {} if planned.plan.exact or crew.rank else _step_0(planned, texts)
+    if measured and not quiet:
+        console.print(_described(measured, data))
+    if json and not crew.rank:
+        print_json({**facts, "step_0": measured})
+
+
+def _step_0(planned: PlannedGrowth, texts: list[Tensor] | None) -> dict[str, Any]:
+    """Loss before and after an inexact growth, if both models fit into the memory budget; else how much they need."""
+    source, target = planned.source.architecture, planned.plan.target
+    needed = 4 * (source.num_parameters + target.num_parameters)
+    if needed > planned.request.memory_budget:
+        return {"needed_bytes": needed}
+    batches = texts or random_batches(source.sizes["vocab"], SAMPLES, usual_length(planned.source))
+    return asdict(compare(planned.source, open_source(planned.request.output), batches))
+
+
+def _described(measured: dict[str, Any], data: Path | None) -> str:
+    if "needed_bytes" in measured:
+        return (
+            f"loss at step 0: not measured; both models in memory need {measured['needed_bytes']:,} bytes, more than "
+            "--memory-budget. tools/verify_checkpoint.py OUTPUT --against SOURCE measures it."
+        )
+    change = measured["target_loss"] - measured["source_loss"]
+    where = f"of {data}" if data else "drawn at random (--data names a data set)"
+    return (
+        f"loss at step 0: {measured['source_loss']:.4f} (source) to {measured['target_loss']:.4f}, {change:+.4f}, over "
+        f"{measured['tokens']} tokens {where}"
+    )
