@@ -39,12 +39,14 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
     @functools.wraps(function)
     def program() -> None:
-        gc.freeze()  # what was imported stays; looking through all of torch once more at the end takes half a second
+        gc.freeze()  # what is imported and planned stays; to look through it all once more at the end takes half a second
         try:
             app()
         except IncrError as error:
             errors.print(f"error: {error}", markup=False)
             sys.exit(USER_MISTAKE)
+        finally:
+            gc.freeze()
 
     return program
 

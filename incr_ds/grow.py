@@ -222,7 +222,7 @@ def _run_jobs(
     Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
     files, inputs, checks = _own_share(planned, space, crew)
-    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording() as record:
+    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording():
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
         checking = [pool.submit(_check_source, planned.source, report)] if checks else []
@@ -243,7 +243,7 @@ def _run_jobs(
                 flushed[waiting] = (writing[job], result)
                 waiting.add_done_callback(finished.put)
             elif job in flushed:
-                record(*flushed[job])
+                space.record(*flushed[job])
                 report("writing", len(space.done), total)
         ratio = measuring[0].result() if measuring else None
         return {path: job.result() for path, job in hashing.items()}, ratio

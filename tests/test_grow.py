@@ -364,9 +364,8 @@ def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_pa
 
 
 def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path):
-    from grow_checkpoint import _described, _step_0
-
     from incr_ds.grow import GrowthRequest, plan_request
+    from incr_ds.grow_command import _described, _step_0
 
     path = recipe(width={"hidden": "random"}, optimizer="reset", layout={"format": "huggingface"})
     planned = plan_request(GrowthRequest(source["huggingface"], path, tmp_path / "out", memory_budget=1000))

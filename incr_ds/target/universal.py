@@ -76,11 +76,15 @@ class StateFile(_ArchiveFile):
     tensor: WholeParameter
     state: State
 
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The one tensor."""
+        return (parameter_tensor(self.tensor.blocks, self.tensor.shape, self.state, torch.float32),)
+
     def content(self) -> Any:
         """The whole tensor as ``param``, and what tensor ranks do with it: ``cat_dim`` is the dimension that they cut,
         ``param_n_sub_params`` how many parts of it they cut each, ``vocab_tensor`` that they pad its rows."""
-        whole = self.tensor
-        tensor = parameter_tensor(whole.blocks, whole.shape, self.state, torch.float32)
+        (tensor,), whole = self.tensors, self.tensor
         if self.target.bare_states:
             return tensor
         content: dict[str, Any] = {"param": tensor}

@@ -15,15 +15,13 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from incr_ds.errors import CheckpointError, IncrError
 from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
-
-Record = Callable[[str, Mapping[str, Any]], None]
 
 
 class Workspace:
@@ -38,6 +36,7 @@ class Workspace:
         self.final = final
         self.folder = final.with_name(f".{final.name}.incomplete-plan-{key}")
         self._journal = self.folder.with_name(self.folder.name + (f".{writer}.jsonl" if writer else ".jsonl"))
+        self._notes: TextIO
         self.done: dict[str, Mapping[str, Any]] = dict(done or {})
 
     def open(self) -> None:
@@ -54,16 +53,15 @@ class Workspace:
                 path.unlink()
 
     @contextmanager
-    def recording(self) -> Iterator[Record]:
-        """Yield record(path, digest), which notes a file that is flushed to disk. A note that a crash loses costs the work on
-        that file again, no more."""
-        with open(self._journal, "a", buffering=1, encoding="utf-8") as journal:
+    def recording(self) -> Iterator[None]:
+        """Keep the journal open in this block, for ``record``."""
+        with open(self._journal, "a", buffering=1, encoding="utf-8") as self._notes:
+            yield
 
-            def record(path: str, digest: Mapping[str, Any]) -> None:
-                journal.write(_line(path, digest))
-                self.done[path] = digest
-
-            yield record
+    def record(self, path: str, digest: Mapping[str, Any]) -> None:
+        """Note a file that is flushed to disk. A note that a crash loses costs the work on that file again, no more."""
+        self._notes.write(_line(path, digest))
+        self.done[path] = digest
 
     def publish(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Write the manifest and make the folder visible under its name, in place of a checkpoint that is there."""

@@ -14,8 +14,8 @@ def write(space, name, content):
     path = space.folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    with space.recording() as record:
-        record(name, {"bytes": len(content), "xxh3": hash_file(path)})
+    with space.recording():
+        space.record(name, {"bytes": len(content), "xxh3": hash_file(path)})
 
 
 def publish(final, content=b"one", **options):
