@@ -11,6 +11,7 @@ PACKAGE = ROOT / "incr_ds"
 # From the ground up. `command` and `tables` serve command lines; `export` is the second offline story.
 ORDER = [
     "errors",
+    "reading",
     "crew",
     "launched",
     "command",
@@ -28,6 +29,7 @@ ORDER = [
     "suggest",
     "difference",
     "tables",
+    "grow_command",
     "kernels",
     "losses",
     "bench",

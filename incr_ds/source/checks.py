@@ -78,7 +78,7 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
     for first in range(0, flat.shape[0], rows):
         stop = min(first + rows, flat.shape[0])
         master = rank.shards.read(parameter, "weight", first, stop)
-        if not _rounds_to(master, saved[first:stop]):
+        if not rounds_to(master, saved[first:stop]):
             wrong += int((master.to(saved.dtype) != saved[first:stop]).sum())
     if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
@@ -88,7 +88,7 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
         )
 
 
-def _rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
+def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
     """Whether ``masters``, cast, are the saved weights. torch compares 16-bit numbers one by one, numpy their bits many at a
     time: five times as fast. Equal bits are equal numbers unless they are NaN, and a sum shows whether any is."""
     rounded = masters.to(saved.dtype)
@@ -112,7 +112,7 @@ def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, n
     for first in range(0, spec.shape[0], rows):
         part = slice(first, first + rows)
         saved = exported.read(name, "weight", part)
-        if not _rounds_to(checkpoint.read(name, "weight", part), saved):
+        if not rounds_to(checkpoint.read(name, "weight", part), saved):
             raise CheckpointError(
                 f"{exported.facts.path}: {name}: the weights exported there are not the fp32 masters in "
                 f"{checkpoint.facts.path.name}. Shards were swapped or damaged, or the two are of different steps."

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incr_ds.arch.family import families
+from incr_ds.arch.logical import STATES
 from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.counter import choices, normals, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
@@ -268,3 +269,34 @@ def test_per_layer_fields_follow_the_layer_map():
     architecture = small_architecture("qwen3", layer_types=kinds, use_sliding_window=True, sliding_window=16)
     plan = plan_growth(architecture, recipe_of(target={"num_hidden_layers": 5}))
     assert plan.target.config["layer_types"] == [kinds[layer] for layer in (0, 0, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("optimizer", ["exact", "keep", "reset-new", "reset"])
+@pytest.mark.parametrize("family", sorted(families()))
+def test_unchanged_tensors_are_what_the_arithmetic_gives(family, optimizer):
+    """A growth of the FFN and of the depth leaves norms, attention and embeddings of old layers as they are."""
+    architecture = small_architecture(family)
+    source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
+    target = renamed(family, {"intermediate_size": 331, "num_hidden_layers": 5})
+    grown = grown_tensors(source, recipe_of(target=target, optimizer=optimizer, depth={"new": "copy"}))
+    unchanged, tensors = grown.plan.unchanged, grown.plan.tensors
+    old = {name for name, tensor in tensors.items() if not tensor.new_layer}
+    assert unchanged <= old and any(tensor.new_layer for tensor in tensors.values())
+    assert not any("ffn" in dim.named_axes for name in unchanged for dim in tensors[name].target.dims)
+    assert len(unchanged) > len(old) / 2
+    calculated = grown_tensors(source, grown.plan.recipe)
+    vars(calculated.plan)["unchanged"] = frozenset()
+    for name in tensors:
+        for state in STATES:
+            assert torch.equal(whole(grown, name, state), whole(calculated, name, state)), (name, state)
+
+
+def test_where_nothing_grows_all_is_unchanged():
+    architecture = small_architecture("llama")
+    plan = plan_growth(architecture, recipe_of(target={}))
+    assert plan.unchanged == set(plan.tensors)
+    halved = plan_growth(
+        architecture, recipe_of(target={"num_hidden_layers": 6}, depth={"method": "stack", "new": "halved"})
+    )
+    writers = {name for name, tensor in halved.tensors.items() if tensor.scale != 1.0}
+    assert writers and not writers & halved.unchanged

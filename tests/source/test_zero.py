@@ -10,6 +10,7 @@ from writers import write_cases
 
 from incr_ds.errors import CheckpointError
 from incr_ds.source import open_source
+from incr_ds.source.checks import rounds_to
 from incr_ds.testing.processes import run_processes
 
 # A matrix that has a twin of its shape, and a norm.
@@ -337,3 +338,17 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
     rewrite(path, lambda content: content["frozen_param_fragments"].clear())
     with pytest.raises(CheckpointError, match=r"zero_pp_rank_2.*: no share of the frozen parameter"):
         open_source(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_masters_are_compared_as_numbers(dtype):
+    """Minus zero is zero, and NaN is not what it was saved as: a diverged model is not grown in silence."""
+    masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    masters[0, :2] = torch.tensor([0.0, float("inf")])
+    saved = masters.to(dtype)
+    assert rounds_to(masters, saved) and rounds_to(masters.T, saved.T)
+    assert not rounds_to(masters, saved.roll(1))
+    saved[0, 0] = -0.0
+    assert rounds_to(masters, saved)
+    masters[1, 1] = saved[1, 1] = float("nan")
+    assert not rounds_to(masters, saved)
