@@ -18,8 +18,10 @@ def parse_bytes(text: str) -> int:
     unit = text.strip()[len(number) :].strip().upper() or "B"
     try:
         return int(float(number) * MEMORY_UNITS[unit])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{text!r}: expected a size such as 2GiB, 500MB or a number of bytes.") from error
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ConfigError(
+            f"--memory-budget: {text!r}: expected a size such as 2GiB, 500MB or a number of bytes."
+        ) from error
 
 
 def anonymous_bytes() -> int:

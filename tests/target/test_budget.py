@@ -15,9 +15,11 @@ def test_sizes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "2TB", "GiB", "-"])
+@pytest.mark.parametrize("text", ["", "much", "2TB", "GiB", "-", "inf", "1e400", "nan"])
 def test_what_is_no_size(text):
-    with pytest.raises(ConfigError, match=r"expected a size such as 2GiB, 500MB or a number of bytes"):
+    with pytest.raises(
+        ConfigError, match=rf"^--memory-budget: {text!r}: expected a size such as 2GiB, 500MB or a number of bytes"
+    ):
         parse_bytes(text)
 
 
