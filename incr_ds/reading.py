@@ -13,7 +13,7 @@ def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
     """A file's content, or ``length`` bytes of it from ``offset``, in order. Each block is valid until the next is asked for.
 
     The buffer begins on a page. One that ``bytearray`` makes begins 16 bytes behind one, and where source and target of a
-    copy lie so in their pages, the kernel's copy takes four times as long on AMD Zen processors (see docs/DECISIONS.md).
+    copy lie so in their pages, the kernel's copy took four times as long on an AMD EPYC (see docs/DECISIONS.md).
     """
     buffer = memoryview(mmap.mmap(-1, _BLOCK))
     left = path.stat().st_size - offset if length is None else length
