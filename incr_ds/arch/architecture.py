@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -15,6 +14,7 @@ from typing import Any
 from incr_ds.arch.family import Family, TensorDeclaration, family_of
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
+from incr_ds.reading import read_json
 
 # A plan holds every position of an axis and names every tensor; beyond these a config is damaged, or a number a slip.
 _MOST = {"layers": 1 << 14, "experts": 1 << 12}
@@ -103,18 +103,11 @@ class Architecture:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a Hugging Face config.json; ConfigError if it is missing or not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). The architecture comes from the Hugging Face config.json in "
-            "the checkpoint folder; copy it there or name one with --config FILE."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
+    hint = (
+        ". The architecture comes from the Hugging Face config.json in the checkpoint folder; copy it there or name one with "
+        "--config FILE."
+    )
+    return read_json(path, ConfigError, hint)
 
 
 def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from incr_ds.config.fields import Settings, parse_settings
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import LARGE, read_json
 
 FILE = "optimizer_groups.json"
 _DIGITS = 14  # of a multiplier: rounding in its last bits must not make two groups of one
@@ -71,14 +72,8 @@ def read_dynamics(folder: Path) -> Mapping[str, Dynamics]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); expected the JSON that a growth wrote. Copy it from there, or remove it to "
-            "train every tensor alike."
-        ) from error
-    groups = parse_settings(content, _Content, str(path)).groups
+    hint = "; expected the JSON that a growth wrote. Copy it from there, or remove it to train every tensor alike."
+    groups = parse_settings(read_json(path, CheckpointError, hint, LARGE), _Content, str(path)).groups
     return {name: Dynamics(group.lr, group.eps, group.weight_decay) for group in groups for name in group.tensors}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import CheckpointFacts, State, check_shapes
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import LARGE, read_json
+from incr_ds.source.contents import tensors
 from incr_ds.source.progress import tokens_seen
 from incr_ds.source.unpickle import load_pt
 
@@ -93,7 +94,7 @@ class _Pickled:
     """A .bin file with the interface of an open safetensors file."""
 
     def __init__(self, path: Path, trust: bool) -> None:
-        self._tensors = load_pt(path, trust=trust)
+        self._tensors = tensors(load_pt(path, trust=trust), path)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -120,13 +121,13 @@ def _tensor_files(contents: Path, trust: bool) -> Mapping[str, Path]:
 
 
 def _indexed_files(index: Path, trust: bool) -> Mapping[str, Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards (no weight_map): {error}") from error
+    weight_map = read_json(index, CheckpointError, most=LARGE).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{index}: not an index of shards: weight_map: expected an object, found {weight_map!r:.80}."
+        )
     files = {}
-    for name, file in items:
+    for name, file in weight_map.items():
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: {name}: {str(file)[:80]!r} is not a plain file name; refused.")
         files[name] = index.with_name(file)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from incr_ds.errors import CheckpointError
+from incr_ds.reading import LARGE, read_json
 
 _NOTED = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
@@ -24,14 +27,13 @@ def tokens_seen(model: Mapping[str, object], folder: Path) -> dict[str, int]:
         model.get("tokens"),
         _trainer_tokens(folder),
     ]
-    known = [int(count) for count in noted if isinstance(count, int | float) and count > 0]
+    known = [int(count) for count in noted if isinstance(count, int | float) and 0 < count < math.inf]
     return {"tokens": known[0]} if known else {}
 
 
 def _trainer_tokens(folder: Path) -> Any:
     path = folder / "trainer_state.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it decides nothing
+    try:  # transformers writes NaN into its log
+        return read_json(path, CheckpointError, most=LARGE, finite=False).get("num_input_tokens_seen")
+    except CheckpointError:  # it decides nothing
         return None
-    return content.get("num_input_tokens_seen") if isinstance(content, dict) else None

@@ -17,10 +17,10 @@ from typing import Any
 import xxhash
 
 from incr_ds.errors import CheckpointError
-from incr_ds.reading import file_blocks
+from incr_ds.reading import LARGE, file_blocks, parse_json, read_text
+from incr_ds.target.manifest import VERSION, check_manifest
 
 MANIFEST = "manifest.json"
-VERSION = 2
 _PACKAGES = ("incr_ds", "torch", "numpy", "safetensors", "transformers", "deepspeed")
 Check = Callable[[Path, Mapping[str, Any]], str]
 
@@ -149,26 +149,24 @@ def write_atomically(path: Path, text: str) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder; CheckpointError if there is none, it is not one, or it was changed."""
     path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except OSError as error:
-        raise CheckpointError(f"{path}: missing; the folder was not published by incr_ds, or is incomplete.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("manifest_version") != VERSION or "files" not in content:
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; the folder was not published by incr_ds, or is incomplete.")
+    text = read_text(path, CheckpointError, most=LARGE)
+    content = parse_json(text, CheckpointError, str(path))
+    if not isinstance(content, dict) or content.get("manifest_version") != VERSION:
         raise CheckpointError(f"{path}: not a manifest of version {VERSION}.")
     if text != _manifest_text(
         {key: value for key, value in content.items() if key not in ("manifest_version", "checksum")}
     ):
         raise CheckpointError(f"{path}: its own checksum does not fit its content: the manifest was changed.")
+    check_manifest(content, path)
     return content
 
 
 def _manifest_text(content: Mapping[str, Any]) -> str:
     """Canonical: the same content is the same text, and any other text is another content."""
     content = {"manifest_version": VERSION, **content}
-    checksum = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    checksum = xxhash.xxh3_128(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
     return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True) + "\n"
 
 

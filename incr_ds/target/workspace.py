@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from incr_ds.errors import CheckpointError, IncrError
+from incr_ds.reading import LARGE, read_text
 from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
+from incr_ds.target.manifest import JournalEntry, journal_entry
 
 
 class Workspace:
@@ -84,13 +86,12 @@ class Workspace:
             if path != self.folder and path not in self._journals():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _entries(self) -> Iterator[dict[str, Any]]:
+    def _entries(self) -> Iterator[JournalEntry]:
         for journal in self._journals():
-            for line in journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except ValueError:
+            for line in read_text(journal, CheckpointError, most=LARGE).splitlines():
+                if (entry := journal_entry(line)) is None:
                     break  # the line that the crash cut off
+                yield entry
 
     def _journals(self) -> list[Path]:
         """The journals of every process that wrote here."""
@@ -100,7 +101,7 @@ class Workspace:
         for journal in self._journals():
             journal.unlink(missing_ok=True)
 
-    def _is_intact(self, entry: Mapping[str, Any]) -> bool:
+    def _is_intact(self, entry: JournalEntry) -> bool:
         path, digest = self.folder / entry["path"], entry["digest"]
         return path.is_file() and path.stat().st_size == digest["bytes"] and hash_file(path) == str(digest["xxh3"])
 

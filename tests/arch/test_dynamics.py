@@ -16,7 +16,7 @@ def test_the_file_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("{", CheckpointError, "optimizer_groups.json: cannot be read.*or remove it"),
+        ("{", CheckpointError, "optimizer_groups.json: not valid JSON.*or remove it"),
         (
             '{"version": 1, "groups": [{"lr": 0.0, "eps": 1.0, "weight_decay": 1.0, "tensors": ["a"]}]}',
             ConfigError,

@@ -107,7 +107,7 @@ def test_index_naming_a_tensor_that_its_shard_lacks(written):
 def test_index_that_is_none(written):
     folder, _ = written()
     (folder / INDEX).write_text("[]")
-    with pytest.raises(CheckpointError, match=r"not an index of shards \(no weight_map\)"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: expected a JSON object, found list"):
         open_source(folder)
 
 
