@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,19 @@ class Stub:
         return int(self.arguments[0])
 
 
-def _inert_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """The types that are read as stubs, as torch.serialization.safe_globals takes them."""
-    return [(Stub, name) for name in INERT_TYPES]
+Allowed = Sequence[
+    Callable[..., Any] | tuple[Callable[..., Any], str]
+]  # as torch.serialization.safe_globals takes them
+
+
+def stubs_alone() -> AbstractContextManager[None]:
+    """Inside, torch.load allows the stubs and nothing else."""
+    return _only([(Stub, name) for name in INERT_TYPES])
 
 
 @contextmanager
-def stubs_alone() -> Iterator[None]:
-    """Inside, torch.load allows the stubs and nothing else.
+def _only(allowed: Allowed) -> Iterator[None]:
+    """Inside, torch.load allows these types and nothing else.
 
     Its list belongs to the whole process, and other packages add to it: megatron-core allows numpy's own functions, which
     would then run instead of their stubs.
@@ -62,7 +67,7 @@ def stubs_alone() -> Iterator[None]:
     with _LIST:
         others = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(_inert_types())
+        torch.serialization.add_safe_globals(list(allowed))
         try:
             yield
         finally:
@@ -77,13 +82,33 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
     missing, damaged, or refers to any other global; ``trust`` unpickles without that limit, which runs whatever code
     the file's author put there.
     """
+    _check_before_loading(path)
+    with _named_failures(path), stubs_alone():
+        return torch.serialization.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+
+
+def load_pt_of(path: Path, types: Allowed) -> Any:
+    """Load a .pt file into memory, with objects of ``types`` in it as they are and of no others.
+
+    For a library that needs its own objects back. Fails as ``load_pt`` does.
+    """
+    _check_before_loading(path)
+    with _named_failures(path), _only(types):
+        return torch.serialization.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_before_loading(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
     check_outline(path)
     _check_own_name(path)
+
+
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Inside, what torch.load raises becomes a CheckpointError that says what is wrong with the file."""
     try:
-        with stubs_alone():
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+        yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
     except Exception as error:  # a damaged pickle raises anything

@@ -229,8 +229,8 @@ class OptimizerFile:
             for index, group in enumerate(groups)
         ]
         state = {
+            # No clip_grad: DeepSpeed's loader would take it over the threshold of the engine that loads.
             "overflow": False,
-            "clip_grad": 0.0,
             "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},
             "single_partition_of_fp32_groups": masters,
             "zero_stage": self.target.layout.zero_stage,

@@ -45,7 +45,7 @@ class SavingEngine(Protocol):
         """Every rank writes its files below folder/tag."""
         ...
 
-    def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Load folder/tag and return its client_state."""
         ...
 
@@ -82,7 +82,8 @@ def save_checkpoint(
     with ExitStack() as stack:
         facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
         folder = on_rank_zero(lambda: stack.enter_context(publish(_vacated(final), KIND, facts)))
-        on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed")
+        remedy = "Nothing was published; check space and permissions."
+        on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed", remedy)
         on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, dynamics))
         on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
     on_rank_zero(lambda: _prune(run, final))
@@ -103,7 +104,7 @@ def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: 
     check_layout_matches(folder, facts["layout"], run)
     _check_same_run(folder, facts, run, data)
     _check_same_groups(folder, facts, run)
-    client_state = engine.load(folder, facts["tag"], load_optimizer=True)
+    client_state = engine.load(folder, facts["tag"])
     return TrainingState(
         position=Position(**client_state["position"]),
         evaluated_step=client_state["evaluated_step"],

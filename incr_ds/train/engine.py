@@ -27,8 +27,10 @@ from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.deepspeed_config import deepspeed_config
 from incr_ds.train.distributed import initialize_distributed
+from incr_ds.train.loading import check_files, own_settings, safe_loading
 from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.optimizer import adapt_steps, build_adamw
+from incr_ds.train.ranks import on_every_rank
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -108,7 +110,7 @@ class TrainingEngine:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
         self._shards, self._trained = model.shards, trained
-        self._groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
+        self._multipliers = [group["multipliers"]["lr"] for group in engine.optimizer.param_groups]
 
     @property
     def data_parallel_rank(self) -> int:
@@ -139,8 +141,8 @@ class TrainingEngine:
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
-        for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = learning_rate * values["multipliers"]["lr"]
+        for group, multiplier in zip(self._engine.optimizer.param_groups, self._multipliers, strict=True):
+            group["lr"] = learning_rate * multiplier
         skipped_before = self._engine.skipped_steps
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
@@ -160,21 +162,24 @@ class TrainingEngine:
         """Write DeepSpeed's checkpoint files into folder/tag; no ``latest`` file is written."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
 
-    def load(self, folder: Path, tag: str, *, load_optimizer: bool = True) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Continue from folder/tag, written with this run's layout; returns its client_state.
 
-        The run file's betas, eps and weight decay stay in force, and the multipliers that the engine was built with, which
-        must be the checkpoint's. Raises CheckpointError if there is nothing to load, LayoutError if the checkpoint has
-        another layout.
+        Weights, masters, moments and step counts are the checkpoint's. The run file's clipping threshold, betas, eps and
+        weight decay stay in force, and the multipliers that the engine was built with, which must be the checkpoint's.
+        Raises CheckpointError if there is nothing to load or a file holds more than DeepSpeed writes, LayoutError if the
+        checkpoint has another layout.
         """
         check_checkpoint_layout(folder / tag, self._run.layout)
-        path, client_state = self._engine.load_checkpoint(
-            str(folder), tag=tag, load_optimizer_states=load_optimizer, load_lr_scheduler_states=False
+        on_every_rank(
+            lambda: check_files(folder / tag, dist.get_rank(), dist.get_world_size()),
+            f"{folder / tag}: not loaded: refused",
+            "Nothing was loaded.",
         )
+        with safe_loading(), own_settings(self._engine.optimizer):
+            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint to load")
-        for group, values in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            group.update(values)
         adapt_steps(self._engine.optimizer.optimizer, self._run)
         return dict(client_state)
 
@@ -232,11 +237,6 @@ def _keep_masters(
     parameters = dict(model.module.named_parameters())
     for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    # All of them: an AdamW of another implementation, which wrote a checkpoint, lacks some.
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _check_zero_stage(run: RunSettings) -> None:

@@ -240,7 +240,7 @@ def load_state(
         changed = f"; changed settings: {', '.join(changes)}" if changes else ""
         return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
     if start.checkpoint is not None:
-        engine.load(start.checkpoint, str(start.tag), load_optimizer=True)
+        engine.load(start.checkpoint, str(start.tag))
     if start.weights is not None and start.with_moments:
         weights = start.weights
         on_rank_zero(lambda: sum(1 for _ in weights.self_check()))

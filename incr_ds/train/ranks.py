@@ -6,12 +6,12 @@ Without a process group there is one rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from incr_ds.errors import CheckpointError
+from incr_ds.errors import CheckpointError, IncrError
 
 Result = TypeVar("Result")
 
@@ -47,11 +47,16 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def on_every_rank(work: Callable[[], None], what: str) -> None:
-    """Run ``work`` on all ranks; if it fails on any, raise CheckpointError on all, naming ranks and reasons."""
-    reason = None
+def on_every_rank(work: Callable[[], Result], what: str, remedy: str) -> Result:
+    """Run ``work`` on all ranks and return its result; if it fails on any, raise CheckpointError on all.
+
+    The message is ``what``, the ranks with their reasons, and ``remedy``.
+    """
+    reason, result = None, None
     try:
-        work()
+        result = work()
+    except IncrError as error:
+        reason = str(error)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     reasons = [reason]
@@ -60,4 +65,5 @@ def on_every_rank(work: Callable[[], None], what: str) -> None:
         dist.all_gather_object(reasons, reason)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
     if failed:
-        raise CheckpointError(f"{what} on {'; '.join(failed)}. Nothing was published; check space and permissions.")
+        raise CheckpointError(f"{what} on {'; '.join(failed)}. {remedy}")
+    return cast(Result, result)

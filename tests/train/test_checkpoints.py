@@ -35,7 +35,7 @@ class FileEngine:
         if self.fails:
             raise OSError(28, "No space left on device")
 
-    def load(self, folder, tag, *, load_optimizer=True):
+    def load(self, folder, tag):
         self.value = load_file(folder / tag / "value.safetensors")["value"].item()
         return json.loads((folder / tag / "client.json").read_text())
 

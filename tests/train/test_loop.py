@@ -47,7 +47,7 @@ class OneNumber:
         (folder / tag).mkdir()
         (folder / tag / "state.json").write_text(json.dumps([self.number, client_state]))
 
-    def load(self, folder, tag, *, load_optimizer=True):
+    def load(self, folder, tag):
         self.number, client_state = json.loads((folder / tag / "state.json").read_text())
         return client_state
 

@@ -1,0 +1,70 @@
+"""Loading through DeepSpeed: what it opens passes the safe loader, and its settings stay those of the run file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.universal_checkpoint import SubparamShape
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from incr_ds.source.unpickle import load_pt, load_pt_of
+
+# What DeepSpeed itself pickles into its files, all of it plain data: numbers, names and shapes.
+DEEPSPEED_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, SubparamShape)
+
+# Settings that DeepSpeed's loaders copy from an optimizer file into the optimizer.
+RUN_FILE_RULES = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "custom_loss_scaler", "external_loss_scale")
+
+
+def check_files(folder: Path, rank: int, num_ranks: int) -> None:
+    """CheckpointError if a .pt file of a tag's folder holds more than DeepSpeed writes, or is damaged.
+
+    Each rank looks at its share of the files, so that all ranks may hear of a bad one before DeepSpeed's loader, which waits
+    for every rank, has begun. No tensor is read.
+    """
+    for path in sorted(folder.glob("*.pt"))[rank::num_ranks]:
+        load_pt(path)
+
+
+@contextmanager
+def safe_loading() -> Iterator[None]:
+    """Inside, whatever DeepSpeed loads passes the safe loader: nothing in a file runs, tensors stay within their records.
+
+    DeepSpeed calls torch.load(weights_only=False) in every loader that it has (its checkpoint engines, ZeRO-3's own files,
+    universal folders), so the function itself is replaced for as long as DeepSpeed loads: no place can be forgotten.
+    """
+    unsafe = torch.load
+
+    def load(f: Any, map_location: Any = None, **_: Any) -> Any:
+        return load_pt_of(Path(os.fspath(f)), DEEPSPEED_TYPES)
+
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = unsafe
+
+
+@contextmanager
+def own_settings(optimizer: Any) -> Iterator[None]:
+    """Inside, DeepSpeed may load into ``optimizer`` (its ZeRO optimizer); afterwards its settings are those it had before.
+
+    Tensors and step counts stay as loaded. Settings are the clipping threshold, the loss scale, and every hyperparameter of
+    the parameter groups (learning rate, betas, eps, weight decay, and whatever else a group holds).
+    """
+    settings = {name: getattr(optimizer, name) for name in RUN_FILE_RULES if hasattr(optimizer, name)}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for name, value in settings.items():
+        setattr(optimizer, name, value)
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        for key in set(group) - {"params"} - set(values):
+            del group[key]
+        group.update(values)
