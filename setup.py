@@ -15,6 +15,7 @@ REQUIRES = [
     "typer",
     "rich",
     "xxhash",
+    "psutil",
     "isal",
     "megatron-core==0.16.1",
     "matplotlib",

@@ -13,13 +13,17 @@ import yaml
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import IncrError
+from incr_ds.launch.preflight import check_model, check_run, check_world_size
+from incr_ds.launch.stopping import STOPPED, StopRequest, launchers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Config = Annotated[
     list[Path], typer.Option(help="Run file; see ds_configs/runs. Repeatable: later files win, section by section.")
 ]
 Override = Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file; repeatable.")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved settings and end.")]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Check the run, print the resolved settings and end.")
+]
 NoResume = Annotated[bool, typer.Option("--no-resume", help="Refuse to continue a run that has checkpoints.")]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by the deepspeed launcher.")]
 
@@ -32,18 +36,27 @@ def main(
     no_resume: NoResume = False,
     local_rank: LocalRank = -1,
 ) -> None:
-    """Train a run to its last step; started again, it goes on from its newest complete checkpoint."""
+    """Train a run to its last step; started again, it goes on from its newest complete checkpoint.
+
+    Ends with 0 when the run is done, 75 when it was stopped and can be started again, 2 when something in the run file or in
+    what it names has to be changed first.
+    """
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     try:
-        run = load_settings(config, RunSettings, override)
-        if print_config:
-            typer.echo(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), nl=False)
-            return
-        from incr_ds.train.loop import pretrain
+        with StopRequest(launchers(local_rank >= 0)) as stop:
+            run = load_settings(config, RunSettings, override)
+            if print_config:
+                check_model(run)
+                typer.echo(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), nl=False)
+                return
+            check_world_size(run.layout)
+            check_run(run)
+            from incr_ds.train.loop import pretrain
 
-        pretrain(run, resume=not no_resume)
-    except IncrError as error:
+            if pretrain(run, resume=not no_resume, stop=stop).stopped:
+                raise typer.Exit(STOPPED)
+    except (IncrError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             typer.echo(f"pretrain: {error}", err=True)
         sys.stderr.flush()

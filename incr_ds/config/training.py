@@ -146,8 +146,21 @@ class CheckpointSettings(Settings):
     keep_last: int = Field(default=2, ge=0)
 
 
+class DivergenceSettings(Settings):
+    """When a run counts as diverged and ends with an error.
+
+    After ``max_skipped_steps`` steps in a row whose gradients were not finite; or once the cross entropy, averaged over about
+    ten steps, has been more than ``max_loss_rise`` nats above its lowest for ``rise_steps`` steps in a row, or is so at the last
+    step (null: never).
+    """
+
+    max_skipped_steps: int = Field(default=10, ge=1)
+    max_loss_rise: float | None = Field(default=2.0, gt=0.0)
+    rise_steps: int = Field(default=20, ge=1)
+
+
 class RunSettings(Settings):
-    """A training run."""
+    """A training run. ``peak_flops`` is what one device can do in a second, for ``mfu``; null takes the GPU's data sheet."""
 
     output: str
     seed: int = 0
@@ -162,7 +175,9 @@ class RunSettings(Settings):
     evaluation: EvaluationSettings | None = None
     checkpoint: CheckpointSettings
     distillation: DistillationSettings | None = None
+    divergence: DivergenceSettings = DivergenceSettings()
     deepspeed: str | None = None
+    peak_flops: float | None = Field(default=None, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
 

@@ -10,11 +10,9 @@ A run that finds the workspace of an interrupted run with its own key goes on wh
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any, TextIO
 from incr_ds.errors import CheckpointError, IncrError
 from incr_ds.reading import LARGE, read_text
 from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
+from incr_ds.target.lock import locked
 from incr_ds.target.manifest import JournalEntry, journal_entry
 
 
@@ -115,7 +114,7 @@ def open_workspace(final: Path, key: str, *, overwrite: bool = False) -> Iterato
     another run writes it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final):
+    with locked(final):
         _restore(final)
         refuse_existing(final, overwrite=overwrite)
         workspace = Workspace(final, key)
@@ -127,29 +126,6 @@ def open_workspace(final: Path, key: str, *, overwrite: bool = False) -> Iterato
         except IncrError:
             workspace.discard()
             raise
-
-
-@contextmanager
-def _locked(final: Path) -> Iterator[None]:
-    path = final.with_name(f".{final.name}.lock")
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode() or "another process"
-            os.close(descriptor)
-            raise CheckpointError(f"{final}: {holder} is writing it; wait for it, or name another output.") from error
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
-        os.close(descriptor)  # the run before removed this file after we opened it
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
-    finally:
-        path.unlink()
-        os.close(descriptor)
 
 
 def _replaced(final: Path) -> Path:

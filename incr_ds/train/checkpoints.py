@@ -12,6 +12,7 @@ All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoi
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -25,17 +26,19 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
 from incr_ds.arch.dynamics import Dynamics, dynamics_text
 from incr_ds.config.training import RunSettings
-from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.errors import CheckpointError
 from incr_ds.grow import TOKENIZER_FILES
 from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
 from incr_ds.target.huggingface import config_text
+from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
 from incr_ds.train.ranks import on_every_rank, on_rank_zero
+from incr_ds.train.resuming import check_continues
 
 KIND = "deepspeed training checkpoint"
 FOLDER = "checkpoints"
-# Settings that decide which parameter groups the optimizer's state has, and what they are in checkpoints that lack them.
-GROUPING: Mapping[str, Any] = {"optimizer.multipliers": "checkpoint", "model.freeze": []}
+_STEP = re.compile(r"step_(\d{8,})")
+_SET_ASIDE = re.compile(r"(?:damaged|diverged)_step_(\d{8,})\.\d+")
 
 
 class SavingEngine(Protocol):
@@ -61,6 +64,7 @@ class TrainingState:
     evaluated_step: int
     data: Mapping[str, str]
     settings: Mapping[str, Any]
+    health: Health = Health()
 
 
 def save_checkpoint(
@@ -98,45 +102,20 @@ def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None
     return on_rank_zero(lambda: _newest_complete(run, say))
 
 
-def load_checkpoint(engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str]) -> TrainingState:
-    """Load the run's own checkpoint; refuse one of another layout, data, seed or batch."""
+def load_checkpoint(
+    engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture
+) -> TrainingState:
+    """Load the run's own checkpoint; refuse one that ``run``, its ``data`` (fingerprints) and model do not continue."""
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
-    check_layout_matches(folder, facts["layout"], run)
-    _check_same_run(folder, facts, run, data)
-    _check_same_groups(folder, facts, run)
+    on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture))
     client_state = engine.load(folder, facts["tag"])
     return TrainingState(
         position=Position(**client_state["position"]),
         evaluated_step=client_state["evaluated_step"],
         data=client_state["data"],
         settings=client_state["settings"],
+        health=Health(**client_state.get("health", {})),
     )
-
-
-def check_layout_matches(folder: Path, found: Mapping[str, int], run: RunSettings) -> None:
-    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
-    wanted = run.layout.model_dump()
-    different = [
-        f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
-    ]
-    if different:
-        raise LayoutError(
-            f"{folder}: laid out for {', '.join(different)}; optimizer state fits its own layout only. Run with that "
-            "layout, grow the checkpoint into this one (tools/grow_checkpoint.py, key layout), or start from its weights "
-            "alone: model.initialize_from with model.load_optimizer: false."
-        )
-
-
-def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Lines ``key: old -> new`` for every setting that differs."""
-    lines = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += changed_settings(before, after, f"{path}{key}.")
-        elif before != after:
-            lines.append(f"{path}{key}: {before} -> {after}")
-    return lines
 
 
 def step_folder(run: RunSettings, step: int) -> Path:
@@ -144,14 +123,57 @@ def step_folder(run: RunSettings, step: int) -> Path:
     return Path(run.output) / FOLDER / f"step_{step:08d}"
 
 
+def remove_unfinished(run: RunSettings) -> None:
+    """Remove what killed runs left of checkpoints that they were writing. Only for who holds the run's lock."""
+    for left in (Path(run.output) / FOLDER).glob(".step_*.incomplete-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside_diverged(run: RunSettings) -> Path | None:
+    """Rename the checkpoints that were saved since the run was last healthy, so that it does not resume from them.
+
+    Returns the newest healthy one, or None.
+    """
+    for folder in _step_folders(run):
+        health = _health(folder)
+        if health is not None and health.is_good:
+            return folder
+        if health is not None:
+            _set_aside(folder, "diverged")
+    return None
+
+
 def _vacated(final: Path) -> Path:
-    """``final``, free to be published: an earlier, damaged folder of that step is kept under another name."""
+    """``final``, free to be published: an earlier, damaged folder of that step is kept under another name.
+
+    CheckpointError if the one that is there is whole: this run did not write it.
+    """
     if final.exists():
-        number = 1
-        while (aside := final.with_name(f"damaged_{final.name}.{number}")).exists():
-            number += 1
-        final.rename(aside)
+        try:
+            verify_manifest(final)
+        except CheckpointError:
+            _set_aside(final, "damaged")
+        else:
+            raise CheckpointError(
+                f"{final}: exists and is whole, and this run did not write it; another run has the same output. Name another "
+                "output, or move that checkpoint away."
+            )
     return final
+
+
+def _set_aside(folder: Path, why: str) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{why}_{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def _health(folder: Path) -> Health | None:
+    """The run's health when it saved a checkpoint; None if the folder has no manifest that says so."""
+    try:
+        return Health(**read_manifest(folder)["facts"].get("health", {}))
+    except CheckpointError:
+        return None
 
 
 def _write_companions(
@@ -169,7 +191,10 @@ def _write_companions(
 
 
 def _step_folders(run: RunSettings) -> list[Path]:
-    return sorted((Path(run.output) / FOLDER).glob("step_*"), reverse=True)
+    """The run's checkpoints, newest first; a copy that somebody made (step_00000020.bak) is not one of them."""
+    found = {path: _STEP.fullmatch(path.name) for path in (Path(run.output) / FOLDER).glob("step_*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
@@ -191,45 +216,25 @@ def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | Non
 
 
 def _prune(run: RunSettings, newest: Path) -> None:
-    if run.checkpoint.keep_last:
-        # A later folder can only be a damaged one that resuming skipped; it must not push out a whole one.
-        complete = [item for item in _step_folders(run) if (item / MANIFEST).is_file() and item.name <= newest.name]
-        for folder in complete[run.checkpoint.keep_last :]:
+    """Delete what ``keep_last`` does not keep; the newest healthy checkpoint stays in any case."""
+    if not run.checkpoint.keep_last:
+        return
+    # A later folder can only be a damaged one that resuming skipped; it must not push out a whole one.
+    later = {folder for folder in _step_folders(run) if folder.name > newest.name}
+    complete = [folder for folder in _step_folders(run) if folder not in later and (folder / MANIFEST).is_file()]
+    kept = complete[: run.checkpoint.keep_last]
+    healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
+    for folder in complete:
+        if folder not in (*kept, healthy):
             # The manifest goes first: a folder that is half deleted must not look complete.
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
+    _prune_set_aside(newest.parent, healthy or kept[-1])
 
 
-def _check_same_run(folder: Path, facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str]) -> None:
-    old, new = facts["settings"], run.model_dump(mode="json")
-    problems = [f"data {name}: changed since" for name in data if facts["data"].get(name) not in (None, data[name])]
-    problems += [f"data {name}: not part of it" for name in data if name not in facts["data"]]
-    for key in ("seed", "batch.sequence_length", "batch.global_batch_size", "data.train", "data.start_sample"):
-        before, after = _at(old, key), _at(new, key)
-        if before != after:
-            problems.append(f"{key}: {before} there, {after} in this run file")
-    if problems:
-        raise ConfigError(
-            f"{folder}: resuming would not continue the same order of tokens:\n  " + "\n  ".join(problems) + "\n"
-            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
-        )
-
-
-def _check_same_groups(folder: Path, facts: Mapping[str, Any], run: RunSettings) -> None:
-    """The optimizer's state is laid out by parameter group, so what forms the groups must be as it was."""
-    old, new = facts["settings"], run.model_dump(mode="json")
-    changed = {key: (_at(old, key, missing), _at(new, key)) for key, missing in GROUPING.items()}
-    problems = [f"{key}: {old} there, {new} in this run file" for key, (old, new) in changed.items() if old != new]
-    if problems:
-        raise ConfigError(
-            f"{folder}: its optimizer state is that of other parameter groups:\n  " + "\n  ".join(problems) + "\n"
-            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
-        )
-
-
-def _at(settings: Mapping[str, Any], key: str, missing: Any = None) -> Any:
-    """The value of a dotted key; ``missing`` where a checkpoint is older than the key."""
-    value: Any = settings
-    for name in key.split("."):
-        value = value.get(name, missing)
-    return value
+def _prune_set_aside(folder: Path, oldest: Path) -> None:
+    """Delete what was set aside before the ``oldest`` checkpoint that is kept: nobody has asked for it since."""
+    for path in folder.iterdir():
+        match = _SET_ASIDE.fullmatch(path.name)
+        if match and f"step_{match[1]}" < oldest.name:
+            shutil.rmtree(path)

@@ -13,35 +13,34 @@ from deepspeed.accelerator import get_accelerator
 
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError
+from incr_ds.launch.preflight import check_world_size
 
 
 def initialize_distributed(layout: ParallelLayout) -> torch.device:
     """Join the processes that a launcher started (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    Returns this process's device. Raises ConfigError unless there are exactly ``layout.world_size`` processes.
+    Returns this process's device. Raises ConfigError unless there are exactly ``layout.world_size`` processes, or if they cannot
+    meet.
     """
     check_world_size(layout)
     _quiet()
     device = _device()
     if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        try:
+            deepspeed.init_distributed(verbose=False)
+        except dist.DistNetworkError as error:
+            raise ConfigError(_cannot_meet(str(error))) from error
     return device
 
 
-def check_world_size(layout: ParallelLayout) -> None:
-    """Raise ConfigError unless the launcher started ``layout.world_size`` processes."""
-    started = os.environ.get("WORLD_SIZE")
-    if started is None:
-        raise ConfigError(
-            "no WORLD_SIZE in the environment: start training with a launcher, for instance "
-            f"deepspeed --num_gpus {layout.world_size} launchers/pretrain.py --config RUN.yaml"
+def _cannot_meet(reason: str) -> str:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in reason or "address already in use" in reason:
+        return (
+            f"{where}: another process, perhaps another run, has this port; give each run its own: deepspeed --master_port PORT "
+            "(Slurm: MASTER_PORT)."
         )
-    if int(started) != layout.world_size:
-        raise ConfigError(
-            f"layout: tensor_parallel {layout.tensor_parallel} x pipeline_parallel {layout.pipeline_parallel} x "
-            f"data_parallel {layout.data_parallel} needs {layout.world_size} processes, but {started} were started; "
-            "start that many, or change data_parallel"
-        )
+    return f"the processes could not meet at {where}: {reason.splitlines()[0]}"
 
 
 def _quiet() -> None:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from incr_ds.arch.architecture import check_context
 from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.data.fingerprint import describe
 from incr_ds.train.corpus import tokens_per_byte
-from incr_ds.train.data import check_data_files, check_vocabulary, open_held_out_data
+from incr_ds.train.data import open_held_out_data
 from incr_ds.verify import load_model
 
 
@@ -49,10 +50,10 @@ def evaluate_checkpoint(
     Raises ConfigError for missing data, too few samples, and tokens outside the model's vocabulary.
     """
     check_context(checkpoint.architecture, sequence_length, str(checkpoint.facts.path))
-    check_data_files(prefix)
-    check_vocabulary(prefix, checkpoint.architecture.sizes["vocab"])
+    content = describe(prefix)
+    content.check_tokens(checkpoint.architecture.sizes["vocab"])
     with tempfile.TemporaryDirectory() as cache:
-        data = open_held_out_data(prefix, sequence_length, Path(cache), samples)
+        data = open_held_out_data(content, sequence_length, Path(cache), samples)
         model, total = load_model(checkpoint, dtype), 0.0
         with torch.no_grad():
             for number in range(samples):

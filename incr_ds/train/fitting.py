@@ -35,7 +35,7 @@ from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
 from incr_ds.train.batches import Batch
 from incr_ds.train.data import Samples, batches, held_out_batches
-from incr_ds.train.loop import open_data
+from incr_ds.train.inputs import open_data
 from incr_ds.train.optimizer import build_adamw
 from incr_ds.train.schedule import learning_rate
 

@@ -5,67 +5,57 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from incr_ds.arch.architecture import Architecture, check_context
+from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.integrity import open_described
+from incr_ds.target.lock import locked
 from incr_ds.train.checkpoints import (
     TrainingState,
-    changed_settings,
     load_checkpoint,
     newest_complete,
+    remove_unfinished,
     save_checkpoint,
+    set_aside_diverged,
 )
-from incr_ds.train.data import (
-    Samples,
-    batches,
-    check_vocabulary,
-    data_fingerprint,
-    held_out_batches,
-    open_held_out_data,
-    open_training_data,
-)
+from incr_ds.train.data import batches, held_out_batches
 from incr_ds.train.engine import StepResult, TrainingEngine, build_engine, initialize_distributed
 from incr_ds.train.evaluation import bits_per_byte
 from incr_ds.train.flops import Peak, device_peak, forward_flops_per_token, training_flops_per_token
+from incr_ds.train.health import Health, after_step, divergence
+from incr_ds.train.inputs import Data, open_data
 from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
-from incr_ds.train.ranks import is_first_rank, on_rank_zero
+from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
+from incr_ds.train.resuming import changed_settings
 from incr_ds.train.schedule import distillation_weight, learning_rate, temperature
-from incr_ds.train.signals import StopSignals
 from incr_ds.train.start import Start, find_start
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 class DivergedError(IncrError):
-    """The loss is not a number any more."""
+    """The run does not learn any more: its loss is not a number or rose, or its gradients are not finite."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: where it stands, its newest checkpoint, and whether a signal stopped it."""
+    """How a run ended: where it stands, its newest checkpoint (None: stopped before the first step), and whether it was
+    stopped before its last step."""
 
     position: Position
-    checkpoint: Path
+    checkpoint: Path | None
     stopped: bool
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads: training and held-out samples, and the fingerprint of every data set by its prefix."""
-
-    train: Samples
-    held_out: Samples | None
-    fingerprints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ class Costs:
 
     student: int
     teacher: int
-    peak: Peak
+    peak: Peak | None
 
 
 @dataclass(frozen=True)
@@ -90,58 +80,102 @@ class Job:
     dynamics: Mapping[str, Dynamics]
 
 
-def pretrain(run: RunSettings, *, resume: bool = True) -> Outcome:
+class Stop(Protocol):
+    """A request to stop that this process received, by signal or otherwise."""
+
+    @property
+    def reason(self) -> str | None:
+        """What asked for it; None while nothing has."""
+        ...
+
+    def join(self) -> None:
+        """From here on the ranks decide together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Running:
+    """Nothing asks this run to stop."""
+
+    reason: str | None = None
+
+    def join(self) -> None:
+        """Nothing to prepare."""
+
+
+def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None) -> Outcome:
     """Train ``run`` to its last step, from its newest complete checkpoint if it has one.
 
-    With ``resume`` false, a run that already has checkpoints is refused. SIGTERM or SIGUSR1 saves after the current
-    step and returns. Raises IncrError for what the user can mend.
+    With ``resume`` false, a run that already has checkpoints is refused. ``stop`` is looked at between steps: when a rank has a
+    reason, all save and return. Only one run may write an output at a time. Raises IncrError for what the user can mend.
     """
-    with StopSignals() as signals:
-        initialize_distributed(run.layout)
-        start = find_start(run)
-        teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
+    stop = stop or Running()
+    initialize_distributed(run.layout)
+    stop.join()
+    start = find_start(run)
+    teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
+    with ExitStack() as stack:
+        on_rank_zero(lambda: stack.enter_context(locked(Path(run.output))))
+        on_rank_zero(lambda: remove_unfinished(run))
         data = open_data(run, start.architecture)
         newest = newest_complete(run, print)
         if newest is not None and not resume:
             raise ConfigError(f"--no-resume: {newest} exists; remove it, or name another output.")
-        dynamics = start.dynamics if newest is None else read_dynamics(newest)
-        weights = start.weights if newest is None else None
-        engine = build_engine(run, start.architecture, weights, teacher, dynamics)
-        try:
-            state, account = load_state(engine, run, start, newest, data)
-            with open_monitor(run, None if newest is None else state.position.step) as monitor:
-                costs = _costs(run, start.architecture, teacher)
-                job = Job(run, start.architecture, engine, data, costs, monitor, dynamics)
-                _say_start(job, account)
-                return train(job, state, newest, signals)
-        finally:
-            engine.close()
+        return _train_from(run, start, teacher, newest, data, stop)
 
 
-def train(job: Job, state: TrainingState, newest: Path | None, signals: StopSignals) -> Outcome:
-    """Steps, evaluations and checkpoints from ``state`` to the last step or a signal; ``newest`` holds ``state``."""
-    run, stopped, saved = job.run, False, -1
+def _train_from(
+    run: RunSettings, start: Start, teacher: LogicalCheckpoint | None, newest: Path | None, data: Data, stop: Stop
+) -> Outcome:
+    dynamics = start.dynamics if newest is None else read_dynamics(newest)
+    weights = start.weights if newest is None else None
+    engine = build_engine(run, start.architecture, weights, teacher, dynamics)
+    try:
+        state, account = load_state(engine, run, start, newest, data)
+        with open_monitor(run, None if newest is None else state.position.step) as monitor:
+            costs = _costs(run, start.architecture, teacher)
+            job = Job(run, start.architecture, engine, data, costs, monitor, dynamics)
+            _say_start(job, account)
+            outcome = train(job, state, newest, stop)
+        together()  # no rank ends, which a launcher takes for the end of all, before the first has closed its files
+        return outcome
+    finally:
+        engine.close()
+
+
+def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Outcome:
+    """Steps, evaluations and checkpoints from ``state`` to the last step or a stop; ``newest`` holds ``state``.
+
+    While the loss is too high, or steps are skipped, no checkpoint is due: the next one is saved when the run is healthy again.
+    """
+    run, last = job.run, job.run.schedule.train_steps
     feed, watch = _feed(job, state.position), Stopwatch(state.position.tokens)
-    state = evaluate_if_due(job, state)
-    while state.position.step < run.schedule.train_steps and not stopped:
-        state = replace(state, position=train_step(job, state.position, feed, watch))
+    stopped, due, saved = any_rank(bool(stop.reason)), False, -1
+    if not stopped:
         state = evaluate_if_due(job, state)
-        stopped = signals.agreed()
+    while state.position.step < last and not stopped:
+        state = train_step(job, state, feed, watch)
+        stopped = any_rank(bool(stop.reason))
+        if not stopped:
+            state = evaluate_if_due(job, state)
+            stopped = any_rank(bool(stop.reason))
         step = state.position.step
-        if stopped or step == run.schedule.train_steps or step % run.checkpoint.interval == 0:
-            newest, saved = save_checkpoint(job.engine, run, job.architecture, state, job.dynamics), step
+        due = due or step == last or step % run.checkpoint.interval == 0
+        if stopped or (due and (state.health.is_good or step == last)):
+            newest, saved, due = save_checkpoint(job.engine, run, job.architecture, state, job.dynamics), step, False
             job.monitor.say(f"saved {newest}")
+        elif due and step % run.checkpoint.interval == 0:
+            job.monitor.say(f"step {step}: not saved, because the run is not healthy: {_condition(state)}")
         if step in (state.evaluated_step, saved):
             watch.restart(state.position.tokens)
-    if newest is None:
-        raise AssertionError("a run of at least one step ends with a checkpoint")
-    _say_end(job, state.position, newest, stopped)
+    stopped = stopped and state.position.step < last
+    _say_end(job, state.position, newest, stop.reason or "another rank's request" if stopped else None)
     return Outcome(state.position, newest, stopped)
 
 
-def train_step(job: Job, before: Position, feed: Batches, watch: Stopwatch) -> Position:
-    """Take one optimizer step and log it if it is due; DivergedError if its loss is not finite."""
-    run = job.run
+def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) -> TrainingState:
+    """Take one optimizer step and log it if it is due; DivergedError if the run must not go on after it."""
+    run, before = job.run, state.position
     rate = learning_rate(run.schedule, before.step)
     alpha = distillation_weight(run.distillation, before.step)
     heat = temperature(run.distillation, before.step)
@@ -156,10 +190,9 @@ def train_step(job: Job, before: Position, feed: Batches, watch: Stopwatch) -> P
         tokens=before.tokens + tokens,
         flops=before.flops + flops,
     )
-    _check_finite(result, after.step, rate)
+    health = after_step(state.health, result.ce, result.skipped, run.divergence)
     if after.step == 1 or after.step == run.schedule.train_steps or after.step % run.log_interval == 0:
         seconds, speed = watch.lap(after.tokens)
-        mfu = speed * flops / tokens / (job.costs.peak.flops_per_second * run.layout.world_size)
         job.monitor.record(
             after,
             TrainRow(
@@ -172,11 +205,12 @@ def train_step(job: Job, before: Position, feed: Batches, watch: Stopwatch) -> P
                 gradient_norm=result.gradient_norm,
                 skipped=result.skipped,
                 tokens_per_second=speed,
-                mfu=mfu,
+                mfu=_mfu(job, speed * flops / tokens),
                 seconds=seconds,
             ),
         )
-    return after
+    _check_healthy(job, health, result, after.step, rate)
+    return replace(state, position=after, health=health)
 
 
 def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
@@ -200,34 +234,6 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     return replace(state, evaluated_step=step)
 
 
-def open_data(run: RunSettings, architecture: Architecture) -> Data:
-    """Open the run's data on every rank; rank 0 first, which checks it and builds the shuffled indices.
-
-    Raises ConfigError for missing or damaged files, too few held-out samples, and tokens outside the vocabulary.
-    """
-
-    def opened(builds_index: bool) -> tuple[Samples, Samples | None]:
-        cache, length = Path(run.output) / "data_index", run.batch.sequence_length
-        size = run.data.start_sample + run.schedule.train_steps * run.batch.global_batch_size
-        trained = open_training_data(run.data.train, length, run.seed, cache, size, builds_index=builds_index)
-        if run.evaluation is None:
-            return trained, None
-        wanted = run.evaluation.samples
-        return trained, open_held_out_data(str(run.data.validation), length, cache, wanted, builds_index=builds_index)
-
-    def prepared() -> dict[str, str]:
-        prefixes = [corpus.prefix for corpus in run.data.train]
-        prefixes += [run.data.validation] if run.evaluation and run.data.validation else []
-        opened(True)
-        for prefix in prefixes:
-            check_vocabulary(prefix, architecture.sizes["vocab"])
-        return {prefix: data_fingerprint(prefix) for prefix in prefixes}
-
-    check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
-    fingerprints = on_rank_zero(prepared)
-    return Data(*opened(False), fingerprints)
-
-
 def load_state(
     engine: TrainingEngine, run: RunSettings, start: Start, newest: Path | None, data: Data
 ) -> tuple[TrainingState, str]:
@@ -235,7 +241,7 @@ def load_state(
     settings = run.model_dump(mode="json")
     fresh = TrainingState(position=Position(), evaluated_step=-1, data=data.fingerprints, settings=settings)
     if newest is not None:
-        state = load_checkpoint(engine, run, newest, data.fingerprints)
+        state = load_checkpoint(engine, run, newest, data.fingerprints, start.architecture)
         changes = changed_settings(state.settings, settings)
         changed = f"; changed settings: {', '.join(changes)}" if changes else ""
         return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
@@ -285,16 +291,35 @@ def _costs(run: RunSettings, architecture: Architecture, teacher: LogicalCheckpo
     length = run.batch.sequence_length
     taught = 0 if teacher is None else forward_flops_per_token(teacher.architecture, length)
     frozen = frozen_tensors(architecture, run.model.freeze)
-    return Costs(training_flops_per_token(architecture, length, frozen), taught, device_peak(run.precision))
+    return Costs(training_flops_per_token(architecture, length, frozen), taught, device_peak(run.peak_flops))
 
 
-def _check_finite(result: StepResult, step: int, rate: float) -> None:
+def _mfu(job: Job, flops_per_second: float) -> float | None:
+    peak = job.costs.peak
+    return None if peak is None else flops_per_second / (peak.flops_per_second * job.run.layout.world_size)
+
+
+def _check_healthy(job: Job, health: Health, result: StepResult, step: int, rate: float) -> None:
+    """DivergedError, on all ranks, if the run must not go on; what was saved since it was healthy is set aside."""
     if not math.isfinite(result.loss):
-        raise DivergedError(
-            f"step {step}: the loss is {result.loss} (ce {result.ce}, kl {result.divergence}, gradient norm "
-            f"{result.gradient_norm}, learning rate {rate:.3g}); nothing was saved after it. Lower "
-            "schedule.learning_rate or lengthen schedule.warmup_steps; the run resumes from its newest checkpoint."
-        )
+        problem: str | None = f"the loss is {result.loss} (ce {result.ce}, kl {result.divergence})"
+    else:
+        problem = divergence(health, job.run.divergence, is_last_step=step == job.run.schedule.train_steps)
+    if problem is None:
+        return
+    healthy = on_rank_zero(lambda: set_aside_diverged(job.run))
+    resumes = f"the run resumes from {healthy}" if healthy else "there is no checkpoint to resume from"
+    raise DivergedError(
+        f"step {step}: {problem}; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}. Nothing was saved after "
+        f"it. Lower schedule.learning_rate or lengthen schedule.warmup_steps; {resumes}."
+    )
+
+
+def _condition(state: TrainingState) -> str:
+    health = state.health
+    if health.risen:
+        return f"cross entropy {health.smoothed:.4g}, lowest {health.lowest:.4g}, for {health.risen} step(s)"
+    return f"the last {health.skipped} step(s) were skipped"
 
 
 def _say_start(job: Job, account: str) -> None:
@@ -316,12 +341,13 @@ def _say_start(job: Job, account: str) -> None:
             f"optimizer: {len(rates)} tensors at {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the growth "
             "asks (optimizer.multipliers: none trains all alike)"
         )
-    job.monitor.say(f"mfu is against {peak.flops_per_second / 1e9:,.0f} GFLOP/s a process ({peak.origin})")
+    if peak is not None:
+        job.monitor.say(f"mfu is against {peak.flops_per_second / 1e12:,.0f} TFLOP/s a process ({peak.origin})")
 
 
-def _say_end(job: Job, position: Position, checkpoint: Path, stopped: bool) -> None:
-    how = "stopped by a signal" if stopped else "finished"
+def _say_end(job: Job, position: Position, checkpoint: Path | None, reason: str | None) -> None:
+    how = "finished" if reason is None else f"stopped by {reason}"
     job.monitor.say(
         f"{how} after step {position.step} of {job.run.schedule.train_steps}: {position.tokens:,} tokens, "
-        f"{position.flops:.3e} FLOPs; checkpoint {checkpoint}"
+        f"{position.flops:.3e} FLOPs; {f'checkpoint {checkpoint}' if checkpoint else 'nothing to save yet'}"
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import parse_json
 from incr_ds.target.commit import write_atomically
 
 FILE = "metrics.jsonl"
@@ -28,7 +31,10 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRow:
-    """One logged step: its own loss (not an average), and speed since the last logged step."""
+    """One logged step: its own loss (not an average), and speed since the last logged step.
+
+    ``mfu`` is None where the device's peak is not known.
+    """
 
     loss: float
     ce: float
@@ -39,7 +45,7 @@ class TrainRow:
     gradient_norm: float
     skipped: bool
     tokens_per_second: float
-    mfu: float
+    mfu: float | None
     seconds: float
 
 
@@ -55,43 +61,83 @@ class EvaluationRow:
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
 KINDS: dict[type, str] = {TrainRow: "train", EvaluationRow: "evaluation"}
+# What every row has, whichever version wrote it.
+_ROW: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "tokens": (int,),
+    "flops": (float, int),
+    "loss": (float, int, type(None)),
+}
 
 
 def row(position: Position, values: TrainRow | EvaluationRow) -> dict[str, Any]:
-    """The JSON object of a line; ``kind`` is train or evaluation."""
-    return {"kind": KINDS[type(values)], **asdict(position), **asdict(values)}
+    """The JSON object of a line; ``kind`` is train or evaluation. A number that is not finite is null, as JSON has none."""
+    return _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
+
+
+def _strict(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every row of a metrics file. A last line without an end (a killed run) is not a row; other damage is an error."""
+
+    def refuse(damage: str) -> None:
+        raise CheckpointError(damage)
+
+    return list(_rows(path, refuse))
+
+
+def _rows(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file; expected the metrics of a run.")
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):  # a run was killed while it wrote this line
+                    return
+                try:
+                    yield _row(line.decode("utf-8", errors="replace"), f"{path}, line {number}")
+                except CheckpointError as error:
+                    on_damage(str(error))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected the metrics of a run.") from error
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise CheckpointError(f"{path}, line {number}: not a JSON object: {error}") from error
-    return rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    # Older files have NaN, which is not JSON.
+    content = parse_json(line, CheckpointError, where, finite=False)
+    if not isinstance(content, dict) or content.get("kind") not in KINDS.values():
+        raise CheckpointError(
+            f"{where}: not a row of metrics: expected an object whose kind is {' or '.join(KINDS.values())}."
+        )
+    for key, kinds in _ROW.items():
+        if not isinstance(value := content.get(key), kinds) or isinstance(value, bool):
+            raise CheckpointError(f"{where}: {key}: expected {kinds[0].__name__}, found {value!r}.")
+    return content
 
 
 class MetricsFile:
     """Appends rows; at opening, the rows past ``step`` are dropped, so a resumed run leaves one clean curve."""
 
-    def __init__(self, folder: Path, step: int | None) -> None:
-        """``step``: the step that the run resumes from; None for a run that starts now (every old row is dropped)."""
+    def __init__(self, folder: Path, step: int | None, say: Callable[[str], None]) -> None:
+        """``step``: the step that the run resumes from; None for a run that starts now (every old row is dropped).
+
+        Damaged lines are reported through ``say`` and dropped: they must not keep a run from resuming.
+        """
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [] if step is None else [item for item in read_metrics(self.path) if item["step"] <= step]
-            write_atomically(self.path, "".join(json.dumps(item) + "\n" for item in kept))
+            rows = [] if step is None else _rows(self.path, lambda damage: say(f"dropped a damaged line: {damage}"))
+            kept = [item for item in rows if item["step"] <= int(step or 0)]
+            write_atomically(self.path, "".join(json.dumps(_strict(item)) + "\n" for item in kept))
         self._stream = open(self.path, "a", encoding="utf-8")
 
     def append(self, content: dict[str, Any]) -> None:
         """Write one row; it is in the file when this returns."""
-        self._stream.write(json.dumps(content) + "\n")
+        self._stream.write(json.dumps(content, allow_nan=False) + "\n")
         self._stream.flush()
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -52,9 +54,9 @@ class RunMonitor:
     """metrics.jsonl always, tensorboard if wanted, a progress bar on a terminal and plain lines elsewhere."""
 
     def __init__(self, output: Path, *, resumed_step: int | None, train_steps: int, tensorboard: bool) -> None:
-        self._metrics = MetricsFile(output, resumed_step)
-        self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
         self._console = Console(soft_wrap=True, highlight=False)
+        self._metrics = MetricsFile(output, resumed_step, lambda text: self._console.print(text, markup=False))
+        self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -94,8 +96,12 @@ class RunMonitor:
             )
 
     def say(self, text: str) -> None:
-        """Show one line, above the bar if there is one."""
-        self._progress.console.print(text, markup=False)
+        """Show one line, above the bar if there is one. Whoever read it may be gone (a pipe whose reader was stopped first):
+        the run goes on to save, in silence."""
+        try:
+            self._progress.console.print(text, markup=False)
+        except BrokenPipeError:
+            sys.stdout = self._console.file = open(os.devnull, "w", encoding="utf-8")
 
 
 def _open_board(folder: Path, resumed_step: int | None) -> Any:
@@ -112,9 +118,10 @@ def _write_board(board: Any, content: dict[str, Any]) -> None:
 
 def _train_line(values: TrainRow) -> str:
     taught = f" (ce {values.ce:.4f}, kl {values.divergence:.4f}, a {values.alpha:.3f})" if values.alpha else ""
+    mfu = "" if values.mfu is None else f"  mfu {values.mfu:.1%}"
     return (
         f"loss {values.loss:.4f}{taught}  lr {values.learning_rate:.2e}  |g| {values.gradient_norm:.3f}  "
-        f"{values.tokens_per_second:,.0f} tokens/s  mfu {values.mfu:.1%}{'  SKIPPED' if values.skipped else ''}"
+        f"{values.tokens_per_second:,.0f} tokens/s{mfu}{'  SKIPPED' if values.skipped else ''}"
     )
 
 

@@ -31,6 +31,12 @@ def any_rank(condition: bool) -> bool:
     return bool(flag.item())
 
 
+def together() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def on_rank_zero(work: Callable[[], Result]) -> Result:
     """Run ``work`` on rank 0 and give its result to all ranks; an error of it is raised on all ranks."""
     if not dist.is_initialized():

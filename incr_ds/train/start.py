@@ -16,7 +16,7 @@ from incr_ds.grown import open_grown
 from incr_ds.integrity import open_described
 from incr_ds.target.commit import MANIFEST
 from incr_ds.target.placement import check_layout
-from incr_ds.train.checkpoints import check_layout_matches
+from incr_ds.train.resuming import check_layout_matches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def train_case(output, case):
     results += steps(engine, case, range(SAVED, len(SCHEDULE)))
     whole = values(engine, case)
     resumed = build_engine(run, weights.architecture, None, teacher(case))
-    load_checkpoint(resumed, run, saved, {})
+    load_checkpoint(resumed, run, saved, {}, weights.architecture)
     again = steps(resumed, case, range(SAVED, len(SCHEDULE)))
     states = sum(state["exp_avg"].numel() for state in resumed._engine.optimizer.optimizer.state.values())
     return {

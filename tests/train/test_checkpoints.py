@@ -13,13 +13,15 @@ from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.checkpoints import (
     TrainingState,
-    changed_settings,
     load_checkpoint,
     newest_complete,
     save_checkpoint,
     step_folder,
 )
 from incr_ds.train.metrics import Position
+from incr_ds.train.resuming import changed_settings
+
+MODEL = small_architecture("llama")
 
 
 class FileEngine:
@@ -59,7 +61,7 @@ def state(run, step):
 
 
 def save(run, step, value=1.5):
-    return save_checkpoint(FileEngine(value), run, small_architecture("llama"), state(run, step))
+    return save_checkpoint(FileEngine(value), run, MODEL, state(run, step))
 
 
 def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
@@ -71,7 +73,7 @@ def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
     assert (folder / "latest").read_text() == facts["tag"] == "global_step3"
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
     engine = FileEngine()
-    assert load_checkpoint(engine, run, folder, {"a": "f00"}) == state(run, 3)
+    assert load_checkpoint(engine, run, folder, {"a": "f00"}, MODEL) == state(run, 3)
     assert engine.value == 1.5
 
 
@@ -88,7 +90,7 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path):
         save(run, step)
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     with pytest.raises(CheckpointError, match="saving failed on rank 0: OSError.*No space left.*Nothing was published"):
-        save_checkpoint(FileEngine(fails=True), run, small_architecture("llama"), state(run, 4))
+        save_checkpoint(FileEngine(fails=True), run, MODEL, state(run, 4))
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 
 
@@ -117,6 +119,18 @@ def test_saving_over_a_damaged_one_keeps_it_aside_and_never_drops_the_whole_ones
     save(run, 4, value=7.0)
     assert newest_complete(run, lambda text: None) == step_folder(run, 4)
     assert (tmp_path / "checkpoints" / "damaged_step_00000004.1").is_dir()
+    save(run, 5)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_a_whole_checkpoint_of_another_run_is_not_set_aside(tmp_path):
+    run = run_settings(tmp_path)
+    save(run, 4, value=7.0)
+    with pytest.raises(CheckpointError, match="step_00000004: exists and is whole, and this run did not write it"):
+        save(run, 4, value=8.0)
+    engine = FileEngine()
+    load_checkpoint(engine, run, step_folder(run, 4), {"a": "f00"}, MODEL)
+    assert engine.value == 7.0
 
 
 def test_only_damaged_ones_are_an_error_and_not_a_new_start(tmp_path):
@@ -132,7 +146,7 @@ def test_another_layout_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(
         LayoutError, match="tensor_parallel 1 .this run: 2., data_parallel 1 .this run: 2.*load_optimizer"
     ):
-        load_checkpoint(FileEngine(), other, folder, {"a": "f00"})
+        load_checkpoint(FileEngine(), other, folder, {"a": "f00"}, MODEL)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +165,7 @@ def test_another_layout_is_refused_with_the_way_out(tmp_path):
 def test_what_would_change_the_order_of_tokens_is_refused(tmp_path, changes, data, message):
     folder = save(run_settings(tmp_path), 1)
     with pytest.raises(ConfigError, match=f"would not continue the same order of tokens:\n  {message}"):
-        load_checkpoint(FileEngine(), run_settings(tmp_path, **changes), folder, data)
+        load_checkpoint(FileEngine(), run_settings(tmp_path, **changes), folder, data, MODEL)
 
 
 def test_other_parameter_groups_are_refused(tmp_path):
@@ -159,7 +173,9 @@ def test_other_parameter_groups_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="other parameter groups:\n  optimizer.multipliers: checkpoint there, none in this run file"
     ):
-        load_checkpoint(FileEngine(), run_settings(tmp_path, optimizer={"multipliers": "none"}), folder, {"a": "f00"})
+        load_checkpoint(
+            FileEngine(), run_settings(tmp_path, optimizer={"multipliers": "none"}), folder, {"a": "f00"}, MODEL
+        )
 
 
 def test_changed_settings_are_listed_by_key():

@@ -10,7 +10,7 @@ import pytest
 
 from incr_ds.errors import ConfigError
 from incr_ds.train.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
-from incr_ds.train.data import open_indexed
+from incr_ds.train.megatron import IndexedDataset
 from incr_ds.train.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
 
 ODD_TEXT = '  def f(x):\n\treturn "</s> é漢🙂"  \n\n\n    # end\r\n\0 <s>'
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
 
 def decoded(prefix: Path, split: str) -> list[str]:
     tokenizer = open_tokenizer(Path(f"{prefix}_tokenizer"))
-    data = open_indexed(f"{prefix}_{split}_text_document")
+    data = IndexedDataset(f"{prefix}_{split}_text_document", mmap=True)
     documents = [np.asarray(data[index]).tolist() for index in range(len(data))]
     assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in documents)
     return [tokenizer.decode(ids[:-1]) for ids in documents]

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from incr_ds.config.training import BatchSettings, CorpusSettings
+from incr_ds.config.training import BatchSettings
+from incr_ds.data.fingerprint import describe
 from incr_ds.errors import ConfigError
 from incr_ds.train.data import (
     Blend,
     batches,
-    check_vocabulary,
-    data_fingerprint,
     held_out_batches,
     open_corpus,
     open_held_out_data,
@@ -43,7 +42,7 @@ def corpus_folder(tmp_path_factory):
 
 
 def corpus(folder, seed=3, name="a"):
-    return open_corpus(str(folder / name), LENGTH, seed, folder / "cache")
+    return open_corpus(describe(str(folder / name)), LENGTH, seed, folder / "cache")
 
 
 def first_column(feed, count):
@@ -98,7 +97,7 @@ def test_resuming_continues_the_order(corpus_folder):
 
 def test_order_depends_on_the_seed_and_not_on_the_cache(corpus_folder, tmp_path):
     def order(seed, cache):
-        samples = open_corpus(str(corpus_folder / "a"), LENGTH, seed, cache)
+        samples = open_corpus(describe(str(corpus_folder / "a")), LENGTH, seed, cache)
         return [samples.tokens(i)[0] for i in range(30)]
 
     assert order(3, corpus_folder / "cache") == order(3, corpus_folder / "cache") == order(3, tmp_path)
@@ -113,16 +112,13 @@ def test_a_blend_follows_the_weights_and_begins_alike_for_any_length(corpus_fold
     assert [tuple(short.tokens(i)) for i in range(40)] == [tuple(long.tokens(i)) for i in range(40)]
     from_b = [tuple(long.tokens(i)) for i in range(80) if origin[i]]
     assert from_b == [tuple(parts[1].tokens(i)) for i in range(60)]
-    settings = [
-        CorpusSettings(prefix=str(corpus_folder / "a")),
-        CorpusSettings(prefix=str(corpus_folder / "b"), weight=3.0),
-    ]
-    opened = open_training_data(settings, LENGTH, 3, corpus_folder / "cache", 80)
+    mix = [(describe(str(corpus_folder / "a")), 1.0), (describe(str(corpus_folder / "b")), 3.0)]
+    opened = open_training_data(mix, LENGTH, 3, corpus_folder / "cache", 80)
     assert [tuple(opened.tokens(i)) for i in range(80)] == [tuple(long.tokens(i)) for i in range(80)]
 
 
 def test_held_out_samples_are_the_same_for_any_ranks(corpus_folder):
-    samples = open_held_out_data(str(corpus_folder / "b"), LENGTH, corpus_folder / "cache", 12)
+    samples = open_held_out_data(describe(str(corpus_folder / "b")), LENGTH, corpus_folder / "cache", 12)
     batch = BatchSettings(sequence_length=LENGTH, micro_batch_size=2, global_batch_size=4)
     alone = first_column(held_out_batches(samples, 12, batch, 0, 1), 99)
     shared = [first for rank in range(3) for first in first_column(held_out_batches(samples, 12, batch, rank, 3), 99)]
@@ -131,44 +127,32 @@ def test_held_out_samples_are_the_same_for_any_ranks(corpus_folder):
 
 def test_too_few_held_out_samples_are_refused(corpus_folder):
     with pytest.raises(ConfigError, match="evaluation.samples 999: .*b.bin has 71 samples of sequence_length 7"):
-        open_held_out_data(str(corpus_folder / "b"), LENGTH, corpus_folder / "cache", 999)
-
-
-def test_the_fingerprint_changes_with_the_data(corpus_folder, tmp_path):
-    same, other = write_data(tmp_path / "same"), write_data(tmp_path / "other", cut=30)
-    assert data_fingerprint(same) == data_fingerprint(str(corpus_folder / "a")) != data_fingerprint(other)
-
-
-def test_a_token_outside_the_vocabulary_is_refused(corpus_folder):
-    check_vocabulary(str(corpus_folder / "a"), 500)
-    with pytest.raises(ConfigError, match="a.bin: token id 499 does not fit the model's vocab_size 499"):
-        check_vocabulary(str(corpus_folder / "a"), 499)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda p: p.with_suffix(".idx").unlink(), "x.idx: no such file"),
-        (lambda p: p.with_suffix(".idx").write_bytes(b"not an index at all"), "x.idx: not a Megatron index file"),
-        (lambda p: p.with_suffix(".idx").write_bytes(p.with_suffix(".idx").read_bytes()[:-8]), "its header describes"),
-        (lambda p: p.with_suffix(".bin").write_bytes(b"12"), "x.bin: 2 bytes, its .idx describes 1000"),
-    ],
-)
-def test_damaged_data_is_refused(tmp_path, damage, message):
-    write_data(tmp_path / "x")
-    damage(tmp_path / "x")
-    with pytest.raises(ConfigError, match=message):
-        open_corpus(str(tmp_path / "x"), LENGTH, 0, tmp_path / "cache")
+        open_held_out_data(describe(str(corpus_folder / "b")), LENGTH, corpus_folder / "cache", 999)
 
 
 def test_less_than_one_sample_is_refused(tmp_path):
     write_data(tmp_path / "tiny", count=6)
     with pytest.raises(ConfigError, match="tiny.bin: 6 tokens, less than one sample of sequence_length 7"):
-        open_corpus(str(tmp_path / "tiny"), LENGTH, 0, tmp_path / "cache")
+        open_corpus(describe(str(tmp_path / "tiny")), LENGTH, 0, tmp_path / "cache")
 
 
 def test_an_index_of_other_data_is_not_reused(tmp_path):
     prefix = write_data(tmp_path / "x")
-    open_corpus(prefix, LENGTH, 0, tmp_path / "cache")
+    open_corpus(describe(prefix), LENGTH, 0, tmp_path / "cache")
     write_data(tmp_path / "x", count=200)
-    assert open_corpus(prefix, LENGTH, 0, tmp_path / "cache").samples_per_epoch == 199 // LENGTH
+    assert open_corpus(describe(prefix), LENGTH, 0, tmp_path / "cache").samples_per_epoch == 199 // LENGTH
+
+
+def test_a_damaged_index_is_built_again(corpus_folder, tmp_path):
+    data = describe(str(corpus_folder / "a"))
+    expected = [tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(number)) for number in range(20)]
+    for pattern in ("*document_index.npy", "*sample_index.npy", "*shuffle_index.npy"):
+        (stored,) = tmp_path.rglob(pattern)
+        content = bytearray(stored.read_bytes())
+        content[-3] ^= 1  # one entry of the index
+        stored.write_bytes(content)
+        assert [tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(number)) for number in range(20)] == expected
+    stored.write_bytes(b"not an array")
+    assert tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(0)) == expected[0]
+    stored.unlink()
+    assert tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(0)) == expected[0]

@@ -13,6 +13,7 @@ import incr_ds
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
+from incr_ds.data.fingerprint import describe
 from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
@@ -94,7 +95,7 @@ def test_the_fit_lowers_the_loss_and_its_recipe_is_the_fitted_model(folder, monk
     model = load_model(incr_ds.open_source(folder / "grown"))
     losses = []
     run = load_settings(folder / "run.yaml", RunSettings)
-    samples = open_held_out_data(run.data.validation, 16, folder / "index", 16)
+    samples = open_held_out_data(describe(run.data.validation), 16, folder / "index", 16)
     with torch.no_grad():
         for input_ids, labels in held_out_batches(samples, 16, run.batch, 0, 1):
             logits = model(input_ids).logits.flatten(0, 1)

@@ -9,6 +9,7 @@ from saving_engines import train_cases
 from test_engine_layouts import Case, reference, student
 from transformers import AutoModelForCausalLM
 
+from incr_ds.arch.architecture import saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
@@ -130,7 +131,7 @@ def test_another_freeze_does_not_resume(trained):
     with pytest.raises(
         ConfigError, match=r"other parameter groups:\n  model.freeze: \['\*', .* there, \[\] in this run"
     ):
-        load_checkpoint(None, run, Path(folder), {})
+        load_checkpoint(None, run, Path(folder), {}, saved_architecture(Path(folder) / "config.json"))
 
 
 ARCHITECTURE = pico_architecture("llama", tied=True)

@@ -71,7 +71,7 @@ def load_and_train(folder, output, layout, clipping, precision="fp32", own=False
     run = run_of(output, layout, clipping, precision)
     engine = built(run)
     if own:
-        load_checkpoint(engine, run, Path(folder), {})
+        load_checkpoint(engine, run, Path(folder), {}, MODEL)
     else:
         engine.load(Path(folder), (Path(folder) / "latest").read_text())
     assert torch.load.__module__ == "torch.serialization"  # only DeepSpeed's loading had another

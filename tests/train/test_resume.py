@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 
+from incr_ds.launch.stopping import STOPPED
 from incr_ds.source import open_source
 from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
@@ -84,13 +88,13 @@ def start_ranks(*command, num_ranks=2):
     ]  # fmt: skip
 
 
-def finish(processes, timeout=200):
+def finish(processes, timeout=200, code=0):
     try:
         shown = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(shown)
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(shown)
     return shown
 
 
@@ -132,24 +136,66 @@ def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path
     assert found.loss == pytest.approx(whole[-1]["loss"], rel=1e-5)
 
 
-def test_a_signal_to_one_rank_saves_on_all_and_ends_well(material, tmp_path):
-    run_file = write_run_file(
+def endless_run(material, tmp_path):
+    return write_run_file(
         material, tmp_path, "data", schedule={"train_steps": 100000, "learning_rate": 1e-3},
         evaluation=None, distillation=None, checkpoint={"interval": 100000}, tensorboard=False,
     )  # fmt: skip
-    processes = start_ranks(LAUNCHER, "--config", run_file)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 150
+
+
+def wait_for_steps(folder, processes):
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 150
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGUSR1)
-    shown = finish(processes)
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    facts = verify_manifest(saved)["facts"]
-    last = read_metrics(metrics)[-1]
+
+
+def saved_step(folder):
+    """The step of the one checkpoint, which is that of the last row."""
+    (saved,) = (folder / "checkpoints").iterdir()
+    facts, last = verify_manifest(saved)["facts"], read_metrics(folder / "metrics.jsonl")[-1]
     assert facts["position"]["step"] == last["step"] and facts["position"]["consumed_samples"] == 4 * last["step"]
-    assert f"stopped by a signal after step {last['step']} of 100000" in shown[0]
+    return last["step"]
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_ends_with_the_code_of_a_stop(material, tmp_path):
+    processes = start_ranks(LAUNCHER, "--config", endless_run(material, tmp_path))
+    wait_for_steps(tmp_path / "run", processes)
+    processes[1].send_signal(signal.SIGUSR1)
+    shown = finish(processes, code=STOPPED)
+    step = saved_step(tmp_path / "run")
+    assert f"stopped by another rank's request after step {step} of 100000" in shown[0]
+
+
+SLOW_ENDS = (pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, *SLOW_ENDS])
+def test_the_end_of_the_deepspeed_command_saves_and_leaves_no_process(material, tmp_path, number):
+    run_file = endless_run(material, tmp_path)
+    words = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        command = subprocess.Popen(
+            [*map(str, words), LAUNCHER, "--config", run_file], env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_for_steps(tmp_path / "run", [])
+        tree = psutil.Process(command.pid).children(recursive=True)
+        assert len(tree) == 3  # the launcher and two ranks
+        command.send_signal(number)
+        command.wait(30)
+        _, alive = psutil.wait_procs(tree, timeout=30)
+        assert not alive
+    finally:
+        command.kill()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(run_file) in process.cmdline():
+                    process.kill()
+    step = saved_step(tmp_path / "run")
+    shown = (tmp_path / "log").read_text()  # whichever rank noticed it first
+    assert re.search(rf"stopped by (the end of the launcher|another rank's request) after step {step} of 100000", shown)
 
 
 def test_a_user_mistake_ends_with_2_and_one_message(material, tmp_path):

@@ -11,7 +11,8 @@ from incr_ds.config.training import RunSettings
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from incr_ds.train.engine import build_engine
-from incr_ds.train.loop import Data, load_state
+from incr_ds.train.inputs import Data
+from incr_ds.train.loop import load_state
 from incr_ds.train.metrics import Position
 from incr_ds.train.start import find_start
 
@@ -83,8 +84,9 @@ def follow(folder, model, layout, optimizer=None):
 def resume(folder, saved, model, layout):
     """Go on from the checkpoint that ``follow`` saved."""
     run = run_settings(folder, model, layout)
-    engine = build_engine(run, find_start(run).architecture, None, None, read_dynamics(Path(saved)))
-    load_checkpoint(engine, run, Path(saved), {})
+    shape = find_start(run).architecture
+    engine = build_engine(run, shape, None, None, read_dynamics(Path(saved)))
+    load_checkpoint(engine, run, Path(saved), {}, shape)
     losses = train(engine, range(BEFORE + AFTER // 2, BEFORE + AFTER))
     engine.close()
     return losses

@@ -1,0 +1,146 @@
+"""What a data set holds, found by reading all of it once: a fingerprint of its content, and its smallest and largest token.
+
+The .bin is read in chunks, so that any number of processes can share the work and get the same answer. The answer is
+recorded, and holds until a file changes: a later start compares size, times and inode of the two files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # what pydantic needs before Python 3.12
+
+from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.errors import ConfigError
+from incr_ds.reading import file_blocks
+
+CHUNK_BYTES = 1 << 26
+
+
+class _Content(TypedDict):
+    fingerprint: str
+    tokens: int
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A record's entry of one data set."""
+
+    identity: dict[str, list[int]]
+    content: _Content
+
+
+_ENTRY = TypeAdapter(_Entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set whose content is known. ``fingerprint`` is the same wherever the files lie; ``smallest`` and ``largest`` are
+    token ids, ``tokens`` their number (0 tokens: both ids are 0)."""
+
+    prefix: str
+    fingerprint: str
+    tokens: int
+    smallest: int
+    largest: int
+
+    def check_tokens(self, vocabulary_size: int) -> None:
+        """Raise ConfigError if the data holds a token id that the model has no embedding for."""
+        if self.smallest < 0:
+            raise ConfigError(
+                f"{self.prefix}.bin: token id {self.smallest} is negative; no token has such an id. Prepare the data again."
+            )
+        if self.largest >= vocabulary_size:
+            raise ConfigError(
+                f"{self.prefix}.bin: token id {self.largest} does not fit the model's vocab_size {vocabulary_size}; prepare the "
+                "data with the model's tokenizer, or give the model a larger vocabulary."
+            )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of a .bin: xxh3 of its bytes, its smallest and its largest token."""
+
+    digest: str
+    smallest: int
+    largest: int
+
+
+def num_chunks(index: IndexFile) -> int:
+    """How many chunks the .bin has."""
+    return math.ceil(index.num_tokens * index.dtype.itemsize / CHUNK_BYTES)
+
+
+def scan_chunk(index: IndexFile, number: int) -> Chunk:
+    """Read one chunk. ConfigError if the file has become shorter."""
+    path, per_chunk = Path(index.prefix + ".bin"), CHUNK_BYTES // index.dtype.itemsize
+    count = min(per_chunk, index.num_tokens - number * per_chunk)
+    tokens = np.fromfile(path, index.dtype, count, offset=number * CHUNK_BYTES)
+    if len(tokens) != count:
+        raise ConfigError(f"{path}: became shorter while it was read; prepare the data again.")
+    return Chunk(xxhash.xxh3_128_hexdigest(tokens.data), int(tokens.min()), int(tokens.max()))
+
+
+def combine(index: IndexFile, chunks: Sequence[Chunk]) -> DataSet:
+    """The data set of an index file and all chunks of its .bin, in order. ConfigError if an entry of the index is wrong."""
+    index.check()
+    digest = xxhash.xxh3_128()
+    for block in file_blocks(index.path):
+        digest.update(block)
+    for chunk in chunks:
+        digest.update(chunk.digest.encode())
+    return DataSet(
+        prefix=index.prefix,
+        fingerprint=digest.hexdigest(),
+        tokens=index.num_tokens,
+        smallest=min((chunk.smallest for chunk in chunks), default=0),
+        largest=max((chunk.largest for chunk in chunks), default=0),
+    )
+
+
+def describe(prefix: str) -> DataSet:
+    """The data set PREFIX.bin and .idx, read by this process alone. ConfigError if it is missing or damaged."""
+    index = open_index(prefix)
+    return combine(index, [scan_chunk(index, number) for number in range(num_chunks(index))])
+
+
+def identity(prefix: str) -> dict[str, list[int]]:
+    """What changes when a file of the data set is written, replaced or moved: size, times in ns, inode."""
+    states = {ending: os.stat(prefix + ending) for ending in (".bin", ".idx")}
+    return {
+        ending: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for ending, state in states.items()
+    }
+
+
+def recorded(record: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, DataSet]:
+    """The data sets that a record knows and whose files have not changed since, by prefix."""
+    found = {}
+    for prefix in prefixes:
+        try:
+            entry = _ENTRY.validate_python(record.get(os.path.abspath(prefix)))
+        except ValidationError:  # not there, or damaged: the data is read again
+            continue
+        if entry.identity == identity(prefix):
+            found[prefix] = DataSet(prefix=prefix, **entry.content)
+    return found
+
+
+def record_of(sets: Iterable[DataSet]) -> dict[str, Any]:
+    """A record of data sets, as JSON content."""
+    return {
+        os.path.abspath(found.prefix): {
+            "identity": identity(found.prefix),
+            "content": {key: value for key, value in asdict(found).items() if key != "prefix"},
+        }
+        for found in sets
+    }

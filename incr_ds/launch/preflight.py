@@ -1,0 +1,92 @@
+"""What can be known to be wrong with a run before torch is imported: answers in a second, where imports take ten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
+from incr_ds.config.fields import load_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.index_file import open_index
+from incr_ds.errors import ConfigError, IncrError
+from incr_ds.target.placement import check_layout
+
+
+def check_model(run: RunSettings) -> None:
+    """Check that the model that ``run`` names fits its layout and sequence length; ConfigError or LayoutError otherwise.
+
+    A model that is grown on load follows from a plan, which needs the source's tensors: of it, the recipe is checked.
+    """
+    if isinstance(run.model.initialize_from, GrowthStart):
+        load_settings(Path(run.model.initialize_from.recipe), GrowthRecipe)
+        return
+    architecture = _architecture(run)
+    if architecture is not None:
+        check_layout(architecture, run.layout)
+        check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
+
+
+def check_run(run: RunSettings) -> None:
+    """Check that everything that ``run`` names is there and fits together, as far as small files tell.
+
+    Raises the error that stands alone, or a ConfigError that lists all of them.
+    """
+    problems = list(_problems(run))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError("\n".join([f"{len(problems)} problems:", *(f"- {problem}" for problem in problems)]))
+
+
+def check_world_size(layout: ParallelLayout) -> None:
+    """Raise ConfigError unless the launcher started ``layout.world_size`` processes."""
+    started = os.environ.get("WORLD_SIZE")
+    if started is None:
+        raise ConfigError(
+            "no WORLD_SIZE in the environment: start training with a launcher, for instance "
+            f"deepspeed --num_gpus {layout.world_size} launchers/pretrain.py --config RUN.yaml"
+        )
+    if not started.isdigit() or int(started) != layout.world_size:
+        raise ConfigError(
+            f"layout: tensor_parallel {layout.tensor_parallel} x pipeline_parallel {layout.pipeline_parallel} x "
+            f"data_parallel {layout.data_parallel} needs {layout.world_size} processes, but {started} were started; "
+            "start that many, or change data_parallel"
+        )
+
+
+def _problems(run: RunSettings) -> Iterator[IncrError]:
+    prefixes = [corpus.prefix for corpus in run.data.train]
+    prefixes += [str(run.data.validation)] if run.evaluation else []
+    checks: list[Callable[[], object]] = [partial(check_model, run), partial(_check_folders, run)]
+    for check in [*checks, *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes))]:
+        try:
+            check()
+        except IncrError as error:
+            yield error
+
+
+def _architecture(run: RunSettings) -> Architecture | None:
+    """The run's model; None where only its reader knows where its config lies."""
+    if run.model.config is not None:
+        return saved_architecture(Path(run.model.config))
+    config = Path(str(run.model.initialize_from)) / "config.json"
+    return saved_architecture(config) if config.is_file() else None
+
+
+def _check_folders(run: RunSettings) -> None:
+    origin = run.model.initialize_from
+    named = {
+        "model.initialize_from": origin.source if isinstance(origin, GrowthStart) else origin,
+        "distillation.teacher": run.distillation.teacher if run.distillation else None,
+        "data.tokenizer": run.data.tokenizer,
+    }
+    missing = [
+        f"{key}: {folder}: no such folder" for key, folder in named.items() if folder and not Path(folder).is_dir()
+    ]
+    if missing:
+        raise ConfigError("; ".join(missing) + ".")

@@ -1,0 +1,61 @@
+"""Is a run still learning? Judged after every step from the numbers that all ranks share, and kept in checkpoints, so that a
+resumed run judges as an uninterrupted one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from incr_ds.config.training import DivergenceSettings
+
+_WEIGHT = 0.1  # of a step's cross entropy in the smoothed one: about ten steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """``smoothed`` is the exponential moving average of the cross entropy in nats, ``lowest`` the lowest that it was.
+
+    ``risen`` counts the last steps in a row in which it lay too far above that, ``skipped`` those whose gradients were not
+    finite.
+    """
+
+    smoothed: float | None = None
+    lowest: float | None = None
+    risen: int = 0
+    skipped: int = 0
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong at present: what is saved now can be gone back to."""
+        return not (self.risen or self.skipped)
+
+
+def after_step(before: Health, ce: float, skipped: bool, settings: DivergenceSettings) -> Health:
+    """The health after one more step with cross entropy ``ce``."""
+    if not math.isfinite(ce):
+        return before
+    smoothed = ce if before.smoothed is None else before.smoothed + _WEIGHT * (ce - before.smoothed)
+    lowest = smoothed if before.lowest is None else min(before.lowest, smoothed)
+    rises = settings.max_loss_rise is not None and smoothed > lowest + settings.max_loss_rise
+    return Health(
+        smoothed=smoothed,
+        lowest=lowest,
+        risen=before.risen + 1 if rises else 0,
+        skipped=before.skipped + 1 if skipped else 0,
+    )
+
+
+def divergence(health: Health, settings: DivergenceSettings, *, is_last_step: bool) -> str | None:
+    """Why a run must not go on, or must not end as a success; None where it may."""
+    if health.skipped >= settings.max_skipped_steps:
+        return (
+            f"the gradients of the last {health.skipped} steps were not finite, and no step was taken "
+            f"(divergence.max_skipped_steps: {settings.max_skipped_steps})"
+        )
+    if health.risen >= settings.rise_steps or (is_last_step and health.risen):
+        return (
+            f"the loss rose: cross entropy, averaged over about 10 steps, is {health.smoothed:.4g}, and was {health.lowest:.4g} "
+            f"at its lowest; it has been more than divergence.max_loss_rise {settings.max_loss_rise} above that for "
+            f"{health.risen} step(s)"
+        )
+    return None

@@ -1,0 +1,126 @@
+"""What a run reads: its data sets, described once by all ranks together, and the samples drawn from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from incr_ds.arch.architecture import Architecture, check_context
+from incr_ds.config.training import RunSettings
+from incr_ds.data.fingerprint import (
+    Chunk,
+    DataSet,
+    combine,
+    num_chunks,
+    record_of,
+    recorded,
+    scan_chunk,
+)
+from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.errors import CheckpointError
+from incr_ds.reading import read_json
+from incr_ds.target.commit import write_atomically
+from incr_ds.train.data import Samples, open_held_out_data, open_training_data
+from incr_ds.train.ranks import on_every_rank, on_rank_zero
+
+CACHE, RECORD = "data_index", "data_sets.json"
+# 64 MiB each, between two exchanges: no rank may wait for long in a collective operation.
+CHUNKS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: training and held-out samples, and the fingerprint of every data set by its prefix."""
+
+    train: Samples
+    held_out: Samples | None
+    fingerprints: dict[str, str]
+
+
+def open_data(run: RunSettings, architecture: Architecture) -> Data:
+    """Open the run's data on every rank; rank 0 builds the shuffled indices.
+
+    Raises ConfigError for missing or damaged files, too few held-out samples, and tokens outside the vocabulary.
+    """
+    check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
+    sets = describe_together(prefixes_of(run), Path(run.output) / CACHE)
+    for data in sets.values():
+        data.check_tokens(architecture.sizes["vocab"])
+    on_rank_zero(lambda: _opened(run, sets, builds_index=True) and None)
+    train, held_out = _opened(run, sets, builds_index=False)
+    return Data(train, held_out, {prefix: data.fingerprint for prefix, data in sets.items()})
+
+
+def prefixes_of(run: RunSettings) -> list[str]:
+    """Every data set that the run reads, once."""
+    held_out = [str(run.data.validation)] if run.evaluation else []
+    return list(dict.fromkeys([*(corpus.prefix for corpus in run.data.train), *held_out]))
+
+
+def describe_together(prefixes: list[str], cache: Path) -> dict[str, DataSet]:
+    """The data sets by prefix: from the record in ``cache`` where no file changed, else read by all ranks together."""
+    known = on_rank_zero(lambda: recorded(_record(cache / RECORD), _opened_indices(prefixes)))
+    missing = [prefix for prefix in prefixes if prefix not in known]
+    if missing:
+        known |= {prefix: _described(open_index(prefix)) for prefix in missing}
+        on_rank_zero(lambda: _write_record(cache / RECORD, known))
+    return {prefix: known[prefix] for prefix in prefixes}
+
+
+def _opened_indices(prefixes: list[str]) -> list[str]:
+    """The prefixes, after a look at each index's header: files that are missing are named before anything is read."""
+    return [open_index(prefix).prefix for prefix in prefixes]
+
+
+def _described(index: IndexFile) -> DataSet:
+    chunks: list[Chunk] = []
+    total, num_ranks = num_chunks(index), dist.get_world_size() if dist.is_initialized() else 1
+    for first in range(0, total, CHUNKS_AT_ONCE * num_ranks):
+        chunks += _scanned(index, range(first, min(first + CHUNKS_AT_ONCE * num_ranks, total)))
+    return on_rank_zero(lambda: combine(index, chunks))
+
+
+def _scanned(index: IndexFile, numbers: range) -> list[Chunk]:
+    """The chunks of these numbers, each read by one rank."""
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = on_every_rank(
+        lambda: {number: scan_chunk(index, number) for number in numbers[rank::num_ranks]},
+        f"{index.prefix}.bin: reading failed",
+        "See that all ranks can read the file.",
+    )
+    shares: list[Any] = [mine]
+    if dist.is_initialized():
+        shares = [None] * num_ranks
+        dist.all_gather_object(shares, mine)
+    found = {number: chunk for share in shares for number, chunk in share.items()}
+    return [found[number] for number in numbers]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A record that is damaged is as good as none: the data is read again."""
+    if path.is_file():
+        with suppress(CheckpointError):
+            return read_json(path, CheckpointError)
+    return {}
+
+
+def _write_record(path: Path, sets: Mapping[str, DataSet]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({**_record(path), **record_of(sets.values())}, indent=1) + "\n")
+
+
+def _opened(run: RunSettings, sets: Mapping[str, DataSet], *, builds_index: bool) -> tuple[Samples, Samples | None]:
+    cache, length = Path(run.output) / CACHE, run.batch.sequence_length
+    size = run.data.start_sample + run.schedule.train_steps * run.batch.global_batch_size
+    mix = [(sets[corpus.prefix], corpus.weight) for corpus in run.data.train]
+    trained = open_training_data(mix, length, run.seed, cache, size, builds_index=builds_index)
+    if run.evaluation is None:
+        return trained, None
+    held_out = sets[str(run.data.validation)]
+    return trained, open_held_out_data(held_out, length, cache, run.evaluation.samples, builds_index=builds_index)

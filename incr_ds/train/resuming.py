@@ -1,0 +1,120 @@
+"""Whether a run file continues the run that wrote a checkpoint: what must be as it was, and what may have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from incr_ds.arch.architecture import Architecture, saved_architecture
+from incr_ds.config.training import RunSettings
+from incr_ds.errors import ConfigError, LayoutError
+from incr_ds.grow import TOKENIZER_FILES
+from incr_ds.reading import regular_bytes
+
+# Settings that must be as they were, under what changing them would do, each with its value in checkpoints that lack it.
+TOKENS = "resuming would not continue the same order of tokens"
+GROUPS = "its optimizer state is that of other parameter groups"
+MODEL = "it holds another model, or holds it in another precision"
+FIXED: Mapping[str, Mapping[str, Any]] = {
+    TOKENS: dict.fromkeys(
+        ("seed", "batch.sequence_length", "batch.global_batch_size", "data.train", "data.start_sample"), None
+    ),
+    GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
+    MODEL: {"precision": None},
+}
+
+
+def check_continues(
+    folder: Path, facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str], architecture: Architecture
+) -> None:
+    """Refuse to resume from the checkpoint ``folder``, whose manifest holds ``facts``, with another layout, data, model,
+    tokenizer or precision. ``data`` is the fingerprint of each data set, ``architecture`` the run's model.
+
+    Raises LayoutError or ConfigError, which lists every difference.
+    """
+    check_layout_matches(folder, facts["layout"], run)
+    old, new = facts["settings"], run.model_dump(mode="json")
+    problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
+    problems[TOKENS][:0] = [*_other_data(facts["data"], data), *_other_tokenizer(folder, run)]
+    problems[MODEL][:0] = _other_fields(folder, architecture)
+    if any(problems.values()):
+        found = [f"{folder}: {heading}:\n  " + "\n  ".join(lines) for heading, lines in problems.items() if lines]
+        raise ConfigError(
+            "\n".join(found) + "\n"
+            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
+        )
+
+
+def check_layout_matches(folder: Path, found: Mapping[str, int], run: RunSettings) -> None:
+    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
+    wanted = run.layout.model_dump()
+    different = [
+        f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
+    ]
+    if different:
+        raise LayoutError(
+            f"{folder}: laid out for {', '.join(different)}; optimizer state fits its own layout only. Run with that "
+            "layout, grow the checkpoint into this one (tools/grow_checkpoint.py, key layout), or start from its weights "
+            "alone: model.initialize_from with model.load_optimizer: false."
+        )
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for every setting that differs."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changed_settings(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: {before} -> {after}")
+    return lines
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:
+    for key, missing in fixed.items():
+        before, after = _at(old, key, missing), _at(new, key)
+        if before != after:
+            yield f"{key}: {before} there, {after} in this run file"
+
+
+def _other_data(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    for name, fingerprint in new.items():
+        if name not in old:
+            yield f"data {name}: not part of it"
+        elif old[name] != fingerprint:
+            yield f"data {name}: changed since"
+
+
+def _other_tokenizer(folder: Path, run: RunSettings) -> Iterator[str]:
+    """The checkpoint holds a copy of the tokenizer's files."""
+    if run.data.tokenizer is None:
+        return
+    for name in TOKENIZER_FILES:
+        now, then = Path(run.data.tokenizer) / name, folder / name
+        if then.is_file() and (not now.is_file() or _content(now) != _content(then)):
+            yield f"data.tokenizer {now}: changed since"
+
+
+def _content(path: Path) -> bytes:
+    return regular_bytes(path, path.stat().st_size)
+
+
+def _other_fields(folder: Path, architecture: Architecture) -> Iterator[str]:
+    old, new = saved_architecture(folder / "config.json"), architecture
+    if old.family != new.family:
+        yield f"model_type: {old.family.model_type} there, {new.family.model_type} in this run"
+        return
+    for key in sorted(new.family.effective_fields):
+        before, after = old.config.get(key), new.config.get(key)
+        if before != after:
+            yield f"model config {key}: {before} there, {after} in this run"
+
+
+def _at(settings: Mapping[str, Any], key: str, missing: Any = None) -> Any:
+    """The value of a dotted key; ``missing`` where a checkpoint is older than the key."""
+    value: Any = settings
+    for name in key.split("."):
+        value = value.get(name, missing)
+    return value
