@@ -22,11 +22,13 @@ from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
 from incr_ds.arch.dynamics import Dynamics, dynamics_text, read_dynamics, without_multipliers
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
-from incr_ds.config.fields import load_settings
+from incr_ds.companions import TOKENIZER_FILES as TOKENIZER_FILES
+from incr_ds.companions import copy_companions
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.crew import ALONE, Crew, StoppedError, agree, shares
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
+from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
@@ -36,7 +38,13 @@ from incr_ds.target.budget import anonymous_bytes, portion_elements
 from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
-from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
+from incr_ds.target.huggingface import (
+    SafetensorsFile,
+    config_text,
+    huggingface_files,
+    index_text,
+    published_config_text,
+)
 from incr_ds.target.placement import check_layout
 from incr_ds.target.releases import TESTED, needs_bare_states
 from incr_ds.target.universal import universal_files
@@ -47,17 +55,6 @@ TAG = "grown"
 MEMORY_BUDGET = 2 << 30
 FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 Progress = Callable[[str, int, int], None]
 
 
@@ -129,8 +126,11 @@ class PlannedGrowth:
 
 def plan_request(request: GrowthRequest) -> PlannedGrowth:
     """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
-    recipe = load_settings(request.recipe, GrowthRecipe)
-    source = open_described(request.source, request.tag, request.config, trust=request.trust)
+
+    def opened() -> LogicalCheckpoint:
+        return open_described(request.source, request.tag, request.config, trust=request.trust)
+
+    recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
     refuse_overlap(request.source, request.output)
     return plan_files(request, source, recipe)
 
@@ -371,7 +371,9 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
 
 def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) -> None:
     """Everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
-    write_atomically(folder / "config.json", config_text(planned.plan.target, planned.dtype))
+    shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
+    config = (published_config_text if shards else config_text)(planned.plan.target, planned.dtype)
+    write_atomically(folder / "config.json", config)
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     if planned.dynamics:
@@ -380,15 +382,12 @@ def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None)
         training = source_training(planned.request.source, planned.source.facts)
         if advice := advice_text(advise(planned.plan, training, ratio)):
             write_atomically(folder / ADVICE_FILE, advice)
-    shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"
         write_atomically(folder / ("latest_universal" if universal else "latest"), TAG)
     elif (index := index_text(shards)) is not None:
         write_atomically(folder / "model.safetensors.index.json", index)
-    for name in TOKENIZER_FILES:
-        if (planned.request.source / name).is_file():
-            shutil.copyfile(planned.request.source / name, folder / name)
+    copy_companions(planned.request.source, folder)
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

@@ -66,12 +66,15 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "states": list(facts.states),
                 "step": facts.step,
                 "metadata": dict(facts.metadata),
+                "notes": list(architecture.notes),
                 "manifest": manifest,
             }
         )
         return
     console.print(checkpoint_table(checkpoint))
     console.print(tensor_tree(architecture))
+    for note in architecture.notes:
+        console.print(f"note: {note}")
     console.print(
         "manifest: every file as published"
         if manifest
