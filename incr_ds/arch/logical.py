@@ -56,22 +56,28 @@ class LogicalCheckpoint(Protocol):
         ...
 
 
-def check_shapes(architecture: Architecture, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(
+    architecture: Architecture, found: Mapping[str, tuple[int, ...]], where: str, if_missing: str = ""
+) -> None:
     """Compare the shapes found in a checkpoint with the declared ones; CheckpointError names every difference.
 
-    ``found`` may list tied aliases or not.
+    ``found`` may list tied aliases or not. ``if_missing`` is said where nothing is wrong but that tensors are missing.
     """
     declared = architecture.by_name
     problems = [
         f"  {name}: not a tensor of this {architecture.family.model_type}" for name in found if name not in declared
     ]
-    for spec in architecture.stored:
-        if spec.name not in found:
-            problems.append(f"  {spec.name}: missing, expected shape {list(spec.shape)}")
+    missing = [
+        f"  {spec.name}: missing, expected shape {list(spec.shape)}"
+        for spec in architecture.stored
+        if spec.name not in found
+    ]
+    problems += missing
     for name, shape in found.items():
         if name in declared and tuple(shape) != declared[name].shape:
             problems.append(f"  {name}: expected shape {list(declared[name].shape)}, found {list(shape)}")
     if problems:
         shown = problems[:10] + ([f"  and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        lines = [f"{where}: {len(problems)} tensor(s) do not fit the config; is config.json this checkpoint's?", *shown]
+        why = if_missing if if_missing and problems == missing else "is config.json this checkpoint's?"
+        lines = [f"{where}: {len(problems)} tensor(s) do not fit the config; {why}", *shown]
         raise CheckpointError("\n".join(lines))

@@ -14,6 +14,7 @@ from incr_ds.arch.logical import STATES, LogicalCheckpoint
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
 from incr_ds.source.layer_files import layer_weights
+from incr_ds.source.naming import plain_names
 from incr_ds.source.partitions import ModelRank
 
 _CHECKED_ELEMENTS = 1 << 18  # compared at once
@@ -57,9 +58,11 @@ def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
 
 def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
     """What the module saved of a tied tensor's other name must be the tensor."""
-    saved = rank.model.get("module") or {}
+    module = rank.model.get("module") or {}
+    saved = {logical: module[name] for name, logical in plain_names(module, architecture).items()}
+    owners = {rank.names[name]: tensor for name, tensor in modules.items()}
     for spec in architecture.tensors:
-        owner = modules.get(spec.tied_to) if spec.tied_to else None
+        owner = owners.get(spec.tied_to) if spec.tied_to else None
         if owner is not None and spec.name in saved and not torch.equal(saved[spec.name], owner):
             raise CheckpointError(
                 f"{rank.model_file}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."

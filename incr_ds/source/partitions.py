@@ -25,7 +25,7 @@ from incr_ds.source.contents import (
 )
 from incr_ds.source.flat import FlatParameter, FlatShards, check_bounds, contiguous_parameters, scattered_parameters
 from incr_ds.source.frozen import Flats, add_frozen
-from incr_ds.source.naming import logical_names
+from incr_ds.source.naming import logical_names, plain_names, refuse_adapters
 from incr_ds.source.unpartitioned import unpartitioned
 from incr_ds.source.unpickle import load_pt
 
@@ -142,6 +142,7 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     shards = FlatShards(parameters, flat, frozen)
     check_bounds(shards, str(model_path.parent))
     step = _common_step(states)
+    refuse_adapters(parameters, str(model_path))
     names = logical_names(parameters, architecture)
     kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
     dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
@@ -170,7 +171,7 @@ def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architec
     """A rank of ZeRO-0: one file holds the module and its optimizer."""
     found = unpartitioned(model_path, model, architecture)
     info = model.get("universal_checkpoint_info")
-    names = {name: name for name in found.shards.parameters}
+    names = plain_names(found.shards.parameters, architecture)
     files = (model_path,)
     kind, dtype = "DeepSpeed ZeRO-0", str(found.dtype).removeprefix("torch.")
     return ModelRank(

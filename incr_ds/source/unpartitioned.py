@@ -14,6 +14,7 @@ from incr_ds.arch.logical import State
 from incr_ds.errors import CheckpointError
 from incr_ds.source.contents import AdamState, ModelFile, Moments, adam_state, masters, moments
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
+from incr_ds.source.naming import plain_names, refuse_adapters
 
 _PROBED = 4096  # elements of a master that tell tensors of one shape apart
 
@@ -63,9 +64,10 @@ def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> U
             f"{path}: neither ZeRO optimizer files nor a module with its optimizer are here. A pipeline without ZeRO is not "
             "supported: save with ZeRO-1, or export the model to Hugging Face format."
         )
+    refuse_adapters(module, str(path))
     aliases = {spec.name for spec in architecture.tensors if spec.tied_to is not None}
-    ignored = aliases | set(model.get("buffer_names") or ())
-    weights = {name: tensor for name, tensor in module.items() if name not in ignored}
+    logical, buffers = plain_names(module, architecture), set(model.get("buffer_names") or ())
+    weights = {name: tensor for name, tensor in module.items() if logical[name] not in aliases and name not in buffers}
     groups = _slots(path, optimizer)
     numbered = _match(path, weights, groups)
     shards = _shards(weights, numbered)

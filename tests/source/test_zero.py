@@ -294,6 +294,73 @@ def test_a_tied_copy_that_differs(damaged):
         list(open_source(folder).self_check())
 
 
+def renamed(rename):
+    """A change of a model file: every parameter's name in every place."""
+
+    def change(content):
+        for key in ("module", "frozen_param_shapes", "frozen_param_fragments", "shared_params"):
+            if content.get(key):
+                content[key] = {rename(name): value for name, value in content[key].items()}
+        if content.get("shared_params"):
+            content["shared_params"] = {name: rename(owner) for name, owner in content["shared_params"].items()}
+        content["buffer_names"] = [rename(name) for name in content.get("buffer_names") or ()]
+        if content.get("param_shapes"):
+            groups = content["param_shapes"]
+            content["param_shapes"] = [{rename(name): shape for name, shape in group.items()} for group in groups]
+
+    return change
+
+
+@pytest.mark.parametrize("case", ["z0", "z1-bf16-tied", "z2-frozen", "z3"])
+@pytest.mark.parametrize("rename", [lambda n: f"_orig_mod.{n}", lambda n: n.removeprefix("model.")])
+def test_compiled_models_and_models_without_their_prefix(written, damaged, case, rename):
+    folder = damaged(case)
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, renamed(rename))
+    checkpoint = open_source(folder)
+    for name, weight in written[case, 3][1].items():
+        assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
+        if name not in CASES[case].get("frozen", ()):
+            assert torch.equal(checkpoint.read(name, "exp_avg"), 2 * checkpoint.read(name))
+    assert len(list(checkpoint.self_check())) == len(written[case, 3][1])
+
+
+def test_a_tied_copy_that_differs_under_another_name(damaged):
+    folder = damaged("z1-bf16-tied")
+
+    def change(content):
+        renamed(lambda name: f"_orig_mod.{name}")(content)
+        content["module"]["_orig_mod.lm_head.weight"] = content["module"]["_orig_mod.lm_head.weight"] + 1
+
+    rewrite(model_file(folder), change)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        list(open_source(folder).self_check())
+
+
+def test_adapters_that_were_trained(damaged):
+    folder = damaged("z2-frozen")
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, renamed(lambda name: name.replace("up_proj", "up_proj.base_layer")))
+    with pytest.raises(CheckpointError, match=r"up_proj.base_layer.weight: this is an adapter \(LoRA\)"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("case", ["z1-bf16-frozen", "z2-frozen", "z3-bf16-frozen"])
+def test_frozen_parameters_that_were_left_out(damaged, case):
+    """As save_checkpoint(exclude_frozen_parameters=True) leaves them."""
+    folder = damaged(case)
+
+    def leave_out(content):
+        content["frozen_param_shapes"] = content["frozen_param_fragments"] = None
+        content["module"] = {name: value for name, value in (content["module"] or {}).items() if name not in FROZEN}
+
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, leave_out)
+    message = r"2 tensor\(s\) do not fit the config; .*saved with exclude_frozen_parameters=True: save it again"
+    with pytest.raises(CheckpointError, match=message):
+        open_source(folder)
+
+
 def test_zero_0_whose_order_cannot_be_told(damaged):
     """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
     folder = damaged("z0")
