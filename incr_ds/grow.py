@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,8 @@ from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file, open_described
-from incr_ds.target.budget import anonymous_bytes, portion_elements
+from incr_ds.source.finite import FiniteCheckpoint, nonfinite_note
+from incr_ds.target.budget import anonymous_bytes, check_disk, portion_elements
 from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
@@ -64,7 +64,7 @@ class GrowthRequest:
 
     ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
     ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
-    load the target.
+    load the target. ``allow_nonfinite`` grows a source that holds NaN or infinity.
     """
 
     source: Path
@@ -77,6 +77,7 @@ class GrowthRequest:
     memory_budget: int = MEMORY_BUDGET
     overwrite: bool = False
     target_deepspeed: str = TESTED
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,15 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, cr
     report = progress or (lambda phase, done, total: None)
     with _resumable(planned.request.output), ExitStack() as stack:
         space = _open_together(planned, crew, stack)
-        slices = Slices(GrownTensors(planned.plan, planned.source).read, agree(crew, lambda: planned.portion))
+        watched = FiniteCheckpoint(planned.source, allowed=planned.request.allow_nonfinite)
+        slices = Slices(GrownTensors(planned.plan, watched).read, agree(crew, lambda: planned.portion))
         hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
-        for others, done in crew.gather((hashes, space.done)):
+        nonfinite = dict(watched.found)
+        for others, done, found in crew.gather((hashes, space.done, watched.found)):
             hashes.update(others)
             space.done.update(done)
-        facts = _facts(planned, hashes)
+            nonfinite.update(found)
+        facts = _facts(planned, hashes, nonfinite)
         agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
     return facts
 
@@ -328,16 +332,10 @@ def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
 
 def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
     """Disk space and file count, before the first byte; what an interrupted run wrote counts."""
-    disk = os.statvfs(space.folder)
     written = sum(int(digest["bytes"]) for digest in space.done.values())
     needed = planned.num_bytes + FILE_OVERHEAD * len(planned.files) - written
-    free = disk.f_bavail * disk.f_frsize
-    output = planned.request.output
-    if needed > free:
-        raise CheckpointError(f"{output}: needs {needed:,} bytes, {free:,} are free on its disk; nothing was written.")
     entries = len({Path(file.path).parent for file in planned.files}) + len(planned.files) - len(space.done)
-    if disk.f_files and entries > disk.f_favail:
-        raise CheckpointError(f"{output}: needs {entries:,} files, its disk allows {disk.f_favail:,} more.")
+    check_disk(space.folder, needed, entries, str(planned.request.output))
 
 
 def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
@@ -348,12 +346,13 @@ def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
     report(phase, total, total)
 
 
-def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mapping[str, int]) -> dict[str, Any]:
     source, plan = planned.source, planned.plan
+    more = [nonfinite_note(nonfinite)] if nonfinite else []
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "exact": plan.exact,
-        "notes": list(planned.notes),
+        "notes": [*planned.notes, *more],
         "source": {
             "kind": source.facts.kind,
             "step": source.facts.step,

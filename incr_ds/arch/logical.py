@@ -56,6 +56,26 @@ class LogicalCheckpoint(Protocol):
         ...
 
 
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(dtype: torch.dtype | str, name: str, where: str) -> None:
+    """CheckpointError unless ``dtype`` holds plain floating-point numbers of 16 bits or more."""
+    found = str(dtype).removeprefix("torch.")
+    if found not in {str(known).removeprefix("torch.") for known in FLOATING}:
+        raise CheckpointError(
+            f"{where}: {name}: dtype {found}; tensors of float64, float32, float16 and bfloat16 can be grown. If the model is "
+            "quantized, use its unquantized release; else save it again in one of these."
+        )
+
+
+def same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN in the same places."""
+    if torch.equal(first, second):
+        return True
+    return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 def check_shapes(
     architecture: Architecture, found: Mapping[str, tuple[int, ...]], where: str, if_missing: str = ""
 ) -> None:

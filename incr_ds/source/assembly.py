@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from incr_ds.arch.blocks import Block
-from incr_ds.arch.logical import State
+from incr_ds.arch.logical import State, same_numbers
 from incr_ds.errors import CheckpointError
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
@@ -156,7 +156,7 @@ def check_copies(tensor: Assembled) -> Iterator[str]:
         for state in SCALE_POWERS:
             for row in range(begin, end, rows):
                 stop = min(row + rows, end)
-                if not torch.equal(first.read(state, row, stop), second.read(state, row, stop)):
+                if not same_numbers(first.read(state, row, stop), second.read(state, row, stop)):
                     raise CheckpointError(
                         f"{first.rank.model_file.parent}: {block.name}: {state} of {first.parameter} on model-parallel rank "
                         f"{first.rank.index} and of {second.parameter} on rank {second.rank.index} differ; they are "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, LogicalCheckpoint
+from incr_ds.arch.logical import STATES, LogicalCheckpoint, same_numbers
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
 from incr_ds.source.layer_files import layer_weights
@@ -63,7 +63,7 @@ def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architec
     owners = {rank.names[name]: tensor for name, tensor in modules.items()}
     for spec in architecture.tensors:
         owner = owners.get(spec.tied_to) if spec.tied_to else None
-        if owner is not None and spec.name in saved and not torch.equal(saved[spec.name], owner):
+        if owner is not None and spec.name in saved and not same_numbers(saved[spec.name], owner):
             raise CheckpointError(
                 f"{rank.model_file}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
             )
@@ -82,7 +82,8 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
         stop = min(first + rows, flat.shape[0])
         master = rank.shards.read(parameter, "weight", first, stop)
         if not rounds_to(master, saved[first:stop]):
-            wrong += int((master.to(saved.dtype) != saved[first:stop]).sum())
+            rounded = master.to(saved.dtype)
+            wrong += int(((rounded != saved[first:stop]) & ~(rounded.isnan() & saved[first:stop].isnan())).sum())
     if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
         raise CheckpointError(
@@ -98,7 +99,7 @@ def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
     if saved.dtype.itemsize == 2 and not masters.sum().isnan():
         if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
             return True
-    return torch.equal(rounded, saved)
+    return same_numbers(rounded, saved)
 
 
 def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:

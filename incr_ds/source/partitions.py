@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, State
+from incr_ds.arch.logical import STATES, State, check_dtype
 from incr_ds.errors import CheckpointError
 from incr_ds.source.contents import (
     AdamState,
@@ -113,11 +113,15 @@ class _OptimizerFile:
     def flat(self) -> dict[State, list[torch.Tensor]]:
         """Masters and moments, one-dimensional, by group."""
         groups = [self._moments(index, self.adam["state"].get(index, {})) for index in range(len(self.masters))]
-        return {
+        found: dict[State, list[torch.Tensor]] = {
             "weight": [tensor.flatten() for tensor in self.masters],
             "exp_avg": [group["exp_avg"].flatten() for group in groups],
             "exp_avg_sq": [group["exp_avg_sq"].flatten() for group in groups],
         }
+        for state, tensors in found.items():
+            for index, tensor in enumerate(tensors):
+                check_dtype(tensor.dtype, f"{state} of optimizer group {index}", str(self.path))
+        return found
 
     def steps(self) -> dict[int, int]:
         """Adam's count of steps by group."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
+from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_dtype, check_shapes
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import Assembled
 from incr_ds.source.contents import ModelFile, counted_steps, model_content
@@ -118,6 +118,7 @@ class UniversalCheckpoint:
         tensor = content.get("param") if isinstance(content, dict) else content
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
+        check_dtype(tensor.dtype, f"{name} ({state})", str(path))
         spec = self._architecture.by_name.get(name)
         # A conversion from ZeRO-3 leaves tensors flat.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:

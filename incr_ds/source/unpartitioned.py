@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import State
+from incr_ds.arch.logical import State, check_dtype
 from incr_ds.errors import CheckpointError
 from incr_ds.source.contents import AdamState, ModelFile, Moments, adam_state, masters, moments
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
@@ -68,6 +68,8 @@ def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> U
     aliases = {spec.name for spec in architecture.tensors if spec.tied_to is not None}
     logical, buffers = plain_names(module, architecture), set(model.get("buffer_names") or ())
     weights = {name: tensor for name, tensor in module.items() if logical[name] not in aliases and name not in buffers}
+    for name, weight in weights.items():
+        check_dtype(weight.dtype, name, str(path))
     groups = _slots(path, optimizer)
     numbered = _match(path, weights, groups)
     shards = _shards(weights, numbered)
@@ -95,6 +97,8 @@ def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
         slots = []
         for place, number in enumerate(group["params"]):
             found = moments(state["state"].get(number, {}), path, f"optimizer parameter {number}")
+            for key in ("exp_avg", "exp_avg_sq"):
+                check_dtype(found[key].dtype, f"{key} of optimizer parameter {number}", str(path))
             slots.append(_Slot(number, found, held[index][place] if held is not None else None))
         groups.append(slots)
     return groups

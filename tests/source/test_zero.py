@@ -11,6 +11,7 @@ from writers import write_cases
 from incr_ds.errors import CheckpointError
 from incr_ds.source import open_source
 from incr_ds.source.checks import rounds_to
+from incr_ds.source.finite import FiniteCheckpoint
 from incr_ds.testing.processes import run_processes
 
 # A matrix that has a twin of its shape, and a norm.
@@ -337,6 +338,55 @@ def test_a_tied_copy_that_differs_under_another_name(damaged):
         list(open_source(folder).self_check())
 
 
+@pytest.mark.parametrize("case", ["z1-bf16-tied", "z2-frozen", "z3", "z0"])
+def test_a_model_that_diverged_is_no_damaged_checkpoint(damaged, case):
+    """NaN in the master and in the module's weight: the two still belong together; growth refuses the NaN itself."""
+    folder = damaged(case, ranks=1)
+    names = [spec.name for spec in open_source(folder).architecture.stored]
+    for path in (folder / "step").glob("*.pt"):
+        rewrite(path, lambda content: list(map(_fill_with_nan, content.values())))
+    checkpoint = open_source(folder)
+    assert all(checkpoint.read(name).isnan().all() for name in names)
+    assert len(list(checkpoint.self_check())) == len(names)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight \(exp_avg\): 96 of 96 numbers are not finite"):
+        FiniteCheckpoint(checkpoint).read("model.norm.weight", "exp_avg")
+
+
+def _fill_with_nan(content):
+    if isinstance(content, torch.Tensor):
+        if content.is_floating_point() and content.numel() > 1:  # Adam counts its steps in a tensor
+            content.data.fill_(torch.nan)
+    elif isinstance(content, dict | list | tuple):
+        for inner in content.values() if isinstance(content, dict) else content:
+            _fill_with_nan(inner)
+
+
+@pytest.mark.parametrize(
+    ("case", "file", "key", "message"),
+    [
+        ("z1", "*optim_states.pt", "single_partition_of_fp32_groups", "weight of optimizer group 0: dtype complex64"),
+        ("z3", "*optim_states.pt", "fp32_flat_groups", "weight of optimizer group 0: dtype complex64"),
+        ("z2-frozen", "*model_states.pt", "frozen_param_fragments", r"model.layers.0.*: dtype complex64"),
+        ("z0", "*model_states.pt", "module", r"model.embed_tokens.weight: dtype complex64"),
+    ],
+)
+def test_a_dtype_that_cannot_be_grown_is_refused(damaged, case, file, key, message):
+    folder = damaged(case)
+
+    def change(content):
+        holder = content.get("optimizer_state_dict", content)
+        tensors = holder[key]
+        if isinstance(tensors, dict):
+            holder[key] = {name: tensor.to(torch.complex64) for name, tensor in tensors.items()}
+        else:
+            holder[key] = [tensor.to(torch.complex64) for tensor in tensors]
+
+    for path in (folder / "step").glob(file):
+        rewrite(path, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(folder)
+
+
 def test_adapters_that_were_trained(damaged):
     folder = damaged("z2-frozen")
     for path in (folder / "step").glob("*model_states.pt"):
@@ -409,13 +459,17 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masters_are_compared_as_numbers(dtype):
-    """Minus zero is zero, and NaN is not what it was saved as: a diverged model is not grown in silence."""
+    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is no case of swapped shards."""
     masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masters[0, :2] = torch.tensor([0.0, float("inf")])
-    saved = masters.to(dtype)
+    saved = masters.to(dtype, copy=True)
     assert rounds_to(masters, saved) and rounds_to(masters.T, saved.T)
     assert not rounds_to(masters, saved.roll(1))
     saved[0, 0] = -0.0
     assert rounds_to(masters, saved)
-    masters[1, 1] = saved[1, 1] = float("nan")
+    masters[1, 1] = float("nan")
+    assert not rounds_to(masters, saved)
+    saved[1, 1] = float("nan")
+    assert rounds_to(masters, saved)
+    saved[1, 2] = float("nan")
     assert not rounds_to(masters, saved)
