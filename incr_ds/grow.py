@@ -324,9 +324,10 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
 def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
     """GrowthError if the recipe needs Adam's moments and the source has none."""
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
+        why = f" ({source.facts.no_moments})" if source.facts.no_moments else ""
         raise GrowthError(
-            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments, and optimizer: {recipe.optimizer} needs "
-            "them; set optimizer: reset in the recipe."
+            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, and "
+            f"optimizer: {recipe.optimizer} needs them; set optimizer: reset in the recipe."
         )
 
 

@@ -34,7 +34,7 @@ class GrownCheckpoint:
         reset = plan.recipe.optimizer == "reset"
         kind = f"{source.facts.kind}, grown on load"
         step = 0 if reset else source.facts.step
-        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={})
+        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
 
     @property
     def facts(self) -> CheckpointFacts:

@@ -64,6 +64,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "layout": dict(facts.layout),
                 "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},
                 "states": list(facts.states),
+                "no_moments": facts.no_moments,
                 "step": facts.step,
                 "metadata": dict(facts.metadata),
                 "notes": list(architecture.notes),

@@ -22,7 +22,7 @@ class CheckpointFacts:
 
     ``kind`` names the format for people, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without
     moments), ``metadata`` what else the trainer recorded (global_steps, consumed_samples, ...), ``files`` the files
-    that make it up.
+    that make it up. ``no_moments`` says why there are none to use, where an optimizer's state is there.
     """
 
     path: Path
@@ -32,6 +32,7 @@ class CheckpointFacts:
     layout: Mapping[str, int]
     metadata: Mapping[str, Any]
     files: tuple[Path, ...]
+    no_moments: str | None = None
 
 
 class LogicalCheckpoint(Protocol):

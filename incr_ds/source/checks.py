@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, LogicalCheckpoint, same_numbers
+from incr_ds.arch.logical import LogicalCheckpoint, same_numbers
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
 from incr_ds.source.layer_files import layer_weights
@@ -22,7 +22,7 @@ _CHECKED_ELEMENTS = 1 << 18  # compared at once
 
 def check_padding(rank: ModelRank) -> None:
     """ZeRO pads with zeros; anything else is another checkpoint's data."""
-    for state in STATES:
+    for state in rank.shards.flat:
         for padding in rank.shards.padding(state):
             if padding.count_nonzero():
                 raise CheckpointError(

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from writers import write_cases
 
-from incr_ds.errors import CheckpointError
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, GrowthError
+from incr_ds.grow import GrowthRequest, check_moments, grow_checkpoint, plan_request
 from incr_ds.source import open_source
 from incr_ds.source.checks import rounds_to
 from incr_ds.source.finite import FiniteCheckpoint
@@ -216,17 +218,6 @@ def test_a_payload_does_not_run(damaged, tmp_path):
     assert canary.exists()
 
 
-def test_other_optimizers_are_named(damaged):
-    folder = damaged("z1")
-    path = optimizer_file(folder, 0)
-    content = torch.load(path, weights_only=False)
-    for group in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
-        group["momentum_buffer"] = group.pop("exp_avg")
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"group 0 has no exp_avg \(found step, exp_avg_sq, momentum_buffer\)"):
-        open_source(folder)
-
-
 def test_fp16_with_a_dynamic_loss_scaler(damaged):
     """DeepSpeed trains in fp16 on GPUs only: what it writes there, made from an fp32 checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -424,24 +415,111 @@ def test_zero_0_whose_order_cannot_be_told(damaged):
         content["optimizer"]["param_groups"].append({**second, "params": [gates[1]]})
 
     rewrite(model_file(folder), regroup)
-    with pytest.raises(CheckpointError, match=r"29 parameters in 3 group\(s\) without names, and more than one of the"):
-        open_source(folder)
+    only_weights(folder, r"29 parameters in 3 group\(s\) without names, and more than one of the")
+
+
+def only_weights(folder, message, live=None):
+    """The weights of a checkpoint are read; that its moments cannot be used, and why, is said to who needs them."""
+    checkpoint = open_source(folder)
+    assert checkpoint.facts.states == ("weight",) and checkpoint.facts.step is None
+    for name, weight in (live or {}).items():
+        assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
+    assert list(checkpoint.self_check())
+    with pytest.raises(GrowthError, match=message + r".*and optimizer: exact needs them; set optimizer: reset"):
+        check_moments(checkpoint, GrowthRecipe(target={}))
+    check_moments(checkpoint, GrowthRecipe(target={}, optimizer="reset"))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read("model.norm.weight", "exp_avg")
 
 
 def test_zero_0_in_an_order_of_its_own(damaged):
     folder = damaged("z0")
     rewrite(model_file(folder), lambda content: content["optimizer"]["param_groups"][0]["params"].reverse())
-    with pytest.raises(CheckpointError, match=r"without names, and none of the module's orders fits; save with ZeRO-1"):
-        open_source(folder)
+    only_weights(folder, r"without names, and none of the module's orders fits \(save with ZeRO-1\)")
 
 
-def test_zero_0_before_the_first_step(damaged):
+# What other optimizers, or none, leave of each parameter's state.
+STATES = {
+    "before the first step": (
+        lambda state: state.clear(),
+        r"has no exp_avg, exp_avg_sq.* \(found nothing: saved before the",
+    ),
+    "SGD": (
+        lambda state: [state.clear(), state.update(momentum_buffer=torch.ones(3))],
+        r"has no exp_avg, exp_avg_sq, step \(found momentum_buffer\); only Adam's moments can be grown",
+    ),
+    "NAdam": (
+        lambda state: state.update(mu_product=torch.tensor(0.8)),
+        r"has mu_product \(NAdam\) beside Adam's moments",
+    ),
+    "AMSGrad": (
+        lambda state: state.update(max_exp_avg_sq=torch.ones(3)),
+        r"has max_exp_avg_sq \(AMSGrad\) beside Adam's moments, which growth would lose",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["z0", "z1-bf16-tied", "z2-frozen", "z3", "bf16-optimizer"])
+@pytest.mark.parametrize("optimizer", STATES)
+def test_states_that_are_not_adams_alone(written, damaged, case, optimizer):
+    if case not in CASES:
+        pytest.skip("this release does not write it")
+    change, message = STATES[optimizer]
+    folder = damaged(case)
+
+    def change_all(content):
+        adam = content["optimizer"] if case == "z0" else content["optimizer_state_dict"]
+        adam = adam.get("base_optimizer_state", adam.get("optimizer_state_dict", adam))
+        for state in adam["state"].values():
+            change(state)
+
+    for path in (folder / "step").glob("*model_states.pt" if case == "z0" else "*optim_states.pt"):
+        rewrite(path, change_all)
+    only_weights(folder, message, written[case, 3][1])
+
+
+def test_a_reset_growth_of_an_sgd_source(written, damaged, tmp_path):
+    """Its moments are zero and its AdamW settings the defaults: those of SGD would not load."""
+    folder = damaged("z1")
+
+    def to_sgd(content):
+        adam = content["optimizer_state_dict"]["base_optimizer_state"]
+        for state in adam["state"].values():
+            state.clear()
+        adam["param_groups"] = [
+            {"lr": 0.1, "momentum": 0.9, "params": group["params"]} for group in adam["param_groups"]
+        ]
+
+    for path in (folder / "step").glob("*optim_states.pt"):
+        rewrite(path, to_sgd)
+    (tmp_path / "recipe.yaml").write_text("target: {intermediate_size: 331}\noptimizer: reset\n")
+    grow_checkpoint(plan_request(GrowthRequest(folder, tmp_path / "recipe.yaml", tmp_path / "grown")))
+    grown, name = open_source(tmp_path / "grown"), "model.layers.1.mlp.up_proj.weight"
+    assert grown.facts.step == 0 and not grown.read(name, "exp_avg_sq").any()
+    assert torch.equal(grown.read(name)[:250], written["z1", 3][1][name])
+    assert all("betas" in group for group in grown.facts.metadata["optimizer_groups"])
+
+
+@pytest.mark.parametrize("leave", ["further state", "no moments"])
+def test_a_universal_checkpoint_of_another_optimizer(damaged, tmp_path, leave):
+    (tmp_path / "recipe.yaml").write_text("target: {}\nlayout: {format: universal}\n")
+    grow_checkpoint(plan_request(GrowthRequest(damaged("z1"), tmp_path / "recipe.yaml", tmp_path / "universal")))
+    (tmp_path / "universal" / "manifest.json").unlink()
+    for folder in (tmp_path / "universal" / "grown" / "zero").glob("*/"):
+        if leave == "further state":
+            shutil.copy(folder / "exp_avg_sq.pt", folder / "max_exp_avg_sq.pt")
+        else:
+            (folder / "exp_avg.pt").unlink(), (folder / "exp_avg_sq.pt").unlink()
+    message = (
+        "max_exp_avg_sq.pt and Adam's moments" if leave == "further state" else "hold no exp_avg.pt and exp_avg_sq.pt"
+    )
+    only_weights(tmp_path / "universal", message)
+
+
+def test_a_module_without_its_optimizer(written, damaged):
     folder = damaged("z0")
-    rewrite(model_file(folder), lambda content: content["optimizer"]["state"].clear())
-    with pytest.raises(
-        CheckpointError, match=r"optimizer parameter 0 has no exp_avg, exp_avg_sq, step \(found nothing\)"
-    ):
-        open_source(folder)
+    rewrite(model_file(folder), lambda content: content.update(optimizer=None))
+    only_weights(folder, "a module without its optimizer", written["z0", 3][1])
 
 
 def test_a_frozen_parameter_that_was_not_saved(damaged):
