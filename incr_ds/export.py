@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from incr_ds.arch.logical import LogicalCheckpoint, State
-from incr_ds.grow import TOKENIZER_FILES
+from incr_ds.companions import copy_companions
 from incr_ds.target.commit import publish, refuse_overlap, write_atomically
 from incr_ds.target.files import Bounds, Slices, write_file
-from incr_ds.target.huggingface import config_text, huggingface_files, index_text
+from incr_ds.target.huggingface import huggingface_files, index_text, published_config_text
 
 
 def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dtype, beside: Path) -> None:
@@ -31,9 +30,7 @@ def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dty
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
             write_file(file, folder, Slices(read))
-        write_atomically(folder / "config.json", config_text(source.architecture, dtype))
+        write_atomically(folder / "config.json", published_config_text(source.architecture, dtype))
         if (index := index_text(files)) is not None:
             write_atomically(folder / "model.safetensors.index.json", index)
-        for name in TOKENIZER_FILES:
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, folder / name)
+        copy_companions(beside, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,21 +21,30 @@ from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
 from incr_ds.arch.dynamics import Dynamics, dynamics_text, read_dynamics, without_multipliers
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
-from incr_ds.config.fields import load_settings
+from incr_ds.companions import TOKENIZER_FILES as TOKENIZER_FILES
+from incr_ds.companions import copy_companions
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.crew import ALONE, Crew, StoppedError, agree, shares
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT, GrownTensors
+from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file, open_described
-from incr_ds.target.budget import anonymous_bytes, portion_elements
+from incr_ds.source.finite import FiniteCheckpoint, nonfinite_note
+from incr_ds.target.budget import anonymous_bytes, check_disk, portion_elements
 from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.target.files import Slices, TargetFile, tensor_bytes, write_file
-from incr_ds.target.huggingface import SafetensorsFile, config_text, huggingface_files, index_text
+from incr_ds.target.huggingface import (
+    SafetensorsFile,
+    config_text,
+    huggingface_files,
+    index_text,
+    published_config_text,
+)
 from incr_ds.target.placement import check_layout
 from incr_ds.target.releases import TESTED, needs_bare_states
 from incr_ds.target.universal import universal_files
@@ -47,17 +55,6 @@ TAG = "grown"
 MEMORY_BUDGET = 2 << 30
 FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 Progress = Callable[[str, int, int], None]
 
 
@@ -67,7 +64,7 @@ class GrowthRequest:
 
     ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
     ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
-    load the target.
+    load the target. ``allow_nonfinite`` grows a source that holds NaN or infinity.
     """
 
     source: Path
@@ -80,6 +77,7 @@ class GrowthRequest:
     memory_budget: int = MEMORY_BUDGET
     overwrite: bool = False
     target_deepspeed: str = TESTED
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,11 @@ class PlannedGrowth:
 
 def plan_request(request: GrowthRequest) -> PlannedGrowth:
     """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
-    recipe = load_settings(request.recipe, GrowthRecipe)
-    source = open_described(request.source, request.tag, request.config, trust=request.trust)
+
+    def opened() -> LogicalCheckpoint:
+        return open_described(request.source, request.tag, request.config, trust=request.trust)
+
+    recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
     refuse_overlap(request.source, request.output)
     return plan_files(request, source, recipe)
 
@@ -176,12 +177,15 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, cr
     report = progress or (lambda phase, done, total: None)
     with _resumable(planned.request.output), ExitStack() as stack:
         space = _open_together(planned, crew, stack)
-        slices = Slices(GrownTensors(planned.plan, planned.source).read, agree(crew, lambda: planned.portion))
+        watched = FiniteCheckpoint(planned.source, allowed=planned.request.allow_nonfinite)
+        slices = Slices(GrownTensors(planned.plan, watched).read, agree(crew, lambda: planned.portion))
         hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
-        for others, done in crew.gather((hashes, space.done)):
+        nonfinite = dict(watched.found)
+        for others, done, found in crew.gather((hashes, space.done, watched.found)):
             hashes.update(others)
             space.done.update(done)
-        facts = _facts(planned, hashes)
+            nonfinite.update(found)
+        facts = _facts(planned, hashes, nonfinite)
         agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
     return facts
 
@@ -320,24 +324,19 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
 def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
     """GrowthError if the recipe needs Adam's moments and the source has none."""
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
+        why = f" ({source.facts.no_moments})" if source.facts.no_moments else ""
         raise GrowthError(
-            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments, and optimizer: {recipe.optimizer} needs "
-            "them; set optimizer: reset in the recipe."
+            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, and "
+            f"optimizer: {recipe.optimizer} needs them; set optimizer: reset in the recipe."
         )
 
 
 def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
     """Disk space and file count, before the first byte; what an interrupted run wrote counts."""
-    disk = os.statvfs(space.folder)
     written = sum(int(digest["bytes"]) for digest in space.done.values())
     needed = planned.num_bytes + FILE_OVERHEAD * len(planned.files) - written
-    free = disk.f_bavail * disk.f_frsize
-    output = planned.request.output
-    if needed > free:
-        raise CheckpointError(f"{output}: needs {needed:,} bytes, {free:,} are free on its disk; nothing was written.")
     entries = len({Path(file.path).parent for file in planned.files}) + len(planned.files) - len(space.done)
-    if disk.f_files and entries > disk.f_favail:
-        raise CheckpointError(f"{output}: needs {entries:,} files, its disk allows {disk.f_favail:,} more.")
+    check_disk(space.folder, needed, entries, str(planned.request.output))
 
 
 def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
@@ -348,12 +347,13 @@ def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
     report(phase, total, total)
 
 
-def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mapping[str, int]) -> dict[str, Any]:
     source, plan = planned.source, planned.plan
+    more = [nonfinite_note(nonfinite)] if nonfinite else []
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "exact": plan.exact,
-        "notes": list(planned.notes),
+        "notes": [*planned.notes, *more],
         "source": {
             "kind": source.facts.kind,
             "step": source.facts.step,
@@ -371,7 +371,9 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str]) -> dict[str, Any]
 
 def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) -> None:
     """Everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
-    write_atomically(folder / "config.json", config_text(planned.plan.target, planned.dtype))
+    shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
+    config = (published_config_text if shards else config_text)(planned.plan.target, planned.dtype)
+    write_atomically(folder / "config.json", config)
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
     if planned.dynamics:
@@ -380,15 +382,12 @@ def _write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None)
         training = source_training(planned.request.source, planned.source.facts)
         if advice := advice_text(advise(planned.plan, training, ratio)):
             write_atomically(folder / ADVICE_FILE, advice)
-    shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     if not shards:
         universal = planned.plan.recipe.layout.format == "universal"
         write_atomically(folder / ("latest_universal" if universal else "latest"), TAG)
     elif (index := index_text(shards)) is not None:
         write_atomically(folder / "model.safetensors.index.json", index)
-    for name in TOKENIZER_FILES:
-        if (planned.request.source / name).is_file():
-            shutil.copyfile(planned.request.source / name, folder / name)
+    copy_companions(planned.request.source, folder)
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

@@ -65,6 +65,8 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
     with progress_bar(quiet=quiet) as progress:
         facts = grow_checkpoint(planned, progress, crew)
     if not quiet:
+        for note in facts["notes"][len(planned.notes) :]:  # what was found while writing
+            console.print(f"note: {note}")
         console.print(f"published {request.output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
         if (request.output / ADVICE_FILE).is_file():
             advice = request.output / ADVICE_FILE

@@ -11,10 +11,10 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.logical import STATES, CheckpointFacts, LogicalCheckpoint, State
-from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.grow import check_moments
 from incr_ds.growth.apply import GrownTensors
+from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
@@ -34,7 +34,7 @@ class GrownCheckpoint:
         reset = plan.recipe.optimizer == "reset"
         kind = f"{source.facts.kind}, grown on load"
         step = 0 if reset else source.facts.step
-        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={})
+        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -60,7 +60,7 @@ class GrownCheckpoint:
 
 def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
     """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
-    settings = load_settings(recipe, GrowthRecipe)
+    settings = load_recipe(recipe, lambda: open_described(source, tag).architecture)
     opened = open_described(source, tag)
     check_moments(opened, settings)
     plan = plan_growth(opened.architecture, settings, str(recipe))

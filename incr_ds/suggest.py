@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture
@@ -120,7 +120,7 @@ def _width(source: Architecture, hidden: int, layout: ParallelLayout) -> dict[st
 
 
 def _sized(source: Architecture, sizes: Mapping[str, int]) -> Architecture:
-    return Architecture(source.family, source.config, dict(sizes))
+    return replace(source, sizes=dict(sizes))
 
 
 def _is_valid(source: Architecture, sizes: Mapping[str, int], layout: ParallelLayout) -> bool:

@@ -83,7 +83,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
         **{f"  {name}": f"{size:,}" for name, size in component_sizes(architecture).items()},
         "layout": _layout_text(checkpoint),
-        "states": ", ".join(facts.states),
+        "states": ", ".join(facts.states) + (f" ({facts.no_moments})" if facts.no_moments else ""),
         "optimizer step": "none" if facts.step is None else str(facts.step),
         **{key: str(value) for key, value in facts.metadata.items() if not isinstance(value, tuple)},
         "files": f"{len(facts.files)}, {sum(path.stat().st_size for path in facts.files):,} bytes",

@@ -1,5 +1,7 @@
 """Every family from a folder that transformers wrote to a grown folder that transformers loads, through the public functions."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import incr_ds
+from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.arch.family import families
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.errors import GrowthError, LayoutError
+from incr_ds.errors import ConfigError, GrowthError, LayoutError
 from incr_ds.target.placement import check_layout
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.verify import random_batches
@@ -77,3 +80,79 @@ def test_hidden_and_heads_grow_together_where_the_head_size_follows(request_for)
     message = r"n_embd 150 with n_head 6 does not keep the head size of 16.*n_head: 9 with n_embd: 144; n_head: 10 with"
     with pytest.raises(GrowthError, match=message):
         incr_ds.plan_request(request)
+
+
+def published_as(folder, model, config):
+    """A folder as its authors published it: ``model``'s weights beside their own config.json."""
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+SMOLLM2 = {  # HuggingFaceTB/SmolLM2-135M, sizes shrunk
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 96,
+    "is_llama_config": True,
+    "max_position_embeddings": 64,
+    "model_type": "llama",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "vocab_size": 101,
+}
+
+
+def test_the_targets_config_is_the_sources_with_what_changed(tmp_path):
+    """Fields that nothing reads go along, and none comes in that the source does not have."""
+    given = {key: value for key, value in SMOLLM2.items() if key not in ("rope_interleaved", "is_llama_config")}
+    published_as(tmp_path / "source", drawn_model(architecture_from_config(given, "test"), torch.float32), SMOLLM2)
+    request = incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")
+    target = "target: {hidden_size: 72, num_attention_heads: 12, num_key_value_heads: 6, num_hidden_layers: 4}"
+    request.recipe.write_text(f"{target}\noptimizer: reset\nexact: required\nlayout: {{format: huggingface}}\n")
+    planned = incr_ds.plan_request(request)
+    note = "config.json: is_llama_config: transformers 5.* does not read this for a llama, so it changes nothing; .*"
+    assert any(re.fullmatch(note, text) for text in planned.notes)
+    incr_ds.grow_checkpoint(planned)
+    written = json.loads((request.output / "config.json").read_text())
+    grown = {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 6, "num_hidden_layers": 4}
+    # 72 / 12 is not the heads' 8, which transformers would take.
+    assert written == SMOLLM2 | grown | {"head_dim": 8, "torch_dtype": "float32"}
+    tokens = random_batches(101, 1, 12)[0]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (request.source, request.output)
+    ]
+    with torch.no_grad():
+        first, second = (model.eval()(tokens).logits for model in models)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_a_misspelt_target_is_told_with_the_recipes_other_mistakes(request_for):
+    request = request_for("llama")
+    request.recipe.write_text("target: {hiden_size: 192, num_layers: 4}\nwidht: {}\n")
+    with pytest.raises(ConfigError) as refusal:
+        incr_ds.plan_request(request)
+    lines = str(refusal.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["widht", "target.hiden_size", "target.num_layers"]
+    assert "did you mean width?" in lines[0] and "did you mean hidden_size?" in lines[1]
+    request.recipe.write_text("target: {hiden_size: 192, intermediate_size: 3, hidden_act: gelu}\n")
+    with pytest.raises(GrowthError) as refusal:
+        incr_ds.plan_request(request)
+    assert [line.split(": ")[1] for line in str(refusal.value).splitlines()] == [
+        "target.hiden_size",
+        "target.hidden_act",
+    ]

@@ -254,7 +254,7 @@ def test_bad_sources(source, recipe, tmp_path):
             {"model_type": "gpt_fancy"},
             "model_type 'gpt_fancy' is not supported; supported: gemma2, gemma3_text, gpt2",
         ),
-        ({"logit_softcapping": 30.0}, "config field(s) logit_softcapping are unknown for llama"),
+        ({"is_causal": False}, "is_causal (false): transformers"),
     ):
         (unknown / "config.json").write_text(json.dumps({**config, **change}))
         done = grow(unknown, path, tmp_path / "out")

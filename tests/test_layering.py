@@ -22,6 +22,7 @@ ORDER = [
     "target",
     "integrity",
     "advice",
+    "companions",
     "grow",
     "grown",
     "export",

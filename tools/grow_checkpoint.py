@@ -31,6 +31,7 @@ def main(
         Path | None, typer.Option(help="Megatron data set to measure inexact growths on; default: random.")
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Grow NaN and infinity, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Grow SOURCE by RECIPE into OUTPUT, or with --suggest say what it could grow to.
@@ -50,7 +51,8 @@ def main(
         from incr_ds.grow_command import grow
         from incr_ds.target.budget import parse_bytes
     budget = parse_bytes(memory_budget)
-    request = GrowthRequest(source, recipe, output, tag, config, workers, trust, budget, overwrite, target_deepspeed)
+    limits = (workers, trust, budget, overwrite, target_deepspeed, allow_nonfinite)
+    request = GrowthRequest(source, recipe, output, tag, config, *limits)
     grow(request, data, plan_only, json)
 
 

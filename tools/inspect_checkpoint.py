@@ -64,14 +64,18 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "layout": dict(facts.layout),
                 "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},
                 "states": list(facts.states),
+                "no_moments": facts.no_moments,
                 "step": facts.step,
                 "metadata": dict(facts.metadata),
+                "notes": list(architecture.notes),
                 "manifest": manifest,
             }
         )
         return
     console.print(checkpoint_table(checkpoint))
     console.print(tensor_tree(architecture))
+    for note in architecture.notes:
+        console.print(f"note: {note}")
     console.print(
         "manifest: every file as published"
         if manifest

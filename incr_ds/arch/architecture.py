@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from incr_ds.arch.config_reads import changes_nothing, installed_version, reads_of
 from incr_ds.arch.family import Family, TensorDeclaration, family_of
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
@@ -28,11 +29,37 @@ def most_of(axis: str) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family, its full Hugging Face config, and the size of every named axis."""
+    """A family, its full Hugging Face config, and the size of every named axis.
+
+    ``stated`` is the config as its file has it, without what transformers fills in, and with what it does not read.
+    """
 
     family: Family
     config: Mapping[str, Any]
     sizes: Mapping[str, int]
+    stated: Mapping[str, Any]
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields of the config that no code of the model reads."""
+        return tuple(sorted(set(self.stated) - self.family.known_fields))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the config."""
+        checks = [
+            (
+                bool(self.unread),
+                f"config.json: {', '.join(self.unread)}: transformers {installed_version()} does not read this for a "
+                f"{self.family.model_type}, so it changes nothing; it is carried along unchanged",
+            ),
+            (
+                bool(self.stated.get("auto_map")),
+                f"config.json: auto_map names code that the checkpoint brings; it is not run: the model is transformers' own "
+                f"{self.family.class_name}",
+            ),
+        ]
+        return tuple(text for applies, text in checks if applies)
 
     @property
     def tied(self) -> bool:
@@ -117,7 +144,7 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
     field at an unsupported value, and whatever transformers refuses; ``where`` names the config's origin.
     """
     family = _known_family(config, where)
-    return _architecture(family, _filled(config, where), where)
+    return _architecture(family, filled_config(config, where), config, where)
 
 
 def saved_architecture(path: Path) -> Architecture:
@@ -130,7 +157,7 @@ def saved_architecture(path: Path) -> Architecture:
     family = _known_family(config, where)
     needed = family.effective_fields | {family.config.initializer}
     complete = needed <= set(config) and not set(family.config.older) & set(config)
-    return _architecture(family, config if complete else _filled(config, where), where)
+    return _architecture(family, config if complete else filled_config(config, where), config, where)
 
 
 def check_context(architecture: Architecture, length: int, where: str) -> None:
@@ -144,18 +171,38 @@ def check_context(architecture: Architecture, length: int, where: str) -> None:
 
 
 def _known_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family, which knows every field of the config that can change what the model computes."""
     family = family_of(config.get("model_type"), where)
-    unknown = sorted(set(config) - family.known_fields)
+    _refuse_quantized(config, where)
+    unknown = [
+        name
+        for name in sorted(set(config) - family.known_fields)
+        if not changes_nothing(name, config[name], family.module)
+    ]
     if unknown:
+        files = sorted({read.file for name in unknown for read in reads_of(name, family.module)})
         raise ConfigError(
-            f"{where}: config field(s) {', '.join(unknown)} are unknown for {family.model_type}; each may change the "
-            "mathematics, so nothing was done. Remove the field if it has no effect, or add it to the family file."
+            f"{where}: {', '.join(f'{name} ({json.dumps(config[name])[:40]})' for name in unknown)}: transformers "
+            f"{installed_version()} reads this for a {family.model_type} ({', '.join(files)}), and no family file says what "
+            "growth must do with it; nothing was done. If the model does without it, name a config.json without it with --config "
+            f"FILE; else say in incr_ds/arch/families/{family.model_type}.yaml what it is."
         )
     return family
 
 
-def _architecture(family: Family, full: Mapping[str, Any], where: str) -> Architecture:
-    for name, value in family.config.only.items():
+def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ConfigError(
+            f"{where}: quantization_config{f' ({method})' if method else ''}: the weights are quantized, and only plain "
+            "floating-point weights can be grown. Use the unquantized release of this model, or load it with transformers, "
+            "call model.dequantize() and save it."
+        )
+
+
+def _architecture(family: Family, full: Mapping[str, Any], stated: Mapping[str, Any], where: str) -> Architecture:
+    for name, value in {**family.config.only, **family.config.foreign}.items():
         if full.get(name, value) != value:
             raise ConfigError(
                 f"{where}: {name} is {full[name]!r}; {family.model_type} is supported with {value!r} only."
@@ -169,7 +216,7 @@ def _architecture(family: Family, full: Mapping[str, Any], where: str) -> Archit
             )
     _check_heads(sizes, where)
     _check_numbers(family, full, where)
-    return Architecture(family, full, sizes)
+    return Architecture(family, full, sizes, stated)
 
 
 def _check_numbers(family: Family, full: Mapping[str, Any], where: str) -> None:
@@ -215,7 +262,8 @@ def _derive(rule: str, sizes: Mapping[str, int], where: str) -> int:
     return size // sizes[under] if under else size
 
 
-def _filled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def filled_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``config`` with every field that transformers gives it; ConfigError for what it refuses."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -19,7 +19,8 @@ MIXTURES = FOLDER / "mixtures"
 WITHOUT_EFFECT = frozenset(
     "architectures transformers_version dtype torch_dtype use_cache model_type id2label label2id problem_type "
     "output_hidden_states output_attentions return_dict is_encoder_decoder chunk_size_feed_forward _name_or_path "
-    "bos_token_id eos_token_id pad_token_id initializer_range _attn_implementation attn_implementation".split()
+    "bos_token_id eos_token_id pad_token_id sep_token_id initializer_range initializer_factor init_std loss_type "
+    "gradient_checkpointing num_labels auto_map name_or_path _commit_hash _attn_implementation attn_implementation".split()
 )
 
 
@@ -55,7 +56,8 @@ class ConfigDeclaration(Settings):
     ``eps`` names the norms' eps (None: not in the config), ``initializer`` the standard deviation of fresh weights;
     ``keeps`` stay as they are, ``per_layer`` lists follow the layer map, ``follows`` have an axis' size, ``only`` are
     supported at one value, ``without_effect`` change nothing for a causal language model. ``older`` are those that older
-    versions of transformers wrote and newer ones translate into others.
+    versions of transformers wrote and newer ones translate into others. ``foreign`` are those of other libraries, which
+    transformers does not read: at these values they say what its model computes anyway.
     """
 
     eps: str | None
@@ -65,6 +67,7 @@ class ConfigDeclaration(Settings):
     per_layer: list[str] = Field(default_factory=list)
     follows: dict[str, str] = Field(default_factory=dict)
     only: dict[str, Any] = Field(default_factory=dict)
+    foreign: dict[str, Any] = Field(default_factory=dict)
     without_effect: list[str] = Field(default_factory=list)
 
 
@@ -83,7 +86,8 @@ class Family(Settings):
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
     often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``upcycles`` are the dense families
     that a mixture of experts is made from. ``buffers`` are endings of names that old checkpoints hold and that follow from
-    the config. ``class_name`` is transformers' causal language model, which a config.json names. ``trains``: this package
+    the config. ``class_name`` is transformers' causal language model, which a config.json names, and ``folder`` where
+    transformers has it below models/, if not under its model_type. ``trains``: this package
     builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
     ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained. ``embedding_dropout`` is the
     config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on the logits;
@@ -93,6 +97,7 @@ class Family(Settings):
 
     model_type: str
     class_name: str
+    folder: str | None = None
     trains: bool = False
     uncut: str | None = None
     trains_with: dict[str, Any] = Field(default_factory=dict)
@@ -123,7 +128,12 @@ class Family(Settings):
     @property
     def known_fields(self) -> frozenset[str]:
         """Config fields that the family understands."""
-        return self.without_effect | self.effective_fields | set(self.config.older)
+        return self.without_effect | self.effective_fields | set(self.config.older) | set(self.config.foreign)
+
+    @property
+    def module(self) -> str:
+        """The folder of transformers' models that has the family's code."""
+        return self.folder or self.model_type
 
     @property
     def effective_fields(self) -> frozenset[str]:

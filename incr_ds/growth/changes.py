@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, most_of
+from incr_ds.arch.family import mixtures
 from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
+from incr_ds.config.fields import load_settings, read_yaml
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.errors import GrowthError
+from incr_ds.errors import ConfigError, GrowthError, IncrError
 
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
 ROTARY = "rope_parameters"
@@ -19,27 +23,66 @@ def growing_fields(source: Architecture) -> dict[str, str]:
     return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
 
 
+def load_recipe(path: Path, source: Callable[[], Architecture]) -> GrowthRecipe:
+    """The recipe in a file. ConfigError lists every mistake in it: also fields of ``target`` that ``source`` does not have,
+    which is opened for this only where the recipe is wrong anyway."""
+    try:
+        return load_settings(path, GrowthRecipe)
+    except ConfigError as error:
+        more = _unknown_in(path, source)
+        raise ConfigError("\n".join([str(error), *more])) from error
+
+
+def _unknown_in(path: Path, source: Callable[[], Architecture]) -> list[str]:
+    try:
+        target, architecture = read_yaml(path).get("target"), source()
+    except IncrError:  # the recipe's own mistakes come first; this one is told next time
+        return []
+    return [f"  {line}" for line in _unknown_fields(architecture, target if isinstance(target, dict) else {})]
+
+
+def _unknown_fields(source: Architecture, target: Mapping[str, Any]) -> list[str]:
+    known = source.family.known_fields | {"model_type"}
+    other = mixtures().get(str(target.get("model_type")))
+    known |= frozenset() if other is None else other.known_fields
+    can_grow = growing_fields(source).values()
+    lines = []
+    for field in target:
+        if field not in known:
+            near = difflib.get_close_matches(str(field), [*can_grow, *sorted(known)], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"can grow: {_listed(can_grow)}"
+            lines.append(f"target.{field}: not a config field of {source.family.model_type}; {hint}")
+    return lines
+
+
 def checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
-    """The recipe's ``target``. GrowthError for a field that is unknown or cannot grow, and for what is no size."""
-    axes = {field: axis for axis, field in growing_fields(source).items()}
+    """The recipe's ``target``. GrowthError names every field that is unknown, cannot grow, or is not a size."""
+    problems = [f"{where}: {line}." for line in _unknown_fields(source, recipe.target)]
     for field, value in recipe.target.items():
-        if field not in source.family.known_fields:
-            raise GrowthError(
-                f"{where}: target.{field}: not a config field of {source.family.model_type}; can grow: {_listed(axes)}."
-            )
-        if field in axes:
-            check_size(field, axes[field], value, where)
-        elif axis := source.family.config.follows.get(field):
-            _check_follows(field, value, source.family.axes[axis], recipe, source.sizes[axis], where)
-        elif not _is_free(source, field, value) and value != source.config.get(field):
-            raise GrowthError(
-                f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
-                f"grows it; fields that can grow: {_listed(axes)}."
-            )
+        if field in source.family.known_fields:
+            try:
+                _check_change(source, field, value, recipe, where)
+            except GrowthError as error:
+                problems.append(str(error))
+    if problems:
+        raise GrowthError("\n".join(problems))
     changes = dict(recipe.target)
     if ROTARY in changes:
         changes[ROTARY] = _rotations(source.config[ROTARY], changes[ROTARY], f"{where}: target.{ROTARY}")
     return changes
+
+
+def _check_change(source: Architecture, field: str, value: Any, recipe: GrowthRecipe, where: str) -> None:
+    axes = {field: axis for axis, field in growing_fields(source).items()}
+    if field in axes:
+        check_size(field, axes[field], value, where)
+    elif axis := source.family.config.follows.get(field):
+        _check_follows(field, value, source.family.axes[axis], recipe, source.sizes[axis], where)
+    elif not _is_free(source, field, value) and value != source.config.get(field):
+        raise GrowthError(
+            f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
+            f"grows it; fields that can grow: {_listed(axes)}."
+        )
 
 
 def check_size(field: str, axis: str, value: Any, where: str) -> None:

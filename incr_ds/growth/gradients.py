@@ -30,7 +30,8 @@ def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | 
         _weighted_sum(source, spec.name, [np.ones(size) for size in spec.shape]) for spec in plan.source.stored
     )
     after = sum(_grown_sum(plan, tensor, source) for tensor in plan.tensors.values())
-    return math.sqrt(after / before) if before else None
+    # Of a source with numbers that are not finite, which a user may insist on, nothing is known either.
+    return math.sqrt(after / before) if 0.0 < before < math.inf and after < math.inf else None
 
 
 def _grown_sum(plan: GrowthPlan, tensor: TensorPlan, source: LogicalCheckpoint) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import families
+from incr_ds.arch.restated import restated
 from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
@@ -78,6 +79,7 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
         *inexact,
         *_notes(recipe, axes),
         *size_warnings(target.num_parameters / source.num_parameters),
+        *source.notes,
     )
     return GrowthPlan(recipe, source, target, axes, layers, inexact, notes)
 
@@ -175,7 +177,7 @@ def _target_architecture(
     if config == source.config:
         return source
     try:
-        return architecture_from_config(config, f"{where}: target")
+        return restated(architecture_from_config(config, f"{where}: target"), source, f"{where}: target")
     except ConfigError as error:
         raise GrowthError(f"{error}{_nearest(config, changes, source)}") from error
 

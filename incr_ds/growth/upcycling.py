@@ -58,7 +58,9 @@ def upcycled(dense: GrowthPlan, recipe: GrowthRecipe, mixture: Family, where: st
 def _target(dense: Architecture, recipe: GrowthRecipe, mixture: Family, where: str) -> Architecture:
     own = {field: value for field, value in recipe.target.items() if field in mixture.known_fields}
     config: dict[str, Any] = {
-        field: value for field, value in dense.config.items() if field in mixture.effective_fields
+        field: value
+        for field, value in dense.config.items()
+        if field in mixture.effective_fields or (field in dense.stated and field.endswith("_token_id"))
     }
     config |= {mixture.config.initializer: dense.config[dense.family.config.initializer]}
     for field, value in mixture.upcycles[dense.family.model_type].only.items():

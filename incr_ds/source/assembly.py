@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from incr_ds.arch.blocks import Block
-from incr_ds.arch.logical import State
+from incr_ds.arch.logical import State, same_numbers
 from incr_ds.errors import CheckpointError
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
@@ -147,16 +147,16 @@ def cut_blocks(name: str, whole: tuple[int, ...], shapes: Sequence[tuple[int, ..
     return blocks
 
 
-def check_copies(tensor: Assembled) -> Iterator[str]:
-    """Every copy of a block must be that block, in every state; CheckpointError names two ranks that disagree."""
+def check_copies(tensor: Assembled, states: Sequence[State]) -> Iterator[str]:
+    """Every copy of a block must be that block, in each of ``states``; CheckpointError names two ranks that disagree."""
     for first, second in tensor.copies:
         block = first.block
         begin, end = block.bounds[0]
         rows = max(1, _COMPARED_ELEMENTS // max(1, math.prod(block.shape[1:])))
-        for state in SCALE_POWERS:
+        for state in states:
             for row in range(begin, end, rows):
                 stop = min(row + rows, end)
-                if not torch.equal(first.read(state, row, stop), second.read(state, row, stop)):
+                if not same_numbers(first.read(state, row, stop), second.read(state, row, stop)):
                     raise CheckpointError(
                         f"{first.rank.model_file.parent}: {block.name}: {state} of {first.parameter} on model-parallel rank "
                         f"{first.rank.index} and of {second.parameter} on rank {second.rank.index} differ; they are "

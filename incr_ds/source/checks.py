@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, LogicalCheckpoint
+from incr_ds.arch.logical import LogicalCheckpoint, same_numbers
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import HuggingFaceCheckpoint, weights_file
 from incr_ds.source.layer_files import layer_weights
+from incr_ds.source.naming import plain_names
 from incr_ds.source.partitions import ModelRank
 
 _CHECKED_ELEMENTS = 1 << 18  # compared at once
@@ -21,7 +22,7 @@ _CHECKED_ELEMENTS = 1 << 18  # compared at once
 
 def check_padding(rank: ModelRank) -> None:
     """ZeRO pads with zeros; anything else is another checkpoint's data."""
-    for state in STATES:
+    for state in rank.shards.flat:
         for padding in rank.shards.padding(state):
             if padding.count_nonzero():
                 raise CheckpointError(
@@ -57,10 +58,12 @@ def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
 
 def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
     """What the module saved of a tied tensor's other name must be the tensor."""
-    saved = rank.model.get("module") or {}
+    module = rank.model.get("module") or {}
+    saved = {logical: module[name] for name, logical in plain_names(module, architecture).items()}
+    owners = {rank.names[name]: tensor for name, tensor in modules.items()}
     for spec in architecture.tensors:
-        owner = modules.get(spec.tied_to) if spec.tied_to else None
-        if owner is not None and spec.name in saved and not torch.equal(saved[spec.name], owner):
+        owner = owners.get(spec.tied_to) if spec.tied_to else None
+        if owner is not None and spec.name in saved and not same_numbers(saved[spec.name], owner):
             raise CheckpointError(
                 f"{rank.model_file}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
             )
@@ -79,7 +82,8 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
         stop = min(first + rows, flat.shape[0])
         master = rank.shards.read(parameter, "weight", first, stop)
         if not rounds_to(master, saved[first:stop]):
-            wrong += int((master.to(saved.dtype) != saved[first:stop]).sum())
+            rounded = master.to(saved.dtype)
+            wrong += int(((rounded != saved[first:stop]) & ~(rounded.isnan() & saved[first:stop].isnan())).sum())
     if wrong:
         holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
         raise CheckpointError(
@@ -95,7 +99,7 @@ def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
     if saved.dtype.itemsize == 2 and not masters.sum().isnan():
         if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
             return True
-    return torch.equal(rounded, saved)
+    return same_numbers(rounded, saved)
 
 
 def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:

@@ -137,16 +137,30 @@ def adam_state(content: Any, path: Path, at: str) -> AdamState:
     return _checked(_ADAM, content, path, at)
 
 
+class MomentsError(Exception):
+    """Why a checkpoint's optimizer states cannot be used; its weights can. Its text is part of a sentence."""
+
+
 def moments(content: Any, path: Path, at: str) -> Moments:
-    """Adam's two moments and its step; CheckpointError says which of them are missing, and what is there instead."""
-    missing = [key for key in Moments.__required_keys__ if key not in content]
+    """Adam's two moments and its step; MomentsError says which of them are missing and what is there instead, or what is
+    there beside them: growing only a part of an optimizer's state would change it without a word."""
+    known = Moments.__required_keys__
+    missing = sorted(key for key in known if key not in content)
     if missing:
-        found = ", ".join(map(str, content)) or "nothing"
-        raise CheckpointError(
-            f"{path}: {at} has no {', '.join(sorted(missing))} (found {found}). Only Adam's moments can be "
-            "grown; for another optimizer, or before the first step, export the weights to Hugging Face format."
+        found = ", ".join(map(str, content)) or "nothing: saved before the first step?"
+        raise MomentsError(
+            f"{path.name}: {at} has no {', '.join(missing)} (found {found}); only Adam's moments can be grown"
+        )
+    if more := sorted(str(key) for key in set(content) - known):
+        named = "".join(f" ({optimizer})" for key, optimizer in _VARIANTS.items() if key in more)
+        raise MomentsError(
+            f"{path.name}: {at} has {', '.join(more)}{named} beside Adam's moments, which growth would lose"
         )
     return _checked(_MOMENTS, content, path, at)
+
+
+# What tells a relative of Adam by its further state.
+_VARIANTS = {"max_exp_avg_sq": "AMSGrad", "mu_product": "NAdam", "worker_error": "1-bit Adam"}
 
 
 def partitions(content: Any, path: Path) -> Partitions:

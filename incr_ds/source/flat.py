@@ -34,7 +34,8 @@ class FlatParameter:
 class FlatShards:
     """All data-parallel files of one model-parallel rank. ``flat[state][rank][group]`` are one-dimensional tensors.
 
-    ``frozen`` parameters were not trained: they have weights, and moments of zero.
+    ``frozen`` parameters were not trained: they have weights, and moments of zero. Where ``flat`` has no moments, there are
+    none.
     """
 
     parameters: Mapping[str, FlatParameter]

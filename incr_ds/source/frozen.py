@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.logical import State
+from incr_ds.arch.logical import State, check_dtype
 from incr_ds.errors import CheckpointError
 from incr_ds.source.contents import ModelFile, model_content
 from incr_ds.source.flat import FlatParameter, Piece, scattered_parameters
@@ -45,6 +45,7 @@ def add_frozen(
             raise CheckpointError(
                 f"{model_file}: {name}: a frozen parameter of shape {list(shape)} that was not saved."
             )
+        check_dtype(fragments[name].dtype, name, str(model_file))
         group = len(flats[0]["weight"])
         flats[0]["weight"].append(fragments[name].flatten())
         parameters[name] = FlatParameter(shape, (Piece(0, group, 0, math.prod(shape)),))
@@ -80,6 +81,8 @@ def _add_shares(
             raise CheckpointError(
                 f"{path}: no share of the frozen parameter {missing[0]}; the file is of another checkpoint."
             )
+        for name in shapes:
+            check_dtype(fragments[name].dtype, name, str(path))
         flat["weight"] += [fragments[name].flatten() for name in shapes]
     for number, (name, shape) in enumerate(shapes.items()):
         found = scattered_parameters([{name: shape}], len(flats))[name]

@@ -11,6 +11,11 @@ from incr_ds.source.affine import AffineMaps
 from incr_ds.source.assembly import Assembled, Held, assemble, cut_blocks
 from incr_ds.source.partitions import ModelRank
 
+_IF_MISSING = (
+    "is config.json this checkpoint's? If these were frozen, it was saved with exclude_frozen_parameters=True: save it again "
+    "without that, or merge the frozen weights in and grow a Hugging Face folder."
+)
+
 Part = tuple[ModelRank, str]  # a rank and the name of one of its parameters
 
 
@@ -39,7 +44,7 @@ def assembled_tensors(
             item for parts in stages.values() for item in _held(maps, logical, whole, parts, tensor_parallel)
         ]
         shapes[logical] = _joined(whole, held[logical]) if held[logical] else local
-    check_shapes(architecture, shapes, str(folder))
+    check_shapes(architecture, shapes, str(folder), _IF_MISSING)
     return {logical: assemble(declared[logical].shape, items, str(folder)) for logical, items in held.items()}
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import CheckpointFacts, State, check_shapes
+from incr_ds.arch.logical import CheckpointFacts, State, check_dtype, check_shapes, same_numbers
 from incr_ds.errors import CheckpointError
 from incr_ds.reading import LARGE, read_json
 from incr_ds.source.contents import tensors
+from incr_ds.source.naming import is_buffer, plain_names, refuse_adapters
 from incr_ds.source.progress import tokens_seen
 from incr_ds.source.unpickle import load_pt
 
@@ -35,17 +36,15 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path, architecture: Architecture, *, trust: bool = False) -> None:
         self._architecture = architecture
-        self._saved_as = {spec.name: spec.saved_name for spec in architecture.tensors}
-        logical = {saved: name for name, saved in self._saved_as.items()}
         saved_in = _tensor_files(weights_file(folder) or folder / SINGLE, trust)
+        refuse_adapters(saved_in, str(folder))
         files = tuple(sorted(set(saved_in.values())))
-        buffers = tuple(architecture.family.buffers)
-        self._file_of = {
-            logical.get(name, name): path
-            for name, path in saved_in.items()
-            if not buffers or not name.endswith(buffers)
-        }
+        names = plain_names((name for name in saved_in if not is_buffer(name, architecture)), architecture)
+        self._saved_as = {logical: name for name, logical in names.items()}
+        self._file_of = {logical: saved_in[name] for logical, name in self._saved_as.items()}
         self._handles = {path: _open(path, trust) for path in files}
+        for name, path in self._file_of.items():
+            check_dtype(_dtype_of(self._slice(name)), name, str(path))
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
         check_shapes(architecture, shapes, str(folder))
         kind = "safetensors" if files[0].suffix == ".safetensors" else ".bin"
@@ -84,10 +83,19 @@ class HuggingFaceCheckpoint:
 
     def _are_equal(self, first: str, second: str, rows: int) -> bool:
         parts = [slice(begin, begin + _COMPARED_ROWS) for begin in range(0, rows, _COMPARED_ROWS)]
-        return all(torch.equal(self._slice(first)[part], self._slice(second)[part]) for part in parts)
+        return all(same_numbers(self._slice(first)[part], self._slice(second)[part]) for part in parts)
 
     def _slice(self, name: str):  # type: ignore[no-untyped-def]  # safetensors has no types
-        return self._handles[self._file_of[name]].get_slice(self._saved_as.get(name, name))
+        return self._handles[self._file_of[name]].get_slice(self._saved_as[name])
+
+
+# As safetensors spells them.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _dtype_of(part) -> str:  # type: ignore[no-untyped-def]  # safetensors has no types
+    found = str(part.get_dtype())
+    return _DTYPES.get(found, found)
 
 
 class _Pickled:
@@ -109,6 +117,9 @@ class _PickledSlice:
 
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return str(self._tensor.dtype).removeprefix("torch.")
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         return self._tensor[rows]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.logical import check_dtype
 from incr_ds.source.contents import tensors
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
 from incr_ds.source.naming import logical_names
@@ -25,6 +26,7 @@ def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iter
     for layer in sorted(layers):
         path = folder / f"layer_{layer:02d}-model_{tensor_rank:02d}-model_states.pt"
         for name, tensor in tensors(load_pt(path), path).items():
+            check_dtype(tensor.dtype, name, str(path))
             yield f"{layer}.{name}", tensor
 
 

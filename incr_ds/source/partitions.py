@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, State
+from incr_ds.arch.logical import STATES, State, check_dtype
 from incr_ds.errors import CheckpointError
 from incr_ds.source.contents import (
     AdamState,
     ModelFile,
     Moments,
+    MomentsError,
     model_content,
     moments,
     partitions,
@@ -25,7 +26,7 @@ from incr_ds.source.contents import (
 )
 from incr_ds.source.flat import FlatParameter, FlatShards, check_bounds, contiguous_parameters, scattered_parameters
 from incr_ds.source.frozen import Flats, add_frozen
-from incr_ds.source.naming import logical_names
+from incr_ds.source.naming import logical_names, plain_names, refuse_adapters
 from incr_ds.source.unpartitioned import unpartitioned
 from incr_ds.source.unpickle import load_pt
 
@@ -39,6 +40,7 @@ class ModelRank:
     """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them.
 
     ``kind`` names the format for people, ``dtype`` is the model's own, ``universal_info`` what DeepSpeed notes for conversions.
+    ``no_moments`` says why the optimizer's states cannot be used, if so; ``step`` is then 0.
     """
 
     index: int
@@ -53,6 +55,7 @@ class ModelRank:
     names: Mapping[str, str]
     hyperparameters: tuple[Mapping[str, Any], ...]
     universal_info: Any = None
+    no_moments: str | None = None
 
 
 def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[ModelRank]:
@@ -110,21 +113,23 @@ class _OptimizerFile:
     paddings: Sequence[Sequence[int] | None] | None
     universal_info: Any
 
-    def flat(self) -> dict[State, list[torch.Tensor]]:
-        """Masters and moments, one-dimensional, by group."""
-        groups = [self._moments(index, self.adam["state"].get(index, {})) for index in range(len(self.masters))]
-        return {
-            "weight": [tensor.flatten() for tensor in self.masters],
-            "exp_avg": [group["exp_avg"].flatten() for group in groups],
-            "exp_avg_sq": [group["exp_avg_sq"].flatten() for group in groups],
-        }
+    def flat(self, with_moments: bool) -> dict[State, list[torch.Tensor]]:
+        """Masters, and moments if asked for, one-dimensional, by group."""
+        found: dict[State, list[torch.Tensor]] = {"weight": [tensor.flatten() for tensor in self.masters]}
+        if with_moments:
+            groups = self.moments()
+            found["exp_avg"] = [group["exp_avg"].flatten() for group in groups]
+            found["exp_avg_sq"] = [group["exp_avg_sq"].flatten() for group in groups]
+        for state, tensors in found.items():
+            for index, tensor in enumerate(tensors):
+                check_dtype(tensor.dtype, f"{state} of optimizer group {index}", str(self.path))
+        return found
 
-    def steps(self) -> dict[int, int]:
-        """Adam's count of steps by group."""
-        return {index: self._moments(index, group)["step"] for index, group in self.adam["state"].items()}
-
-    def _moments(self, index: int, group: Mapping[str, Any]) -> Moments:
-        return moments(group, self.path, f"optimizer group {index}")
+    def moments(self) -> list[Moments]:
+        """By group; MomentsError if they are not Adam's alone."""
+        states = self.adam["state"]
+        groups = range(len(self.masters))
+        return [moments(states.get(index, {}), self.path, f"optimizer group {index}") for index in groups]
 
 
 def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
@@ -135,19 +140,22 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     states = [_optimizer_file(load_pt(path, trust=trust), path) for path in files]
     _check_partition_count(states, model, model_path)
     first = states[0]
-    flats = [state.flat() for state in states]
+    no_moments = _why_no_moments(states)
+    flats = [state.flat(with_moments=no_moments is None) for state in states]
     parameters = _parameters(model_path, model.get("param_shapes") or [], first, flats)
     frozen = add_frozen(parameters, flats, model_path, model, first.stage, trust)
-    flat = {state: [tensors[state] for tensors in flats] for state in STATES}
+    flat = {state: [tensors[state] for tensors in flats] for state in STATES if state in flats[0]}
     shards = FlatShards(parameters, flat, frozen)
     check_bounds(shards, str(model_path.parent))
-    step = _common_step(states)
+    step = 0 if no_moments else _common_step(states)
+    refuse_adapters(parameters, str(model_path))
     names = logical_names(parameters, architecture)
     kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
     dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
     info = first.universal_info or model.get("universal_checkpoint_info")
     groups = _hyperparameters(first)
-    return ModelRank(index, model_path, files, model, shards, first.stage, kind, dtype, step, names, groups, info)
+    found = (shards, first.stage, kind, dtype, step, names, groups, info, no_moments)
+    return ModelRank(index, model_path, files, model, *found)
 
 
 def _parameters(
@@ -162,7 +170,7 @@ def _parameters(
         )
     if first.stage == 3:
         return scattered_parameters(group_shapes, len(flats))
-    sizes = [moment.numel() for moment in flats[0]["exp_avg"]]
+    sizes = [master.numel() for master in first.masters]
     return contiguous_parameters(group_shapes, _paddings(first, group_shapes), sizes)
 
 
@@ -170,12 +178,11 @@ def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architec
     """A rank of ZeRO-0: one file holds the module and its optimizer."""
     found = unpartitioned(model_path, model, architecture)
     info = model.get("universal_checkpoint_info")
-    names = {name: name for name in found.shards.parameters}
+    names = plain_names(found.shards.parameters, architecture)
     files = (model_path,)
     kind, dtype = "DeepSpeed ZeRO-0", str(found.dtype).removeprefix("torch.")
-    return ModelRank(
-        index, model_path, files, model, found.shards, 0, kind, dtype, found.step, names, found.hyperparameters, info
-    )
+    more = (kind, dtype, found.step, names, found.hyperparameters, info, found.no_moments)
+    return ModelRank(index, model_path, files, model, found.shards, 0, *more)
 
 
 def _optimizer_file(content: Any, path: Path) -> _OptimizerFile:
@@ -223,8 +230,21 @@ def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) 
     return [list(paddings or [0] * length) for paddings, length in zip(saved, lengths, strict=True)]
 
 
+def _why_no_moments(states: Sequence[_OptimizerFile]) -> str | None:
+    for state in states:
+        try:
+            state.moments()
+        except MomentsError as error:
+            return str(error)
+    return None
+
+
 def _common_step(states: Sequence[_OptimizerFile]) -> int:
-    steps = {step: f"{state.path.name} group {index}" for state in states for index, step in state.steps().items()}
+    steps = {
+        group["step"]: f"{state.path.name} group {index}"
+        for state in states
+        for index, group in enumerate(state.moments())
+    }
     if len(steps) != 1:
         found = "; ".join(f"step {step} in {where}" for step, where in steps.items())
         raise CheckpointError(f"{states[0].path.parent}: the optimizer files disagree on the step: {found}.")

@@ -7,10 +7,12 @@ from pathlib import Path
 from incr_ds.arch.architecture import Architecture, saved_architecture
 from incr_ds.errors import CheckpointError
 from incr_ds.source.huggingface import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
+from incr_ds.source.naming import ADAPTER_CURE
 from incr_ds.source.universal import UniversalCheckpoint
 from incr_ds.source.zero import ZeroCheckpoint
 
 _LONGEST_TAG = 200  # bytes
+ADAPTER = "adapter_config.json"  # beside a model, transformers would load the adapter with it
 
 
 def open_source(
@@ -25,6 +27,8 @@ def open_source(
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; expected a DeepSpeed checkpoint or a Hugging Face folder.")
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(f"{path / ADAPTER}: {ADAPTER_CURE}")
     # A folder of transformers' Trainer under DeepSpeed holds both; only DeepSpeed's part has the moments.
     if tag is None and weights_file(path) and not _tag_files(path):
         return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)

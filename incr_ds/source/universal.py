@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_shapes
+from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_dtype, check_shapes
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import Assembled
 from incr_ds.source.contents import ModelFile, counted_steps, model_content
@@ -63,7 +63,9 @@ class UniversalCheckpoint:
         metadata = training_facts(model, folder) | {"dtype": "float32"}
         files = tuple(sorted(path for path in self._folder.rglob("*.pt") if path.is_file()))
         kind = "DeepSpeed universal, Megatron-DeepSpeed" if self._is_megatron else "DeepSpeed universal"
-        self._facts = CheckpointFacts(self._folder, kind, STATES, self._step(), {}, metadata, files)
+        states, no_moments = self._states()
+        step = None if no_moments else self._step()
+        self._facts = CheckpointFacts(self._folder, kind, states, step, {}, metadata, files, no_moments)
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -80,6 +82,8 @@ class UniversalCheckpoint:
         spec = self._architecture.by_name[name]
         first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
         owner = spec.tied_to or name
+        if state not in self._facts.states:
+            raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
         return self._fused[owner].read(state, first, stop) if self._fused else self._tensor(owner, state)[first:stop]
 
     def parameter(self, name: str, state: State) -> torch.Tensor:
@@ -90,11 +94,13 @@ class UniversalCheckpoint:
         """Every state of every parameter is there and has its shape, and all steps are equal."""
         step = self._facts.step
         for name, folder in self._folders.items():
-            for state in STATES:
+            for state in self._facts.states:
                 self._tensor(name, state)
-            if (folder / "step.pt").is_file() and (
-                found := counted_steps(load_pt(folder / "step.pt", trust=self._trust), folder / "step.pt")
-            ) != step:
+            if (
+                step is not None
+                and (folder / "step.pt").is_file()
+                and (found := counted_steps(load_pt(folder / "step.pt", trust=self._trust), folder / "step.pt")) != step
+            ):
                 raise CheckpointError(f"{folder / 'step.pt'}: step {found}, elsewhere {step}: from another checkpoint.")
             yield name
 
@@ -118,6 +124,7 @@ class UniversalCheckpoint:
         tensor = content.get("param") if isinstance(content, dict) else content
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
+        check_dtype(tensor.dtype, f"{name} ({state})", str(path))
         spec = self._architecture.by_name.get(name)
         # A conversion from ZeRO-3 leaves tensors flat.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
@@ -125,6 +132,18 @@ class UniversalCheckpoint:
         if spec is not None and tensor.shape != spec.shape and state != "weight":
             raise CheckpointError(f"{path}: expected shape {list(spec.shape)}, found {list(tensor.shape)}.")
         return tensor
+
+    def _states(self) -> tuple[tuple[State, ...], str | None]:
+        """The states that every parameter has, and why there are no moments, if so."""
+        known = {*_FILES.values(), "step.pt"}
+        beside = {path.name for folder in self._folders.values() for path in folder.glob("*.pt")}
+        if further := sorted(beside - known):
+            return (
+                "weight",
+            ), f"{further[0]} and Adam's moments are the optimizer's state, and growth would lose the former"
+        if not {_FILES["exp_avg"], _FILES["exp_avg_sq"]} & beside:
+            return ("weight",), "the folders of the parameters hold no exp_avg.pt and exp_avg_sq.pt"
+        return STATES, None
 
     def _model_states(self) -> ModelFile:
         files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))

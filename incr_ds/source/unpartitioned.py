@@ -10,22 +10,25 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import State
+from incr_ds.arch.logical import State, check_dtype
 from incr_ds.errors import CheckpointError
-from incr_ds.source.contents import AdamState, ModelFile, Moments, adam_state, masters, moments
+from incr_ds.source.contents import AdamState, ModelFile, Moments, MomentsError, adam_state, masters, moments
 from incr_ds.source.flat import FlatParameter, FlatShards, Piece
+from incr_ds.source.naming import plain_names, refuse_adapters
 
 _PROBED = 4096  # elements of a master that tell tensors of one shape apart
 
 
 @dataclass(frozen=True)
 class Unpartitioned:
-    """What one rank of ZeRO-0 holds; every parameter is a group of its own."""
+    """What one rank of ZeRO-0 holds; every parameter is a group of its own. ``no_moments`` says why the optimizer's state
+    cannot be used, if so: the weights are then the module's own."""
 
     shards: FlatShards
     dtype: torch.dtype
     step: int
     hyperparameters: tuple[Mapping[str, Any], ...]
+    no_moments: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,45 @@ class _Slot:
 
 
 def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> Unpartitioned:
-    """Match the optimizer's numbered parameters with the module's names.
+    """The module's weights and, matched with their names, the optimizer's numbered parameters.
 
     Within a parameter group the optimizer keeps the module's order; with shapes (and masters' values, in reduced
-    precision) that must leave one possibility. CheckpointError for more or none, and for what else is not supported.
+    precision) that must leave one possibility, else the optimizer's state is not used. CheckpointError for what else is
+    not supported.
     """
-    module, optimizer = model.get("module"), model.get("optimizer")
-    if module and not optimizer:
-        raise CheckpointError(
-            f"{path}: holds a module without its optimizer, and no ZeRO optimizer files are beside it: there are no moments to "
-            "grow. Export the weights to Hugging Face format and use optimizer: reset."
-        )
-    if not module or not isinstance(optimizer, dict):
+    module = model.get("module")
+    if not module:
         raise CheckpointError(
             f"{path}: neither ZeRO optimizer files nor a module with its optimizer are here. A pipeline without ZeRO is not "
             "supported: save with ZeRO-1, or export the model to Hugging Face format."
         )
+    refuse_adapters(module, str(path))
     aliases = {spec.name for spec in architecture.tensors if spec.tied_to is not None}
-    ignored = aliases | set(model.get("buffer_names") or ())
-    weights = {name: tensor for name, tensor in module.items() if name not in ignored}
+    logical, buffers = plain_names(module, architecture), set(model.get("buffer_names") or ())
+    weights = {name: tensor for name, tensor in module.items() if logical[name] not in aliases and name not in buffers}
+    for name, weight in weights.items():
+        check_dtype(weight.dtype, name, str(path))
+    dtype = next(iter(weights.values())).dtype
+    try:
+        return _with_moments(path, model, weights, dtype)
+    except MomentsError as error:
+        return Unpartitioned(
+            _shards_of_weights(weights), dtype, 0, (), f"{error}; weights are the module's, in {dtype}"
+        )
+
+
+def _with_moments(
+    path: Path, model: ModelFile, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Unpartitioned:
+    optimizer = model.get("optimizer")
+    if not isinstance(optimizer, dict) or not optimizer:
+        raise MomentsError(
+            f"{path.name} holds a module without its optimizer, and no ZeRO optimizer files are beside it"
+        )
     groups = _slots(path, optimizer)
-    numbered = _match(path, weights, groups)
-    shards = _shards(weights, numbered)
+    shards = _shards(weights, _match(path, weights, groups))
     state = _adam(path, optimizer)
     hyperparameters = tuple({k: v for k, v in group.items() if k != "params"} for group in state["param_groups"])
-    dtype = next(iter(weights.values())).dtype
     return Unpartitioned(shards, dtype, _step(path, groups), hyperparameters)
 
 
@@ -81,9 +98,9 @@ def _adam(path: Path, optimizer: Mapping[str, Any]) -> AdamState:
 
 def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
     if "fp32_groups_flat" in optimizer:
-        raise CheckpointError(
-            f"{path}: ZeRO-0 with a fused fp16 optimizer flattens its parameters without their names, which is not supported; "
-            "save with ZeRO-1, or export the model to Hugging Face format."
+        raise MomentsError(
+            f"{path.name}: ZeRO-0 with a fused fp16 optimizer flattens its parameters without their names, which is not "
+            "supported (save with ZeRO-1)"
         )
     state = _adam(path, optimizer)
     saved = optimizer.get("fp32_groups")
@@ -93,6 +110,8 @@ def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
         slots = []
         for place, number in enumerate(group["params"]):
             found = moments(state["state"].get(number, {}), path, f"optimizer parameter {number}")
+            for key in ("exp_avg", "exp_avg_sq"):
+                check_dtype(found[key].dtype, f"{key} of optimizer parameter {number}", str(path))
             slots.append(_Slot(number, found, held[index][place] if held is not None else None))
         groups.append(slots)
     return groups
@@ -119,9 +138,9 @@ def _match(path: Path, weights: Mapping[str, torch.Tensor], groups: Sequence[Seq
     count, trail = ways.get(final, (0, None))
     if count != 1:
         why = "none of the module's orders fits" if count == 0 else "more than one of the module's orders fits"
-        raise CheckpointError(
-            f"{path}: ZeRO-0's optimizer numbers {sum(map(len, groups))} parameters in {len(groups)} group(s) without names, and "
-            f"{why}; save with ZeRO-1, or export the model to Hugging Face format and use optimizer: reset."
+        raise MomentsError(
+            f"{path.name}: ZeRO-0's optimizer numbers {sum(map(len, groups))} parameters in {len(groups)} group(s) without "
+            f"names, and {why} (save with ZeRO-1)"
         )
     found = {}
     while trail is not None:
@@ -153,6 +172,14 @@ def _shards(weights: Mapping[str, torch.Tensor], slots: Mapping[str, _Slot]) -> 
             flat["exp_avg_sq"].append(slot.state["exp_avg_sq"].flatten())
     one_rank: Mapping[State, Sequence[Sequence[torch.Tensor]]] = {state: [flat[state]] for state in flat}  # type: ignore[misc]
     return FlatShards(parameters, one_rank, frozenset(weights) - frozenset(slots))
+
+
+def _shards_of_weights(weights: Mapping[str, torch.Tensor]) -> FlatShards:
+    parameters = {
+        name: FlatParameter(tuple(weight.shape), (Piece(0, number, 0, weight.numel()),))
+        for number, (name, weight) in enumerate(weights.items())
+    }
+    return FlatShards(parameters, {"weight": [[weight.flatten() for weight in weights.values()]]})
 
 
 def _step(path: Path, groups: Sequence[Sequence[_Slot]]) -> int:

@@ -56,6 +56,8 @@ class ZeroCheckpoint:
         """Rows of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
         spec = self._architecture.by_name[name]
         first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        if state not in self._facts.states:
+            raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
         return self._tensors[spec.tied_to or name].read(state, first, stop)
 
     def self_check(self) -> Iterator[str]:
@@ -77,7 +79,7 @@ class ZeroCheckpoint:
                     check_master(rank, parameter, modules[parameter])
                 yield logical
         for name, tensor in self._tensors.items():
-            for _ in check_copies(tensor):
+            for _ in check_copies(tensor, self._facts.states):
                 pass
             if exported is not None:
                 check_exported(self, exported, name)
@@ -99,13 +101,16 @@ class ZeroCheckpoint:
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
         metadata = training_facts(first.model, self._folder.parent)
         metadata["dtype"] = first.dtype
-        metadata["optimizer_groups"] = first.hyperparameters
+        no_moments = next((rank.no_moments for rank in self._ranks if rank.no_moments), None)
+        metadata["optimizer_groups"] = () if no_moments else first.hyperparameters
         if self._is_megatron:
             metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
         frozen = sorted({rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen})
         if frozen:
             metadata["frozen"] = frozen
         kind = f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind
+        if no_moments:
+            return CheckpointFacts(self._folder, kind, ("weight",), None, layout, metadata, files, no_moments)
         return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
 
 

@@ -1,11 +1,12 @@
-"""How large a portion of a tensor may be in memory, given a budget for the whole process."""
+"""How large a portion of a tensor may be in memory, given a budget for the whole process; whether the disk has room."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-from incr_ds.errors import ConfigError
+from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.target.files import BLOCK_ELEMENTS
 
 RESERVE = 64 << 20  # pickles, file lists, thread stacks, what the allocator keeps
@@ -47,3 +48,13 @@ def portion_elements(budget: int, workers: int, widest_row: int, bytes_per_eleme
             f"--memory-budget {rounded}MiB, or fewer --workers."
         )
     return min(BLOCK_ELEMENTS, fitting)
+
+
+def check_disk(folder: Path, needed: int, entries: int, where: str) -> None:
+    """CheckpointError unless the disk of ``folder`` has room for ``needed`` bytes and ``entries`` more files and folders."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise CheckpointError(f"{where}: needs {needed:,} bytes, {free:,} are free on its disk; nothing was written.")
+    if disk.f_files and entries > disk.f_favail:
+        raise CheckpointError(f"{where}: needs {entries:,} files, its disk allows {disk.f_favail:,} more.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -74,7 +76,19 @@ def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
 
 
 def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
-    """Content of config.json: the architecture, with its class name and dtype."""
-    config = {key: value for key, value in architecture.config.items() if key != "_name_or_path"}
-    config |= {"architectures": [architecture.family.class_name], "dtype": str(dtype).removeprefix("torch.")}
+    """Content of config.json beside files of DeepSpeed: every field of the architecture, so that reading it needs no
+    transformers, with its class name and dtype."""
+    unread = {name: architecture.stated[name] for name in architecture.unread}
+    return _json_of({**unread, **architecture.config}, architecture, dtype)
+
+
+def published_config_text(architecture: Architecture, dtype: torch.dtype) -> str:
+    """Content of config.json in a Hugging Face folder: what the source's says, with what changed."""
+    return _json_of(architecture.stated, architecture, dtype)
+
+
+def _json_of(fields: Mapping[str, Any], architecture: Architecture, dtype: torch.dtype) -> str:
+    spelling = "torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"
+    config = {key: value for key, value in fields.items() if key != "_name_or_path"}
+    config |= {"architectures": [architecture.family.class_name], spelling: str(dtype).removeprefix("torch.")}
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from incr_ds.arch.architecture import architecture_from_config, read_config, saved_architecture
+from incr_ds.arch.config_reads import changes_nothing, reads_of
 from incr_ds.arch.family import families, family_of, mixtures
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import small_architecture
@@ -184,7 +185,16 @@ def test_biases_follow_the_config():
     ("change", "message"),
     [
         ({"model_type": "gpt_fancy"}, r"model_type 'gpt_fancy' is not supported; supported: gemma2, .*llama, mistral"),
-        ({"logit_softcapping": 30.0}, r"config field\(s\) logit_softcapping are unknown for llama"),
+        (
+            {"attention_chunk_size": 64, "is_causal": False, "logit_softcapping": 30.0},
+            r"test: attention_chunk_size \(64\), is_causal \(false\): transformers 5\S+ reads this for a llama "
+            r"\(cache_utils.py, .*\), .* nothing was done.*without it with --config FILE; else say in .*families/llama.yaml",
+        ),
+        ({"rope_interleaved": True}, r"rope_interleaved is True; llama is supported with False only"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config \(fp8\): the weights are quantized, .* Use the unquantized release .*dequantize\(\)",
+        ),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2; llama is supported with 1 only"),
         (
             {"num_attention_heads": 8},
@@ -198,6 +208,52 @@ def test_biases_follow_the_config():
 def test_refused_configs(change, message):
     with pytest.raises(ConfigError, match=message):
         architecture_from_config({**pico_config(), **change}, "test")
+
+
+# AutoModelForCausalLM reads the one, and takes transformers' own class; the other's name is put together (output_ + what).
+READ_OUTSIDE = {"auto_map", "output_cross_attentions"}
+
+
+@pytest.mark.parametrize("name", sorted(families() | mixtures()))
+def test_what_a_model_reads_of_its_config_is_found_in_its_source(name, monkeypatch):
+    """Every attribute that transformers asks a config for, from building a model to its loss, is one that the search finds."""
+    config = AutoConfig.for_model(**small_architecture(name).config)
+    asked = set()
+    original = PretrainedConfig.__getattribute__
+
+    def recording(self, attribute):
+        asked.add(attribute)
+        return original(self, attribute)
+
+    monkeypatch.setattr(PretrainedConfig, "__getattribute__", recording)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    tokens = torch.arange(20).reshape(2, 10)
+    for mode in (True, False):
+        model.train(mode)(tokens, labels=tokens).loss.item()
+    monkeypatch.undo()
+    fields = {field for field in asked if not field.startswith("__") and not hasattr(PretrainedConfig, field)}
+    fields |= set(vars(config)) & asked
+    module = (families() | mixtures())[name].module
+    assert {"vocab_size", "tie_word_embeddings", "per_layer_config"} <= asked
+    assert not [field for field in fields - READ_OUTSIDE if not reads_of(field, module)]
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "harmless"),
+    [
+        ("llama", "unk_token_id", 0, True),
+        ("gemma2", "hidden_act", "gelu_pytorch_tanh", True),
+        ("llama", "hidden_act", "silu", False),  # declared
+        ("gpt2", "hidden_size", 48, False),  # another name of n_embd
+        ("llama", "sliding_window", None, True),
+        ("llama", "sliding_window", 64, False),
+        ("llama", "is_causal", False, False),
+        ("llama", "is_causal", None, False),  # null is not what a model without it has
+        ("llama", "per_layer_config", {"0": {"intermediate_size": 60}}, False),
+    ],
+)
+def test_a_field_that_nothing_reads_changes_nothing(family, field, value, harmless):
+    assert changes_nothing(field, value, family) == harmless
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -39,7 +39,7 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         (
             "llama",
             {"target": {"hidden_sise": 192}},
-            r"target\.hidden_sise: not a config field of llama; can grow: head_dim, hidden_size",
+            r"target\.hidden_sise: not a config field of llama; did you mean hidden_size\?",
         ),
         (
             "llama",

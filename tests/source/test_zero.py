@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import save_file
 from writers import write_cases
 
-from incr_ds.errors import CheckpointError
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, GrowthError
+from incr_ds.grow import GrowthRequest, check_moments, grow_checkpoint, plan_request
 from incr_ds.source import open_source
 from incr_ds.source.checks import rounds_to
+from incr_ds.source.finite import FiniteCheckpoint
 from incr_ds.testing.processes import run_processes
 
 # A matrix that has a twin of its shape, and a norm.
@@ -215,17 +218,6 @@ def test_a_payload_does_not_run(damaged, tmp_path):
     assert canary.exists()
 
 
-def test_other_optimizers_are_named(damaged):
-    folder = damaged("z1")
-    path = optimizer_file(folder, 0)
-    content = torch.load(path, weights_only=False)
-    for group in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
-        group["momentum_buffer"] = group.pop("exp_avg")
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"group 0 has no exp_avg \(found step, exp_avg_sq, momentum_buffer\)"):
-        open_source(folder)
-
-
 def test_fp16_with_a_dynamic_loss_scaler(damaged):
     """DeepSpeed trains in fp16 on GPUs only: what it writes there, made from an fp32 checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -294,6 +286,122 @@ def test_a_tied_copy_that_differs(damaged):
         list(open_source(folder).self_check())
 
 
+def renamed(rename):
+    """A change of a model file: every parameter's name in every place."""
+
+    def change(content):
+        for key in ("module", "frozen_param_shapes", "frozen_param_fragments", "shared_params"):
+            if content.get(key):
+                content[key] = {rename(name): value for name, value in content[key].items()}
+        if content.get("shared_params"):
+            content["shared_params"] = {name: rename(owner) for name, owner in content["shared_params"].items()}
+        content["buffer_names"] = [rename(name) for name in content.get("buffer_names") or ()]
+        if content.get("param_shapes"):
+            groups = content["param_shapes"]
+            content["param_shapes"] = [{rename(name): shape for name, shape in group.items()} for group in groups]
+
+    return change
+
+
+@pytest.mark.parametrize("case", ["z0", "z1-bf16-tied", "z2-frozen", "z3"])
+@pytest.mark.parametrize("rename", [lambda n: f"_orig_mod.{n}", lambda n: n.removeprefix("model.")])
+def test_compiled_models_and_models_without_their_prefix(written, damaged, case, rename):
+    folder = damaged(case)
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, renamed(rename))
+    checkpoint = open_source(folder)
+    for name, weight in written[case, 3][1].items():
+        assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
+        if name not in CASES[case].get("frozen", ()):
+            assert torch.equal(checkpoint.read(name, "exp_avg"), 2 * checkpoint.read(name))
+    assert len(list(checkpoint.self_check())) == len(written[case, 3][1])
+
+
+def test_a_tied_copy_that_differs_under_another_name(damaged):
+    folder = damaged("z1-bf16-tied")
+
+    def change(content):
+        renamed(lambda name: f"_orig_mod.{name}")(content)
+        content["module"]["_orig_mod.lm_head.weight"] = content["module"]["_orig_mod.lm_head.weight"] + 1
+
+    rewrite(model_file(folder), change)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        list(open_source(folder).self_check())
+
+
+@pytest.mark.parametrize("case", ["z1-bf16-tied", "z2-frozen", "z3", "z0"])
+def test_a_model_that_diverged_is_no_damaged_checkpoint(damaged, case):
+    """NaN in the master and in the module's weight: the two still belong together; growth refuses the NaN itself."""
+    folder = damaged(case, ranks=1)
+    names = [spec.name for spec in open_source(folder).architecture.stored]
+    for path in (folder / "step").glob("*.pt"):
+        rewrite(path, lambda content: list(map(_fill_with_nan, content.values())))
+    checkpoint = open_source(folder)
+    assert all(checkpoint.read(name).isnan().all() for name in names)
+    assert len(list(checkpoint.self_check())) == len(names)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight \(exp_avg\): 96 of 96 numbers are not finite"):
+        FiniteCheckpoint(checkpoint).read("model.norm.weight", "exp_avg")
+
+
+def _fill_with_nan(content):
+    if isinstance(content, torch.Tensor):
+        if content.is_floating_point() and content.numel() > 1:  # Adam counts its steps in a tensor
+            content.data.fill_(torch.nan)
+    elif isinstance(content, dict | list | tuple):
+        for inner in content.values() if isinstance(content, dict) else content:
+            _fill_with_nan(inner)
+
+
+@pytest.mark.parametrize(
+    ("case", "file", "key", "message"),
+    [
+        ("z1", "*optim_states.pt", "single_partition_of_fp32_groups", "weight of optimizer group 0: dtype complex64"),
+        ("z3", "*optim_states.pt", "fp32_flat_groups", "weight of optimizer group 0: dtype complex64"),
+        ("z2-frozen", "*model_states.pt", "frozen_param_fragments", r"model.layers.0.*: dtype complex64"),
+        ("z0", "*model_states.pt", "module", r"model.embed_tokens.weight: dtype complex64"),
+    ],
+)
+def test_a_dtype_that_cannot_be_grown_is_refused(damaged, case, file, key, message):
+    folder = damaged(case)
+
+    def change(content):
+        holder = content.get("optimizer_state_dict", content)
+        tensors = holder[key]
+        if isinstance(tensors, dict):
+            holder[key] = {name: tensor.to(torch.complex64) for name, tensor in tensors.items()}
+        else:
+            holder[key] = [tensor.to(torch.complex64) for tensor in tensors]
+
+    for path in (folder / "step").glob(file):
+        rewrite(path, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(folder)
+
+
+def test_adapters_that_were_trained(damaged):
+    folder = damaged("z2-frozen")
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, renamed(lambda name: name.replace("up_proj", "up_proj.base_layer")))
+    with pytest.raises(CheckpointError, match=r"up_proj.base_layer.weight: this is an adapter \(LoRA\)"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("case", ["z1-bf16-frozen", "z2-frozen", "z3-bf16-frozen"])
+def test_frozen_parameters_that_were_left_out(damaged, case):
+    """As save_checkpoint(exclude_frozen_parameters=True) leaves them."""
+    folder = damaged(case)
+
+    def leave_out(content):
+        content["frozen_param_shapes"] = content["frozen_param_fragments"] = None
+        content["module"] = {name: value for name, value in (content["module"] or {}).items() if name not in FROZEN}
+
+    for path in (folder / "step").glob("*model_states.pt"):
+        rewrite(path, leave_out)
+    message = r"2 tensor\(s\) do not fit the config; .*saved with exclude_frozen_parameters=True: save it again"
+    with pytest.raises(CheckpointError, match=message):
+        open_source(folder)
+
+
 def test_zero_0_whose_order_cannot_be_told(damaged):
     """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
     folder = damaged("z0")
@@ -307,24 +415,111 @@ def test_zero_0_whose_order_cannot_be_told(damaged):
         content["optimizer"]["param_groups"].append({**second, "params": [gates[1]]})
 
     rewrite(model_file(folder), regroup)
-    with pytest.raises(CheckpointError, match=r"29 parameters in 3 group\(s\) without names, and more than one of the"):
-        open_source(folder)
+    only_weights(folder, r"29 parameters in 3 group\(s\) without names, and more than one of the")
+
+
+def only_weights(folder, message, live=None):
+    """The weights of a checkpoint are read; that its moments cannot be used, and why, is said to who needs them."""
+    checkpoint = open_source(folder)
+    assert checkpoint.facts.states == ("weight",) and checkpoint.facts.step is None
+    for name, weight in (live or {}).items():
+        assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
+    assert list(checkpoint.self_check())
+    with pytest.raises(GrowthError, match=message + r".*and optimizer: exact needs them; set optimizer: reset"):
+        check_moments(checkpoint, GrowthRecipe(target={}))
+    check_moments(checkpoint, GrowthRecipe(target={}, optimizer="reset"))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read("model.norm.weight", "exp_avg")
 
 
 def test_zero_0_in_an_order_of_its_own(damaged):
     folder = damaged("z0")
     rewrite(model_file(folder), lambda content: content["optimizer"]["param_groups"][0]["params"].reverse())
-    with pytest.raises(CheckpointError, match=r"without names, and none of the module's orders fits; save with ZeRO-1"):
-        open_source(folder)
+    only_weights(folder, r"without names, and none of the module's orders fits \(save with ZeRO-1\)")
 
 
-def test_zero_0_before_the_first_step(damaged):
+# What other optimizers, or none, leave of each parameter's state.
+STATES = {
+    "before the first step": (
+        lambda state: state.clear(),
+        r"has no exp_avg, exp_avg_sq.* \(found nothing: saved before the",
+    ),
+    "SGD": (
+        lambda state: [state.clear(), state.update(momentum_buffer=torch.ones(3))],
+        r"has no exp_avg, exp_avg_sq, step \(found momentum_buffer\); only Adam's moments can be grown",
+    ),
+    "NAdam": (
+        lambda state: state.update(mu_product=torch.tensor(0.8)),
+        r"has mu_product \(NAdam\) beside Adam's moments",
+    ),
+    "AMSGrad": (
+        lambda state: state.update(max_exp_avg_sq=torch.ones(3)),
+        r"has max_exp_avg_sq \(AMSGrad\) beside Adam's moments, which growth would lose",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["z0", "z1-bf16-tied", "z2-frozen", "z3", "bf16-optimizer"])
+@pytest.mark.parametrize("optimizer", STATES)
+def test_states_that_are_not_adams_alone(written, damaged, case, optimizer):
+    if case not in CASES:
+        pytest.skip("this release does not write it")
+    change, message = STATES[optimizer]
+    folder = damaged(case)
+
+    def change_all(content):
+        adam = content["optimizer"] if case == "z0" else content["optimizer_state_dict"]
+        adam = adam.get("base_optimizer_state", adam.get("optimizer_state_dict", adam))
+        for state in adam["state"].values():
+            change(state)
+
+    for path in (folder / "step").glob("*model_states.pt" if case == "z0" else "*optim_states.pt"):
+        rewrite(path, change_all)
+    only_weights(folder, message, written[case, 3][1])
+
+
+def test_a_reset_growth_of_an_sgd_source(written, damaged, tmp_path):
+    """Its moments are zero and its AdamW settings the defaults: those of SGD would not load."""
+    folder = damaged("z1")
+
+    def to_sgd(content):
+        adam = content["optimizer_state_dict"]["base_optimizer_state"]
+        for state in adam["state"].values():
+            state.clear()
+        adam["param_groups"] = [
+            {"lr": 0.1, "momentum": 0.9, "params": group["params"]} for group in adam["param_groups"]
+        ]
+
+    for path in (folder / "step").glob("*optim_states.pt"):
+        rewrite(path, to_sgd)
+    (tmp_path / "recipe.yaml").write_text("target: {intermediate_size: 331}\noptimizer: reset\n")
+    grow_checkpoint(plan_request(GrowthRequest(folder, tmp_path / "recipe.yaml", tmp_path / "grown")))
+    grown, name = open_source(tmp_path / "grown"), "model.layers.1.mlp.up_proj.weight"
+    assert grown.facts.step == 0 and not grown.read(name, "exp_avg_sq").any()
+    assert torch.equal(grown.read(name)[:250], written["z1", 3][1][name])
+    assert all("betas" in group for group in grown.facts.metadata["optimizer_groups"])
+
+
+@pytest.mark.parametrize("leave", ["further state", "no moments"])
+def test_a_universal_checkpoint_of_another_optimizer(damaged, tmp_path, leave):
+    (tmp_path / "recipe.yaml").write_text("target: {}\nlayout: {format: universal}\n")
+    grow_checkpoint(plan_request(GrowthRequest(damaged("z1"), tmp_path / "recipe.yaml", tmp_path / "universal")))
+    (tmp_path / "universal" / "manifest.json").unlink()
+    for folder in (tmp_path / "universal" / "grown" / "zero").glob("*/"):
+        if leave == "further state":
+            shutil.copy(folder / "exp_avg_sq.pt", folder / "max_exp_avg_sq.pt")
+        else:
+            (folder / "exp_avg.pt").unlink(), (folder / "exp_avg_sq.pt").unlink()
+    message = (
+        "max_exp_avg_sq.pt and Adam's moments" if leave == "further state" else "hold no exp_avg.pt and exp_avg_sq.pt"
+    )
+    only_weights(tmp_path / "universal", message)
+
+
+def test_a_module_without_its_optimizer(written, damaged):
     folder = damaged("z0")
-    rewrite(model_file(folder), lambda content: content["optimizer"]["state"].clear())
-    with pytest.raises(
-        CheckpointError, match=r"optimizer parameter 0 has no exp_avg, exp_avg_sq, step \(found nothing\)"
-    ):
-        open_source(folder)
+    rewrite(model_file(folder), lambda content: content.update(optimizer=None))
+    only_weights(folder, "a module without its optimizer", written["z0", 3][1])
 
 
 def test_a_frozen_parameter_that_was_not_saved(damaged):
@@ -342,13 +537,17 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masters_are_compared_as_numbers(dtype):
-    """Minus zero is zero, and NaN is not what it was saved as: a diverged model is not grown in silence."""
+    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is no case of swapped shards."""
     masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masters[0, :2] = torch.tensor([0.0, float("inf")])
-    saved = masters.to(dtype)
+    saved = masters.to(dtype, copy=True)
     assert rounds_to(masters, saved) and rounds_to(masters.T, saved.T)
     assert not rounds_to(masters, saved.roll(1))
     saved[0, 0] = -0.0
     assert rounds_to(masters, saved)
-    masters[1, 1] = saved[1, 1] = float("nan")
+    masters[1, 1] = float("nan")
+    assert not rounds_to(masters, saved)
+    saved[1, 1] = float("nan")
+    assert rounds_to(masters, saved)
+    saved[1, 2] = float("nan")
     assert not rounds_to(masters, saved)
