@@ -12,7 +12,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.config.yaml_file import yaml_text
 from incr_ds.errors import ConfigError
-from incr_ds.target.commit import write_atomically
+from incr_ds.target.commit import check_writable, write_atomically
 from incr_ds.train.fitting import fit_growth
 
 
@@ -26,6 +26,7 @@ def main(
     """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW, the source frozen."""
     if output.exists():
         raise ConfigError(f"{output}: exists already; choose another name.")
+    check_writable(output.parent)
     run = load_settings(config, RunSettings, override)
     steps = run.schedule.train_steps
     with progress_bar(quiet=json) as progress:
