@@ -44,7 +44,7 @@ setup(
     packages=find_packages(include=["incr_ds", "incr_ds.*"]),
     package_data={
         "incr_ds.arch": ["families/*.yaml", "families/mixtures/*.yaml", "training_codes/*.yaml"],
-        "incr_ds.config": ["methods.yaml"],
+        "incr_ds.config": ["*.yaml"],
         "incr_ds": ["py.typed"],
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },

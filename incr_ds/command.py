@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import json
+import math
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +18,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from incr_ds.errors import IncrError
+from incr_ds.errors import ConfigError, IncrError
 
 USER_MISTAKE = 2
 
+MOST_LINES, MOST_CHARACTERS = 40, 1000  # of an error
+_CURES = {
+    errno.ENOSPC: "free some space, or name another output",
+    errno.EDQUOT: "free some space, or name another output",
+    errno.EROFS: "name an output elsewhere",
+    errno.EACCES: "ask for access, or name another",
+    errno.ENOTDIR: "a part of that path is a file",
+}
 PLAIN_WIDTH = 140  # where there is no terminal to ask: a log file keeps tables whole
 
 
@@ -33,22 +45,89 @@ errors = _console(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[[], None]:
-    """Make a program of a typer function: an IncrError prints its text and exits with 2, without a traceback."""
+    """Make a program of a typer function. What a user can cause (an IncrError, a disk or a file that fails, a value that no
+    option has) is told on one screen and exits with 2, without a traceback."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
+
+    @app.command()
+    @functools.wraps(function)
+    def checked(**options: Any) -> None:
+        _check_options(options)
+        function(**options)
 
     @functools.wraps(function)
     def program() -> None:
         gc.freeze()  # what is imported and planned stays; to look through it all once more at the end takes half a second
         try:
-            app()
-        except IncrError as error:
-            errors.print(f"error: {error}", markup=False)
+            _check_arguments(sys.argv[1:])
+            _check_repeats(sys.argv[1:], app)
+            try:
+                app()
+            finally:
+                sys.stdout.flush()  # to a full disk, say
+        except (IncrError, OSError) as error:
+            _forget_output()
+            errors.print(f"error: {told(error)}", markup=False)
             sys.exit(USER_MISTAKE)
         finally:
             gc.freeze()
 
     return program
+
+
+def told(error: IncrError | OSError) -> str:
+    """What a user reads of an error: at most a screen, and nothing that a terminal would act on."""
+    text = str(error) if isinstance(error, IncrError) else _of_the_system(error)
+    lines = ["".join(one if one.isprintable() else repr(one)[1:-1] for one in line) for line in text.splitlines()]
+    # Names first: what is wrong with them stands after them.
+    kept = [_shortened(re.sub(r"\S{400,}", lambda name: _shortened(name[0], 200), line)) for line in lines[:MOST_LINES]]
+    return "\n".join([*kept, f"... and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else kept)
+
+
+def _shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} ... {len(text) - most // 2 * 2:,} characters ... {text[-(most // 2) :]}"
+
+
+def _of_the_system(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    cure = _CURES.get(error.errno or 0)
+    return f"{where}{error.strerror or error}{'' if cure is None else f'; {cure}'}"
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """ConfigError for an empty argument: a folder or a tag without a name is a variable that a script forgot to set."""
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if not argument or (name.startswith("--") and name != argument and not value):
+            before = arguments[number - 1] if number and not argument else name
+            raise ConfigError(f"{before or 'argument'}: expected a value, found nothing.")
+
+
+def _check_repeats(arguments: Sequence[str], app: typer.Typer) -> None:
+    """ConfigError for an option that is given twice and takes one value: the first would be dropped in silence."""
+    taken = [argument.partition("=")[0] for argument in arguments]
+    for option in typer.main.get_command(app).params:
+        given = sum(taken.count(name) for name in option.opts)
+        if option.param_type_name == "option" and not (option.multiple or option.is_flag) and given > 1:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{option.opts[0]}: given {given} times; it takes one value. Repeat the command for each."
+            )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a finite number.")
+
+
+def _forget_output() -> None:
+    """Python writes what is left of the output once more at its end, which would fail once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
             left -= count
 
 
-def regular_bytes(path: Path, most: int) -> bytes:
+def regular_bytes(path: Path, most: int | None = None) -> bytes:
     """A regular file's content. ValueError if the file is of another kind, or has more than ``most`` bytes; OSError."""
     # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -86,13 +86,14 @@ def regular_bytes(path: Path, most: int) -> bytes:
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind != stat.S_IFREG:
             raise ValueError(f"{_KINDS.get(kind, 'a special file')}, not a regular file")
-        with open(descriptor, "rb", closefd=False) as stream:
-            content = stream.read(most + 1)
+        content = bytearray()
+        while block := os.read(descriptor, _BLOCK):
+            content += block
+            if most is not None and len(content) > most:
+                raise ValueError(f"more than {most:,} bytes, the largest that is read")
     finally:
         os.close(descriptor)
-    if len(content) > most:
-        raise ValueError(f"more than {most:,} bytes, the largest that is read")
-    return content
+    return bytes(content)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

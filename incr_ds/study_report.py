@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from incr_ds.errors import CheckpointError
 from incr_ds.study import Curve, Study, table_rows
 from incr_ds.target.commit import write_atomically
 
@@ -71,12 +72,17 @@ def write_report(study: Study, figure: Path, path: Path, facts: Mapping[str, Any
 
 
 def generate_text(folder: Path, prompt: str, num_tokens: int = 120) -> str:
-    """``prompt`` and what the Hugging Face model and tokenizer in ``folder`` greedily add to it."""
+    """``prompt`` and what the Hugging Face model and tokenizer in ``folder`` greedily add to it. CheckpointError if transformers
+    cannot load the folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model = AutoModelForCausalLM.from_pretrained(folder, **local, dtype=torch.float32)
+    except Exception as error:  # damaged files raise anything, from Python and from Rust
+        raise CheckpointError(f"{folder}: transformers cannot load it: {str(error)[:500]}") from error
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     options = {"max_new_tokens": num_tokens, "do_sample": False, "repetition_penalty": 1.2}
     made = model.generate(**inputs, **options, pad_token_id=tokenizer.eos_token_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ def parse_count(text: str) -> int:
 def parse_layout(text: str) -> ParallelLayout:
     """Tensor x pipeline x data, like 2x2x4."""
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
         raise ConfigError(f"--layout {text}: expected three degrees, tensor x pipeline x data, like 2x2x4.")
     tensor, pipeline, data = map(int, parts)
     return ParallelLayout(tensor_parallel=tensor, pipeline_parallel=pipeline, data_parallel=data)

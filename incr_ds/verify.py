@@ -39,7 +39,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     architecture = checkpoint.architecture
     if architecture.family.upcycles:
         # transformers joins the experts' tensors as it loads a folder; its grouped products refuse some sizes.
-        path, eager = checkpoint.facts.path, {"experts_implementation": "eager"}
+        path, eager = checkpoint.facts.path, {"experts_implementation": "eager", "trust_remote_code": False}
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **eager).eval()
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from incr_ds.command import command, console, print_json, progress_bar
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.config.yaml_file import yaml_text
 from incr_ds.errors import ConfigError
-from incr_ds.target.commit import write_atomically
+from incr_ds.target.commit import check_writable, write_atomically
 from incr_ds.train.fitting import fit_growth
 
 
@@ -26,11 +26,12 @@ def main(
     """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW, the source frozen."""
     if output.exists():
         raise ConfigError(f"{output}: exists already; choose another name.")
+    check_writable(output.parent)
     run = load_settings(config, RunSettings, override)
     steps = run.schedule.train_steps
     with progress_bar(quiet=json) as progress:
         fit = fit_growth(run, lambda step, loss: progress("fitting", step + 1, steps) if progress else None)
-    write_atomically(output, yaml.safe_dump(fit.recipe.model_dump(exclude_unset=True), sort_keys=False))
+    write_atomically(output, yaml_text(fit.recipe.model_dump(exclude_unset=True)))
     found = {"recipe": str(output), "steps": steps, "loss_before": fit.before, "loss_after": fit.after}
     if json:
         print_json(found)

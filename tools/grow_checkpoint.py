@@ -22,7 +22,7 @@ def main(
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the source folder.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and write nothing.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that write files.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Threads that write files.")] = 1,
     memory_budget: Annotated[str, typer.Option(help="Anonymous memory of the process, at most.")] = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint published at OUTPUT.")] = False,
     target_deepspeed: Annotated[str, typer.Option(help="Release of DeepSpeed that will load the target.")] = TESTED,

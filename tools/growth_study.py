@@ -11,9 +11,10 @@ from rich.table import Table
 from incr_ds.arch.architecture import read_config
 from incr_ds.command import command, console, print_json
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import read_text
 from incr_ds.study import Study, compare_curves, merge_metrics, read_curve, summary, table_rows
 from incr_ds.study_report import draw_study, generate_text, write_report
-from incr_ds.target.commit import read_manifest
+from incr_ds.target.commit import check_writable, read_manifest
 
 
 @command
@@ -30,11 +31,13 @@ def main(
 ) -> None:
     """Report what growth saved, from the metrics of three runs."""
     study = compare_curves(read_curve("source", source), read_curve("grown", grown), read_curve("scratch", scratch))
+    check_writable(output)
+    facts = _facts(growth, proof)
+    sample = None if model is None else generate_text(model, prompt)
     output.mkdir(parents=True, exist_ok=True)
     merge_metrics({"source": source, "grown": grown, "scratch": scratch}, output / "metrics.jsonl")
     draw_study(study, output / "loss.png")
-    sample = None if model is None else generate_text(model, prompt)
-    write_report(study, output / "loss.png", output / "report.html", _facts(growth, proof), sample)
+    write_report(study, output / "loss.png", output / "report.html", facts, sample)
     if json:
         print_json(summary(study))
     else:
@@ -49,10 +52,7 @@ def _facts(growth: Path | None, proof: Path | None) -> dict[str, Any]:
         facts["Recipe"] = recorded.get("recipe", {})
         facts["Grown model's config"] = read_config(growth / "config.json")
     if proof is not None:
-        try:
-            facts["Source and grown model on the same tokens"] = proof.read_text(encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"--proof {proof}: cannot be read ({error.strerror}).") from error
+        facts["Source and grown model on the same tokens"] = read_text(proof, CheckpointError)
     return facts
 
 

@@ -24,6 +24,7 @@ def main(
     ),
     max_bytes: Annotated[int | None, typer.Option(help="Read at most this much text.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the tokenizer folder run code of its own.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Tokenize text: one document a file (.jsonl: one a line, key text); equal documents stay in one split."""
@@ -36,6 +37,7 @@ def main(
         patterns=tuple(pattern.split(",")),
         max_bytes=max_bytes,
         overwrite=overwrite,
+        trust=trust,
     )
     with progress_bar(quiet=json) as progress:
         facts = prepare_corpus(request, progress)

@@ -34,7 +34,8 @@ def main(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help=f"Largest relative logit difference of an exact growth; default {EXACT}, {ROUNDED} in bf16 or fp16."
+            min=0.0,
+            help=f"Largest relative logit difference of an exact growth; default {EXACT}, {ROUNDED} in bf16 or fp16.",
         ),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,

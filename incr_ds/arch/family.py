@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from incr_ds.arch.tensors import Role, Use
-from incr_ds.config.fields import Settings, parse_settings, read_yaml
+from incr_ds.config.fields import Settings, parse_settings
+from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "families"

@@ -14,7 +14,8 @@ from pydantic import Field
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.blocks import Block
 from incr_ds.arch.tensors import TensorSpec
-from incr_ds.config.fields import Settings, parse_settings, read_yaml
+from incr_ds.config.fields import Settings, parse_settings
+from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import LayoutError
 
 FOLDER = Path(__file__).parent / "training_codes"

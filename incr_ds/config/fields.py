@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from incr_ds.config.yaml_file import parse_yaml, read_yaml
 from incr_ds.errors import ConfigError
+
+MOST_PROBLEMS = 20  # of a settings file that are told at once: a screen
+# numpy and torch take no others.
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Settings(BaseModel):
@@ -20,47 +23,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-SettingsType = TypeVar("SettingsType", bound=Settings)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2 floats (1e-3 is a number) and no silently repeated key."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            line = key_node.start_mark.line + 1
-            raise ConfigError(f"{loader.name}, line {line}: key {key!r} appears twice; keep one of the two.")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; raise ConfigError naming file and line if it is not one."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({why}); expected a YAML settings file.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top, found {type(content).__name__}.")
-    return content
+SettingsType = TypeVar("SettingsType", bound=BaseModel)
 
 
 def load_settings(
@@ -94,8 +57,10 @@ def parse_settings(content: dict[str, Any], kind: type[SettingsType], where: str
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        lines = [_describe(problem, kind) for problem in error.errors()]
-        raise ConfigError("\n".join([f"{where}: {len(lines)} problem(s)", *lines])) from error
+        problems = error.errors()
+        lines = [_describe(problem, kind) for problem in problems[:MOST_PROBLEMS]]
+        more = [f"  and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise ConfigError("\n".join([f"{where}: {len(problems)} problem(s)", *lines, *more])) from error
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -108,15 +73,15 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: {name} is a single value in the file, not a section.")
-    section[leaf] = yaml.load(text, Loader=_Loader)
+    section[leaf] = parse_yaml(text, f"--set {path}")
 
 
 def _describe(problem: Any, kind: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    key = ".".join(f"{part!s:.80}" for part in problem["loc"]) or "(top level)"
     if problem["type"] == "extra_forbidden":
         return f"  {key}: unknown key{_near_names(problem['loc'], kind)}"
     found = problem.get("input")
-    shown = "" if problem["type"] == "missing" or isinstance(found, dict | list) else f", found {found!r}"
+    shown = "" if problem["type"] == "missing" or isinstance(found, dict | list) else f", found {found!r:.80}"
     return f"  {key}: {problem['msg'].removeprefix('Value error, ')}{shown}"
 
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from incr_ds.config.fields import Settings, merged, parse_settings, read_yaml
+from incr_ds.config.fields import Seed, Settings, merged, parse_settings
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.yaml_file import read_yaml
 
 
 class UnitRecipe(Settings):
@@ -32,7 +33,7 @@ class SymmetryBreaking(Settings):
     method: Literal["per-element", "noise", "diagonal", "none"] = "per-element"
     scale: float = Field(default=0.5, ge=0.0)
     snr_db: float = Field(default=10.0, ge=0.0)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 HiddenMethod = Literal[

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from incr_ds.config.distillation import DistillationSettings
-from incr_ds.config.fields import Settings
+from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
 
 
@@ -163,7 +163,7 @@ class RunSettings(Settings):
     """A training run. ``peak_flops`` is what one device can do in a second, for ``mfu``; null takes the GPU's data sheet."""
 
     output: str
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     model: ModelSettings
     loss: ObjectiveSettings = ObjectiveSettings()

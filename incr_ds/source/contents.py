@@ -173,9 +173,9 @@ def stage3_partitions(content: Any, path: Path) -> Stage3Partitions:
     return _checked(_STAGE3, content, path, "optimizer_state_dict")
 
 
-def tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name."""
-    return _checked(_TENSORS, content, path)
+def tensors(content: Any, path: Path, writer: str = "DeepSpeed") -> dict[str, torch.Tensor]:
+    """Tensors by name, as ``writer`` saves them."""
+    return _checked(_TENSORS, content, path, writer=writer)
 
 
 def masters(content: Any, path: Path, at: str) -> list[list[torch.Tensor]]:
@@ -206,7 +206,9 @@ def counted_steps(content: Any, path: Path) -> int:
     return _checked(_STEP, content, path)
 
 
-def _checked(adapter: TypeAdapter[Content], content: Any, path: Path, at: str = "") -> Content:
+def _checked(
+    adapter: TypeAdapter[Content], content: Any, path: Path, at: str = "", writer: str = "DeepSpeed"
+) -> Content:
     try:
         return adapter.validate_python(content)
     except ValidationError as error:
@@ -214,6 +216,6 @@ def _checked(adapter: TypeAdapter[Content], content: Any, path: Path, at: str = 
         where = ".".join([at] * bool(at) + [str(key) for key in first["loc"]])
         found = type(first["input"]).__name__
         raise CheckpointError(
-            f"{path}: {where or 'its content'}: {first['msg']}, found {found}: not what DeepSpeed writes there. Copy the file "
+            f"{path}: {where or 'its content'}: {first['msg']}, found {found}: not what {writer} writes there. Copy the file "
             "again, or use another tag."
         ) from None

@@ -102,7 +102,7 @@ class _Pickled:
     """A .bin file with the interface of an open safetensors file."""
 
     def __init__(self, path: Path, trust: bool) -> None:
-        self._tensors = tensors(load_pt(path, trust=trust), path)
+        self._tensors = tensors(load_pt(path, trust=trust), path, "transformers")
 
     def keys(self) -> list[str]:
         return list(self._tensors)

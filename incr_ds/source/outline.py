@@ -1,14 +1,9 @@
 """What a .pt file says of its tensors, checked before torch maps them: torch.load(mmap=True) does not look at the sizes of
-the archive's records, so a tensor could reach into other records, or read compressed ones as if they were numbers.
-
-The pickle is walked with a stand-in for every global: nothing of it is imported or run.
-"""
+the archive's records, so a tensor could reach into other records, or read compressed ones as if they were numbers."""
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +12,9 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
+from incr_ds.source.walk import Walker, WalkError
 
-REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+MOST_PICKLED = 64 << 20  # bytes of names and numbers beside the tensors; a model of 100,000 tensors has 20 million
 ARCHIVE, LEGACY = b"PK", b"\x80\x02"  # first bytes of a zip archive, and of a bare pickle
 _STORAGE_BYTES = {
     "DoubleStorage": 8,
@@ -49,9 +45,13 @@ def check_outline(path: Path) -> None:
                 raise CheckpointError(f"{path}: no record data.pkl; not a file that torch.save wrote.")
             folder = pickled.removesuffix("data.pkl")
             sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
-            problem = next(_problems(_Walker(io.BytesIO(archive.read(pickled))).tensors(), sizes), None)
+            if sizes["data.pkl"] > MOST_PICKLED:
+                raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, at most {MOST_PICKLED:,} are read.")
+            problem = next(_problems(Walker(archive.read(pickled)).tensors(), sizes), None)
     except CheckpointError:
         raise
+    except WalkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(damaged(path, error)) from error
     if problem is not None:
@@ -106,57 +106,6 @@ def _first_bytes(path: Path) -> bytes:
         return stream.read(2)
 
 
-class _StandIn:
-    """Takes the place of whatever a pickle names; takes anything, does nothing."""
-
-    name = ""
-
-    def __init__(self, *arguments: Any, **_: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Nothing."""
-
-    def extend(self, values: Any) -> None:
-        """Nothing."""
-
-    def __call__(self, *arguments: Any) -> _StandIn:
-        return self
-
-
-class _Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle's numbering asks for
-    """Collects the storage, offset, size and strides of each tensor in a pickle."""
-
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
-        self._found: list[tuple[Any, ...]] = []
-
-    def tensors(self) -> list[tuple[Any, ...]]:
-        """(persistent id of the storage, offset, size, strides) of each."""
-        self.load()
-        return self._found
-
-    def find_class(self, module: str, name: str) -> type[_StandIn]:
-        """A stand-in that remembers its name, and tensors that are built."""
-        full, found = f"{module}.{name}", self._found
-
-        def built(one: _StandIn, *arguments: Any, **_: Any) -> None:
-            if full in REBUILDS:
-                found.append((arguments[0].arguments[0], *arguments[1:4]))
-
-        return type(name, (_StandIn,), {"name": name, "__init__": built})
-
-    def persistent_load(self, identity: Any) -> _StandIn:
-        """A storage."""
-        return _StandIn(identity)
-
-
 def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Iterator[str]:
     for (_, storage, key, _, numel), offset, size, strides, *more in tensors:
         record = f"data/{key}"
@@ -167,7 +116,7 @@ def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Itera
         if held > sizes[record]:
             yield f"record {record} has {sizes[record]} bytes, a tensor expects {held} there"
         # The third version of the call names the dtype, its storage counts bytes.
-        available = held // (_itemsize(more[2].name) if len(more) > 2 else _itemsize(storage.name))
+        available = held // (_itemsize(more[0].name) if more else _itemsize(storage.name))
         elements = math.prod(size)
         last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
         if min((offset, *size, *strides)) < 0 or (elements and last >= available):

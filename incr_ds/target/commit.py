@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import platform
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,6 +67,20 @@ def refuse_existing(final: Path, *, overwrite: bool | None = None) -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """CheckpointError unless files can be written into ``folder``, which exists or can be made: asked before long work."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a part of the path is a file", str(existing))
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror}: {error.filename or folder}); nothing was done. Name another output."
+        ) from error
+
+
 def temporary_folder(final: Path) -> Path:
     """A name beside ``final`` that no other run uses; a run that was killed leaves it, and nothing reads it."""
     return final.parent / f".{final.name}.incomplete-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -72,7 +89,7 @@ def temporary_folder(final: Path) -> Path:
 def remove_abandoned(final: Path) -> None:
     """Remove what killed runs on this machine left while writing ``final``; those of living processes stay."""
     prefix = f".{final.name}.incomplete-{socket.gethostname()}-"
-    for left in final.parent.glob(f"{prefix}*"):
+    for left in final.parent.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix).partition("-")[0]
         if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -17,11 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import BaseModel, Field
 
+from incr_ds.config.fields import parse_settings
 from incr_ds.errors import ConfigError
+from incr_ds.reading import read_json, regular_bytes
+from incr_ds.target.commit import remove_abandoned, temporary_folder
 from incr_ds.train.tokenizer import TRAIN_PREFIX, encode_documents, open_tokenizer, train_sentencepiece
 
 SPLITS = ("train", "validation")
+
+
+class _Counts(BaseModel):
+    tokens: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+
+
+class _StoredFacts(BaseModel):
+    """What is read back of PREFIX_facts.json."""
+
+    splits: dict[str, _Counts]
+
+
 BATCH_DOCUMENTS = 64
 
 Progress = Callable[[str, int, int], None]
@@ -32,7 +48,8 @@ class CorpusRequest:
     """What to prepare: input folders and files, and how they become tokens.
 
     ``tokenizer`` is a folder or ``train:sentencepiece``; ``held_out`` the fraction of documents for validation;
-    ``max_bytes`` bounds the text read (None: all); ``exclude`` names folders that are not entered.
+    ``max_bytes`` bounds the text read (None: all); ``exclude`` names folders that are not entered; ``trust`` lets a
+    tokenizer folder run code of its own.
     """
 
     inputs: tuple[Path, ...]
@@ -44,6 +61,7 @@ class CorpusRequest:
     exclude: tuple[str, ...] = ("site-packages", "__pycache__", ".git", ".venv", "node_modules")
     max_bytes: int | None = None
     overwrite: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +107,9 @@ def tokens_per_byte(data_prefix: str) -> float | None:
         ending = f"_{split}_text_document"
         path = Path(data_prefix.removesuffix(ending) + "_facts.json")
         if data_prefix.endswith(ending) and path.is_file():
-            counts = json.loads(path.read_text(encoding="utf-8"))["splits"][split]
-            return float(counts["tokens"] / counts["bytes"])
+            facts = parse_settings(read_json(path, ConfigError), _StoredFacts, str(path))
+            if split in facts.splits:
+                return facts.splits[split].tokens / facts.splits[split].bytes
     return None
 
 
@@ -128,33 +147,52 @@ def select_files(request: CorpusRequest) -> Selection:
 def prepare_corpus(request: CorpusRequest, progress: Progress | None = None) -> CorpusFacts:
     """Tokenize the inputs into PREFIX_*; ``progress`` gets (phase, bytes done, bytes in all).
 
-    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, and a split left without documents.
+    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, a split left without documents, and for
+    an output that cannot be written. Everything else is checked before the first file is written.
     """
     _check_request(request)
     selection = select_files(request)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{request.output.name}.", dir=request.output.parent))
-    try:
-        facts = _prepare_in(work, request, selection, progress)
-        _publish(work, request)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return facts
-
-
-def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progress: Progress | None) -> CorpusFacts:
     not_text: list[str] = []
     documents = [item for path in selection.files for item in _documents(path, request, not_text)]
     if not documents:
         raise ConfigError(f"--input: the {len(selection.files)} file(s) hold no text.")
     _check_splits(documents, request.held_out)
+    given = None if _trains(request) else open_tokenizer(Path(request.tokenizer), trust=request.trust)
+    work = temporary_folder(request.output)
+    try:
+        remove_abandoned(request.output)
+        work.mkdir(parents=True)
+        facts = _prepare_in(work, request, (selection, documents, tuple(not_text)), given, progress)
+        _publish(work, request)
+    except OSError as error:
+        where = error.filename or "while writing"
+        raise ConfigError(
+            f"--output {request.output}: {error.strerror or error} ({where}); nothing was published."
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def _trains(request: CorpusRequest) -> bool:
+    return request.tokenizer.startswith(TRAIN_PREFIX)
+
+
+def _prepare_in(
+    work: Path,
+    request: CorpusRequest,
+    read: tuple[Selection, list[str], tuple[str, ...]],
+    given: Any,
+    progress: Progress | None,
+) -> CorpusFacts:
+    """Write every file into ``work``. ``given`` is the tokenizer; None: it is to be trained."""
+    selection, documents, not_text = read
     name = request.output.name
-    if request.tokenizer.startswith(TRAIN_PREFIX):
+    tokenizer, shown = given, request.tokenizer
+    if tokenizer is None:
         kept = (text for text in documents if not is_held_out(text, request.held_out))
         train_sentencepiece(kept, request.vocabulary_size, work / f"{name}_tokenizer")
         tokenizer, shown = open_tokenizer(work / f"{name}_tokenizer"), str(request.output) + "_tokenizer"
-    else:
-        tokenizer, shown = open_tokenizer(Path(request.tokenizer)), request.tokenizer
     splits = _write_splits(work / name, tokenizer, documents, request.held_out, progress)
     fingerprint = xxhash.xxh3_128()
     for text in documents:
@@ -167,7 +205,7 @@ def _prepare_in(work: Path, request: CorpusRequest, selection: Selection, progre
         files=len(selection.files),
         left_out_files=selection.left_out_files,
         left_out_bytes=selection.left_out_bytes,
-        not_text=tuple(not_text),
+        not_text=not_text,
         splits=splits,
     )
     (work / f"{name}_facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
@@ -215,7 +253,7 @@ def _check_request(request: CorpusRequest) -> None:
     if not 0.0 <= request.held_out < 1.0:
         raise ConfigError(f"--held-out {request.held_out}: a fraction of the documents, from 0 to below 1.")
     kind = request.tokenizer.removeprefix(TRAIN_PREFIX)
-    if request.tokenizer.startswith(TRAIN_PREFIX) and kind != "sentencepiece":
+    if _trains(request) and kind != "sentencepiece":
         raise ConfigError(f"--tokenizer {request.tokenizer}: unknown trainer {kind!r}; known: train:sentencepiece.")
     existing = [str(path) for path in _outputs(request.output) if path.exists()]
     if existing and not request.overwrite:
@@ -269,7 +307,7 @@ def _size(path: Path) -> int:
 
 def _documents(path: Path, request: CorpusRequest, not_text: list[str]) -> Iterator[str]:
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = regular_bytes(path).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"--input {path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -277,6 +315,8 @@ def _documents(path: Path, request: CorpusRequest, not_text: list[str]) -> Itera
             raise ConfigError(f"--input {path}: not UTF-8 text (byte {error.start}).") from error
         not_text.append(str(path))
         return
+    except ValueError as error:
+        raise ConfigError(f"--input {path}: cannot be read ({error}).") from error
     texts = _json_lines(path, content) if path.suffix == ".jsonl" else [content]
     yield from (text for text in texts if text)
 
@@ -287,7 +327,7 @@ def _json_lines(path: Path, content: str) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"--input {path}, line {number}: expected a JSON object with the key text.") from error
         if not isinstance(text, str):
             raise ConfigError(f"--input {path}, line {number}: text is {type(text).__name__}, expected a string.")

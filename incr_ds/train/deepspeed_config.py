@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from incr_ds.config.deepspeed_file import read_deepspeed_file
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 
@@ -18,10 +18,10 @@ _OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule", "fp16": "p
 def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     """The config for deepspeed.initialize.
 
-    Raises ConfigError, listing every problem, if the JSON states something differently from the run file, or
-    something that the run file owns.
+    Raises ConfigError, listing every problem, if the JSON has a key that DeepSpeed does not know or a value of another kind, or
+    if it states something differently from the run file, or something that the run file owns.
     """
-    user = {} if run.deepspeed is None else _read_json(Path(run.deepspeed))
+    user = {} if run.deepspeed is None else read_deepspeed_file(Path(run.deepspeed))
     problems = [
         f"  {section}: state it in the run file's section {owner!r} instead, and remove it here"
         for section, owner in _OWNED_SECTIONS.items()
@@ -32,7 +32,7 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
             f"  data_types.grad_accum_dtype: {user['data_types']['grad_accum_dtype']!r} makes DeepSpeed switch to an "
             f"optimizer that keeps its state in another format; remove it, or set {_dtype_name(run)!r}"
         )
-    config: dict[str, Any] = json.loads(json.dumps(user))
+    config: dict[str, Any] = deepcopy(dict(user))
     for path, value, origin in _derived(run):
         problems += _state(config, path, value, origin)
     if problems:
@@ -80,15 +80,3 @@ def _fill_defaults(config: dict[str, Any]) -> None:
 
 def _dtype_name(run: RunSettings) -> str:
     return {"bf16": "bf16", "fp32": "fp32"}[run.precision]
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); the run file names it as deepspeed.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content

@@ -57,8 +57,9 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
     LlamaTokenizer.from_pretrained(folder, **unprefixed).save_pretrained(folder)
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a folder; ConfigError if there is none or it has no end-of-text token."""
+def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
+    """The transformers tokenizer of a folder; ConfigError if there is none, it has no end-of-text token, or it needs code of
+    its own and ``trust`` is False."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -67,8 +68,14 @@ def open_tokenizer(folder: Path) -> Any:
             "tokenizer_config.json) or train:sentencepiece."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # False, not None: without an answer transformers asks for one on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    except Exception as error:  # damaged files raise anything, from Python and from Rust
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"--tokenizer {folder}: needs Python code that lies in the folder (auto_map), which was not run. If you "
+                "trust who wrote it, repeat with --trust."
+            ) from error
         raise ConfigError(f"--tokenizer {folder}: transformers cannot load it: {_reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--tokenizer {folder}: it has no eos_token; documents are separated by it. Set one.")

@@ -1,5 +1,6 @@
 """The Hugging Face reader against folders that transformers writes, and what it says of folders that are not whole."""
 
+import argparse
 import json
 
 import pytest
@@ -186,3 +187,18 @@ def test_bin_payloads_do_not_run(written):
     write_bin(folder, {**parameters, "extra": slice(1)}, 1)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: refers to .*slice.*was refused.*--trust"):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "odd", [argparse.Namespace(seed=1), 5, [torch.ones(3)], None], ids=lambda odd: type(odd).__name__
+)
+def test_a_bin_file_that_holds_something_else_than_a_tensor(tmp_path, odd):
+    architecture = small_architecture("llama")
+    drawn_model(architecture, torch.float32).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights | {"model.norm.weight": odd}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: model\.norm\.weight: .*not what transformers writes there"
+    ):
+        open_source(tmp_path)

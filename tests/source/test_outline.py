@@ -153,3 +153,84 @@ def test_old_formats_are_named(tmp_path):
         archive.writestr("a/text", "hello")
     with pytest.raises(CheckpointError, match=r"no record data\.pkl; not a file that torch\.save wrote"):
         load_pt(tmp_path / "other.pt")
+
+
+DOUBLED = b"K\x01\x85q\x010" + b"h\x01h\x01\x86q\x010" * 60 + b"h\x01"  # a tuple of 2^60 leaves
+ORDERED = b"ccollections\nOrderedDict\n"
+STEPS, DEEP = r"takes more than 16,777,216 steps to build", r"nested more than 64 levels deep"
+HOSTILE = {
+    "a key that takes years to hash": (STEPS, b"}", DOUBLED, b"K\x01s"),
+    "a set of such": (STEPS, b"cbuiltins\nset\n]", DOUBLED, b"a\x85R"),
+    "a dictionary made of such": (STEPS, ORDERED, b"]", DOUBLED, b"K\x01\x86a\x85R"),
+    "keys above a mark": (STEPS, b"}(", DOUBLED, b"K\x01u"),
+    "a dictionary that fills others": (
+        STEPS,
+        ORDERED,
+        b")R}(",
+        b"".join(b"X\x04\x00\x00\x00%04dK\x01" % n for n in range(9999)),
+        b"uq\x01b",
+        ORDERED,
+        b")R",
+        b"h\x01b" * 9999,
+    ),
+    "a string encoded a thousand times": (
+        STEPS,
+        b"X\x00\x00\x10\x00" + b"x" * (1 << 20) + b"q\x01",
+        b"c_codecs\nencode\nh\x01X\x05\x00\x00\x00utf-8\x86R0" * 1000,
+    ),
+    "a list that unfolds without end": (DEEP, b"]q\x010" + b"](h\x01h\x01eq\x010" * 90 + b"h\x01"),
+    "a list of 2^40 entries": (
+        r"unfolds to more than 16,777,216 entries",
+        b"]q\x010" + b"](h\x01h\x01eq\x010" * 40 + b"h\x01",
+    ),
+    "a list of itself": (DEEP, b"]q\x01h\x01a"),
+    "a key nested 100,000 deep": (DEEP, b"}K\x01", b"\x85" * 100_000, b"K\x01s"),
+    "a list nested 100,000 deep": (DEEP, b"]" * 100_000, b"a" * 99_999),
+    "a hundred thousand entries": (r"more than 32,768 entries", b"]" * 100_000),
+    "two thousand names": (r"names more than 1000 globals", *(b"ca%d\nb\n0" % number for number in range(2000)), b"N"),
+    "memory by a number": (r"reserves memory by a number", b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R"),
+    "a tensor by its size": (r"holds what torch\.FloatTensor makes", b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R"),
+    "ninety dimensions": (
+        r"a tensor has 90 dimensions",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00(" + b"K\x01" * 90 + b"th\x00)\x89NtR".replace(b"h\x00", b""),
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_pickle_that_asks_for_more_than_its_size_is_refused_at_once(saved, monkeypatch, name):
+    message, *parts = HOSTILE[name]
+    if "hundred thousand entries" in name:
+        monkeypatch.setattr("incr_ds.source.walk._MOST_READS", 1 << 16)
+    rewrite(saved, lambda _: b"\x80\x02" + b"".join(parts) + b".")
+    with pytest.raises(CheckpointError, match=rf"a\.pt: .*{message}.*"):
+        load_pt(saved)
+
+
+def test_a_subclass_of_tensor_does_not_hide_its_bounds(tmp_path):
+    """Its rebuild calls the plain one itself."""
+    torch.save({"w": torch.arange(12.0).as_subclass(Noted), "secret": torch.ones(12)}, tmp_path / "a.pt")
+    rewrite(tmp_path / "a.pt", lambda pickle: pickle.replace(b"K\x0ct", b"K\x60t", 1))
+    with pytest.raises(CheckpointError, match=r"record data/0 has 48 bytes, a tensor expects 384 there"):
+        load_pt(tmp_path / "a.pt")
+
+
+class Noted(torch.Tensor):
+    """A tensor with attributes."""
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.ones(3, device="meta"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_tensors_that_are_no_plain_ones_are_named(tmp_path, made):
+    torch.save({"w": made()}, tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt: holds what torch.* makes: a tensor that is sparse, quantized or w"
+    ):
+        load_pt(tmp_path / "a.pt")

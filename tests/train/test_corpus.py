@@ -1,6 +1,9 @@
+import io
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from incr_ds.errors import ConfigError
+from incr_ds.target.commit import temporary_folder
 from incr_ds.train.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
 from incr_ds.train.megatron import IndexedDataset
 from incr_ds.train.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
@@ -185,3 +189,115 @@ def many_texts():
     generator = random.Random(3)
     words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randrange(2, 9))) for _ in range(500)]
     return [" ".join(generator.choices(words, k=12)) for _ in range(TRAINING_CHUNKS + 2000)]
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaTokenizer
+Path({canary!r}).write_text("ran")
+class Own(LlamaTokenizer):
+    pass
+"""
+
+
+@pytest.fixture
+def with_code(prepared, tmp_path):
+    """A tokenizer folder whose class is a Python file in it, and the file that this writes when it runs."""
+    folder, _, _ = prepared
+    shutil.copytree(folder / "out" / "code_tokenizer", tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text(CODE.format(canary=str(tmp_path / "canary")))
+    return folder, tmp_path / "own", tmp_path / "canary"
+
+
+def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(with_code, tmp_path, monkeypatch):
+    folder, own, canary = with_code
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(
+        ConfigError, match=r"own: needs Python code that lies in the folder .*not run.*repeat with --trust"
+    ):
+        prepare_corpus(request(folder, tokenizer=str(own), output=tmp_path / "out"))
+    assert not canary.exists() and not list(tmp_path.glob("*out*"))
+
+
+def test_code_in_a_tokenizer_folder_runs_for_who_trusts_it(with_code, tmp_path, monkeypatch):
+    folder, own, canary = with_code
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (tmp_path / "modules").mkdir()
+    facts = prepare_corpus(request(folder, tokenizer=str(own), output=tmp_path / "out", trust=True))
+    assert canary.read_text() == "ran" and facts.vocabulary_size == 320
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"model": 5}'),
+    ],
+    ids=lambda text: text[:25],
+)
+def test_a_damaged_tokenizer_folder_is_one_message(prepared, tmp_path, file, text):
+    folder, _, _ = prepared
+    shutil.copytree(folder / "out" / "code_tokenizer", tmp_path / "own")
+    (tmp_path / "own" / file).write_text(text)
+    with pytest.raises(ConfigError, match=r"--tokenizer .*own: (transformers cannot load it|it has no eos_token)"):
+        prepare_corpus(request(folder, tokenizer=str(tmp_path / "own"), output=tmp_path / "out"))
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(prepared, tmp_path):
+    folder, _, _ = prepared
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    living = temporary_folder(tmp_path / "out")
+    dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    for left in (living, dead):
+        left.mkdir()
+        (left / "out_train_text_document.bin").write_bytes(b"half")
+    prepare_corpus(request(folder, tokenizer=str(folder / "out" / "code_tokenizer"), output=tmp_path / "out"))
+    assert living.exists() and not dead.exists()
+
+
+def test_a_pipe_among_the_texts_is_named_not_waited_for(prepared, tmp_path):
+    folder, _, _ = prepared
+    write_texts(tmp_path / "texts", 12)
+    os.mkfifo(tmp_path / "texts" / "pipe.txt")
+    with pytest.raises(ConfigError, match=r"--input .*pipe\.txt: cannot be read \(a pipe, not a regular file\)"):
+        prepare_corpus(request(tmp_path, tokenizer=str(folder / "out" / "code_tokenizer")))
+
+
+def test_a_json_line_nested_100000_deep_is_named(prepared, tmp_path):
+    folder, _, _ = prepared
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "fine"}\n{"text": "no", "more": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
+    )
+    with pytest.raises(ConfigError, match="b.jsonl, line 2: expected a JSON object with the key text"):
+        prepare_corpus(request(folder, inputs=(tmp_path / "b.jsonl",), output=tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"splits": 5}', r"splits: Input should be a valid dictionary"),
+        (
+            '{"splits": {"validation": {"tokens": 5, "bytes": 0}}}',
+            r"splits\.validation\.bytes: Input should be greater",
+        ),
+        ('{"splits": {"validation": {"tokens": "many", "bytes": 5}}}', r"splits\.validation\.tokens: Input should be"),
+    ],
+)
+def test_facts_that_are_none_are_named(tmp_path, facts, message):
+    (tmp_path / "code_facts.json").write_text(facts)
+    with pytest.raises(ConfigError, match=rf"code_facts\.json: (.|\n)*{message}"):
+        tokens_per_byte(str(tmp_path / "code_validation_text_document"))
+    (tmp_path / "code_facts.json").write_text('{"splits": {"train": {"tokens": 5, "bytes": 10}}}')
+    assert tokens_per_byte(str(tmp_path / "code_validation_text_document")) is None
+    assert tokens_per_byte(str(tmp_path / "code_train_text_document")) == 0.5

@@ -1,12 +1,18 @@
 """DeepSpeed's config follows from the run file; a JSON that says otherwise is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from incr_ds.config.deepspeed_file import known_keys
 from incr_ds.errors import ConfigError
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.deepspeed_config import deepspeed_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def with_json(tmp_path, content):
@@ -65,6 +71,28 @@ def test_every_disagreement_is_named_at_once(tmp_path):
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ({"bf16": True}, "bf16: expected a section of DeepSpeed's config, found True"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled: expected true or false, found 'yes'"),
+        ({"bf16": [1]}, r"bf16: expected a section of DeepSpeed's config, found \[1\]"),
+        ({"data_types": 5}, "data_types: expected a section of DeepSpeed's config, found 5"),
+        ({"zero_optimisation": {}}, "zero_optimisation: not a key of DeepSpeed's; did you mean zero_optimization?"),
+        ({"zero_optimization": {"reduce_bucket": 5}}, "zero_optimization.reduce_bucket: not a key of DeepSpeed's; did"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            "reduce_bucket_size: expected a whole number, found 'auto'",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size: expected a whole number, found -1"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "offload_optimizer.devise: not a key .*device?",
+        ),
+        ({"train_batch_size": "24"}, "train_batch_size: expected a whole number, found '24'"),
+        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown: expected true or false, found 1"),
+        ({"pipeline": None, "x": 1, "y": 2}, r"zero\.json: 3 problem\(s\)"),
+        (
+            '{"bf16": ' + "[" * 1000 + "]" * 1000 + "}",
+            "nested more than 64 levels deep; the run file names it as deepspeed",
+        ),
+        ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
     ],
 )
 def test_a_malformed_json_is_named(tmp_path, content, text):
@@ -75,3 +103,56 @@ def test_a_malformed_json_is_named(tmp_path, content, text):
 def test_a_missing_json_is_named():
     with pytest.raises(ConfigError, match="absent.json: cannot be read .*; the run file names it as deepspeed"):
         deepspeed_config(pico_run(deepspeed="absent.json"))
+
+
+def test_numbers_and_sections_as_deepspeed_files_have_them(tmp_path):
+    own = {
+        "zero_optimization": {"reduce_bucket_size": 5e8, "offload_param": None, "overlap_comm": None},
+        "log_level": "info",
+    }
+    assert deepspeed_config(with_json(tmp_path, own))["zero_optimization"]["reduce_bucket_size"] == 5e8
+
+
+class Asked(dict):
+    """A config that notes which keys it is asked for."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.keys_asked = set()
+
+    def get(self, key, default=None):
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+
+def test_the_known_keys_are_the_installed_deepspeeds():
+    from deepspeed.runtime import precision_config
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero import offload_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known, asked = known_keys(), Asked({"train_batch_size": 4})
+    object.__new__(DeepSpeedConfig)._initialize_params(asked)
+    assert len(asked.keys_asked) > 30 and asked.keys_asked <= set(known)
+    zero = known["zero_optimization"]
+    for section, model in (
+        (zero, DeepSpeedZeroConfig),
+        (zero["offload_param"], offload_config.DeepSpeedZeroOffloadParamConfig),
+        (zero["offload_optimizer"], offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+        (known["bf16"], precision_config.DeepSpeedBF16Config),
+    ):
+        fields = model.model_fields
+        assert set(section) == set(fields) | {field.alias for field in fields.values() if field.alias}
+
+
+def test_the_check_needs_neither_torch_nor_deepspeed():
+    program = (
+        "import sys; from pathlib import Path; from incr_ds.config.deepspeed_file import read_deepspeed_file\n"
+        "assert read_deepspeed_file(Path('ds_configs/deepspeed/zero3.json'))\n"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules), sorted(sys.modules)[:5]"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
