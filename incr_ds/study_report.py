@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.errors import CheckpointError
 from incr_ds.study import Curve, Study, table_rows
 from incr_ds.target.commit import write_atomically
 
@@ -69,24 +68,6 @@ def write_report(study: Study, figure: Path, path: Path, facts: Mapping[str, Any
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Growth</title><style>{STYLE}</style></head>\n'
     write_atomically(path, f"{page}<body>\n{body}\n</body></html>\n")
-
-
-def generate_text(folder: Path, prompt: str, num_tokens: int = 120) -> str:
-    """``prompt`` and what the Hugging Face model and tokenizer in ``folder`` greedily add to it. CheckpointError if transformers
-    cannot load the folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model = AutoModelForCausalLM.from_pretrained(folder, **local, dtype=torch.float32)
-    except Exception as error:  # damaged files raise anything, from Python and from Rust
-        raise CheckpointError(f"{folder}: transformers cannot load it: {str(error)[:500]}") from error
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-    options = {"max_new_tokens": num_tokens, "do_sample": False, "repetition_penalty": 1.2}
-    made = model.generate(**inputs, **options, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(made[0], skip_special_tokens=True))
 
 
 def _plot(axes: Any, curve: Curve, horizontal: list[float], label: str | None = None, linestyle: str = "-") -> None:

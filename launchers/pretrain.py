@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from incr_ds.command import told
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import IncrError
@@ -58,7 +59,7 @@ def main(
                 raise typer.Exit(STOPPED)
     except (IncrError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            typer.echo(f"pretrain: {error}", err=True)
+            typer.echo(f"pretrain: {told(error)}", err=True)
         sys.stderr.flush()
         raise typer.Exit(2) from error
 

@@ -27,6 +27,7 @@ ORDER = [
     "grown",
     "export",
     "verify",
+    "generate",
     "suggest",
     "difference",
     "tables",

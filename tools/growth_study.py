@@ -11,9 +11,11 @@ from rich.table import Table
 from incr_ds.arch.architecture import read_config
 from incr_ds.command import command, console, print_json
 from incr_ds.errors import CheckpointError
+from incr_ds.generate import Sampling, generate_text
+from incr_ds.integrity import open_described
 from incr_ds.reading import read_text
 from incr_ds.study import Study, compare_curves, merge_metrics, read_curve, summary, table_rows
-from incr_ds.study_report import draw_study, generate_text, write_report
+from incr_ds.study_report import draw_study, write_report
 from incr_ds.target.commit import check_writable, read_manifest
 
 
@@ -25,7 +27,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for report.html, loss.png and metrics.jsonl.")],
     growth: Annotated[Path | None, typer.Option(help="Folder that grow_checkpoint.py published.")] = None,
     proof: Annotated[Path | None, typer.Option(help="What verify_checkpoint.py --json printed.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Hugging Face export of the result, to write a sample.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint or export of the result, to write a sample.")] = None,
     prompt: Annotated[str, typer.Option(help="Beginning of the sample.")] = "def ",
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
@@ -33,7 +35,7 @@ def main(
     study = compare_curves(read_curve("source", source), read_curve("grown", grown), read_curve("scratch", scratch))
     check_writable(output)
     facts = _facts(growth, proof)
-    sample = None if model is None else generate_text(model, prompt)
+    sample = None if model is None else _sample(model, prompt)
     output.mkdir(parents=True, exist_ok=True)
     merge_metrics({"source": source, "grown": grown, "scratch": scratch}, output / "metrics.jsonl")
     draw_study(study, output / "loss.png")
@@ -42,6 +44,11 @@ def main(
         print_json(summary(study))
     else:
         _show(study, output)
+
+
+def _sample(model: Path, prompt: str) -> str:
+    checkpoint = open_described(model)
+    return generate_text(checkpoint, checkpoint.facts.path, prompt, 120, Sampling(repetition_penalty=1.2))
 
 
 def _facts(growth: Path | None, proof: Path | None) -> dict[str, Any]:

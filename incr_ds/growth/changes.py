@@ -10,8 +10,9 @@ from typing import Any
 from incr_ds.arch.architecture import Architecture, most_of
 from incr_ds.arch.family import mixtures
 from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
-from incr_ds.config.fields import load_settings, read_yaml
+from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")

@@ -14,6 +14,7 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
+from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.target.placement import check_layout
 
 
@@ -62,7 +63,11 @@ def check_world_size(layout: ParallelLayout) -> None:
 def _problems(run: RunSettings) -> Iterator[IncrError]:
     prefixes = [corpus.prefix for corpus in run.data.train]
     prefixes += [str(run.data.validation)] if run.evaluation else []
-    checks: list[Callable[[], object]] = [partial(check_model, run), partial(_check_folders, run)]
+    checks: list[Callable[[], object]] = [
+        partial(check_model, run),
+        partial(_check_folders, run),
+        partial(deepspeed_config, run),
+    ]
     for check in [*checks, *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes))]:
         try:
             check()

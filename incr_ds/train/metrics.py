@@ -122,7 +122,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 class MetricsFile:
     """Appends rows; at opening, the rows past ``step`` are dropped, so a resumed run leaves one clean curve."""
 
-    def __init__(self, folder: Path, step: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, step: int | None, say: Callable[[str], None] = print) -> None:
         """``step``: the step that the run resumes from; None for a run that starts now (every old row is dropped).
 
         Damaged lines are reported through ``say`` and dropped: they must not keep a run from resuming.

@@ -9,8 +9,8 @@ import pytest
 
 from incr_ds.config.deepspeed_file import known_keys
 from incr_ds.errors import ConfigError
+from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.testing.runs import pico_run
-from incr_ds.train.deepspeed_config import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 
