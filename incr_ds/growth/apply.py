@@ -14,7 +14,7 @@ import torch
 from incr_ds.arch.logical import LogicalCheckpoint, State
 from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.growth.axis import FRESH, Vector
-from incr_ds.growth.counter import normals
+from incr_ds.growth.counter import normals, normals_at
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
 Bounds = tuple[tuple[int, int], ...]
@@ -198,8 +198,9 @@ class GrownTensors:
         # Elements are numbered with the reading dimension inside, whichever way the tensor is stored.
         (first, stop), read = bounds[1 - reading], slice(*bounds[reading])
         width, seed = spec.shape[reading], self.plan.recipe.width.symmetry_breaking.seed
-        drawn = normals(seed, f"{spec.name}/share", first * width, (stop - first) * width).reshape(-1, width)
         copies = self._vector("copies", spec, reading)
+        wanted = np.broadcast_to(copies > 1, (stop - first, width))
+        drawn = normals_at(seed, f"{spec.name}/share", first, wanted)
         deviations = _standardised(drawn, self._vector("index", spec, reading), copies)[:, read]
         return np.ascontiguousarray(deviations if reading == 1 else deviations.T)
 
@@ -217,17 +218,18 @@ class GrownTensors:
         fresh = self._fresh(spec, bounds)
         if fresh is None:
             return grown
-        values = torch.from_numpy(self._fresh_values(spec, bounds)).to(grown.dtype)
+        values = torch.from_numpy(self._fresh_values(spec, bounds, fresh)).to(grown.dtype)
         return torch.where(torch.from_numpy(fresh), values, grown)
 
-    def _fresh_values(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
-        shape = [stop - start for start, stop in bounds]
-        if len(shape) == 1:
+    def _fresh_values(self, spec: TensorSpec, bounds: Bounds, fresh: np.ndarray) -> np.ndarray:
+        """Values for the positions ``fresh`` of the slice; of the others, whatever."""
+        if len(bounds) == 1:
             return self._fresh_vector(spec, bounds[0])
-        (first, stop), columns = bounds[0], slice(*bounds[1])
-        width, recipe = spec.shape[1], self.plan.recipe.width
-        name = f"{spec.name}/fresh"
-        drawn = normals(recipe.symmetry_breaking.seed, name, first * width, (stop - first) * width).reshape(-1, width)
+        first, columns = bounds[0][0], slice(*bounds[1])
+        recipe = self.plan.recipe.width
+        wanted = np.zeros((len(fresh), spec.shape[1]), dtype=bool)
+        wanted[:, columns] = fresh
+        drawn = normals_at(recipe.symmetry_breaking.seed, f"{spec.name}/fresh", first, wanted)
         values: np.ndarray = drawn[:, columns] * self._deviation
         if spec.expert is not None:
             mean, deviation = self._replaced(spec)

@@ -16,8 +16,22 @@ _WORDS_PER_BLOCK = 4  # Philox4x64 yields four 64-bit words a counter value: two
 
 def normals(seed: int, name: str, first: int, count: int) -> Vector:
     """Standard normals number ``first`` to ``first + count`` of the stream (seed, name): Box and Muller's cosine branch."""
-    uniform = _pairs(seed, name, first, count)
-    drawn: Vector = np.sqrt(-2.0 * np.log(uniform[:, 0])) * np.cos(2.0 * np.pi * uniform[:, 1])
+    return _normal(_words(seed, name, first, count))
+
+
+def normals_at(seed: int, name: str, first_row: int, wanted: npt.NDArray[np.bool_]) -> Vector:
+    """The elements ``wanted`` [rows, width] of a matrix whose element (r, c) is number r * width + c of ``normals``.
+
+    Rows are counted from ``first_row``; rows and columns without a wanted element are 0. Drawing, logarithms and cosines were
+    half the arithmetic of a growth, so nothing is drawn for such a row, and nothing computed for such a column.
+    """
+    height, width = wanted.shape
+    drawn = np.zeros((height, width))
+    columns = np.flatnonzero(wanted.any(axis=0))
+    rows = np.flatnonzero(wanted.any(axis=1))
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else ():
+        words = _words(seed, name, (first_row + int(run[0])) * width, len(run) * width).reshape(len(run), width, 2)
+        drawn[run[0] : run[-1] + 1, columns] = _normal(words[:, columns])
     return drawn
 
 
@@ -34,13 +48,28 @@ def shuffled(seed: int, name: str, count: int) -> IntVector:
 
 
 def _pairs(seed: int, name: str, first: int, count: int) -> Vector:
-    """Two uniform numbers between 0 and 1 for each element from ``first`` on: Philox (Salmon et al., SC 2011) in counter mode."""
+    """Two uniform numbers between 0 and 1 for each element from ``first`` on."""
+    return _uniform(_words(seed, name, first, count))
+
+
+def _words(seed: int, name: str, first: int, count: int) -> npt.NDArray[np.uint64]:
+    """Two words for each element from ``first`` on: Philox (Salmon et al., SC 2011) in counter mode."""
     begin = first // 2
     blocks = (first + count + 1) // 2 - begin
     generator = np.random.Philox(key=_key(seed, name), counter=begin)
-    words = generator.random_raw(blocks * _WORDS_PER_BLOCK).reshape(-1, 2)[first - 2 * begin :][:count]
-    pairs: Vector = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return pairs
+    return generator.random_raw(blocks * _WORDS_PER_BLOCK).reshape(-1, 2)[first - 2 * begin :][:count]
+
+
+def _uniform(words: npt.NDArray[np.uint64]) -> Vector:
+    found: Vector = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return found
+
+
+def _normal(words: npt.NDArray[np.uint64]) -> Vector:
+    """A standard normal of the two words along the last dimension."""
+    uniform = _uniform(words)
+    drawn: Vector = np.sqrt(-2.0 * np.log(uniform[..., 0])) * np.cos(2.0 * np.pi * uniform[..., 1])
+    return drawn
 
 
 def _key(seed: int, name: str) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from incr_ds.arch.family import families
 from incr_ds.arch.logical import STATES
 from incr_ds.errors import ConfigError, GrowthError
-from incr_ds.growth.counter import choices, normals, shuffled
+from incr_ds.growth.counter import choices, normals, normals_at, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
@@ -224,6 +224,15 @@ def test_the_seed_decides_and_nothing_else():
 def test_random_numbers_are_addressed_by_element(first, count, seed):
     stream = normals(seed, "tensor", 0, first + count)
     assert (normals(seed, "tensor", first, count) == stream[first:]).all()
+
+
+@given(st.integers(0, 2**32), st.integers(0, 9), st.lists(st.booleans(), min_size=1, max_size=6), st.data())
+def test_wanted_elements_are_those_of_the_whole_stream(seed, first_row, rows, data):
+    columns = data.draw(st.lists(st.booleans(), min_size=1, max_size=5))
+    wanted = np.array(rows)[:, None] & np.array(columns)[None, :]
+    width = len(columns)
+    whole = normals(seed, "tensor", first_row * width, wanted.size).reshape(wanted.shape)
+    assert (normals_at(seed, "tensor", first_row, wanted) == np.where(wanted, whole, 0.0)).all()
 
 
 def test_drawn_maps_are_the_same_everywhere():
