@@ -1,4 +1,4 @@
-"""A file's bytes from front to back, at the speed of memory."""
+"""A file's bytes from front to back, at the speed of memory; and whether they are its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
+from incr_ds.errors import CheckpointError
+
 _BLOCK = 1 << 20
+_POINTER = b"version https://git-lfs"
+
+
+def refuse_pointer(path: Path) -> None:
+    """CheckpointError if a file is what git-lfs leaves in place of one that was not fetched."""
+    with open(path, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path}: a git-lfs pointer in place of the file, which was not fetched: run `git lfs pull` in the repository "
+                "(after `git lfs install`), or download the file."
+            )
 
 
 def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:

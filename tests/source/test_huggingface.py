@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from incr_ds.errors import CheckpointError
+from incr_ds.grow import GrowthRequest, plan_request
 from incr_ds.source import open_source
 from incr_ds.source.huggingface import INDEX
 from incr_ds.testing.memory import drawn_model, small_architecture
@@ -186,3 +187,23 @@ def test_bin_payloads_do_not_run(written):
     write_bin(folder, {**parameters, "extra": slice(1)}, 1)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: refers to .*slice.*was refused.*--trust"):
         open_source(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(written, name):
+    folder, _ = written(shard="1GB")
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name}: a git-lfs pointer in place of the file.*`git lfs pull`"):
+        open_source(folder)
+
+
+def test_a_pointer_in_place_of_the_tokenizer_is_told_before_anything_is_written(written, tmp_path):
+    folder, _ = written(shard="1GB")
+    (folder / "tokenizer.json").write_text(POINTER)
+    (tmp_path / "recipe.yaml").write_text("target: {}\noptimizer: reset\nlayout: {format: huggingface}\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: a git-lfs pointer"):
+        plan_request(GrowthRequest(folder, tmp_path / "recipe.yaml", tmp_path / "grown"))
