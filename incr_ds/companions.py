@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from incr_ds.reading import refuse_pointer
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,8 +20,15 @@ TOKENIZER_FILES = (
 )
 
 
+def companions(source: Path) -> list[Path]:
+    """Those of TOKENIZER_FILES that the folder ``source`` has; CheckpointError for one that was not fetched."""
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in found:
+        refuse_pointer(path)
+    return found
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy those of TOKENIZER_FILES that the folder ``source`` has."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copy the companions of ``source``."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)

@@ -22,7 +22,7 @@ from incr_ds.arch.dynamics import Dynamics, dynamics_text, read_dynamics, withou
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.companions import TOKENIZER_FILES as TOKENIZER_FILES
-from incr_ds.companions import copy_companions
+from incr_ds.companions import companions, copy_companions
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.crew import ALONE, Crew, StoppedError, agree, shares
 from incr_ds.errors import CheckpointError, GrowthError
@@ -133,6 +133,7 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
 
     recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
     refuse_overlap(request.source, request.output)
+    companions(request.source)  # what is copied at the end is there
     return plan_files(request, source, recipe)
 
 

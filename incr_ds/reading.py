@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from incr_ds.errors import IncrError
+from incr_ds.errors import CheckpointError, IncrError
 
 SMALL, LARGE = 16 << 20, 256 << 20  # bytes: of a config; of a file that lists every tensor, or every logged step
 DEEPEST = 64  # containers within containers; no format that is read here has more than ten
 _BLOCK = 1 << 20
+_POINTER = b"version https://git-lfs"
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
 
 
@@ -61,6 +62,16 @@ def parse_json(text: str, kind: type[IncrError], where: str, hint: str = ".", *,
     if _is_deep(content):
         raise kind(too_deep)
     return content
+
+
+def refuse_pointer(path: Path) -> None:
+    """CheckpointError if a file is what git-lfs leaves in place of one that was not fetched."""
+    with open(path, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path}: a git-lfs pointer in place of the file, which was not fetched: run `git lfs pull` in the repository "
+                "(after `git lfs install`), or download the file."
+            )
 
 
 def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:

@@ -208,7 +208,7 @@ def _architecture(family: Family, full: Mapping[str, Any], stated: Mapping[str, 
             raise ConfigError(
                 f"{where}: {name} is {full[name]!r}; {family.model_type} is supported with {value!r} only."
             )
-    sizes = _sizes(family, full, where)
+    sizes = axis_sizes(family, full, where)
     for field, axis in family.config.follows.items():
         if full[field] != sizes[axis]:
             raise ConfigError(
@@ -236,7 +236,7 @@ def _check_numbers(family: Family, full: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {field}: expected a positive number, found {value!r}.")
 
 
-def _sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
+def axis_sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
     """The size of every axis: its config field, or where the config has none, the family's rule."""
     stated = {axis: (field, full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
     for axis, (field, value) in stated.items():

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from incr_ds.arch.architecture import Architecture, filled_config
+from incr_ds.arch.architecture import Architecture, axis_sizes, filled_config
+from incr_ds.errors import ConfigError
 
 ROTARY = "rope_parameters"
 
@@ -14,15 +15,24 @@ ROTARY = "rope_parameters"
 def restated(target: Architecture, source: Architecture, where: str) -> Architecture:
     """``target``, of the family of ``source``, stated by the config of ``source`` with as few changes as mean the target."""
     changed = {name for name, value in target.config.items() if source.config.get(name) != value}
-    stated = _with(dict(source.stated), target, changed)
-    filled = filled_config(stated, where)
-    unlike = {name for name in target.family.effective_fields if filled.get(name) != target.config.get(name)}
+    stated = _with(source.stated, target, changed & set(source.stated))
+    try:
+        unlike = _unlike(target, stated, where)
+    except ConfigError:  # what is missing keeps it from being a config at all
+        unlike = changed
     return replace(target, stated=_with(stated, target, unlike))
+
+
+def _unlike(target: Architecture, stated: Mapping[str, Any], where: str) -> set[str]:
+    """Fields that say something else of the model that ``stated`` describes than of the target."""
+    family, filled = target.family, filled_config(stated, where)
+    sizes, axes = axis_sizes(family, filled, where), set(family.axes.values())
+    fields = {name for name in family.effective_fields - axes if filled.get(name) != target.config.get(name)}
+    return fields | {field for axis, field in family.axes.items() if sizes[axis] != target.sizes[axis]}
 
 
 def _with(stated: Mapping[str, Any], target: Architecture, changed: set[str]) -> dict[str, Any]:
     """``stated`` with ``changed`` fields of the target, which the older spellings of rotary positions would contradict."""
-    kept = {
-        name: value for name, value in stated.items() if ROTARY not in changed or name not in target.family.config.older
-    }
+    older = target.family.config.older if ROTARY in changed else ()
+    kept = {name: value for name, value in stated.items() if name not in older}
     return kept | {name: target.config[name] for name in changed if name in target.config}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import CheckpointFacts, State, check_dtype, check_shapes, same_numbers
 from incr_ds.errors import CheckpointError
-from incr_ds.reading import LARGE, read_json
+from incr_ds.reading import LARGE, read_json, refuse_pointer
 from incr_ds.source.contents import tensors
 from incr_ds.source.naming import is_buffer, plain_names, refuse_adapters
 from incr_ds.source.progress import tokens_seen
@@ -158,6 +158,7 @@ def _open(path: Path, trust: bool):  # type: ignore[no-untyped-def]  # safetenso
         raise CheckpointError(f"{path}: missing; the folder is incomplete.")
     if path.suffix == ".bin":
         return _Pickled(path, trust)
+    refuse_pointer(path)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

@@ -44,12 +44,20 @@ def _latest(path: Path) -> str:
     for latest in _tag_files(path):
         return _tag_in(latest)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    if list(path.glob("*_optim_states.pt")):
+    if _is_tag(path):
         raise CheckpointError(f"{path}: this is a tag folder; give its parent and --tag {path.name}.")
+    if tags := sorted(entry.name for entry in path.iterdir() if _is_tag(entry)):
+        raise CheckpointError(
+            f"{path}: a DeepSpeed checkpoint without a file `latest`; name one of its tags with --tag: {', '.join(tags)}."
+        )
     raise CheckpointError(
         f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder ({SINGLE} or {INDEX}); "
         f"found {found}."
     )
+
+
+def _is_tag(folder: Path) -> bool:
+    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in ("*_states.pt", "zero/*/fp32.pt"))
 
 
 def _tag_in(latest: Path) -> str:

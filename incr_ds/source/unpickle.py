@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from incr_ds.errors import CheckpointError
+from incr_ds.reading import refuse_pointer
 from incr_ds.source.outline import check_outline, damaged
 
 # The classes that DeepSpeed itself pickles into optimizer files, and those in the arguments and random states that
@@ -100,6 +101,7 @@ def load_pt_of(path: Path, types: Allowed) -> Any:
 def _check_before_loading(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another tag.")
+    refuse_pointer(path)
     check_outline(path)
     _check_own_name(path)
 

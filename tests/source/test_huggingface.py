@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from incr_ds.errors import CheckpointError
+from incr_ds.grow import GrowthRequest, plan_request
 from incr_ds.source import open_source
 from incr_ds.source.huggingface import INDEX
 from incr_ds.testing.memory import drawn_model, small_architecture
@@ -202,3 +203,23 @@ def test_a_bin_file_that_holds_something_else_than_a_tensor(tmp_path, odd):
         CheckpointError, match=r"pytorch_model\.bin: model\.norm\.weight: .*not what transformers writes there"
     ):
         open_source(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(written, name):
+    folder, _ = written(shard="1GB")
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name}: a git-lfs pointer in place of the file.*`git lfs pull`"):
+        open_source(folder)
+
+
+def test_a_pointer_in_place_of_the_tokenizer_is_told_before_anything_is_written(written, tmp_path):
+    folder, _ = written(shard="1GB")
+    (folder / "tokenizer.json").write_text(POINTER)
+    (tmp_path / "recipe.yaml").write_text("target: {}\noptimizer: reset\nlayout: {format: huggingface}\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: a git-lfs pointer"):
+        plan_request(GrowthRequest(folder, tmp_path / "recipe.yaml", tmp_path / "grown"))

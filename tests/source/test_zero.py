@@ -516,6 +516,25 @@ def test_a_universal_checkpoint_of_another_optimizer(damaged, tmp_path, leave):
     only_weights(tmp_path / "universal", message)
 
 
+def test_a_missing_latest_offers_the_tags(damaged):
+    folder = damaged("z1")
+    shutil.copytree(folder / "step", folder / "global_step10")
+    (folder / "notes").mkdir()
+    (folder / "latest").unlink()
+    with pytest.raises(CheckpointError, match=r"without a file `latest`; name one .* --tag: global_step10, step\.$"):
+        open_source(folder)
+    assert open_source(folder, tag="global_step10").facts.step == 2
+    with pytest.raises(CheckpointError, match="this is a tag folder; give its parent and --tag step"):
+        open_source(folder / "step")
+
+
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(damaged):
+    folder = damaged("z1")
+    optimizer_file(folder, 1).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"rank_1_mp.*: a git-lfs pointer in place of the file.*`git lfs pull`"):
+        open_source(folder)
+
+
 def test_a_module_without_its_optimizer(written, damaged):
     folder = damaged("z0")
     rewrite(model_file(folder), lambda content: content.update(optimizer=None))
