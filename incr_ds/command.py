@@ -145,8 +145,16 @@ def loading() -> Iterator[None]:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print one JSON object on standard output."""
-    typer.echo(json.dumps(content, indent=1, sort_keys=True, default=str))
+    """Print one JSON object on standard output. JSON has no NaN and no infinity: they are null."""
+    typer.echo(json.dumps(_finite(content), indent=1, sort_keys=True, default=str, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from torch import Tensor
 
 from incr_ds.advice import FILE as ADVICE_FILE
 from incr_ds.command import USER_MISTAKE, console, print_json, progress_bar
@@ -20,9 +19,7 @@ from incr_ds.launched import join_crew
 from incr_ds.source import open_source
 from incr_ds.suggest import parse_count, parse_layout, suggest_targets
 from incr_ds.tables import growth_table, suggestion_table
-from incr_ds.verify import compare, data_batches, random_batches, usual_length
-
-SAMPLES = 8  # of which an inexact growth's loss is measured
+from incr_ds.verify import Tokens, compare, usual_tokens
 
 
 def print_suggestions(
@@ -60,8 +57,8 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
             console.print(f"note: {note}")
     if plan_only:
         return
-    length = usual_length(planned.source)
-    texts = agree(crew, lambda: data_batches(data, SAMPLES, length) if data else None)  # before anything is written
+    # Before anything is written.
+    tokens = None if planned.plan.exact else agree(crew, lambda: _tokens(planned, data))
     with progress_bar(quiet=quiet) as progress:
         facts = grow_checkpoint(planned, progress, crew)
     if not quiet:
@@ -71,32 +68,36 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
         if (request.output / ADVICE_FILE).is_file():
             advice = request.output / ADVICE_FILE
             console.print(f"for training: {advice}, a fragment that launchers/pretrain.py takes (--config)")
-    measured = {} if planned.plan.exact or crew.rank else _step_0(planned, texts)
-    if measured and not quiet:
-        console.print(_described(measured, data))
+    measured = {} if tokens is None or crew.rank else _step_0(planned, tokens)
+    if tokens and measured and not quiet:
+        console.print(_described(measured, tokens))
     if json and not crew.rank:
         print_json({**facts, "step_0": measured})
 
 
-def _step_0(planned: PlannedGrowth, texts: list[Tensor] | None) -> dict[str, Any]:
+def _tokens(planned: PlannedGrowth, data: Path | None) -> Tokens:
+    return usual_tokens(planned.source, [planned.request.source], data, trust=planned.request.trust)
+
+
+def _step_0(planned: PlannedGrowth, tokens: Tokens) -> dict[str, Any]:
     """Loss before and after an inexact growth, if both models fit into the memory budget; else how much they need."""
     source, target = planned.source.architecture, planned.plan.target
     needed = 4 * (source.num_parameters + target.num_parameters)
     if needed > planned.request.memory_budget:
         return {"needed_bytes": needed}
-    batches = texts or random_batches(source.sizes["vocab"], SAMPLES, usual_length(planned.source))
-    return asdict(compare(planned.source, open_source(planned.request.output), batches))
+    return asdict(compare(planned.source, open_source(planned.request.output), tokens.batches))
 
 
-def _described(measured: dict[str, Any], data: Path | None) -> str:
+def _described(measured: dict[str, Any], tokens: Tokens) -> str:
     if "needed_bytes" in measured:
         return (
             f"loss at step 0: not measured; both models in memory need {measured['needed_bytes']:,} bytes, more than "
             "--memory-budget. tools/verify_checkpoint.py OUTPUT --against SOURCE measures it."
         )
+    if measured["problem"]:
+        return f"loss at step 0: {measured['problem']}"
     change = measured["target_loss"] - measured["source_loss"]
-    where = f"of {data}" if data else "drawn at random (--data names a data set)"
     return (
         f"loss at step 0: {measured['source_loss']:.4f} (source) to {measured['target_loss']:.4f}, {change:+.4f}, over "
-        f"{measured['tokens']} tokens {where}"
+        f"{measured['tokens']} tokens {tokens.origin}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +14,44 @@ import torch
 from incr_ds.arch.architecture import check_context
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.texts import has_tokenizer, sentence_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTH = 128
+LENGTH, SAMPLES = 128, 8
+
+
+EXACT = 1e-4  # of the largest logit: what fp32 arithmetic in another order leaves
+# A growth multiplies and rounds each weight once, as the measure does; its largest effect on a logit was up to 1.5 times as
+# large (docs/exactness.md).
+ROUNDING_FACTOR = 3.0
+# Rounding at two scales: weights that are in 16 bits already stay as they are at the first, a growth's factors move them.
+_SCALES = (1.0, 1.37)
+_KEPT_LOGITS = 1 << 26  # numbers of the source's logits that are kept to measure rounding against
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two models on the same tokens: mean next-token losses, and the largest logit difference, absolute and relative to
-    the largest logit of the source."""
+    the largest logit of the source.
+
+    ``rounding`` is that relative difference between the source and itself with its weights rounded to 16 bits, where the
+    target's are. ``problem`` says why the logits cannot be compared: not finite, or all zero.
+    """
 
     source_loss: float
     target_loss: float
     max_difference: float
     relative_difference: float
     tokens: int
+    rounding: float | None = None
+    problem: str | None = None
+
+    @property
+    def allowed(self) -> float:
+        """The relative difference that rounding explains."""
+        return EXACT if self.rounding is None else max(EXACT, ROUNDING_FACTOR * self.rounding)
 
 
 def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -65,19 +87,111 @@ def compare(
     for checkpoint in (source, target):
         check_context(checkpoint.architecture, max(batch.shape[-1] for batch in batches), str(checkpoint.facts.path))
     first, second = load_model(source, dtype), load_model(target, dtype)
-    losses = torch.zeros(2, dtype=torch.float64)
-    difference = largest = 0.0
-    tokens = 0
+    seen, kept = _Seen(), []
     with torch.no_grad():
         for batch in batches:
             old, whole = first(batch).logits, second(batch).logits
-            new = whole[..., :vocab]
-            difference = max(difference, float((old - new).abs().max()))
-            largest = max(largest, float(old.abs().max()))
-            losses += torch.tensor([_summed_loss(old, batch), _summed_loss(whole, batch)], dtype=torch.float64)
-            tokens += batch[:, 1:].numel()
-    source_loss, target_loss = (losses / tokens).tolist()
-    return Comparison(source_loss, target_loss, difference, difference / largest, tokens)
+            seen.add(old, whole, batch)
+            if (1 + len(kept)) * old.numel() <= _KEPT_LOGITS or not kept:
+                kept.append((batch, old))
+    reduced = stored_dtype(target)
+    if reduced is None or seen.problem():
+        return seen.comparison(None)
+    del second
+    return seen.comparison(_rounding(first, kept, reduced) / seen.largest)
+
+
+def stored_dtype(checkpoint: LogicalCheckpoint) -> torch.dtype | None:
+    """The 16-bit dtype of weights that are stored in one, None if all are wider."""
+    dtypes = {checkpoint.read(spec.name, rows=slice(0, 1)).dtype for spec in checkpoint.architecture.stored}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
+
+
+class _Seen:
+    """What two models' logits add up to."""
+
+    def __init__(self) -> None:
+        self.losses = torch.zeros(2, dtype=torch.float64)
+        self.difference = self.largest = 0.0
+        self.tokens = self.logits = 0
+        self.not_finite = [0, 0]
+
+    def add(self, old: torch.Tensor, whole: torch.Tensor, batch: torch.Tensor) -> None:
+        new = whole[..., : old.shape[-1]]
+        for model, logits in enumerate((old, new)):
+            self.not_finite[model] += int((~logits.isfinite()).sum())
+        self.logits += old.numel()
+        self.difference = max(self.difference, float((old - new).abs().max()))
+        self.largest = max(self.largest, float(old.abs().max()))
+        self.losses += torch.tensor([_summed_loss(old, batch), _summed_loss(whole, batch)], dtype=torch.float64)
+        self.tokens += batch[:, 1:].numel()
+
+    def problem(self) -> str | None:
+        """Why the logits cannot be compared."""
+        for model, count in zip(("source", "target"), self.not_finite, strict=True):
+            if count:
+                return f"{count:,} of {self.logits:,} logits of the {model} are not finite"
+        return "every logit of the source is zero" if self.largest == 0 else None
+
+    def comparison(self, rounding: float | None) -> Comparison:
+        source_loss, target_loss = (self.losses / self.tokens).tolist()
+        problem = self.problem()
+        relative = math.nan if problem else self.difference / self.largest
+        difference = math.nan if any(self.not_finite) else self.difference
+        return Comparison(source_loss, target_loss, difference, relative, self.tokens, rounding, problem)
+
+
+def _rounding(model: PreTrainedModel, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], reduced: torch.dtype) -> float:
+    """The largest difference of logits when a model's weights are rounded to ``reduced``; it keeps the last of these."""
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    found = 0.0
+    for scale in _SCALES:
+        for name, parameter in model.named_parameters():
+            parameter.data = (weights[name] * scale).to(reduced).to(weights[name].dtype) / scale
+        with torch.no_grad():
+            found = max([found, *(float((model(batch).logits - old).abs().max()) for batch, old in kept)])
+    return found
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What two models are compared on, and where it comes from, as a phrase."""
+
+    batches: Sequence[torch.Tensor]
+    origin: str
+
+
+def usual_tokens(
+    source: LogicalCheckpoint,
+    folders: Sequence[Path],
+    data: Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    *,
+    trust: bool = False,
+) -> Tokens:
+    """Tokens of ``data``; without it, sentences in the tokenizer of the first of ``folders`` that has one; else random ones.
+
+    ConfigError if ``samples`` are asked for and there are fewer.
+    """
+    count, size = samples or SAMPLES, length or usual_length(source)
+    vocabulary = source.architecture.sizes["vocab"]
+    if data is not None:
+        return Tokens(data_batches(data, count, size), f"of {data}")
+    why = "no tokenizer beside the weights"
+    if (folder := next(filter(has_tokenizer, folders), None)) is not None:
+        try:
+            batches = sentence_batches(folder, vocabulary, count, size, trust=trust)
+        except ConfigError as error:
+            why = str(error)
+        else:
+            if samples is not None and len(batches) < samples:
+                raise ConfigError(
+                    f"--samples {samples}: the sentences that are shipped give {len(batches)} samples of {size} tokens; name a "
+                    "data set with --data for more."
+                )
+            return Tokens(batches, "of the sentences that are shipped")
+    return Tokens(random_batches(vocabulary, count, size), f"drawn at random ({why}; --data names a data set)")
 
 
 def usual_length(source: LogicalCheckpoint) -> int:

@@ -15,6 +15,7 @@ ORDER = [
     "crew",
     "launched",
     "command",
+    "texts",
     "config",
     "arch",
     "source",

@@ -5,19 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import typer
 
-from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.command import command, console, print_json
 from incr_ds.integrity import check_folder, open_described
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
-from incr_ds.verify import compare, data_batches, random_batches, usual_length
-
-EXACT, ROUNDED = 1e-4, 2e-2  # relative; the second where weights are stored in 16 bits
+from incr_ds.verify import EXACT, ROUNDING_FACTOR, Comparison, compare, usual_tokens
 
 
 @command
@@ -26,8 +22,13 @@ def main(
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
     against: Annotated[Path | None, typer.Option(help="Source checkpoint whose logits should be kept.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Megatron data set prefix; default: random tokens.")] = None,
-    samples: Annotated[int, typer.Option(min=1)] = 8,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Megatron data set prefix; default: sentences if a folder has a tokenizer, else random tokens."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples; default 8, or all sentences if fewer.")] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens per sample; default 128, or all learned positions if fewer.")
     ] = None,
@@ -35,44 +36,61 @@ def main(
         float | None,
         typer.Option(
             min=0.0,
-            help=f"Largest relative logit difference of an exact growth; default {EXACT}, {ROUNDED} in bf16 or fp16.",
+            help=f"Largest relative logit difference; default {EXACT}, or {ROUNDING_FACTOR:g} times what rounding does to the "
+            "source if FOLDER's weights are in 16 bits. Stated, it decides for growths that are not exact too.",
         ),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Exit with 0 if FOLDER is sound (and computes what --against computes), 2 if a file is wrong, 1 if logits differ."""
+    """Exit with 0 if FOLDER is sound (and computes what --against computes, if its recipe says so), 2 if a file is wrong, 1 if
+    logits differ or cannot be compared."""
     manifest = check_folder(folder)
     checkpoint = open_source(folder, tag, config, trust=trust)
     if manifest is None:
         check_folder(folder, checkpoint)
     checked = sum(1 for _ in checkpoint.self_check())
-    report: dict[str, object] = {"files": len(manifest["files"]) if manifest else None, "tensors": checked}
-    passed = True
+    report: dict[str, Any] = {"files": len(manifest["files"]) if manifest else None, "tensors": checked}
     if against:
         source = open_described(against, trust=trust)
-        vocab = source.architecture.sizes["vocab"]
-        size = length or usual_length(source)
-        batches = data_batches(data, samples, size) if data else random_batches(vocab, samples, size)
-        comparison = compare(source, checkpoint, batches)
+        tokens = usual_tokens(source, [against, folder], data, samples, length, trust=trust)
         exact = bool(manifest["facts"].get("exact", True)) if manifest else True
-        allowed = max(_tolerance(source), _tolerance(checkpoint)) if tolerance is None else tolerance
-        passed = comparison.relative_difference <= allowed or not exact
-        report |= {**asdict(comparison), "exact": exact, "tolerance": allowed, "passed": passed}
+        report |= judged(compare(source, checkpoint, tokens.batches), exact, tolerance) | {"origin": tokens.origin}
     if json:
         print_json(report)
     else:
-        _print(report, folder, stated=tolerance is not None)
-    sys.exit(0 if passed else 1)
+        _print(report, folder)
+    sys.exit(0 if report.get("passed", True) else 1)
 
 
-def _tolerance(checkpoint: LogicalCheckpoint) -> float:
-    """What rounding of the stored weights leaves of the logits (docs/exactness.md)."""
-    first = checkpoint.read(checkpoint.architecture.stored[0].name, rows=slice(0, 1))
-    return ROUNDED if first.dtype in (torch.bfloat16, torch.float16) else EXACT
+def judged(comparison: Comparison, exact: bool, tolerance: float | None) -> dict[str, Any]:
+    """The comparison, what it is allowed, whether it passes, and the verdict in words.
+
+    An exact growth must keep the logits; one that is not by its recipe passes, unless a stated ``tolerance`` says otherwise.
+    """
+    allowed = comparison.allowed if tolerance is None else tolerance
+    within = comparison.problem is None and comparison.relative_difference <= allowed
+    passed = within or (comparison.problem is None and not exact and tolerance is None)
+    if comparison.problem is not None:
+        verdict = f"LOGITS CANNOT BE COMPARED: {comparison.problem}"
+    elif within:
+        verdict = "logits kept"
+    elif exact:
+        verdict = "LOGITS DIFFER: this is not the source's function"
+    else:
+        change = f"loss {comparison.source_loss:.4g} -> {comparison.target_loss:.4g}"
+        verdict = f"not function-preserving by its recipe: {change}"
+    facts = {
+        "exact": exact,
+        "tolerance": allowed,
+        "stated": tolerance is not None,
+        "passed": passed,
+        "verdict": verdict,
+    }
+    return asdict(comparison) | facts
 
 
-def _print(report: dict[str, object], folder: Path, *, stated: bool) -> None:
+def _print(report: dict[str, Any], folder: Path) -> None:
     files = report["files"]
     console.print(
         f"{folder}: {files} files as in {MANIFEST}"
@@ -80,14 +98,27 @@ def _print(report: dict[str, object], folder: Path, *, stated: bool) -> None:
         else f"{folder}: no {MANIFEST}; of .pt and .bin files, the checksums that torch.save left are right"
     )
     console.print(f"shards belong together: {report['tensors']} tensors checked")
-    if "source_loss" in report:
+    if "verdict" in report:
         console.print(
-            f"loss {report['source_loss']:.6f} (source) and {report['target_loss']:.6f} over {report['tokens']} tokens; largest "
-            f"logit difference {report['max_difference']:.3g}, {report['relative_difference']:.3g} of the largest logit"
+            f"loss {report['source_loss']:.6f} (source) and {report['target_loss']:.6f} over {report['tokens']} tokens "
+            f"{report['origin']}"
         )
-        if report["tolerance"] == ROUNDED and not stated:
-            console.print(f"tolerance {report['tolerance']}: weights are stored in 16 bits")
-        console.print("logits kept" if report["passed"] else "LOGITS DIFFER: this is not the source's function")
+        if report["problem"] is None:
+            console.print(
+                f"largest logit difference {report['max_difference']:.3g}, {report['relative_difference']:.3g} of the largest "
+                f"logit; allowed {report['tolerance']:.3g}: {_why(report)}"
+            )
+        console.print(report["verdict"])
+
+
+def _why(report: dict[str, Any]) -> str:
+    if report["stated"]:
+        return "--tolerance"
+    if report["rounding"] is None:
+        return "rounding of fp32 arithmetic"
+    return (
+        f"{ROUNDING_FACTOR:g} times what rounding its weights to 16 bits does to the source, {report['rounding']:.3g}"
+    )
 
 
 if __name__ == "__main__":

@@ -282,7 +282,9 @@ def _check_heads(sizes: Mapping[str, int], where: str) -> None:
     heads, kv_heads = sizes["heads"], sizes["kv_heads"]
     if heads % kv_heads:
         fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        lower = heads // kv_heads * kv_heads
+        near = " or ".join(str(count) for count in (lower, lower + kv_heads) if count)
         raise ConfigError(
-            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
-            f"with {heads} query heads, num_key_value_heads can be {fitting}."
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; with {kv_heads} kv "
+            f"heads, num_attention_heads can be {near}; with {heads} query heads, num_key_value_heads can be {fitting}."
         )

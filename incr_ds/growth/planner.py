@@ -19,7 +19,15 @@ from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
-from incr_ds.growth.width import PADDING, grow_entries, grow_head_size, grow_heads, grow_hidden, grow_units
+from incr_ds.growth.width import (
+    PADDING,
+    fitting_kv_heads,
+    grow_entries,
+    grow_head_size,
+    grow_heads,
+    grow_hidden,
+    grow_units,
+)
 
 SILENT = ("zero-output", "identity")
 TABLES = ("vocab", "positions")
@@ -201,7 +209,12 @@ def _scalable_eps(source: Architecture, method: str, where: str) -> str:
 
 
 def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Architecture) -> str:
-    """For a refused target, the nearest values of each changed size that transformers would take."""
+    """For a refused target, the head counts that a new hidden size asks for; where none do, the nearest values of each changed
+    size that transformers would take."""
+    if (heads := _matching_heads(config, source)) is not None:
+        axes = source.family.axes
+        counts = " and ".join(f"{axes[axis]}: {count}" for axis, count in heads.items())
+        return f" With {axes['hidden']}: {config[axes['hidden']]}, set {counts}."
     hints = []
     for field, value in changes.items():
         if field in growing_fields(source).values():
@@ -211,6 +224,22 @@ def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Arch
             if found:
                 hints.append(f"{field}: {' or '.join(found)}")
     return f" Nearest sizes that work: {'; '.join(hints)}." if hints else ""
+
+
+def _matching_heads(config: Mapping[str, Any], source: Architecture) -> dict[str, int] | None:
+    """Query and kv heads of the source's size that make up the hidden size of ``config``, in groups as large as before if that
+    is possible; None if there are none, or these are what ``config`` has."""
+    axes, old = source.family.axes, source.sizes
+    hidden = config[axes["hidden"]]
+    if hidden % old["head_dim"] or hidden == old["hidden"] or "kv_heads" not in axes:
+        return None
+    heads, group = hidden // old["head_dim"], old["heads"] // old["kv_heads"]
+    fitting = fitting_kv_heads((old["heads"], old["kv_heads"]), heads)
+    for kv_heads in sorted(fitting, key=lambda count: (heads // count != group, count)):
+        found = {"heads": heads, "kv_heads": kv_heads}
+        if _is_valid({**config, **{axes[axis]: count for axis, count in found.items()}}):
+            return found
+    return None
 
 
 def _first_valid(config: Mapping[str, Any], field: str, candidates: range) -> int | None:

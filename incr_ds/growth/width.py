@@ -129,6 +129,17 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
     return [count for count in divisors if kv_heads * math.ceil(group / (new_heads // count)) <= count]
 
 
+def fitting_heads(old: tuple[int, int], new_kv_heads: int, most: int = 4) -> list[int]:
+    """The fewest query head counts that can hold the old groups with ``new_kv_heads`` kv heads, at most ``most`` of them."""
+    heads, kv_heads = old
+    if new_kv_heads < kv_heads:
+        return []
+    first = math.ceil(heads / new_kv_heads) * new_kv_heads
+    # With a query head more a group than before, every kv head of the old ones fits into one new group.
+    candidates = range(first, new_kv_heads * (heads // kv_heads + most + 1), new_kv_heads)
+    return [count for count in candidates if new_kv_heads in fitting_kv_heads(old, count)][:most]
+
+
 def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[AxisGrowth, AxisGrowth]:
     """Growth of a head's size by a whole factor k under rotary positions; returns keys' and values' axis, queries'.
 
@@ -264,9 +275,11 @@ def _check_head_counts(old: tuple[int, int], new: tuple[int, int]) -> None:
     fitting = fitting_kv_heads(old, new_heads)
     if new_kv_heads not in fitting:
         shown = ", ".join(map(str, fitting)) or "none: choose more query heads"
+        queries = ", ".join(map(str, fitting_heads(old, new_kv_heads)))
         raise GrowthError(
             f"target.num_key_value_heads: {new_kv_heads} with {new_heads} query heads cannot hold the source's {kv_heads} "
             f"groups of {heads // kv_heads}: each old group must fit into new groups of its own kv head. "
+            f"num_attention_heads that work with {new_kv_heads} kv heads: {queries}, ...; "
             f"num_key_value_heads that work with {new_heads} query heads: {shown}."
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.errors import ConfigError
+from incr_ds.texts import load_tokenizer
 
 TRAIN_PREFIX = "train:"
 # A piece of text for the trainer; sentencepiece drops longer ones.
@@ -60,23 +61,12 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
 def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
     """The transformers tokenizer of a folder; ConfigError if there is none, it has no end-of-text token, or it needs code of
     its own and ``trust`` is False."""
-    from transformers import AutoTokenizer
-
     if not folder.is_dir():
         raise ConfigError(
             f"--tokenizer {folder}: not a folder; expected a transformers tokenizer folder (tokenizer.json, "
             "tokenizer_config.json) or train:sentencepiece."
         )
-    try:
-        # False, not None: without an answer transformers asks for one on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    except Exception as error:  # damaged files raise anything, from Python and from Rust
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"--tokenizer {folder}: needs Python code that lies in the folder (auto_map), which was not run. If you "
-                "trust who wrote it, repeat with --trust."
-            ) from error
-        raise ConfigError(f"--tokenizer {folder}: transformers cannot load it: {_reason(error)}") from error
+    tokenizer = load_tokenizer(folder, f"--tokenizer {folder}", trust=trust)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--tokenizer {folder}: it has no eos_token; documents are separated by it. Set one.")
     return tokenizer

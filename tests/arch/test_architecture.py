@@ -198,7 +198,8 @@ def test_biases_follow_the_config():
         ({"pretraining_tp": 2}, r"pretraining_tp is 2; llama is supported with 1 only"),
         (
             {"num_attention_heads": 8},
-            r"num_attention_heads 8 is not a multiple of num_key_value_heads 3; with 8 query heads, "
+            r"num_attention_heads 8 is not a multiple of num_key_value_heads 3; with 3 kv heads, "
+            r"num_attention_heads can be 6 or 9; with 8 query heads, "
             r"num_key_value_heads can be 1, 2, 4, 8",
         ),
         ({"hidden_size": None}, r"test: hidden_size: missing; a llama config states it|transformers refuses"),

@@ -15,6 +15,7 @@ from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.counter import choices, normals, normals_at, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers
 from incr_ds.growth.planner import plan_growth
+from incr_ds.growth.width import fitting_heads
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 
@@ -22,6 +23,11 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
     ("family", "content", "message"),
     [
         ("llama", {"target": {"hidden_size": 145}}, r"hidden_size: 144 or 150"),
+        (
+            "llama",
+            {"target": {"hidden_size": 128}},
+            r"With hidden_size: 128, set num_attention_heads: 16 and num_key_value_h",
+        ),
         ("llama", {"target": {"hidden_size": 90}}, r"target\.hidden_size: 90 is smaller than the source's 96"),
         (
             "qwen3",
@@ -309,3 +315,35 @@ def test_where_nothing_grows_all_is_unchanged():
     )
     writers = {name for name, tensor in halved.tensors.items() if tensor.scale != 1.0}
     assert writers and not writers & halved.unchanged
+
+
+SMOLLM2 = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"hidden_size": 768}, r"With hidden_size: 768, set num_attention_heads: 12 and num_key_value_heads: 4\."),
+        (
+            {"hidden_size": 640, "num_attention_heads": 10, "num_key_value_heads": 4},
+            r"num_attention_heads that work with 4 kv heads: 12, 16, 20, 24, \.\.\.; "
+            r"num_key_value_heads that work with 10 query heads: 10\.",
+        ),
+        ({"hidden_size": 640}, r"With hidden_size: 640, set num_attention_heads: 10 and num_key_value_heads: 10\."),
+        ({"hidden_size": 770}, r"Nearest sizes that work: hidden_size: 765 or 774\."),
+    ],
+)
+def test_head_counts_that_a_new_hidden_size_asks_for(target, message):
+    """SmolLM2-135M: 9 query heads of 64 in 3 groups."""
+    source = small_architecture("llama", **SMOLLM2)
+    with pytest.raises(GrowthError, match=message):
+        plan_growth(source, recipe_of(target=target))
+
+
+def test_the_head_counts_that_are_named_do_work():
+    source = small_architecture("llama", **SMOLLM2)
+    for heads, kv_heads in ((12, 4), (16, 4), (20, 4), (24, 4), (10, 10)):
+        target = {"hidden_size": 64 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        assert plan_growth(source, recipe_of(target=target)).exact
+    assert fitting_heads((9, 3), 4) == [12, 16, 20, 24] and fitting_heads((9, 3), 3)[0] == 9
+    assert fitting_heads((9, 3), 2) == [] and fitting_heads((8, 8), 12) == [12, 24, 36, 48]
