@@ -1,4 +1,5 @@
-"""How fast, and in how much memory, a checkpoint is resharded: this package, a copy, DeepSpeed's converter, torch alone."""
+"""How fast, and in how much memory, a checkpoint is resharded and grown: this package, a copy, DeepSpeed's converter, torch
+alone."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.command import command, console
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import ConfigError
 from incr_ds.grow import GrowthRequest, PlannedGrowth, grow_checkpoint, plan_files
+from incr_ds.reading import read_json
 from incr_ds.target.deepspeed import OptimizerFile
 from incr_ds.target.placement import optimizer_groups
 from incr_ds.testing.contest import Contestant, Result, race
@@ -107,11 +110,25 @@ def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
     found = [Contestant(START, [*ours, "--plan-only"], (), output)]
     found += [Contestant(f"incr_ds, {n} workers", [*ours, "--workers", str(n)], inputs, output) for n in workers]
     copy = [python, "-S", "-c", COPY, str(written), str(output), *map(str, inputs)]
+    (folder / "wider.yaml").write_text(json.dumps(wider(folder / "source" / "config.json")))
+    grow = [str(folder / "wider.yaml") if word == str(folder / "reshard.yaml") else word for word in ours]
+    found += [
+        Contestant(f"incr_ds, growth, {n} workers", [*grow, "--workers", str(n)], inputs, output) for n in workers
+    ]
     found.append(Contestant("plain copy", copy, inputs, output))
     found.append(Contestant("ds_to_universal", theirs, inputs, output))
     everything = [python, program, "load-everything", tag, str(output)]
     found.append(Contestant("load everything", everything, inputs, output))
     return found
+
+
+def wider(config: Path) -> dict[str, Any]:
+    """A recipe that widens a benchmark's model by heads of 64, to about 4/3, moments included: every tensor is computed."""
+    old = read_json(config, ConfigError)["hidden_size"]
+    hidden = 64 * max(old // 64 + 1, round(old * 4 / 3 / 64))
+    sizes = {"hidden_size": hidden, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+    target = {**sizes, "intermediate_size": 8 * hidden // 3}
+    return {"target": target, "width": {"hidden": "isometric"}, "layout": {"format": "universal"}}
 
 
 # Reads every input once, front to back, and writes what was read until the wanted size is reached; flushed to disk.

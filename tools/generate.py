@@ -32,7 +32,7 @@ def main(
     """Print PROMPT and what the model in FOLDER adds to it. On the CPU, in fp32."""
     checkpoint = open_described(folder, tag, config, trust=trust)
     sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-    text = generate_text(checkpoint, tokenizer or checkpoint.facts.path, prompt, tokens, sampling)
+    text = generate_text(checkpoint, tokenizer or folder, prompt, tokens, sampling)
     if json:
         print_json({"prompt": prompt, "text": text})
     else:

@@ -47,8 +47,7 @@ def main(
 
 
 def _sample(model: Path, prompt: str) -> str:
-    checkpoint = open_described(model)
-    return generate_text(checkpoint, checkpoint.facts.path, prompt, 120, Sampling(repetition_penalty=1.2))
+    return generate_text(open_described(model), model, prompt, 120, Sampling(repetition_penalty=1.2))
 
 
 def _facts(growth: Path | None, proof: Path | None) -> dict[str, Any]:
