@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,17 @@ class MetricsFile:
         self._stream = open(self.path, "a", encoding="utf-8")
 
     def append(self, content: dict[str, Any]) -> None:
-        """Write one row; it is in the file when this returns."""
-        self._stream.write(json.dumps(content, allow_nan=False) + "\n")
-        self._stream.flush()
+        """Write one row; it is in the file when this returns. CheckpointError if the disk does not take it."""
+        try:
+            self._stream.write(json.dumps(content, allow_nan=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {error.strerror}: a row could not be written. Make room and start the run again; it resumes from "
+                "its newest checkpoint."
+            ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Close the file; a row that the disk did not take was reported when it was written."""
+        with suppress(OSError):
+            self._stream.close()

@@ -78,6 +78,17 @@ def test_every_line_is_strict_json_also_where_a_number_is_not_finite(tmp_path):
     assert [item["loss"] for item in read_metrics(tmp_path / "metrics.jsonl")] == [None, None]
 
 
+def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path):
+    metrics = MetricsFile(tmp_path, None)
+    metrics.close()
+    metrics._stream = open("/dev/full", "a")
+    with pytest.raises(
+        CheckpointError, match="metrics.jsonl: No space left on device: a row could not be written. Make room"
+    ):
+        metrics.append(row(Position(step=1), train_row(1.0)))
+    metrics.close()
+
+
 def test_the_keys_of_a_row_are_public():
     position = ["kind", "step", "consumed_samples", "tokens", "flops"]
     train = ["loss", "ce", "divergence", "alpha", "temperature", "learning_rate", "gradient_norm", "skipped"]
