@@ -254,7 +254,7 @@ def test_bad_sources(source, recipe, tmp_path):
     for change, message in (
         (
             {"model_type": "gpt_fancy"},
-            "model_type 'gpt_fancy' is not supported; supported: gemma2, gemma3_text, gpt2",
+            "model_type 'gpt_fancy' is not supported; supported: cohere, gemma2, gemma3_text, gpt2",
         ),
         ({"is_causal": False}, "is_causal (false): transformers"),
     ):

@@ -92,7 +92,7 @@ class Family(Settings):
     builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
     ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained. ``embedding_dropout`` is the
     config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on the logits;
-    ``scores_scale`` is the config field by whose root attention scores are divided, where that is not the head's size;
+    ``scores_scale`` is the config field that sets the scale of attention scores, where that is not the head's size;
     ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
 

@@ -28,6 +28,15 @@ SMALL = {
 OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "opt": {"word_embed_proj_dim": 96},
     "phi3": {"pad_token_id": None},
+    "smollm3": {"pad_token_id": None, "no_rope_layers": [1, 0, 1]},
+    "olmo3": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "starcoder2": {"sliding_window": 9},
     "gemma2": {"query_pre_attn_scalar": 12, "sliding_window": 9},
     "qwen3_moe": {"num_experts_per_tok": 2, "norm_topk_prob": True},
     "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window": 9, "sliding_window_pattern": 2},

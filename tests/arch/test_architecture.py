@@ -184,7 +184,10 @@ def test_biases_follow_the_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_fancy"}, r"model_type 'gpt_fancy' is not supported; supported: gemma2, .*llama, mistral"),
+        (
+            {"model_type": "gpt_fancy"},
+            r"model_type 'gpt_fancy' is not supported; supported: cohere, gemma2, .*llama, ministral3, mistral",
+        ),
         (
             {"attention_chunk_size": 64, "is_causal": False, "logit_softcapping": 30.0},
             r"test: attention_chunk_size \(64\), is_causal \(false\): transformers 5\S+ reads this for a llama "

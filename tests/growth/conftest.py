@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from transformers.models.cohere import modeling_cohere as cohere
 
 NORMS = {
     "llama": "LlamaRMSNorm",
@@ -12,6 +13,10 @@ NORMS = {
     "qwen3": "Qwen3RMSNorm",
     "olmo2": "Olmo2RMSNorm",
     "phi3": "Phi3RMSNorm",
+    "smollm3": "SmolLM3RMSNorm",
+    "olmo3": "Olmo3RMSNorm",
+    "granite": "GraniteRMSNorm",
+    "ministral3": "Ministral3RMSNorm",
 }
 OFFSET_NORMS = {"gemma2": "Gemma2RMSNorm", "gemma3": "Gemma3RMSNorm"}
 
@@ -28,9 +33,29 @@ def _offset_rms_norm(self, hidden_states):
     return (1.0 + self.weight) * _normed(hidden_states, self.eps)
 
 
+def _centred_norm(self, hidden_states):
+    centred = hidden_states - hidden_states.mean(-1, keepdim=True)
+    return self.weight * _normed(centred, self.variance_epsilon)
+
+
+def _rotated(queries, keys, cos, sin, unsqueeze_dim=1):
+    """Cohere's rotary positions (pairs side by side), in the dtype that they are given."""
+
+    def turned(states):
+        halves = torch.stack([-states[..., 1::2], states[..., ::2]], dim=-1).flatten(-2)
+        return states * cos.unsqueeze(unsqueeze_dim) + halves * sin.unsqueeze(unsqueeze_dim)
+
+    return turned(queries), turned(keys)
+
+
 @pytest.fixture
 def fp64_norms(monkeypatch):
-    for names, forward in ((NORMS, _rms_norm), (OFFSET_NORMS, _offset_rms_norm)):
+    monkeypatch.setattr(cohere, "apply_rotary_pos_emb", _rotated)
+    for names, forward in (
+        (NORMS, _rms_norm),
+        (OFFSET_NORMS, _offset_rms_norm),
+        ({"cohere": "CohereLayerNorm"}, _centred_norm),
+    ):
         for family, name in names.items():
             module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
             monkeypatch.setattr(getattr(module, name), "forward", forward)

@@ -35,7 +35,7 @@ def everything(family):
     target = dict(EVERYTHING)
     if family in HIDDEN_PER_HEAD:
         target |= {"hidden_size": 208, "num_attention_heads": 13, "num_key_value_heads": 13}
-    if family == "olmo2":
+    if families()[family].equal_copies:
         target |= {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
     if "kv_heads" not in families()[family].axes:
         del target["num_key_value_heads"]

@@ -24,10 +24,11 @@ from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 FAMILIES = sorted(families())
+EQUAL = [name for name, family in families().items() if family.equal_copies]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 LAYER_NORM = [name for name, family in families().items() if family.norm == "layer"]
 # Their eps serves other norms too, or is not in the config.
-SHARED_EPS = ("olmo2", "gemma3_text", "qwen3", "opt")
+SHARED_EPS = ("olmo2", "olmo3", "gemma3_text", "qwen3", "opt")
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
 
 
@@ -44,7 +45,7 @@ def difference(family, target, tied=False, length=17, **recipe):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
 def test_everything_at_once(fp64_norms, family, tied, new):
-    width = {"ffn": {"new": new}, "heads": {"new": "copy" if family == "olmo2" else new}}
+    width = {"ffn": {"new": new}, "heads": {"new": "copy" if family in EQUAL else new}}
     assert difference(family, everything(family), tied, width=width) <= 1e-12
 
 
@@ -56,15 +57,15 @@ def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
     size = 288 if hidden == "integer" else {"gemma2": 150, "gemma3_text": 150}.get(family, 112)
-    if family == "olmo2":
+    if family in EQUAL:
         size = 192
     axes = architecture.family.axes
     target = {axes["hidden"]: size}
     if family in HIDDEN_PER_HEAD:
         target |= {axes[axis]: size // 16 for axis in ("heads", "kv_heads") if axis in axes}
-    if family == "olmo2":
+    if family in EQUAL:
         target[axes["kv_heads"]] = 6
-    new = "copy" if family == "olmo2" else "zero-output"
+    new = "copy" if family in EQUAL else "zero-output"
     recipe = recipe_of(target=target, width={"hidden": hidden, "heads": {"new": new}})
     if (hidden in ("mean", "centred") and family not in LAYER_NORM) or (
         hidden == "zero-scaled-eps" and family in SHARED_EPS
@@ -178,9 +179,9 @@ def test_whole_copies_and_padding(fp64_norms, family, hidden, tied):
     target = {"hidden_size": hidden}
     if family in HIDDEN_PER_HEAD:
         target["num_attention_heads"] = hidden // 16
-    if family == "olmo2":
+    if family in EQUAL:
         target["num_key_value_heads"] = 9
-    new = "copy" if family == "olmo2" else "zero-output"
+    new = "copy" if family in EQUAL else "zero-output"
     assert difference(family, target, tied, width={"hidden": "lemon", "heads": {"new": new}}) <= 1e-12
 
 
@@ -296,7 +297,7 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "granite", "smollm3"])
 def test_larger_heads(fp64_norms, family, head_dim, tied):
     """Pairs of the rotary positions move to where they turn as fast; together with everything else too."""
     assert difference(family, {"head_dim": head_dim}, tied, length=50) <= 1e-12
@@ -345,7 +346,7 @@ def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
             "qwen3",
             {},
             16,
-            r"qwen3's queries and keys pass through more .* head_dim grows in gemma2, llama, mistral, qwen2\.",
+            r"qwen3's queries and keys pass through more .* head_dim grows in gemma2, granite, llama, mistral, qwen2, smollm3\.",
         ),
         (
             "llama",
@@ -458,7 +459,7 @@ AGAIN = {"hidden_size": 233, "num_hidden_layers": 6, "intermediate_size": 400, "
 
 def everything_again(family):
     """A second target, larger than ``everything`` on every axis that the family lets grow."""
-    if family == "olmo2":
+    if family in EQUAL:
         again = {**AGAIN, "hidden_size": 384, "num_attention_heads": 24, "num_key_value_heads": 12}
     elif family in HIDDEN_PER_HEAD:
         again = {**AGAIN, "hidden_size": 240, "num_attention_heads": 15, "num_key_value_heads": 15}
@@ -471,7 +472,7 @@ def everything_again(family):
 def test_two_growths_in_a_row_keep_the_function(fp64_norms, family):
     architecture = small_architecture(family, tie_word_embeddings=True)
     model = drawn_model(architecture)
-    width = {"heads": {"new": "copy" if family == "olmo2" else "zero-output"}}
+    width = {"heads": {"new": "copy" if family in EQUAL else "zero-output"}}
     middle, checkpoint = model, model_checkpoint(architecture, model)
     for target in (everything(family), everything_again(family)):
         grown = grown_tensors(checkpoint, recipe_of(target=renamed(family, target), width=width, exact="required"))
@@ -560,7 +561,7 @@ def test_any_shape_of_every_other_family_is_exact_or_refused(
 ):
     """Shapes that the family's own rules allow: whole heads where hidden is heads times their size, OLMo-2's equal copies."""
     target = {"hidden_size": 96 + 16 * units, "intermediate_size": ffn, "num_hidden_layers": layers}
-    if family == "olmo2":
+    if family in EQUAL:
         target |= {"hidden_size": 96 * (1 + units % 3), "num_key_value_heads": 3 * (1 + units % 3)}
     if family in HIDDEN_PER_HEAD:
         target["num_attention_heads"] = target["hidden_size"] // 16
@@ -568,7 +569,7 @@ def test_any_shape_of_every_other_family_is_exact_or_refused(
         target |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     if family == "phi3":
         target["num_key_value_heads"] = target["num_attention_heads"] if units else 3
-    width = {"hidden": method, "ffn": {"new": new}, "heads": {"new": "copy" if family == "olmo2" else new}}
+    width = {"hidden": method, "ffn": {"new": new}, "heads": {"new": "copy" if family in EQUAL else new}}
     width["symmetry_breaking"] = {"method": breaking}
     try:
         source = small_architecture(family, tie_word_embeddings=tied)

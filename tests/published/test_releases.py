@@ -22,7 +22,9 @@ SAMPLE = {
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B", "openai-community/gpt2", "uer/gpt2-chinese-cluecorpussmall",
     "EleutherAI/gpt-neox-20b", "facebook/opt-125m", "microsoft/Phi-3-mini-128k-instruct",
     "allenai/OLMo-2-0325-32B", "google/gemma-2-27b",
-    "google/gemma-3-1b-pt",
+    "google/gemma-3-1b-pt", "HuggingFaceTB/SmolLM3-3B-Base", "allenai/Olmo-3-1025-7B", "ibm-granite/granite-3.1-2b-base",
+    "stabilityai/stablelm-2-1_6b", "bigcode/starcoder2-3b", "CohereForAI/c4ai-command-r-v01",
+    "ministral3 text_config of mistralai/Ministral-3-3B-Base-2512", "microsoft/Phi-4-mini-instruct",
 }  # fmt: skip
 SIZES = {"vocab": 101, "hidden": 48, "layers": 3, "heads": 6, "ffn": 100, "positions": 64}
 LENGTH = 64
@@ -47,8 +49,9 @@ def shrunk(config):
             small[field] = LENGTH if config[field] == longest or field == "n_ctx" else LENGTH // 2
     if config.get("sliding_window") is not None:
         small["sliding_window"] = SHORT if config["sliding_window"] < longest else LONG
-    if isinstance(config.get("rope_scaling"), dict) and "original_max_position_embeddings" in config["rope_scaling"]:
-        small["rope_scaling"] = {**config["rope_scaling"], "original_max_position_embeddings": LENGTH // 2}
+    for field in ("rope_scaling", "rope_parameters"):
+        if "original_max_position_embeddings" in (config.get(field) or {}):
+            small[field] = {**config[field], "original_max_position_embeddings": LENGTH // 2}
     if "layer_types" in config:
         small["layer_types"] = config["layer_types"][-SIZES["layers"] :]
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -98,7 +101,9 @@ def test_a_release_is_inspected_grown_and_loaded(tmp_path, capsys, release):
     assert set(shown["notes"]) <= set(planned.notes)
     incr_ds.grow_checkpoint(planned)
     written = json.loads((request.output / "config.json").read_text())
-    grown = {*target, "layer_types", "word_embed_proj_dim"} & set(config)  # the latter two follow from the sizes
+    grown = {*target, "layer_types", "no_rope_layers", "word_embed_proj_dim"} & set(
+        config
+    )  # the latter follow from the sizes
     kept = {name: value for name, value in config.items() if name not in {*grown, "torch_dtype", "_name_or_path"}}
     assert {name: written.get(name) for name in kept} == kept
     # Layers of several kinds no longer alternate as transformers would fill in.
