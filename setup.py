@@ -45,7 +45,7 @@ setup(
     package_data={
         "incr_ds.arch": ["families/*.yaml", "families/mixtures/*.yaml", "training_codes/*.yaml"],
         "incr_ds.config": ["*.yaml"],
-        "incr_ds": ["py.typed", "sentences.txt"],
+        "incr_ds": ["py.typed", "published.yaml", "sentences.txt"],
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },
     install_requires=REQUIRES,

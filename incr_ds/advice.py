@@ -15,9 +15,11 @@ from incr_ds.arch.logical import CheckpointFacts
 from incr_ds.config.training import OptimizerSettings
 from incr_ds.growth.axis import FRESH
 from incr_ds.growth.plan import GrowthPlan
+from incr_ds.published import rate_near
 from incr_ds.target.commit import MANIFEST, read_manifest
 
 FILE = "advice.yaml"
+WARMUP = "1%"  # of train_steps
 CAUTIOUS = 0.1  # of the peak, where a re-warm-up begins
 HEADER = """\
 # What this growth means for training. launchers/pretrain.py takes several files, of which later ones win:
@@ -99,6 +101,13 @@ def starts_anew(plan: GrowthPlan, source: Trained) -> bool:
 
 
 def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
+    if source.peak is None and (rate := rate_near(plan.target.num_parameters)) is not None:
+        reason = (
+            "published, not this source's, which does not say its own: the median of peaks from scratch near "
+            f"{plan.target.num_parameters:,} parameters ({rate.of})"
+        )
+        yield Advice("schedule", reason, "learning_rate", rate.value)
+        return
     if source.peak is None:
         which = "after an exact growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
         if not plan.exact:
@@ -119,10 +128,25 @@ def _warmup(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
         yield Advice("schedule", reason, "warmup_steps", 0)
         return
     yield Advice("schedule", reason, "warmup_from", start)
-    beta = (source.betas or OptimizerSettings().betas)[1]
-    whose = "the source's" if source.betas else "the run file's default"
-    reason = f"2 / (1 - beta2) with {whose} {beta:g}: Adam's second moments have then settled (Ma and Yarats, arXiv 1910.04209)"
-    yield Advice("schedule", reason, "warmup_steps", round(2.0 / (1.0 - beta)))
+    if not source.groups:
+        beta = OptimizerSettings().betas[1]
+        share = (
+            "a share of train_steps, as Pythia (arXiv 2304.01373) has it; the source's Adam is not known. Second moments "
+            f"need about {_settled(beta)} steps with the run file's default {beta:g}"
+        )
+        yield Advice("schedule", share, "warmup_steps", WARMUP)
+        return
+    beta = float(source.groups[0]["betas"][1])
+    reason = (
+        f"2 / (1 - beta2) with the source's {beta:g}: Adam's second moments have then settled "
+        "(Ma and Yarats, arXiv 1910.04209)"
+    )
+    yield Advice("schedule", reason, "warmup_steps", _settled(beta))
+
+
+def _settled(beta: float) -> int:
+    """Steps after which Adam's second moments have settled."""
+    return round(2.0 / (1.0 - beta))
 
 
 def _warmup_start(plan: GrowthPlan, source: Trained) -> tuple[float, str]:

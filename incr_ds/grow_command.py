@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,52 @@ import typer
 
 from incr_ds.advice import FILE as ADVICE_FILE
 from incr_ds.command import USER_MISTAKE, console, print_json, progress_bar
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.crew import Crew, agree
-from incr_ds.errors import IncrError
+from incr_ds.errors import ConfigError, IncrError
 from incr_ds.grow import GrowthRequest, PlannedGrowth, grow_checkpoint, plan_request
 from incr_ds.integrity import open_described
 from incr_ds.launched import join_crew
 from incr_ds.source import open_source
-from incr_ds.suggest import parse_count, parse_layout, suggest_targets
+from incr_ds.suggest import Suggestion, parse_count, parse_layout, recipe_text, suggest_targets
 from incr_ds.tables import growth_table, suggestion_table
+from incr_ds.target.commit import check_writable, write_atomically
 from incr_ds.verify import Tokens, compare, usual_tokens
 
 
 def print_suggestions(
-    source: Path, parameters: str, layout: str, tag: str | None, config: Path | None, trust: bool, json: bool
+    source: Path,
+    parameters: str,
+    layout: str,
+    opening: Mapping[str, Any],
+    json: bool,
+    write: tuple[Path, int] | None = None,
 ) -> None:
-    """What ``source`` could grow to, with about so many parameters."""
-    opened = open_described(source, tag, config, trust=trust)
-    found = suggest_targets(opened.architecture, parse_count(parameters), parse_layout(layout))
+    """What ``source`` could grow to, with about so many parameters. ``opening`` are the options of ``open_described``; ``write``
+    is a recipe file to write, and which row it holds."""
+    degrees = parse_layout(layout)
+    if write is not None:
+        if write[0].exists():
+            raise ConfigError(f"--write-recipe {write[0]}: exists already; choose another name.")
+        check_writable(write[0].parent)
+    opened = open_described(source, **opening)
+    found = suggest_targets(opened.architecture, parse_count(parameters), degrees)
+    if write is not None:
+        _write_recipe(*write, found, degrees, has_moments="exp_avg" in opened.facts.states)
     if json:
         print_json({"suggestions": [asdict(item) for item in found]})
-    else:
-        console.print(suggestion_table(found))
+        return
+    console.print(suggestion_table(found))
+    if write is not None:
+        console.print(f"wrote {write[0]}: row {write[1]}")
+
+
+def _write_recipe(
+    path: Path, row: int, found: Sequence[Suggestion], layout: ParallelLayout, *, has_moments: bool
+) -> None:
+    if row > len(found):
+        raise ConfigError(f"--row {row}: there are {len(found)} rows.")
+    write_atomically(path, recipe_text(found[row - 1], layout, has_moments=has_moments))
 
 
 def grow(request: GrowthRequest, data: Path | None, plan_only: bool, json: bool) -> None:

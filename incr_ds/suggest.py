@@ -6,16 +6,22 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.yaml_file import yaml_text
 from incr_ds.errors import ConfigError, IncrError, LayoutError
 from incr_ds.growth.planner import LARGEST, plan_growth, size_warnings
+from incr_ds.growth.width import fitting_kv_heads
+from incr_ds.published import Shapes, shapes_near
 from incr_ds.target.placement import check_layout, rank_parameters
 
+DEPTHS = (1.0, 0.92, 1.08)  # times the depth that meets the budget
+FFNS = (1.0, 1.25)  # times the source's proportion
 CLOSE = 0.1  # how far from the budget a suggestion may be
 WIDEST, DEEPEST = 4, 8  # times the source's hidden size and layers
 RELIABLE = 2.0  # growth in parameters at once, in what is published
@@ -26,41 +32,60 @@ BYTES_WEIGHTS, BYTES_GRADIENTS, BYTES_OPTIMIZER = 2, 2, 12  # bf16, bf16, fp32 m
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One target: the recipe's ``target``, its parameters, training FLOPs per token (6 per parameter that multiplies),
-    bytes of weights, gradients and optimizer on the fullest rank (bf16, activations not counted), the training tokens up to
-    which growth pays in what is published, and what to know."""
+    """One target: the recipe's ``target`` and what else it states, its parameters, hidden size a layer, training FLOPs per
+    token (6 per parameter that multiplies), bytes of weights, gradients and optimizer on the fullest rank (bf16, activations
+    not counted), the training tokens up to which growth pays in what is published, and what to know."""
 
     target: Mapping[str, int]
+    recipe: Mapping[str, Any]
     parameters: int
     ratio: float
+    shape: float
     flops_per_token: int
     bytes_per_rank: int
     gain_tokens: int
     warnings: tuple[str, ...]
 
 
-def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, most: int = 5) -> tuple[Suggestion, ...]:
+def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, most: int = 8) -> tuple[Suggestion, ...]:
     """At most ``most`` exact growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
 
-    The ones that grow width and depth most evenly come first. Raises ConfigError if the budget is below the source's
-    size, or if nothing within 10 % of it is valid.
+    Their hidden size a layer is as in published models of the budget's size and their groups of heads as large as the source's,
+    unless none can be so; the ones that grow width and depth most evenly come first. Raises ConfigError if the budget is below
+    the source's size, or if nothing within 10 % of it is valid.
     """
     if budget <= source.num_parameters:
         raise ConfigError(
             f"--suggest {budget:,}: the source has {source.num_parameters:,} parameters already; growth only adds."
         )
-    nearest = sorted(_candidates(source, budget, layout), key=lambda sizes: _distance(source, sizes, budget))
-    close = [sizes for sizes in nearest if _distance(source, sizes, budget) <= CLOSE]
-    found = [sizes for sizes in close if _is_valid(source, sizes, layout)]
+    shapes = shapes_near(budget)
+    nearest = sorted(_candidates(source, budget, layout), key=lambda item: item.distance)
+    close = [item for item in nearest if item.distance <= CLOSE]
+    close.sort(key=lambda item: _unevenness(source, item.sizes))  # of equals, the nearest stays first
+    usual = [item for item in close if shapes is None or _shape(item.sizes) in shapes]
+    grouped = [item for item in usual if _group(item.sizes) == _group(source.sizes)]
+    pools = (
+        islice((item for item in pool if _is_valid(source, item.sizes, layout)), most)
+        for pool in (grouped, usual, close)
+    )
+    found = next(filter(None, map(list, pools)), [])
     if not found:
-        reached = next((sizes for sizes in nearest[len(close) :] if _is_valid(source, sizes, layout)), None)
+        further = (item.sizes for item in nearest[len(close) :])
+        reached = next((sizes for sizes in further if _is_valid(source, sizes, layout)), None)
         hint = f"the nearest has {_sized(source, reached).num_parameters:,} parameters" if reached else "nor near it"
         raise ConfigError(
             f"--suggest {budget:,}: no valid target within {CLOSE:.0%} of it in this layout, up to {WIDEST} times as wide and "
             f"{DEEPEST} times as deep; {hint}. Try another budget or layout."
         )
-    found.sort(key=lambda sizes: _unevenness(source, sizes))  # of equals, the nearest stays first
-    return tuple(_described(source, sizes, layout) for sizes in found[:most])
+    return tuple(_described(source, item.sizes, layout, shapes) for item in found)
+
+
+def recipe_text(suggestion: Suggestion, layout: ParallelLayout, *, has_moments: bool) -> str:
+    """A suggestion as a recipe file that lays it out as ``layout`` says."""
+    degrees = {key: value for key, value in layout.model_dump().items() if key != "zero_stage"}
+    content = {**suggestion.recipe, "optimizer": "exact" if has_moments else "reset", "layout": degrees}
+    head = f"# {suggestion.parameters:,} parameters, {suggestion.ratio:.2f} times the source's; see docs/recipe.md\n"
+    return head + "".join(f"# {warning}\n" for warning in suggestion.warnings) + yaml_text(content)
 
 
 def parse_count(text: str) -> int:
@@ -82,19 +107,29 @@ def parse_layout(text: str) -> ParallelLayout:
     return ParallelLayout(tensor_parallel=tensor, pipeline_parallel=pipeline, data_parallel=data)
 
 
-def _candidates(source: Architecture, budget: int, layout: ParallelLayout) -> Iterator[dict[str, int]]:
-    """For every hidden size the depth that comes nearest to the budget, as sizes by axis."""
+@dataclass(frozen=True)
+class _Candidate:
+    """Sizes by axis, and how far from the budget they are."""
+
+    sizes: Mapping[str, int]
+    distance: float
+
+
+def _candidates(source: Architecture, budget: int, layout: ParallelLayout) -> Iterator[_Candidate]:
+    """For every hidden size, and the heads and FFN near the source's proportions, the depths that come nearest to the budget."""
     old, step = source.sizes, layout.pipeline_parallel
     fewest, most = math.ceil(old["layers"] / step) * step, DEEPEST * old["layers"] // step * step
+    seen = set()
     for hidden in _hidden_sizes(source):
-        sizes = {**old, **_width(source, hidden, layout)}
-        one, two = (_sized(source, {**sizes, "layers": count}).num_parameters for count in (1, 2))
-        layers = round((budget - one + (two - one)) / (two - one) / step) * step
-        yield {**sizes, "layers": min(max(layers, fewest), most)}
-
-
-def _distance(source: Architecture, sizes: Mapping[str, int], budget: int) -> float:
-    return abs(_sized(source, sizes).num_parameters / budget - 1.0)
+        for width in _widths(source, hidden, layout):
+            sizes = {**old, **width}
+            one, two = (_sized(source, {**sizes, "layers": count}).num_parameters for count in (1, 2))
+            exact = (budget - one + (two - one)) / (two - one) / step
+            for near in DEPTHS:
+                found = {**sizes, "layers": min(max(round(exact * near) * step, fewest), most)}
+                if (key := tuple(found.items())) not in seen:
+                    seen.add(key)
+                    yield _Candidate(found, abs((one + (found["layers"] - 1) * (two - one)) / budget - 1.0))
 
 
 def _hidden_sizes(source: Architecture) -> range:
@@ -103,21 +138,31 @@ def _hidden_sizes(source: Architecture) -> range:
     return range(old["hidden"], WIDEST * old["hidden"] + 1, unit)
 
 
-def _width(source: Architecture, hidden: int, layout: ParallelLayout) -> dict[str, int]:
-    """Heads, key-value heads and FFN in the source's proportions, rounded up to what groups and tensor ranks need."""
-    old, factor = source.sizes, hidden / source.sizes["hidden"]
-    group = old["heads"] // old["kv_heads"]
-    if hidden == old["hidden"]:
-        return {}
-    if "head_dim" in source.family.axes:
-        per_rank = math.lcm(old["kv_heads"] if source.family.equal_copies else 1, layout.tensor_parallel)
-        kv_heads = math.ceil(old["kv_heads"] * factor / per_rank) * per_rank
-        heads = group * kv_heads
-    else:
-        heads = hidden // old["head_dim"]
-        kv_heads = heads // group
-    unit = (KERNEL_UNIT if old["ffn"] >= 8 * KERNEL_UNIT else 8) * layout.tensor_parallel
-    return {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": math.ceil(old["ffn"] * factor / unit) * unit}
+def _widths(source: Architecture, hidden: int, layout: ParallelLayout) -> Iterator[dict[str, int]]:
+    """Hidden size, FFN, query and key-value heads: in the source's proportions, as far as the units and counts allow."""
+    if hidden == source.sizes["hidden"]:
+        yield {}
+        return
+    old, factor = source.sizes["ffn"], hidden / source.sizes["hidden"]
+    unit = (KERNEL_UNIT if old >= 8 * KERNEL_UNIT else 8) * layout.tensor_parallel
+    for heads, kv_heads in _head_counts(source, hidden, layout):
+        for more in FFNS:
+            ffn = math.ceil(old * factor * more / unit) * unit
+            yield {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+
+
+def _head_counts(source: Architecture, hidden: int, layout: ParallelLayout) -> dict[tuple[int, int], None]:
+    """Query and key-value heads for a hidden size: groups as large as the source's, and as many queries as fill it."""
+    old = source.sizes
+    group, filling = old["heads"] // old["kv_heads"], hidden // old["head_dim"]
+    if "head_dim" not in source.family.axes:
+        return {(filling, filling // group): None}
+    per_rank = math.lcm(old["kv_heads"] if source.family.equal_copies else 1, layout.tensor_parallel)
+    kv_heads = math.ceil(old["kv_heads"] * hidden / old["hidden"] / per_rank) * per_rank
+    found = {(group * kv_heads, kv_heads): None}
+    for fitting in fitting_kv_heads((old["heads"], old["kv_heads"]), filling)[:1]:
+        found[filling, fitting] = None
+    return found
 
 
 def _sized(source: Architecture, sizes: Mapping[str, int]) -> Architecture:
@@ -126,18 +171,19 @@ def _sized(source: Architecture, sizes: Mapping[str, int]) -> Architecture:
 
 def _is_valid(source: Architecture, sizes: Mapping[str, int], layout: ParallelLayout) -> bool:
     try:
-        plan = plan_growth(source, _recipe(source, sizes))
+        plan = plan_growth(source, parse_settings(_recipe(source, sizes), GrowthRecipe, "suggestion"))
         check_layout(plan.target, layout)
     except (IncrError, LayoutError):
         return False
     return plan.exact
 
 
-def _recipe(source: Architecture, sizes: Mapping[str, int]) -> GrowthRecipe:
+def _recipe(source: Architecture, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The keys of the recipe."""
     content: dict[str, Any] = {"target": _target(source, sizes)}
     if source.family.equal_copies:
         content["width"] = {"heads": {"new": "copy"}}
-    return parse_settings(content, GrowthRecipe, "suggestion")
+    return content
 
 
 def _target(source: Architecture, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -150,7 +196,17 @@ def _unevenness(source: Architecture, sizes: Mapping[str, int]) -> float:
     return abs(width - depth)
 
 
-def _described(source: Architecture, sizes: Mapping[str, int], layout: ParallelLayout) -> Suggestion:
+def _group(sizes: Mapping[str, int]) -> float:
+    return sizes["heads"] / sizes["kv_heads"]
+
+
+def _shape(sizes: Mapping[str, int]) -> float:
+    return sizes["hidden"] / sizes["layers"]
+
+
+def _described(
+    source: Architecture, sizes: Mapping[str, int], layout: ParallelLayout, shapes: Shapes | None
+) -> Suggestion:
     target = _sized(source, sizes)
     parameters = target.num_parameters
     multiplied = sum(
@@ -159,12 +215,14 @@ def _described(source: Architecture, sizes: Mapping[str, int], layout: ParallelL
     ratio = parameters / source.num_parameters
     return Suggestion(
         _target(source, sizes),
+        _recipe(source, sizes),
         parameters,
         ratio,
+        _shape(sizes),
         6 * multiplied,
         _bytes(target, layout),
         TOKENS_PER_PARAMETER * parameters,
-        _warnings(source, sizes, ratio),
+        (*_warnings(source, sizes, ratio), *_shape_warnings(_shape(sizes), shapes)),
     )
 
 
@@ -191,3 +249,10 @@ def _warnings(source: Architecture, sizes: Mapping[str, int], ratio: float) -> t
         ),
     ]
     return (*size_warnings(ratio), *(text for applies, text in checks if applies))
+
+
+def _shape_warnings(shape: float, shapes: Shapes | None) -> tuple[str, ...]:
+    if shapes is None or shape in shapes:
+        return ()
+    which = "deeper" if shape < shapes.deepest else "wider"
+    return (f"{which} than published models near its size, {shapes} wide a layer",)

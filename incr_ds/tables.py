@@ -36,7 +36,11 @@ def growth_table(planned: PlannedGrowth) -> Table:
             plan.target.family.axes[axis], "none" if old is None else f"{old:,}", f"{new:,}", _how(planned, axis)
         )
     table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
+    if (active := plan.target.active_parameters) != plan.target.num_parameters:
+        ratio = active / plan.source.active_parameters
+        table.add_row("active a token", f"{plan.source.active_parameters:,}", f"{active:,}", f"x {ratio:.2f}")
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
+    table.add_row("dtype", str(planned.source.facts.metadata.get("dtype", "")), *_dtype_texts(planned))
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
     return table
 
@@ -57,18 +61,29 @@ def suggestion_table(found: Sequence[Suggestion]) -> Table:
         "(arXiv 2411.07340)."
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for heading in ("target", "parameters", "times", "FLOPs a token", "bytes a rank", "tokens", "to know"):
+    for heading in (
+        "",
+        "target",
+        "parameters",
+        "times",
+        "width a layer",
+        "FLOPs a token",
+        "bytes a rank",
+        "tokens",
+        "to know",
+    ):
         table.add_column(heading, justify="left" if heading in ("target", "to know") else "right")
-    for item in found:
+    for row, item in enumerate(found, start=1):
         target = ", ".join(f"{field}: {size}" for field, size in item.target.items())
         numbers = (
             f"{item.parameters:,}",
             f"{item.ratio:.2f}",
+            f"{item.shape:.0f}",
             f"{item.flops_per_token:.2e}",
             f"{item.bytes_per_rank:,}",
             f"{item.gain_tokens:.2e}",
         )
-        table.add_row(f"{{{target}}}", *numbers, "; ".join(item.warnings))
+        table.add_row(str(row), f"{{{target}}}", *numbers, "; ".join(item.warnings))
     return table
 
 
@@ -80,6 +95,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "kind": facts.kind,
         "family": architecture.family.model_type + (", tied embeddings" if architecture.tied else ""),
         "parameters": f"{architecture.num_parameters:,}",
+        **_active(architecture),
         **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
         **{f"  {name}": f"{size:,}" for name, size in component_sizes(architecture).items()},
         "layout": _layout_text(checkpoint),
@@ -91,6 +107,11 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _active(architecture: Architecture) -> dict[str, str]:
+    active = architecture.active_parameters
+    return {} if active == architecture.num_parameters else {"active a token": f"{active:,}"}
 
 
 def tensor_tree(architecture: Architecture) -> Tree:
@@ -151,6 +172,16 @@ def _component(spec: TensorSpec) -> str:
     if spec.layer is None:
         return "embedding" if spec.role in ("embedding", "positions") else "head"
     return "attention" if "att" in spec.local_name else "feed-forward"
+
+
+def _dtype_texts(planned: PlannedGrowth) -> tuple[str, str]:
+    """The dtype of the target's weights, and why it is that."""
+    asked, name = planned.plan.recipe.layout.dtype, str(planned.dtype).removeprefix("torch.")
+    if asked != "auto":
+        return name, "as the recipe says"
+    if planned.plan.recipe.layout.format == "huggingface":
+        return name, "auto: Hugging Face folders keep fp32"
+    return name, "auto: the source's; fp32 masters beside it"
 
 
 def _axis_text(axis: AxisGrowth) -> str:

@@ -12,6 +12,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
 from incr_ds.growth.planner import plan_growth
+from incr_ds.published import rate_near, shapes_near
 from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import drawn_model, small_architecture
 
@@ -76,7 +77,7 @@ def test_a_source_with_frozen_tensors_is_warmed_up():
 
 def test_what_is_not_known_is_said_instead():
     found, text = advised(None, Trained({}, (), False), target=DOUBLE, optimizer="reset")
-    assert found == {"schedule": {"warmup_from": 0.0, "warmup_steps": 40}}
+    assert found == {"schedule": {"warmup_from": 0.0, "warmup_steps": "1%"}}
     assert "# learning_rate: the source does not say its own" in text
     assert (
         "# gradient_clipping: how the gradients' norm changes is not known, since the source has no second moments"
@@ -107,7 +108,7 @@ def test_llama_pro_end_to_end(tmp_path):
         planned.plan.target.by_name[name].layer for name in frozen_tensors(planned.plan.target, run.model.freeze)
     }
     assert trained == set(new)
-    assert (run.schedule.learning_rate, run.schedule.warmup_steps, run.seed) == (0.1, 40, 3)
+    assert (run.schedule.learning_rate, run.schedule.warmup_steps, run.seed) == (0.1, 10, 3)
     assert run.model.initialize_from == "grown"
 
 
@@ -125,3 +126,35 @@ def test_later_files_win_and_mistakes_name_all_files(tmp_path):
     assert load_settings(first, RunSettings).schedule.learning_rate == 0.2
     assert load_settings(second, RunSettings).schedule.learning_rate == 0.1
     assert load_settings(first, RunSettings).schedule.train_steps == 1000
+
+
+def test_a_source_without_a_rate_gets_the_published_one_of_its_size():
+    """SmolLM2-135M to 264 million parameters: GPT-3 at 125M and 350M, Pythia at 162M and 405M, G_stack at 410M."""
+    sizes = {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+    }
+    source = small_architecture(
+        "llama", **sizes, intermediate_size=1536, num_hidden_layers=30, tie_word_embeddings=True
+    )
+    target = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 36}
+    recipe = {"target": {**target, "intermediate_size": 2048}, "optimizer": "reset"}
+    plan = plan_growth(source, parse_settings(recipe, GrowthRecipe, "test"))
+    text = advice_text(advise(plan, Trained({}, (), False), None))
+    assert yaml.safe_load(text)["schedule"] == {"learning_rate": 6e-4, "warmup_from": 0.0, "warmup_steps": "1%"}
+    assert (
+        "published, not this source's, which does not say its own: the median of peaks from scratch near 264," in text
+    )
+    assert "GPT-3 (arXiv 2005.14165) 0.0006, 0.0003" in text and "1% of train_steps" not in text
+
+
+def test_published_rates_and_shapes_by_size():
+    assert rate_near(1000) is None and shapes_near(1000) is None
+    assert rate_near(7 * 10**9).value == 1.2e-4
+    assert "Llama 2 (arXiv 2307.09288) 0.0003, 0.0003" in rate_near(7 * 10**9).of
+    near = shapes_near(150 * 10**6)
+    assert (near.deepest, near.deepest_model, near.widest) == (576 / 30, "SmolLM2-135M", 64.0)
+    assert 20.0 in near and 64 in near and 7.5 not in near and 90 not in near

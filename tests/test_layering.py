@@ -17,6 +17,7 @@ ORDER = [
     "command",
     "texts",
     "config",
+    "published",
     "arch",
     "source",
     "growth",

@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from incr_ds.arch.family import families
+from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError
 from incr_ds.growth.planner import plan_growth
-from incr_ds.suggest import parse_count, parse_layout, suggest_targets
+from incr_ds.suggest import parse_count, parse_layout, recipe_text, suggest_targets
 from incr_ds.target.placement import check_layout
 from incr_ds.testing.memory import drawn_model, small_architecture
 
@@ -20,7 +21,7 @@ def test_every_suggestion_can_be_grown(family):
     source = small_architecture(family)
     layout = ParallelLayout(data_parallel=2)
     found = suggest_targets(source, 3 * source.num_parameters, layout)
-    assert 1 <= len(found) <= 5
+    assert 1 <= len(found) <= 8
     for item in found:
         new = {"width": {"heads": {"new": "copy"}}} if family == "olmo2" else {}
         recipe = GrowthRecipe.model_validate({"target": dict(item.target), "exact": "required", **new})
@@ -61,7 +62,7 @@ def test_large_models_get_sizes_that_kernels_like_in_groups_that_stay():
     more = {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "tie_word_embeddings": True}
     source = small_architecture("llama", **sizes, **more)
     assert source.num_parameters == 1_235_814_400
-    found = suggest_targets(source, 3 * 10**9, ParallelLayout(tensor_parallel=4, data_parallel=2))
+    found = suggest_targets(source, 3 * 10**9, ParallelLayout(tensor_parallel=4, data_parallel=2), most=5)
     assert len(found) == 5
     for item in found:
         target = {**sizes, **more, **item.target}
@@ -117,3 +118,85 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
         importlib.import_module("grow_checkpoint").main()
     assert ended.value.code == 2
     assert "--recipe and --output: both are needed" in capsys.readouterr().err
+
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def test_shapes_are_those_of_published_models():
+    """SmolLM2-135M to 300 million: not 77 layers of width 576, although that would be valid."""
+    source = small_architecture("llama", **SMOLLM2)
+    found = suggest_targets(source, 300 * 10**6, ParallelLayout())
+    assert len(found) >= 4
+    for item in found:
+        sizes = {**SMOLLM2, **item.target}
+        assert item.shape == sizes["hidden_size"] / sizes["num_hidden_layers"] >= 576 / 30 / 1.1
+        assert sizes["num_attention_heads"] == 3 * sizes["num_key_value_heads"]
+        assert not any("published models near its size" in warning for warning in item.warnings)
+    assert len({tuple(item.target.items()) for item in found}) == len(found)
+
+
+def test_an_unusual_shape_is_said_where_nothing_else_fits():
+    source = small_architecture("llama", **SMOLLM2)
+    (found, *_) = suggest_targets(source, 165 * 10**6, ParallelLayout())
+    assert list(found.target) == ["num_hidden_layers"] and found.shape < 17
+    expected = "deeper than published models near its size, 19 (SmolLM2-135M) to 64 (GPT-2) wide a layer"
+    assert expected.replace("GPT-2", "Pythia-160M") in found.warnings or expected in found.warnings
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["grow_checkpoint", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("grow_checkpoint").main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(("family", "row"), [("llama", 2), ("olmo2", 1)])
+def test_a_row_becomes_a_recipe_that_grows(tmp_path, monkeypatch, capsys, family, row):
+    source = small_architecture(family)
+    drawn_model(source).save_pretrained(tmp_path / "source")
+    suggest = ("--source", tmp_path / "source", "--suggest", 3 * source.num_parameters, "--layout", "1x2x2")
+    assert run(monkeypatch, *suggest, "--write-recipe", tmp_path / "recipe.yaml", "--row", row) == 0
+    assert f"wrote {tmp_path / 'recipe.yaml'}: row {row}" in capsys.readouterr().out.replace("\n", "")
+    recipe = load_settings(tmp_path / "recipe.yaml", GrowthRecipe)
+    layout = parse_layout("1x2x2")
+    second = suggest_targets(source, 3 * source.num_parameters, layout)[row - 1]
+    assert recipe.target == dict(second.target) and recipe.optimizer == "reset"
+    assert (recipe.layout.pipeline_parallel, recipe.layout.data_parallel) == (2, 2)
+    plan = plan_growth(source, recipe)
+    assert plan.exact and plan.target.num_parameters == second.parameters
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert text.startswith(f"# {second.parameters:,} parameters, {second.ratio:.2f} times the source's")
+    moved = load_settings(_written(tmp_path, recipe_text(second, layout, has_moments=True)), GrowthRecipe)
+    assert moved.optimizer == "exact"
+
+
+def _written(folder, text):
+    (folder / "other.yaml").write_text(text)
+    return folder / "other.yaml"
+
+
+def test_a_recipe_is_written_where_it_can_be_and_of_a_row_that_is_there(tmp_path, monkeypatch, capsys):
+    source = small_architecture("llama")
+    drawn_model(source).save_pretrained(tmp_path / "source")
+    suggest = ("--source", tmp_path / "source", "--suggest", 3 * source.num_parameters)
+    (tmp_path / "here.yaml").write_text("kept")
+    for options, message in (
+        (("--write-recipe", tmp_path / "here.yaml"), "exists already; choose another name"),
+        (("--write-recipe", tmp_path / "here.yaml" / "x"), "a part of the path is a file"),
+        (("--write-recipe", tmp_path / "new.yaml", "--row", 99), "--row 99: there are"),
+    ):
+        assert run(monkeypatch, *suggest, *options) == 2
+        assert message in capsys.readouterr().err.replace("\n", "")
+    assert run(monkeypatch, "--source", tmp_path / "source", "--write-recipe", tmp_path / "new.yaml") == 2
+    assert "--write-recipe: belongs to --suggest" in capsys.readouterr().err
+    assert (tmp_path / "here.yaml").read_text() == "kept" and not (tmp_path / "new.yaml").exists()

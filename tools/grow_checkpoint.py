@@ -18,6 +18,8 @@ def main(
     recipe: Annotated[Path | None, typer.Option(help="Growth recipe (YAML); see docs/recipe.md.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to publish.")] = None,
     suggest: Annotated[str | None, typer.Option(help="Parameters, like 3e9: propose targets and end.")] = None,
+    write_recipe: Annotated[Path | None, typer.Option(help="For --suggest: write a row as this recipe file.")] = None,
+    row: Annotated[int, typer.Option(min=1, help="For --write-recipe: which row.")] = 1,
     layout: Annotated[str, typer.Option(help="For --suggest: tensor x pipeline x data, like 2x2x4.")] = "1x1x1",
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the source folder.")] = None,
@@ -42,8 +44,11 @@ def main(
     if suggest is not None:
         with loading():
             from incr_ds.grow_command import print_suggestions
-        print_suggestions(source, suggest, layout, tag, config, trust, json)
+        opening = {"tag": tag, "config": config, "trust": trust}
+        print_suggestions(source, suggest, layout, opening, json, None if write_recipe is None else (write_recipe, row))
         return
+    if write_recipe is not None:
+        raise ConfigError("--write-recipe: belongs to --suggest, whose row it writes.")
     if recipe is None or output is None:
         raise ConfigError("--recipe and --output: both are needed, unless --suggest asks what a growth could be.")
     with loading():

@@ -60,6 +60,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "family": architecture.family.model_type,
                 "sizes": dict(architecture.sizes),
                 "parameters": architecture.num_parameters,
+                "active_parameters": architecture.active_parameters,
                 "components": component_sizes(architecture),
                 "layout": dict(facts.layout),
                 "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},

@@ -106,6 +106,15 @@ class Architecture:
         """Number of stored elements."""
         return sum(spec.numel for spec in self.stored)
 
+    @property
+    def active_parameters(self) -> int:
+        """Stored elements that a token passes through: of a mixture's experts, only as many as the router picks."""
+        experts = sum(spec.numel for spec in self.stored if spec.expert is not None)
+        if not experts:
+            return self.num_parameters
+        picked = int(self.config["num_experts_per_tok"])
+        return self.num_parameters - experts + experts * picked // self.sizes["experts"]
+
     def _layer(self, items: list[TensorDeclaration], layer: int) -> Iterator[TensorSpec]:
         """The tensors of one layer; those of a mixture's experts expert by expert."""
         for several, group in groupby(items, key=lambda item: "{expert}" in item.name):

@@ -7,13 +7,18 @@ error.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import math
+import re
+from fractions import Fraction
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
+
+_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%")
 
 
 class GrowthStart(Settings):
@@ -74,7 +79,7 @@ class ScheduleSettings(Settings):
 
     Linear warm-up from ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth), then
     ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
-    ``constant``.
+    ``constant``. ``warmup_steps`` and ``decay_steps`` may be shares of ``train_steps``, like 1%.
     """
 
     train_steps: int = Field(ge=1)
@@ -84,6 +89,18 @@ class ScheduleSettings(Settings):
     warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
     decay: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_steps(cls, content: Any) -> Any:
+        """Shares of train_steps as steps, rounded up."""
+        if not isinstance(content, dict) or not isinstance(content.get("train_steps"), int):
+            return content
+        shares = {key: _SHARE.fullmatch(str(content.get(key))) for key in ("warmup_steps", "decay_steps")}
+        steps = {
+            key: math.ceil(Fraction(share[1]) * content["train_steps"] / 100) for key, share in shares.items() if share
+        }
+        return {**content, **steps}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

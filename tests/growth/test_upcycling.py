@@ -249,3 +249,14 @@ def test_a_mixture_is_no_source():
     plan = plan_growth(small_architecture("llama"), upcycling("mixtral"))
     with pytest.raises(GrowthError, match="the source is a mixtral, and mixtures of experts are targets only"):
         plan_growth(plan.target, recipe_of(target={}))
+
+
+def test_a_mixture_says_that_it_is_not_trained_here_and_what_a_token_passes_through():
+    source = small_architecture("llama")
+    plan = plan_growth(source, upcycling("mixtral"))
+    assert plan.notes[-1].startswith("a mixtral cannot be trained by this package")
+    sizes, config = plan.target.sizes, plan.target.config
+    expert = 3 * sizes["hidden"] * sizes["ffn"]
+    idle = (sizes["experts"] - config["num_experts_per_tok"]) * expert * sizes["layers"]
+    assert plan.target.active_parameters == plan.target.num_parameters - idle < plan.target.num_parameters
+    assert source.active_parameters == source.num_parameters

@@ -51,3 +51,20 @@ def test_the_final_weight_is_exact_and_nothing_is_taught_without_settings():
     assert distillation_weight(settings, 3) == 0.0
     assert temperature(settings, 3) == 2.0
     assert (distillation_weight(None, 0), temperature(None, 0)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "train_steps", "found"),
+    [("1%", 1000, 10), ("1%", 1001, 11), ("0.1 %", 250, 1), ("100%", 7, 7), ("2.5%", 400, 10), (3, 1000, 3)],
+)
+def test_steps_as_a_share_of_train_steps(steps, train_steps, found):
+    schedule = ScheduleSettings(train_steps=train_steps, learning_rate=1.0, warmup_steps=steps)
+    assert schedule.warmup_steps == found
+    both = {"decay": "wsd", "decay_steps": "10%", "warmup_steps": 0}
+    assert ScheduleSettings(train_steps=30, learning_rate=1.0, **both).decay_steps == 3
+
+
+@pytest.mark.parametrize("steps", ["1", "-1%", "1e3%", "%", "0.01", "5000%", None, 0.01])
+def test_steps_that_are_no_share(steps):
+    with pytest.raises(ValueError, match="warmup_steps"):
+        ScheduleSettings(train_steps=1000, learning_rate=1.0, warmup_steps=steps)
