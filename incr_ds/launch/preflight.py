@@ -15,7 +15,12 @@ from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.launch.deepspeed_config import deepspeed_config
+from incr_ds.target.commit import check_writable
 from incr_ds.target.placement import check_layout
+
+# What every launcher tells its ranks.
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LONGEST_NAME = 200  # bytes of one name, leaving room for what is written beside it
 
 
 def check_model(run: RunSettings) -> None:
@@ -46,12 +51,12 @@ def check_run(run: RunSettings) -> None:
 
 def check_world_size(layout: ParallelLayout) -> None:
     """Raise ConfigError unless the launcher started ``layout.world_size`` processes."""
-    started = os.environ.get("WORLD_SIZE")
-    if started is None:
+    if missing := [name for name in LAUNCHED if name not in os.environ]:
         raise ConfigError(
-            "no WORLD_SIZE in the environment: start training with a launcher, for instance "
+            f"no {', '.join(missing)} in the environment: start training with a launcher, for instance "
             f"deepspeed --num_gpus {layout.world_size} launchers/pretrain.py --config RUN.yaml"
         )
+    started = os.environ["WORLD_SIZE"]
     if not started.isdigit() or int(started) != layout.world_size:
         raise ConfigError(
             f"layout: tensor_parallel {layout.tensor_parallel} x pipeline_parallel {layout.pipeline_parallel} x "
@@ -66,6 +71,7 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
     checks: list[Callable[[], object]] = [
         partial(check_model, run),
         partial(_check_folders, run),
+        partial(_check_output, run.output),
         partial(deepspeed_config, run),
     ]
     for check in [*checks, *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes))]:
@@ -81,6 +87,14 @@ def _architecture(run: RunSettings) -> Architecture | None:
         return saved_architecture(Path(run.model.config))
     config = Path(str(run.model.initialize_from)) / "config.json"
     return saved_architecture(config) if config.is_file() else None
+
+
+def _check_output(output: str) -> None:
+    if not output or "\0" in output or any(len(name.encode()) > _LONGEST_NAME for name in Path(output).parts):
+        raise ConfigError(
+            f"output: {output!r:.100}: not a path that can be written: expected names of at most {_LONGEST_NAME} bytes, no NUL."
+        )
+    check_writable(Path(output))
 
 
 def _check_folders(run: RunSettings) -> None:

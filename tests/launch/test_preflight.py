@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from incr_ds.errors import ConfigError, LayoutError
+from incr_ds.errors import ConfigError, IncrError, LayoutError
 from incr_ds.launch.preflight import check_model, check_run, check_world_size
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.runs import pico_run
@@ -74,13 +74,39 @@ def test_more_tokens_than_learned_positions_are_refused(material):
         check_model(run_of(material, batch=batch))
 
 
-@pytest.mark.parametrize("started", ["3", "two", None])
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("started", ["3", "two"])
 def test_another_number_of_processes_is_refused(material, monkeypatch, started):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if started:
-        monkeypatch.setenv("WORLD_SIZE", started)
-    with pytest.raises(ConfigError, match=f"needs 2 processes, but {started}" if started else "no WORLD_SIZE"):
+    for name, value in {**LAUNCHED, "WORLD_SIZE": started}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"needs 2 processes, but {started} were started"):
         check_world_size(run_of(material, layout={"data_parallel": 2}).layout)
+
+
+def test_a_rank_that_no_launcher_started_says_how_to_start(material, monkeypatch):
+    for name in ("WORLD_SIZE", *LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="no WORLD_SIZE, RANK, .* in the environment: start training with a launcher"):
+        check_world_size(run_of(material).layout)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("config.json", "config.json: cannot be written .a part of the path is a file"),
+        ("config.json/run", "config.json/run: cannot be written"),
+        ("/proc/incr_ds/run", "/proc/incr_ds/run: cannot be written"),
+        ("a\0b", "output: .*not a path that can be written"),
+        ("x" * 5000, "output: .*expected names of at most 200 bytes"),
+        ("", "output: '': not a path"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(material, output, message):
+    where = output if output.startswith("/") or not output else f"{material}/{output}"
+    with pytest.raises(IncrError, match=message):
+        check_run(run_of(material, output=where))
 
 
 def test_the_program_says_so_before_it_imports_torch(material):
@@ -94,7 +120,7 @@ def test_the_program_says_so_before_it_imports_torch(material):
     words = [sys.executable, "-c", program, ROOT / "launchers" / "pretrain.py", "--config", material / "run.yaml"]
     start = time.monotonic()
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin", "WORLD_SIZE": "2"}
+        words, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin", "WORLD_SIZE": "2", **LAUNCHED}
     )
     assert done.returncode == 2 and done.stdout == "set()\n", done.stderr
     assert done.stderr.startswith(
