@@ -102,13 +102,23 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
     declared = read_dynamics(folder)
     dynamics = _followed(run, declared)
-    if declared or dynamics != declared or _changes_frozen(run, folder, source):
+    if (
+        declared
+        or dynamics != declared
+        or _changes_frozen(run, folder, source)
+        or _changes_precision(run, folder / tag)
+    ):
         # A grown folder's flat buffers are those of two groups and all tensors, a run's those of its own: filled tensor by
-        # tensor, either fits.
+        # tensor, either fits. So do masters, which are in fp32 whatever the model's precision.
         return Start(
             architecture=source.architecture, weights=source, with_moments=True, account=account, dynamics=dynamics
         )
     return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account, dynamics=dynamics)
+
+
+def _changes_precision(run: RunSettings, folder: Path) -> bool:
+    """Whether DeepSpeed would look for the optimizer files of a tag under other names: those of bf16 have a prefix."""
+    return any(folder.glob("bf16_zero_pp_rank_*")) != (run.precision == "bf16")
 
 
 def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:

@@ -28,9 +28,10 @@ def folders(tmp_path_factory):
     return folder, model
 
 
-def run_settings(model, **layout):
+def run_settings(model, precision="fp32", **layout):
     content = {
         "output": "run",
+        "precision": precision,
         "model": model,
         "layout": layout or {"pipeline_parallel": 2},
         "batch": {"sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
@@ -60,6 +61,13 @@ def test_a_native_checkpoint_of_this_layout_keeps_its_optimizer(folders):
     start = find_start(run_settings({"initialize_from": str(folder / "native")}))
     assert (start.checkpoint, start.tag, start.weights) == (folder / "native", "grown", None)
     assert start.architecture.num_layers == 4
+
+
+def test_a_native_checkpoint_of_another_precision_keeps_its_optimizer_too(folders):
+    """DeepSpeed would look for files of another name, so they are read tensor by tensor."""
+    folder, _ = folders
+    start = find_start(run_settings({"initialize_from": str(folder / "native")}, "bf16"))
+    assert start.checkpoint is None and start.weights is not None and start.with_moments
 
 
 def test_a_native_checkpoint_of_another_layout_is_refused_unless_its_weights_are_enough(folders):
