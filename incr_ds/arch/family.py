@@ -85,8 +85,9 @@ class Family(Settings):
 
     ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
-    often; ``embedding_scale`` is what the model multiplies the embedding's output by. ``upcycles`` are the dense families
-    that a mixture of experts is made from. ``buffers`` are endings of names that old checkpoints hold and that follow from
+    often, ``under_norm`` those with one norm over all units, which nothing but that norm reads; ``embedding_scale`` is what
+    the model multiplies the embedding's output by. ``upcycles`` are the dense families that a mixture of experts is made
+    from. ``buffers`` are endings of names that old checkpoints hold and that follow from
     the config. ``class_name`` is transformers' causal language model, which a config.json names, and ``folder`` where
     transformers has it below models/, if not under its model_type. ``trains``: this package
     builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
@@ -109,6 +110,7 @@ class Family(Settings):
     logit_softcap: str | None = None
     fresh_writers: Literal["scaled"] | None = None
     equal_copies: list[str] = Field(default_factory=list)
+    under_norm: list[str] = Field(default_factory=list)
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
     upcycles: dict[str, DenseOrigin] = Field(default_factory=dict)

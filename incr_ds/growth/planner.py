@@ -27,6 +27,7 @@ from incr_ds.growth.width import (
     grow_heads,
     grow_hidden,
     grow_units,
+    under_norm,
 )
 
 SILENT = ("zero-output", "identity")
@@ -100,6 +101,8 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     pairs = [(old["heads"], old["kv_heads"]), (sizes["heads"], sizes["kv_heads"])]
     heads, kv_heads = grow_heads(pairs[0], pairs[1], width.heads.new, order, seed)
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
+    if "heads" in family.under_norm:
+        heads = under_norm(heads)
     grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
     if sizes["head_dim"] != old["head_dim"]:
         grown["head_dim"], grown["query_dim"] = grow_head_size(

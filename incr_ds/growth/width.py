@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -119,6 +120,20 @@ def grow_heads(
     return query, AxisGrowth(
         "kv_heads", units, kv_heads, tuple(kv_index), amplitude, amplitude, gradient, fresh_out=WRITTEN[units]
     )
+
+
+def under_norm(axis: AxisGrowth) -> AxisGrowth:
+    """``axis`` where one norm goes over all of its units, as over OLMo-2's queries: scaled so that the mean square stays.
+
+    Unit i with c_i copies of n old and N new ones has its rows multiplied by sqrt(N / (n c_i)) and the norm's weight by the
+    inverse; fresh units are zero, so that whatever reads them finds the source's mean square. Padding is left as it is.
+    """
+    if axis.is_identity or axis.method in PADDING:
+        return axis
+    copies = np.array(axis.copies, dtype=np.float64)
+    amplitude = np.where(copies > 0, np.sqrt(axis.new / (axis.old * np.maximum(copies, 1.0))), 0.0)
+    gradient = np.array(axis.share) / np.where(copies > 0, amplitude, 1.0)
+    return replace(axis, amplitude=_floats(amplitude), gradient=_floats(gradient), fresh_out="zero")
 
 
 def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:

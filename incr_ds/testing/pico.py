@@ -15,6 +15,11 @@ TRAINED_BESIDE = (
     "olmo2",
     "gemma3_text",
     "gemma2",
+    "smollm3",
+    "olmo3",
+    "ministral3",
+    "stablelm",
+    "starcoder2",
 )  # small models of these: incr_ds.testing.memory
 
 

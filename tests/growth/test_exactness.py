@@ -131,6 +131,22 @@ def test_heads(fp64_norms, heads, new):
     assert difference("qwen3", target, width={"heads": {"new": new}}) <= 1e-12
 
 
+# 6 query heads in groups of 2 under 3 key heads, which stay or double; a head's size is hidden / heads.
+@pytest.mark.parametrize("heads", [(9, 3), (12, 3), (15, 3), (12, 6), (18, 6)])
+@pytest.mark.parametrize("new", ["zero-output", "copy"])
+@pytest.mark.parametrize("family", EQUAL)
+def test_query_heads_under_one_norm(fp64_norms, family, new, heads):
+    """OLMo-2's norm goes over all query heads at once: copies are scaled to keep its mean square, fresh ones are zero."""
+    target = {"hidden_size": 16 * heads[0], "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    if new == "zero-output" and heads[1] > 3:  # fresh key heads move the mean square of the keys
+        plan = plan_growth(small_architecture(family), recipe_of(target=target, width={"heads": {"new": new}}))
+        assert "so that kv_heads keep the source's function only with new: copy" in plan.inexact[0]
+        return
+    assert difference(family, target, width={"heads": {"new": new}}) <= 1e-12
+    if heads[1] == 3:  # drawn copies of key heads would be unequal
+        assert difference(family, target, True, width={"heads": {"new": new}, "order": "drawn"}) <= 1e-12
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize(

@@ -96,6 +96,17 @@ def test_gradients_of_copies_follow_the_rule(fp64_norms, family, tied):
         target |= {"hidden_size": 132, architecture.family.axes["ffn"]: 331}
     if "query_dim" in architecture.sizes:
         target |= {"head_dim": 16}
+    check_gradients(architecture, source, target)
+
+
+@pytest.mark.parametrize("heads", [9, 12, 15])
+def test_gradients_of_query_heads_under_one_norm_follow_the_rule(fp64_norms, heads):
+    """OLMo-2: some heads once, some twice, some three times."""
+    architecture = small_architecture("olmo2")
+    check_gradients(architecture, drawn_model(architecture), {"hidden_size": 16 * heads, "num_attention_heads": heads})
+
+
+def check_gradients(architecture, source, target):
     recipe = recipe_of(target=target, width=EVEN_COPIES)
     # Give the growth the source's gradient in place of exp_avg: it must come out as the grown model's gradient.
     tokens = batches(1, seed=5)[0]

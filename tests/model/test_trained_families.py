@@ -20,6 +20,16 @@ VARIANTS = {
     "gpt2": {"scale_attn_weights": False},
     "opt": {"enable_bias": False},
     "phi3": {"sliding_window": 5},
+    "smollm3": {
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "olmo3": {"attention_bias": True, "sliding_window": 4},
+    "ministral3": {"sliding_window": 4},
+    "stablelm": {"use_qkv_bias": True},
+    "starcoder2": {"use_bias": False, "sliding_window": 4},
     "olmo2": {"attention_bias": True},
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4},
     "gemma3_text": {
@@ -96,6 +106,8 @@ def test_the_embedding_is_dropped_out_as_transformers_does(family, field):
         ("phi3", "q, k and v lie side by side in one matrix, gate and up in another"),
         ("olmo2", "its norms of queries and keys are over all heads at once"),
         ("opt", "transformers' attention counts on all heads being there"),
+        ("stablelm", "transformers' attention counts on all heads being there"),
+        ("olmo3", "its norms of queries and keys are over all heads at once"),
     ],
 )
 def test_what_is_not_cut_over_tensor_ranks_says_why(family, reason):

@@ -34,11 +34,30 @@ CASES = {
     "gemma2-zero3": Case("gemma2", tied=True, data=2, zero=3),
     "gemma3-tensor": Case("gemma3_text", tied=True, tensor=2),
     "olmo2-zero3": Case("olmo2", tied=True, data=2, zero=3),
+    "smollm3-pipeline": Case("smollm3", tied=True, pipeline=2, accumulation=2),
+    "smollm3-tensor": Case("smollm3", tied=True, tensor=2),
+    "olmo3-pipeline": Case("olmo3", tied=False, pipeline=2, accumulation=2),
+    "ministral3-tensor": Case("ministral3", tied=False, tensor=2),
+    "ministral3-zero3": Case("ministral3", tied=False, data=2, zero=3),
+    "stablelm-pipeline": Case("stablelm", tied=False, pipeline=2, accumulation=2),
+    "starcoder2-tensor": Case("starcoder2", tied=True, tensor=2),
+    "starcoder2-pipeline": Case("starcoder2", tied=True, pipeline=2, accumulation=2),
 }
+LATER = (
+    "smollm3",
+    "olmo3",
+    "ministral3",
+    "stablelm",
+    "starcoder2",
+)  # like families above in all that a default run tests
 
 
 # In a default run, one layout of each family, and what differs most: positions in tied and untied pipelines, tensor ranks.
-SLOW = [name for name in CASES if "zero" in name or name in ("opt-pipeline", "gpt2-untied-pipeline", "gemma3-pipeline")]
+SLOW = [
+    name
+    for name in CASES
+    if "zero" in name or name.startswith(LATER) or name in ("opt-pipeline", "gpt2-untied-pipeline", "gemma3-pipeline")
+]
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 

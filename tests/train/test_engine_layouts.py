@@ -68,6 +68,9 @@ CHANGES = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "opt": {"dropout": 0.0},
     "gemma3_text": {"num_key_value_heads": 2},
+    "smollm3": {"num_key_value_heads": 2},
+    "ministral3": {"num_key_value_heads": 2},
+    "starcoder2": {"num_key_value_heads": 2},
     "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
 }
 
