@@ -34,3 +34,12 @@ def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dty
         if (index := index_text(files)) is not None:
             write_atomically(folder / "model.safetensors.index.json", index)
         copy_companions(beside, folder)
+
+
+def own_dtype(source: LogicalCheckpoint) -> torch.dtype:
+    """What a model is to be stored in: the precision of the run that saved it; else 16 bits if any of its weights is."""
+    if (name := source.facts.metadata.get("dtype")) is not None:
+        known: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+        return known
+    stored = {source.read(spec.name, rows=slice(0, 1)).dtype for spec in source.architecture.stored}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in stored), torch.float32)

@@ -57,7 +57,9 @@ class Comparison:
 def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The checkpoint's weights in transformers' model class, in memory, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds, for those who compare only
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is ours to show
     architecture = checkpoint.architecture
     if architecture.family.upcycles:
         # transformers joins the experts' tensors as it loads a folder; its grouped products refuse some sizes.

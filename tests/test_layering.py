@@ -23,6 +23,7 @@ ORDER = [
     "growth",
     "target",
     "integrity",
+    "runs",
     "advice",
     "companions",
     "grow",

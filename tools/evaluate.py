@@ -10,6 +10,7 @@ import typer
 
 from incr_ds.command import command, console, print_json, progress_bar
 from incr_ds.integrity import open_described
+from incr_ds.runs import located
 from incr_ds.train.evaluation import evaluate_checkpoint
 
 
@@ -25,7 +26,7 @@ def main(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Print loss, perplexity and bits per byte of FOLDER on DATA."""
-    checkpoint = open_described(folder, tag, config, trust=trust)
+    checkpoint = open_described(located(folder), tag, config, trust=trust)
     with progress_bar(quiet=json) as progress:
         found = evaluate_checkpoint(checkpoint, data, sequence_length, samples, progress=progress)
     if json:

@@ -10,8 +10,9 @@ import torch
 import typer
 
 from incr_ds.command import command, console
-from incr_ds.export import export_huggingface
+from incr_ds.export import export_huggingface, own_dtype
 from incr_ds.integrity import open_described
+from incr_ds.runs import located
 
 
 class Dtype(StrEnum):
@@ -19,6 +20,7 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @command
@@ -27,13 +29,18 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder to publish; must not exist or be empty.")],
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.bfloat16,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the weights; default: the run's, or the folder's.")
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
 ) -> None:
     """Export FOLDER to OUTPUT, which AutoModelForCausalLM.from_pretrained loads."""
+    folder = located(folder)
     source = open_described(folder, tag, config, trust=trust)
-    export_huggingface(source, output, getattr(torch, dtype.value), folder)
-    console.print(f"published {output}: {source.architecture.num_parameters:,} parameters in {dtype.value}")
+    written = own_dtype(source) if dtype is None else getattr(torch, dtype.value)
+    export_huggingface(source, output, written, folder)
+    name = str(written).removeprefix("torch.")
+    console.print(f"published {output}: {source.architecture.num_parameters:,} parameters in {name}")
 
 
 if __name__ == "__main__":

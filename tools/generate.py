@@ -12,6 +12,7 @@ from incr_ds.command import command, loading, print_json
 with loading():
     from incr_ds.generate import Sampling, generate_text
     from incr_ds.integrity import open_described
+    from incr_ds.runs import located
 
 
 @command
@@ -30,7 +31,7 @@ def main(
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Print PROMPT and what the model in FOLDER adds to it. On the CPU, in fp32."""
-    checkpoint = open_described(folder, tag, config, trust=trust)
+    checkpoint = open_described(located(folder), tag, config, trust=trust)
     sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
     text = generate_text(checkpoint, tokenizer or folder, prompt, tokens, sampling)
     if json:

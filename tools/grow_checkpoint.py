@@ -44,8 +44,11 @@ def main(
     if suggest is not None:
         with loading():
             from incr_ds.grow_command import print_suggestions
+            from incr_ds.runs import located
         opening = {"tag": tag, "config": config, "trust": trust}
-        print_suggestions(source, suggest, layout, opening, json, None if write_recipe is None else (write_recipe, row))
+        print_suggestions(
+            located(source), suggest, layout, opening, json, None if write_recipe is None else (write_recipe, row)
+        )
         return
     if write_recipe is not None:
         raise ConfigError("--write-recipe: belongs to --suggest, whose row it writes.")
@@ -54,10 +57,11 @@ def main(
     with loading():
         from incr_ds.grow import GrowthRequest
         from incr_ds.grow_command import grow
+        from incr_ds.runs import located
         from incr_ds.target.budget import parse_bytes
     budget = parse_bytes(memory_budget)
     limits = (workers, trust, budget, overwrite, target_deepspeed, allow_nonfinite)
-    request = GrowthRequest(source, recipe, output, tag, config, *limits)
+    request = GrowthRequest(located(source), recipe, output, tag, config, *limits)
     grow(request, data, plan_only, json)
 
 

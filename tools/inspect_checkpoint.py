@@ -12,6 +12,7 @@ import typer
 from incr_ds.command import command, console, print_json
 from incr_ds.difference import differences
 from incr_ds.errors import ConfigError
+from incr_ds.runs import located
 from incr_ds.source import open_source
 from incr_ds.tables import checkpoint_table, component_sizes, difference_table, tensor_tree
 from incr_ds.target.commit import MANIFEST, verify_manifest
@@ -33,13 +34,13 @@ def main(
             )
         _differ(folders[1], folders[2], trust, json)
     elif len(folders) == 1:
-        _inspect(folders[0], tag, config, trust, json)
+        _inspect(located(folders[0]), tag, config, trust, json)
     else:
         raise ConfigError("expected one checkpoint folder, or: diff FOLDER FOLDER.")
 
 
 def _differ(first: Path, second: Path, trust: bool, json: bool) -> None:
-    found = list(differences(open_source(first, trust=trust), open_source(second, trust=trust)))
+    found = list(differences(*(open_source(located(folder), trust=trust) for folder in (first, second))))
     if json:
         print_json({"differences": [asdict(item) for item in found]})
     elif found:

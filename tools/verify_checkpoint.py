@@ -11,6 +11,7 @@ import typer
 
 from incr_ds.command import command, console, print_json
 from incr_ds.integrity import check_folder, open_described
+from incr_ds.runs import located
 from incr_ds.source import open_source
 from incr_ds.target.commit import MANIFEST
 from incr_ds.verify import EXACT, ROUNDING_FACTOR, Comparison, compare, usual_tokens
@@ -45,6 +46,7 @@ def main(
 ) -> None:
     """Exit with 0 if FOLDER is sound (and computes what --against computes, if its recipe says so), 2 if a file is wrong, 1 if
     logits differ or cannot be compared."""
+    folder = located(folder)
     manifest = check_folder(folder)
     checkpoint = open_source(folder, tag, config, trust=trust)
     if manifest is None:
@@ -52,6 +54,7 @@ def main(
     checked = sum(1 for _ in checkpoint.self_check())
     report: dict[str, Any] = {"files": len(manifest["files"]) if manifest else None, "tensors": checked}
     if against:
+        against = located(against)
         source = open_described(against, trust=trust)
         tokens = usual_tokens(source, [against, folder], data, samples, length, trust=trust)
         exact = bool(manifest["facts"].get("exact", True)) if manifest else True

@@ -15,7 +15,7 @@ from incr_ds.target.files import Slices, StreamedTensor, slice_of, tensor_bytes,
 from incr_ds.target.sink import Sink
 
 SHARD_BYTES = 2 << 30
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
             "layout from the recipe, or make the two agree."
         )
     check_layout(grown.architecture, run.layout)
-    kept = "weights and optimizer state" if run.model.load_optimizer else "weights"
+    kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
     account = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
     return Start(
         architecture=grown.architecture,

@@ -1,0 +1,41 @@
+"""The output folder of a training run, where a checkpoint is asked for: its newest complete one is meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from incr_ds.command import errors
+from incr_ds.errors import CheckpointError
+from incr_ds.target.commit import verify_manifest
+
+CHECKPOINTS = "checkpoints"  # in the output folder, as incr_ds.train.checkpoints lays it out
+_STEP = re.compile(r"step_\d{8}")
+
+
+def located(folder: Path) -> Path:
+    """``newest_in_run``, and a line beside the output that says which it is."""
+    found = newest_in_run(folder)
+    if found != folder:
+        errors.print(f"{folder}: a training run; its newest complete checkpoint is {found.name}", markup=False)
+    return found
+
+
+def newest_in_run(folder: Path) -> Path:
+    """The newest complete checkpoint of the run whose output ``folder`` is; ``folder`` itself if it is not one.
+
+    Complete means that every file that the manifest lists is there in its size; what is in them is checked as they are read.
+    CheckpointError if the run has none.
+    """
+    steps = [path for path in (folder / CHECKPOINTS).glob("step_*") if _STEP.fullmatch(path.name)]
+    problems = []
+    for path in sorted(steps, reverse=True):
+        try:
+            verify_manifest(path, lambda _, listed: str(listed["xxh3"]))
+        except CheckpointError as error:
+            problems.append(f"  {error}")
+        else:
+            return path
+    if problems:
+        raise CheckpointError("\n".join([f"{folder}: a training run without a complete checkpoint:", *problems]))
+    return folder
