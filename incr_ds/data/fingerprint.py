@@ -6,6 +6,7 @@ recorded, and holds until a file changes: a later start compares size, times and
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +41,15 @@ class _Entry:
     content: _Content
 
 
-_ENTRY = TypeAdapter(_Entry)
+@dataclass(frozen=True)
+class _Record:
+    """Entries by path, and a checksum of them."""
+
+    sets: dict[str, _Entry]
+    checksum: str
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,24 +132,32 @@ def identity(prefix: str) -> dict[str, list[int]]:
 
 
 def recorded(record: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, DataSet]:
-    """The data sets that a record knows and whose files have not changed since, by prefix."""
+    """The data sets that a record knows and whose files have not changed since, by prefix; none of a record that is damaged."""
+    try:
+        known = _RECORD.validate_python(record)
+    except ValidationError:
+        return {}
+    if known.checksum != _checksum(record["sets"]):
+        return {}
     found = {}
     for prefix in prefixes:
-        try:
-            entry = _ENTRY.validate_python(record.get(os.path.abspath(prefix)))
-        except ValidationError:  # not there, or damaged: the data is read again
-            continue
-        if entry.identity == identity(prefix):
+        entry = known.sets.get(os.path.abspath(prefix))
+        if entry is not None and entry.identity == identity(prefix):
             found[prefix] = DataSet(prefix=prefix, **entry.content)
     return found
 
 
 def record_of(sets: Iterable[DataSet]) -> dict[str, Any]:
     """A record of data sets, as JSON content."""
-    return {
+    entries = {
         os.path.abspath(found.prefix): {
             "identity": identity(found.prefix),
             "content": {key: value for key, value in asdict(found).items() if key != "prefix"},
         }
         for found in sets
     }
+    return {"sets": entries, "checksum": _checksum(entries)}
+
+
+def _checksum(sets: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(sets, sort_keys=True).encode())

@@ -19,6 +19,7 @@ def locked(output: Path) -> Iterator[None]:
     The kernel holds the lock for the process (flock, over NFS too), so a process that is killed leaves none. CheckpointError
     if another process writes ``output``; it names that process.
     """
+    output = output.resolve()  # one output has one lock, by whatever path it is reached
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
     while True:

@@ -112,7 +112,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _write_record(path: Path, sets: Mapping[str, DataSet]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({**_record(path), **record_of(sets.values())}, indent=1) + "\n")
+    write_atomically(path, json.dumps(record_of(sets.values()), indent=1) + "\n")
 
 
 def _opened(run: RunSettings, sets: Mapping[str, DataSet], *, builds_index: bool) -> tuple[Samples, Samples | None]:

@@ -33,14 +33,20 @@ class _Description:
 def ready_index(prefix: str, sequence_length: int, seed: int, folder: Path) -> None:
     """Make sure that ``folder`` holds the whole index of one pass over PREFIX.bin, with a manifest of checksums."""
     if folder.is_dir():
-        try:
-            verify_manifest(folder)
-        except CheckpointError:
-            shutil.rmtree(folder)
-        else:
+        if _is_whole(folder):
             return
+        shutil.rmtree(folder)
     with publish(folder, KIND, {"sequence_length": sequence_length, "seed": seed}) as work:
         open_samples(prefix, sequence_length, seed, work)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are those of the manifest, and arrays: megatron-core would unpickle anything else."""
+    try:
+        verify_manifest(folder)
+        return all(np.load(path, mmap_mode="r", allow_pickle=False).size for path in folder.glob("*.npy"))
+    except (CheckpointError, OSError, ValueError):
+        return False
 
 
 def open_samples(prefix: str, sequence_length: int, seed: int, folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """Data sets on disk: every entry of an index is checked, and a fingerprint covers every token."""
 
+import json
 import os
 import struct
 
@@ -66,10 +67,18 @@ def test_a_record_holds_until_a_file_changes(tmp_path):
     assert recorded(record, [prefix]) == {}
 
 
-@pytest.mark.parametrize("damaged", [{}, {"x": 1}, [], "text", {"identity": {}, "content": {"tokens": 5}}])
+@pytest.mark.parametrize(
+    "damaged", [{}, {"sets": 1}, {"sets": {"x": {}}, "checksum": ""}, {"sets": {}, "checksum": "0"}]
+)
 def test_a_damaged_record_is_as_good_as_none(tmp_path, damaged):
+    assert recorded(damaged, [write_data(tmp_path / "a")]) == {}
+
+
+def test_one_changed_character_of_a_record_is_noticed(tmp_path):
     prefix = write_data(tmp_path / "a")
-    assert recorded({os.path.abspath(prefix): damaged}, [prefix]) == {}
+    text = json.dumps(record_of([describe(prefix)]))
+    assert recorded(json.loads(text), [prefix])
+    assert recorded(json.loads(text.replace('"largest": 17', '"largest": 16')), [prefix]) == {}
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):

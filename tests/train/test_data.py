@@ -9,6 +9,7 @@ import torch
 from incr_ds.config.training import BatchSettings
 from incr_ds.data.fingerprint import describe
 from incr_ds.errors import ConfigError
+from incr_ds.target.commit import seal
 from incr_ds.train.data import (
     Blend,
     batches,
@@ -156,3 +157,15 @@ def test_a_damaged_index_is_built_again(corpus_folder, tmp_path):
     assert tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(0)) == expected[0]
     stored.unlink()
     assert tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(0)) == expected[0]
+
+
+def test_an_index_that_is_no_array_is_built_again_and_never_unpickled(corpus_folder, tmp_path):
+    data = describe(str(corpus_folder / "a"))
+    expected = tuple(open_corpus(data, LENGTH, 3, tmp_path / "cache").tokens(0))
+    (stored,) = (tmp_path / "cache").rglob("*shuffle_index.npy")
+    content = b"cos\nsystem\n(S'touch " + str(tmp_path / "canary").encode() + b"'\ntR."
+    stored.write_bytes(content)
+    (stored.parent / "manifest.json").unlink()
+    seal(stored.parent, "index of samples", {"sequence_length": LENGTH, "seed": 3})
+    assert tuple(open_corpus(data, LENGTH, 3, tmp_path / "cache").tokens(0)) == expected
+    assert not (tmp_path / "canary").exists()
