@@ -17,7 +17,7 @@ from incr_ds.growth.axis import FRESH, AxisGrowth
 from incr_ds.suggest import TOKENS_PER_PARAMETER, Suggestion
 
 _LAYER = "LAYER"
-SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "vocab")
 
 
 def growth_table(planned: PlannedGrowth) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -68,7 +68,7 @@ def reads_of(field: str, module: str) -> tuple[Read, ...]:
     for path, is_config in _files(module):
         text, is_own = path.read_text(encoding="utf-8"), path.parent.name == module
         if field in text:  # most files do not have the word, and parsing takes longer than all the rest
-            found += [Read(path.name, is_own, default) for name, default in _names(text, is_config) if name == field]
+            found += [Read(path.name, is_own, default) for default in _named(path, is_config).get(field, ())]
     return tuple(found)
 
 
@@ -86,6 +86,15 @@ def _root() -> Path:
     spec = find_spec("transformers")
     assert spec is not None and spec.origin is not None, "transformers is a requirement of this package"
     return Path(spec.origin).parent
+
+
+@cache
+def _named(path: Path, is_config: bool) -> Mapping[str, list[Any]]:
+    """The defaults of every read in a module, by name."""
+    found: dict[str, list[Any]] = {}
+    for name, default in _names(path.read_text(encoding="utf-8"), is_config):
+        found.setdefault(name, []).append(default)
+    return found
 
 
 def _names(text: str, is_config: bool) -> Iterator[tuple[str, Any]]:

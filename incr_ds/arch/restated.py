@@ -32,7 +32,12 @@ def _unlike(target: Architecture, stated: Mapping[str, Any], where: str) -> set[
 
 
 def _with(stated: Mapping[str, Any], target: Architecture, changed: set[str]) -> dict[str, Any]:
-    """``stated`` with ``changed`` fields of the target, which the older spellings of rotary positions would contradict."""
-    older = target.family.config.older if ROTARY in changed else ()
+    """``stated`` with ``changed`` fields of the target, without the older spellings that would contradict them."""
+    family, older = target.family, set(target.family.config.older) & set(stated)
+    sizes = {field for axis, field in family.axes.items() if axis not in family.derived}
+    if not older or not changed & ({ROTARY} | (sizes - set(stated))):
+        older = set()
+    elif ROTARY in target.config:
+        changed = changed | {ROTARY}
     kept = {name: value for name, value in stated.items() if name not in older}
     return kept | {name: target.config[name] for name in changed if name in target.config}

@@ -231,7 +231,7 @@ class GrownTensors:
         wanted[:, columns] = fresh
         drawn = normals_at(recipe.symmetry_breaking.seed, f"{spec.name}/fresh", first, wanted)
         values: np.ndarray = drawn[:, columns] * self._deviation
-        if spec.expert is not None:
+        if spec.expert is not None and self.plan.experts is not None:  # parts of a dense FFN that are dropped
             mean, deviation = self._replaced(spec)
             values = mean + drawn[:, columns] * deviation
         for kind, filled in (("constant", recipe.constant), ("silent", 0.0)):

@@ -15,7 +15,8 @@ from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 
-GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions")
+GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions", "experts")
+CHOSEN = "num_experts_per_tok"
 ROTARY = "rope_parameters"
 
 
@@ -124,6 +125,8 @@ def _check_follows(field: str, value: Any, followed: str, recipe: GrowthRecipe, 
 
 def _is_free(source: Architecture, field: str, value: Any) -> bool:
     """A change that no operator need make up for, or that is known to change the function: how rotary pairs turn."""
+    if field == CHOSEN:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= source.config[CHOSEN]
     if field == ROTARY:
         return isinstance(value, dict) and bool(rotary_kinds(source.config))
     return field in source.family.without_effect or _is_longer_rotary_context(source, field, value)

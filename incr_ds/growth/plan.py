@@ -197,9 +197,9 @@ class GrowthPlan:
             scale = self._embedding_scale(spec)
             return TensorPlan(spec, spec.name, scale=scale, gradient=1.0 / scale)
         layer = self.layers[spec.layer]
-        if spec.role == "router":
+        if spec.role == "router" and self.experts is not None:
             return TensorPlan(spec, "", layer.is_new, "router")
-        source = (spec.grown_from or spec.name).replace(f".{spec.layer}.", f".{layer.layer}.", 1)
+        source = self._own_expert(spec).replace(f".{spec.layer}.", f".{layer.layer}.", 1)
         new, writes = self.recipe.depth.new, spec.role == self._writing_role
         scale = 1.0 / layer.copies if new == "halved" and writes else 1.0
         if self.experts is not None and spec.expert is not None and writes:
@@ -211,6 +211,13 @@ class GrowthPlan:
             start = "identity" if spec.is_matrix else "zero"
         mix = self._mix(spec) if start == "copy" else ()
         return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start), mix=mix)
+
+    def _own_expert(self, spec: TensorSpec) -> str:
+        """The name of the tensor of the source, in the layer of the same number, that ``spec`` is grown from."""
+        if spec.expert is None or self.experts is not None:
+            return spec.grown_from or spec.name
+        old = self.axes["experts"].index[spec.expert]
+        return f".{old}.".join(spec.name.rsplit(f".{spec.expert}.", 1))
 
     def _is_unchanged(self, plan: TensorPlan, kept: set[str]) -> bool:
         spec = plan.target

@@ -18,11 +18,12 @@ from incr_ds.growth.changes import ROTARY, checked_changes, growing_fields
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
-from incr_ds.growth.upcycling import check_upcycling, dense_part, upcycled
+from incr_ds.growth.upcycling import check_mixture, check_upcycling, chosen_experts, dense_part, upcycled
 from incr_ds.growth.width import (
     PADDING,
     fitting_kv_heads,
     grow_entries,
+    grow_experts,
     grow_head_size,
     grow_heads,
     grow_hidden,
@@ -40,17 +41,14 @@ WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
     """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written.
 
-    A target of another model_type is a mixture of experts that ``source`` is upcycled into.
+    A target of another model_type is a mixture of experts that ``source`` is upcycled into; a mixture stays one.
     """
     if source.family.upcycles:
-        raise GrowthError(
-            f"{where}: the source is a {source.family.model_type}, and mixtures of experts are targets only; grow "
-            "the dense model."
-        )
+        check_mixture(source, recipe, where)
     if recipe.target.get("model_type", source.family.model_type) == source.family.model_type:
         if "experts" in recipe.model_fields_set:
             raise GrowthError(
-                f"{where}: experts: only a mixture has them; set target.model_type, or leave the section out."
+                f"{where}: experts: how a dense model becomes a mixture; set target.model_type, or leave the section out."
             )
         return _plan_dense(source, recipe, where)
     mixture = check_upcycling(source, recipe, where)
@@ -103,6 +101,9 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
     tables = {axis: grow_entries(axis, family.axes[axis], old[axis], sizes[axis]) for axis in TABLES if axis in old}
     if "heads" in family.under_norm:
         heads = under_norm(heads)
+    tables |= (
+        {"experts": grow_experts(family.axes["experts"], old["experts"], sizes["experts"])} if "experts" in old else {}
+    )
     grown = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, **tables}
     if sizes["head_dim"] != old["head_dim"]:
         grown["head_dim"], grown["query_dim"] = grow_head_size(
@@ -289,6 +290,7 @@ def _inexact(
             f"target.{ROTARY}: the rotary pairs turn at other speeds, which does not keep the source's function",
         ),
         *_inexact_widths(source, axes),
+        chosen_experts(source, target),
         (recipe.fitted is not None, "fitted operators lower the loss and do not keep the source's function"),
         (
             bool(uneven),

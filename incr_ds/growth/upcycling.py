@@ -35,6 +35,38 @@ def check_upcycling(source: Architecture, recipe: GrowthRecipe, where: str) -> F
     return family
 
 
+def check_mixture(source: Architecture, recipe: GrowthRecipe, where: str) -> None:
+    """GrowthError for what a growth from a mixture cannot be."""
+    own = source.family.model_type
+    if recipe.target.get("model_type", own) != own:
+        raise GrowthError(f"{where}: target.model_type: a {own} stays one; leave it out.")
+    if recipe.layout.format != "huggingface" or recipe.optimizer != "reset":
+        raise GrowthError(
+            f"{where}: a {own} target is written as a Hugging Face folder of weights: set layout.format: huggingface and "
+            "optimizer: reset. Mixtures are not trained here."
+        )
+    if recipe.width.copies_from != "own-layer" or recipe.fitted is not None:
+        raise GrowthError(f"{where}: width.copies_from: next-layer and fitted operators are for dense models.")
+
+
+def chosen_experts(source: Architecture, target: Architecture) -> tuple[bool, str]:
+    """Whether, and why, the target's router sends tokens elsewhere than the source's.
+
+    Copies of an expert have one score. If as many more are chosen as there are copies, all copies of a chosen expert are,
+    and their shares, which are made to sum to 1, add up to the source's.
+    """
+    if "experts" not in source.sizes:
+        return False, ""
+    copies = target.sizes["experts"] // source.sizes["experts"]
+    wanted = copies * int(source.config["num_experts_per_tok"])
+    found = int(target.config["num_experts_per_tok"])
+    reason = (
+        f"target.num_experts_per_tok: {found} of {copies} copies of each expert does not keep the source's function, for they "
+        f"compete for the places: {wanted} keeps it"
+    )
+    return found != wanted, reason
+
+
 def dense_part(source: Architecture, recipe: GrowthRecipe) -> GrowthRecipe:
     """The growth of everything but the FFN, which stays as it is until it is shared out."""
     ffn = source.family.axes["ffn"]

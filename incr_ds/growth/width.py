@@ -181,6 +181,18 @@ def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[Axi
     )
 
 
+def grow_experts(field: str, old: int, new: int) -> AxisGrowth:
+    """Growth of a mixture by whole copies of all of its experts; the router scores copies alike. GrowthError otherwise."""
+    if new % old:
+        lower = max(old, new // old * old)
+        raise GrowthError(
+            f"target.{field}: {new} is not a multiple of the source's {old} experts, which are copied equally often; nearest "
+            f"sizes that work: {lower}, {lower + old}."
+        )
+    ones = (1.0,) * new
+    return AxisGrowth("experts", "copy", old, tuple(expert % old for expert in range(new)), ones, ones, ones)
+
+
 def copy_order(axis: str, old: int, new: int, order: Order, seed: int) -> list[int]:
     """The old position of each new one: as evenly as sizes allow, earlier ones once more than later ones, or all once and
     further copies drawn (Net2Net, bert2BERT)."""

@@ -30,6 +30,13 @@ LAYER_NORM = [name for name, family in families().items() if family.norm == "lay
 # Their eps serves other norms too, or is not in the config.
 SHARED_EPS = ("olmo2", "olmo3", "gemma3_text", "qwen3", "opt")
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
+# Like others in whatever growth sees of them; test_everything_at_once has them in a default run, too.
+ALIKE = ("smollm3", "ministral3", "stablelm", "starcoder2", "olmo3")
+
+
+def unlike(names):
+    """``names``, those that are like others in slow runs only."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in names]
 
 
 def difference(family, target, tied=False, length=17, **recipe):
@@ -51,7 +58,7 @@ def test_everything_at_once(fp64_norms, family, tied, new):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "centred", "integer"])
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", unlike(OTHERS))
 def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
     """Each method on each family: kept to 1e-12, refused, or said to be inexact (and then it is)."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
@@ -454,7 +461,7 @@ def test_halved_layers_write_half_as_strongly():
 
 
 @pytest.mark.parametrize("new", ["zero-output", "identity"])
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", unlike(OTHERS))
 def test_depth_of_every_other_family(fp64_norms, family, new):
     assert difference(family, {"num_hidden_layers": 5}, depth={"new": new}) <= 1e-12
 
@@ -484,7 +491,7 @@ def everything_again(family):
     return {field: size for field, size in again.items() if AXES[field] in families()[family].axes}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", unlike(FAMILIES))
 def test_two_growths_in_a_row_keep_the_function(fp64_norms, family):
     architecture = small_architecture(family, tie_word_embeddings=True)
     model = drawn_model(architecture)
@@ -559,7 +566,7 @@ def test_any_shape_is_exact_or_refused(
     assert found <= 1e-12
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", unlike(OTHERS))
 @settings(RANDOM_SHAPES, max_examples=6)
 @given(
     units=st.integers(0, 12),

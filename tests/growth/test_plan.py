@@ -80,7 +80,7 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         (
             "llama",
             {"target": {}, "experts": {"new": "drop"}},
-            r"experts: only a mixture has them; set target\.model_type",
+            r"experts: how a dense model becomes a mixture; set target\.model_type",
         ),
         (
             "opt",

@@ -245,12 +245,6 @@ def test_every_field_of_the_dense_config_has_a_place(dense, mixture):
     assert named <= fields
 
 
-def test_a_mixture_is_no_source():
-    plan = plan_growth(small_architecture("llama"), upcycling("mixtral"))
-    with pytest.raises(GrowthError, match="the source is a mixtral, and mixtures of experts are targets only"):
-        plan_growth(plan.target, recipe_of(target={}))
-
-
 def test_a_mixture_says_that_it_is_not_trained_here_and_what_a_token_passes_through():
     source = small_architecture("llama")
     plan = plan_growth(source, upcycling("mixtral"))

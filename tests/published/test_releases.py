@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import incr_ds
 from incr_ds.arch.architecture import architecture_from_config
-from incr_ds.arch.family import families
+from incr_ds.arch.family import families, mixtures
 
 RELEASES = yaml.safe_load(Path(__file__).with_name("configs.yaml").read_text())
 # A default run takes the releases with the most unusual fields of each family, `make test-slow` all.
@@ -24,16 +24,18 @@ SAMPLE = {
     "allenai/OLMo-2-0325-32B", "google/gemma-2-27b",
     "google/gemma-3-1b-pt", "HuggingFaceTB/SmolLM3-3B-Base", "allenai/Olmo-3-1025-7B", "ibm-granite/granite-3.1-2b-base",
     "stabilityai/stablelm-2-1_6b", "bigcode/starcoder2-3b", "CohereForAI/c4ai-command-r-v01",
+    "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B",
     "ministral3 text_config of mistralai/Ministral-3-3B-Base-2512", "microsoft/Phi-4-mini-instruct",
 }  # fmt: skip
-SIZES = {"vocab": 101, "hidden": 48, "layers": 3, "heads": 6, "ffn": 100, "positions": 64}
+SIZES = {"vocab": 101, "hidden": 48, "layers": 3, "heads": 6, "ffn": 100, "positions": 64, "experts": 4}
 LENGTH = 64
+EAGER = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
 SHORT, LONG = 8, LENGTH  # windows that are shorter than the context, and ones that are not
 
 
 def shrunk(config):
     """A release's config with small sizes, and whatever has to fit them; everything else as published."""
-    axes = families()[config["model_type"]].axes
+    axes = (families() | mixtures())[config["model_type"]].axes
     small = dict(config)
     for axis, field in axes.items():
         if config.get(field) is not None and axis in SIZES:
@@ -54,6 +56,8 @@ def shrunk(config):
             small[field] = {**config[field], "original_max_position_embeddings": LENGTH // 2}
     if "layer_types" in config:
         small["layer_types"] = config["layer_types"][-SIZES["layers"] :]
+    if "num_experts" in config:
+        small |= {"num_experts": SIZES["experts"], "num_experts_per_tok": 2}
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(config.get(field), int):
             small[field] = min(config[field], 3)
@@ -63,7 +67,9 @@ def shrunk(config):
 def publish(folder, config):
     """Weights drawn for a config, and the config beside them, which transformers did not touch."""
     given = {name: value for name, value in config.items() if name not in ("auto_map", "architectures")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**given), dtype=torch.float32, experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -80,7 +86,8 @@ def target_of(architecture):
     """Every axis larger, as every family allows it."""
     sizes, axes = architecture.sizes, architecture.family.axes
     grown = {axis: 2 * sizes[axis] for axis in ("hidden", "heads", "kv_heads") if axis in axes}
-    return {axes[axis]: size for axis, size in (grown | {"ffn": 250, "layers": 4}).items()}
+    target = {axes[axis]: size for axis, size in (grown | {"ffn": 250, "layers": 4}).items()}
+    return target | ({axes["experts"]: 8, "num_experts_per_tok": 4} if "experts" in axes else {})
 
 
 @pytest.mark.parametrize(
@@ -101,20 +108,19 @@ def test_a_release_is_inspected_grown_and_loaded(tmp_path, capsys, release):
     assert set(shown["notes"]) <= set(planned.notes)
     incr_ds.grow_checkpoint(planned)
     written = json.loads((request.output / "config.json").read_text())
-    grown = {*target, "layer_types", "no_rope_layers", "word_embed_proj_dim"} & set(
+    respelt = {"rope_parameters", "rope_theta", "rope_scaling"} if "num_experts" in config else set()
+    grown = {*target, *respelt, "layer_types", "no_rope_layers", "num_experts", "word_embed_proj_dim"} & set(
         config
     )  # the latter follow from the sizes
     kept = {name: value for name, value in config.items() if name not in {*grown, "torch_dtype", "_name_or_path"}}
     assert {name: written.get(name) for name in kept} == kept
     # Layers of several kinds no longer alternate as transformers would fill in.
     more = {"layer_types"} if len(set(planned.plan.target.config.get("layer_types") or ())) > 1 else set()
-    assert set(written) - set(config) <= {"dtype", *target, *more}
+    assert set(written) - set(config) <= {"dtype", *target, *respelt, *more}
     tokens = torch.randint(4, SIZES["vocab"], (2, 3 * SHORT), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         before, after = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-            .eval()(tokens)
-            .logits
+            AutoModelForCausalLM.from_pretrained(path, **EAGER).eval()(tokens).logits
             for path in (source, request.output)
         )
     assert float((before - after).abs().max() / before.abs().max()) <= 1e-5
@@ -122,5 +128,5 @@ def test_a_release_is_inspected_grown_and_loaded(tmp_path, capsys, release):
 
 def test_the_list_covers_every_family():
     assert len(RELEASES) >= 40
-    assert {config["model_type"] for config in RELEASES.values()} == set(families())
-    assert {RELEASES[name]["model_type"] for name in SAMPLE} == set(families())
+    assert {config["model_type"] for config in RELEASES.values()} == set(families() | mixtures())
+    assert {RELEASES[name]["model_type"] for name in SAMPLE} == set(families() | mixtures())

@@ -1,0 +1,101 @@
+"""Mixtures of experts as sources: more of them, wider ones, in a wider and deeper model, from folder to folder."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import incr_ds
+from incr_ds.errors import GrowthError
+from incr_ds.testing.memory import small_architecture
+from incr_ds.verify import random_batches
+
+FFN = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+
+
+@pytest.fixture
+def request_for(tmp_path):
+    def write(family, target, older=False, **recipe):
+        config = AutoConfig.for_model(**small_architecture(family).config)
+        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(tmp_path / "source")
+        if older:  # as the releases spell it
+            stated = json.loads((tmp_path / "source" / "config.json").read_text())
+            stated["num_experts"] = stated.pop("num_local_experts")
+            stated["rope_theta"] = stated.pop("rope_parameters")["rope_theta"]
+            (tmp_path / "source" / "config.json").write_text(json.dumps(stated))
+        content = {"target": target, "optimizer": "reset", "layout": {"format": "huggingface"}, **recipe}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        return incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")
+
+    return write
+
+
+def compared(request):
+    incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+    pair = (incr_ds.open_source(request.source), incr_ds.open_source(request.output))
+    return incr_ds.compare(*pair, random_batches(101, 3, 16)).relative_difference
+
+
+# The sources have 4 experts, of which 2 are chosen.
+GROWTHS = {
+    "twice as many": {"num_local_experts": 8, "num_experts_per_tok": 4},
+    "three times as many": {"num_local_experts": 12, "num_experts_per_tok": 6},
+    "wider ones": {"ffn": 331},
+    "a wider model": {"hidden_size": 150},
+    "a deeper model": {"num_hidden_layers": 5},
+    "everything": {
+        "num_local_experts": 8, "num_experts_per_tok": 4, "ffn": 331, "hidden_size": 150, "num_hidden_layers": 4,
+        "num_attention_heads": 9,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize(("family", "new"), [("mixtral", "copy"), ("qwen3_moe", "zero-output")])
+def test_a_grown_mixture_computes_the_same(request_for, family, new, growth):
+    target = {FFN[family] if field == "ffn" else field: size for field, size in GROWTHS[growth].items()}
+    if family == "mixtral" and "hidden_size" in target:  # transformers wants whole heads
+        target["hidden_size"] = 144
+    request = request_for(family, target, exact="required", width={"ffn": {"new": new}})
+    assert compared(request) <= 2e-5
+
+
+def test_a_release_that_spells_its_experts_otherwise(request_for):
+    """Qwen3-30B-A3B states num_experts: the target must not state both."""
+    target = {"num_local_experts": 8, "num_experts_per_tok": 4}
+    request = request_for("qwen3_moe", target, older=True, exact="required")
+    assert compared(request) <= 2e-5
+    written = json.loads((request.output / "config.json").read_text())
+    assert written["num_local_experts"] == 8 and "num_experts" not in written
+    assert written["rope_parameters"]["rope_theta"] == 10000.0
+
+
+def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_for):
+    request = request_for("mixtral", {"num_local_experts": 8})
+    planned = incr_ds.plan_request(request)
+    assert (
+        "num_experts_per_tok: 2 of 2 copies of each expert does not keep the source's function"
+        in planned.plan.inexact[0]
+    )
+    assert compared(request) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message"),
+    [
+        ({"num_local_experts": 6}, {}, "num_local_experts: 6 is not a multiple of the source's 4 experts.*work: 4, 8"),
+        ({"num_experts_per_tok": 1}, {}, "num_experts_per_tok: 1 differs from the source's 2"),
+        ({"model_type": "llama"}, {}, "a mixtral stays one"),
+        ({}, {"optimizer": "exact"}, "set layout.format: huggingface and optimizer: reset"),
+        ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),
+    ],
+)
+def test_what_a_mixture_cannot_become(request_for, target, recipe, message):
+    with pytest.raises(GrowthError, match=message):
+        incr_ds.plan_request(request_for("mixtral", target, **recipe))
