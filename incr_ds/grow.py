@@ -149,7 +149,9 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
-    target = replace(_native_target(source, plan, dtype), bare_states=bare)
+    # Only this release was seen to load files without a state.
+    has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
+    target = replace(_native_target(source, plan, dtype), bare_states=bare, has_moments=has_moments)
     return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
 
 

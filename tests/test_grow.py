@@ -140,6 +140,34 @@ def test_native_target_loads_in_deepspeed(source, recipe, tmp_path):
         assert found["moves"]
 
 
+def test_a_reset_optimizer_writes_no_moments_and_deepspeed_starts_anew(source, recipe, tmp_path):
+    """Two thirds of the optimizer files would be zeros."""
+    folders = {}
+    for stage in (1, 2):
+        folders[stage] = tmp_path / f"stage{stage}"
+        reset = recipe(layout={"data_parallel": 2, "zero_stage": stage}, optimizer="reset")
+        assert grow(source["zero"], reset, folders[stage]).returncode == 0
+    kept = recipe(layout={"data_parallel": 2})
+    assert grow(source["zero"], kept, tmp_path / "kept").returncode == 0
+    sizes = [optimizer_bytes(folder) for folder in (folders[1], tmp_path / "kept")]
+    assert abs(3 * sizes[0] - sizes[1]) < 0.05 * sizes[1]
+    results = run_processes(check_loads_in_deepspeed, 2, {stage: str(folder) for stage, folder in folders.items()})
+    for stage, folder in folders.items():
+        assert results[0][stage]["moves"]
+        reader, reference = open_source(folder), open_source(tmp_path / "kept")
+        assert reader.facts.states == ("weight",)
+        assert all(torch.equal(reader.read(s.name), reference.read(s.name)) for s in reference.architecture.stored)
+    older = run_tool(
+        "grow_checkpoint", "--source", source["zero"], "--recipe", recipe(optimizer="reset"),
+        "--output", tmp_path / "older", "--target-deepspeed", "0.18.4",
+    )  # fmt: skip
+    assert older.returncode == 0 and "exp_avg" in open_source(tmp_path / "older").facts.states
+
+
+def optimizer_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*_optim_states.pt"))
+
+
 def test_huggingface_target(source, recipe, tmp_path):
     out = tmp_path / "out"
     done = grow(source["zero"], recipe(layout={"format": "huggingface"}), out)

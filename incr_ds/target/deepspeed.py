@@ -56,6 +56,7 @@ class NativeTarget:
     ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
     decaying and the non-decaying parameter group. ``modules`` are those of another training code, whose vocabulary is
     padded to ``vocabulary`` rows. ``bare_states``: a universal checkpoint for a loader that takes nothing but tensors.
+    ``has_moments`` is False where the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state.
     """
 
     architecture: Architecture
@@ -68,6 +69,7 @@ class NativeTarget:
     modules: Modules | None = None
     vocabulary: int = 0
     bare_states: bool = False
+    has_moments: bool = True
 
     @property
     def has_layer_files(self) -> bool:
@@ -216,9 +218,12 @@ class OptimizerFile:
         groups = optimizer_groups(self.target.shards(self.model_rank))
         sizes = [_partition_size(group, num_data) for group in groups]
         paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
-        masters, moments = [], {}
+        masters: list[StreamedTensor] = []
+        moments: dict[int, dict[str, Any]] = {}
         for index, (group, size, padding) in enumerate(zip(groups, sizes, paddings, strict=True)):
             masters.append(self._partition(group, size, "weight", size - padding))
+            if not self.target.has_moments:
+                continue
             moments[index] = {
                 "step": torch.tensor(float(self.target.step)),
                 "exp_avg": self._partition(group, size, "exp_avg", size),

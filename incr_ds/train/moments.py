@@ -37,9 +37,9 @@ def fill_optimizer(optimizer: Any, parameters: Mapping[ShardedTensor, Tensor], c
         place = place_of(optimizer, parameter)
         if place is None:  # no part of it on this rank
             continue
-        for state, flat in flats[place.group].items():
+        for state in checkpoint.facts.states:  # moments that it does not have stay zero
             part = Part(shard.tensor.name, state, shard.bounds, place.start, place.stop)
-            _fill(flat.narrow(0, place.offset, place.stop - place.start), part, slices)
+            _fill(flats[place.group][state].narrow(0, place.offset, place.stop - place.start), part, slices)
 
 
 def _is_stage3(optimizer: Any) -> bool:

@@ -99,7 +99,8 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         )
     check_layout_matches(folder, source.facts.layout, run)
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
-    account = f"weights and optimizer state of {folder} ({source.facts.kind}, {tag})"
+    kept = "weights and optimizer state" if "exp_avg" in source.facts.states else "weights"
+    account = f"{kept} of {folder} ({source.facts.kind}, {tag})"
     declared = read_dynamics(folder)
     dynamics = _followed(run, declared)
     if (

@@ -28,11 +28,16 @@ def settings(layout, precision, folder):
     )
 
 
-def load_evaluate_save(folder, layout, precision, tokens):
-    """Load ``folder`` into an engine that started from other weights; returns (loss on tokens, loss after a step)."""
-    architecture = open_source(Path(folder)).architecture
-    engine = build_engine(settings(layout, precision, folder), architecture, None, None)
-    engine.load(Path(folder), "grown")
+def load_evaluate_save(folder, layout, precision, tokens, by="DeepSpeed"):
+    """Load ``folder`` into an engine that started from other weights, by DeepSpeed or tensor by tensor ("us"); returns (loss on
+    tokens, loss after a step)."""
+    checkpoint = open_source(Path(folder))
+    weights = checkpoint if by == "us" else None
+    engine = build_engine(settings(layout, precision, folder), checkpoint.architecture, weights, None)
+    if by == "us":
+        engine.fill_optimizer(checkpoint)
+    else:
+        engine.load(Path(folder), "grown")
     batch = (tokens[:, :-1], tokens[:, 1:])
     loss = engine.evaluate(iter([batch]), 1)
     engine.save(Path(folder) / "again", "loaded", {})

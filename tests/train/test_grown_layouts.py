@@ -48,12 +48,12 @@ def source_loss(model, tokens):
     return torch.nn.functional.cross_entropy(logits.reshape(-1, 101), tokens[:, 1:].reshape(-1)).item()
 
 
-def write_grown(folder, source, layout, precision):
+def write_grown(folder, source, layout, precision, **more):
     """The target of an in-memory source with drawn moments, published as grow_checkpoint does."""
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text("target: {}\n")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    recipe = parse_settings({"target": TARGET, "layout": {**layout, "dtype": dtype}}, GrowthRecipe, "test")
+    recipe = parse_settings({"target": TARGET, "layout": {**layout, "dtype": dtype}, **more}, GrowthRecipe, "test")
     grow_checkpoint(plan_files(GrowthRequest(folder, recipe_file, folder / "grown"), source, recipe))
     return folder / "grown"
 
@@ -77,6 +77,30 @@ def test_deepspeed_loads_a_grown_checkpoint(name, tmp_path):
     for spec in before.architecture.stored:
         for state in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(before.read(spec.name, state), again.read(spec.name, state)), (spec.name, state)
+
+
+@pytest.mark.parametrize("by", ["DeepSpeed", "us"])
+@pytest.mark.parametrize("name", ["pp2", pytest.param("tp2-dp2-zero2", marks=pytest.mark.slow)])
+def test_a_grown_checkpoint_without_moments_trains_from_its_masters(name, by, tmp_path):
+    """optimizer: reset writes none."""
+    family, tied, precision, layout = LAYOUTS[name]
+    architecture = small_architecture(family, tie_word_embeddings=tied)
+    model = drawn_model(architecture, torch.float32)
+    source = model_checkpoint(architecture, model, with_moments=True)
+    folder = write_grown(tmp_path, source, layout, precision, optimizer="reset")
+    before = open_source(folder)
+    assert before.facts.states == ("weight",)
+    tokens = torch.randint(101, (1, 13), generator=torch.Generator().manual_seed(1))
+    expected = source_loss(model, tokens)
+    world = layout["tensor_parallel"] * layout["pipeline_parallel"] * layout["data_parallel"]
+    for loss, after in run_processes(load_evaluate_save, world, str(folder), layout, precision, tokens, by):
+        assert abs(loss - expected) <= (1e-5 if precision == "fp32" else 0.02) * expected
+        assert after != loss
+    again = open_source(folder / "again", "loaded")
+    for spec in before.architecture.stored:
+        assert torch.equal(before.read(spec.name), again.read(spec.name)), spec.name
+        if "exp_avg" in again.facts.states:
+            assert not again.read(spec.name, "exp_avg").any()
 
 
 @pytest.mark.parametrize(
