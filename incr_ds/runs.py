@@ -9,8 +9,15 @@ from incr_ds.command import errors
 from incr_ds.errors import CheckpointError
 from incr_ds.target.commit import verify_manifest
 
-CHECKPOINTS = "checkpoints"  # in the output folder, as incr_ds.train.checkpoints lays it out
-_STEP = re.compile(r"step_\d{8}")
+CHECKPOINTS = "checkpoints"  # in the output folder
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_folders(output: Path) -> list[Path]:
+    """A run's checkpoints, newest first; a copy that somebody made (step_00000020.bak) is not one of them."""
+    found = {path: _STEP.fullmatch(path.name) for path in (output / CHECKPOINTS).glob("step_*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def located(folder: Path) -> Path:
@@ -27,9 +34,8 @@ def newest_in_run(folder: Path) -> Path:
     Complete means that every file that the manifest lists is there in its size; what is in them is checked as they are read.
     CheckpointError if the run has none.
     """
-    steps = [path for path in (folder / CHECKPOINTS).glob("step_*") if _STEP.fullmatch(path.name)]
     problems = []
-    for path in sorted(steps, reverse=True):
+    for path in step_folders(folder):
         try:
             verify_manifest(path, lambda _, listed: str(listed["xxh3"]))
         except CheckpointError as error:

@@ -28,6 +28,7 @@ from incr_ds.arch.dynamics import Dynamics, dynamics_text
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError
 from incr_ds.grow import TOKENIZER_FILES
+from incr_ds.runs import CHECKPOINTS, step_folders
 from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
 from incr_ds.target.huggingface import config_text
 from incr_ds.train.health import Health
@@ -36,8 +37,6 @@ from incr_ds.train.ranks import on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_continues
 
 KIND = "deepspeed training checkpoint"
-FOLDER = "checkpoints"
-_STEP = re.compile(r"step_(\d{8,})")
 _SET_ASIDE = re.compile(r"(?:damaged|diverged)_step_(\d{8,})\.\d+")
 
 
@@ -120,12 +119,12 @@ def load_checkpoint(
 
 def step_folder(run: RunSettings, step: int) -> Path:
     """Where the checkpoint after ``step`` steps lies."""
-    return Path(run.output) / FOLDER / f"step_{step:08d}"
+    return Path(run.output) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def remove_unfinished(run: RunSettings) -> None:
     """Remove what killed runs left of checkpoints that they were writing. Only for who holds the run's lock."""
-    for left in (Path(run.output) / FOLDER).glob(".step_*.incomplete-*"):
+    for left in (Path(run.output) / CHECKPOINTS).glob(".step_*.incomplete-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -134,7 +133,7 @@ def set_aside_diverged(run: RunSettings) -> Path | None:
 
     Returns the newest healthy one, or None.
     """
-    for folder in _step_folders(run):
+    for folder in step_folders(Path(run.output)):
         health = _health(folder)
         if health is not None and health.is_good:
             return folder
@@ -190,16 +189,9 @@ def _write_companions(
                 shutil.copyfile(Path(run.data.tokenizer) / name, folder / name)
 
 
-def _step_folders(run: RunSettings) -> list[Path]:
-    """The run's checkpoints, newest first; a copy that somebody made (step_00000020.bak) is not one of them."""
-    found = {path: _STEP.fullmatch(path.name) for path in (Path(run.output) / FOLDER).glob("step_*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
-
-
 def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
     problems = []
-    for folder in _step_folders(run):
+    for folder in step_folders(Path(run.output)):
         try:
             verify_manifest(folder)
         except CheckpointError as error:
@@ -209,7 +201,7 @@ def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | Non
             return folder
     if problems:
         raise CheckpointError(
-            f"{run.output}: no checkpoint of this run is whole, so it cannot resume; remove {FOLDER}/ to start over.\n  "
+            f"{run.output}: no checkpoint of this run is whole, so it cannot resume; remove {CHECKPOINTS}/ to start over.\n  "
             + "\n  ".join(problems)
         )
     return None
@@ -220,8 +212,10 @@ def _prune(run: RunSettings, newest: Path) -> None:
     if not run.checkpoint.keep_last:
         return
     # A later folder can only be a damaged one that resuming skipped; it must not push out a whole one.
-    later = {folder for folder in _step_folders(run) if folder.name > newest.name}
-    complete = [folder for folder in _step_folders(run) if folder not in later and (folder / MANIFEST).is_file()]
+    later = {folder for folder in step_folders(Path(run.output)) if folder.name > newest.name}
+    complete = [
+        folder for folder in step_folders(Path(run.output)) if folder not in later and (folder / MANIFEST).is_file()
+    ]
     kept = complete[: run.checkpoint.keep_last]
     healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
     for folder in complete:
