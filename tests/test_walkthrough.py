@@ -21,7 +21,7 @@ from incr_ds.train.tokenizer import train_sentencepiece
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "grow_a_downloaded_model.md"
-VOCABULARY = 400
+VOCABULARY = 330
 SENTENCES = [f"The capital of country {number} is city {number * number % 97}." for number in range(600)]
 
 
@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     drawn_model(shape, torch.float32).save_pretrained(source)
     (folder / "text").mkdir()
-    for start in range(0, 600, 30):
-        (folder / "text" / f"{start}.txt").write_text("\n".join(SENTENCES[start : start + 30]) * 4)
+    for start in range(0, 600, 10):
+        (folder / "text" / f"{start}.txt").write_text("\n".join(SENTENCES[start : start + 10]) * 12)
     return folder
 
 

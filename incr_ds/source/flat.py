@@ -115,7 +115,8 @@ def check_bounds(shards: FlatShards, where: str) -> None:
     for state, ranks in shards.flat.items():
         for name, parameter in shards.parameters.items():
             for piece in parameter.pieces if state == "weight" or name not in shards.frozen else ():
-                groups = ranks[piece.rank]
+                # Masters that are too short leave pieces for ranks that are not there.
+                groups = ranks[piece.rank] if piece.rank < len(ranks) else ()
                 length = groups[piece.group].numel() if piece.group < len(groups) else 0
                 if piece.start + piece.length > length:
                     raise CheckpointError(
