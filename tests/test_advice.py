@@ -129,7 +129,7 @@ def test_later_files_win_and_mistakes_name_all_files(tmp_path):
 
 
 def test_a_source_without_a_rate_gets_the_published_one_of_its_size():
-    """SmolLM2-135M to 264 million parameters: GPT-3 at 125M and 350M, Pythia at 162M and 405M, G_stack at 410M."""
+    """SmolLM2-135M to 264 million parameters: GPT-3 at 125M and 350M, Pythia at 162M and 405M."""
     sizes = {
         "hidden_size": 576,
         "num_attention_heads": 9,
@@ -144,7 +144,7 @@ def test_a_source_without_a_rate_gets_the_published_one_of_its_size():
     recipe = {"target": {**target, "intermediate_size": 2048}, "optimizer": "reset"}
     plan = plan_growth(source, parse_settings(recipe, GrowthRecipe, "test"))
     text = advice_text(advise(plan, Trained({}, (), False), None))
-    assert yaml.safe_load(text)["schedule"] == {"learning_rate": 6e-4, "warmup_from": 0.0, "warmup_steps": "1%"}
+    assert yaml.safe_load(text)["schedule"] == {"learning_rate": 4.5e-4, "warmup_from": 0.0, "warmup_steps": "1%"}
     assert (
         "published, not this source's, which does not say its own: the median of peaks from scratch near 264," in text
     )
