@@ -102,7 +102,7 @@ LAYOUTS = {
     "ZeRO-2": {"data_parallel": 2, "zero_stage": 2},
     "tensor 2": {"tensor_parallel": 2},
 }
-BY_DEFAULT = ("pipeline of 2", "ZeRO-3")
+BY_DEFAULT = ("pipeline of 2",)
 
 
 @pytest.mark.parametrize(
