@@ -1,4 +1,7 @@
-"""Popular releases as they were published: inspected, planned, grown, and loaded by AutoModelForCausalLM with the same logits."""
+"""Configs of popular releases: inspected, planned, grown, and loaded by AutoModelForCausalLM with the same logits.
+
+configs.yaml says which were checked against a copy of the published config.json, and which only have its documented values.
+"""
 
 import json
 import warnings
@@ -21,11 +24,11 @@ SAMPLE = {
     "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.2-1B", "JackFram/llama-68m", "mistralai/Mistral-Nemo-Base-2407",
     "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B", "openai-community/gpt2", "uer/gpt2-chinese-cluecorpussmall",
     "EleutherAI/gpt-neox-20b", "facebook/opt-125m", "microsoft/Phi-3-mini-128k-instruct",
-    "allenai/OLMo-2-0325-32B", "google/gemma-2-27b",
-    "google/gemma-3-1b-pt", "HuggingFaceTB/SmolLM3-3B-Base", "allenai/Olmo-3-1025-7B", "ibm-granite/granite-3.1-2b-base",
-    "stabilityai/stablelm-2-1_6b", "bigcode/starcoder2-3b", "CohereForAI/c4ai-command-r-v01",
+    "allenai/OLMo-2-0325-32B", "google/gemma-2-27b-it",
+    "google/gemma-3-1b-it", "HuggingFaceTB/SmolLM3-3B-Base", "allenai/Olmo-3-1025-7B", "ibm-granite/granite-3.1-2b-base",
+    "stabilityai/stablelm-2-zephyr-1_6b", "bigcode/starcoder2-3b", "CohereForAI/c4ai-command-r-v01",
     "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B",
-    "ministral3 text_config of mistralai/Ministral-3-3B-Base-2512", "microsoft/Phi-4-mini-instruct",
+    "ministral3 text_config of mistralai/Ministral-3-3B-Instruct-2512", "microsoft/Phi-4-mini-instruct",
 }  # fmt: skip
 SIZES = {"vocab": 101, "hidden": 48, "layers": 3, "heads": 6, "ffn": 100, "positions": 64, "experts": 4}
 LENGTH = 64
@@ -34,7 +37,7 @@ SHORT, LONG = 8, LENGTH  # windows that are shorter than the context, and ones t
 
 
 def shrunk(config):
-    """A release's config with small sizes, and whatever has to fit them; everything else as published."""
+    """A release's config with small sizes, and whatever has to fit them; everything else as configs.yaml has it."""
     axes = (families() | mixtures())[config["model_type"]].axes
     small = dict(config)
     for axis, field in axes.items():
