@@ -13,6 +13,7 @@ def run(monkeypatch, *arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_settings_are_measured_or_say_why_not(tmp_path, monkeypatch, capsys):
     sizes = ("--layers", 1, "--batch", 1, "--sequence-length", 16, "--repeats", 2)
     only = ("--only", "cudnn-liger", "--only", "torch")

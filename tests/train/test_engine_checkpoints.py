@@ -68,7 +68,7 @@ TP2_PP2 = {"tensor_parallel": 2, "pipeline_parallel": 2}
 RUNS = [
     pytest.param({"pipeline_parallel": 2}, {}, id="pipeline, fp32"),
     pytest.param({"data_parallel": 2}, {"precision": "bf16"}, id="plain ZeRO-1 DP2, bf16"),
-    pytest.param({"tensor_parallel": 2}, {}, id="plain ZeRO-1 TP2, fp32"),
+    pytest.param({"tensor_parallel": 2}, {}, id="plain ZeRO-1 TP2, fp32", marks=pytest.mark.slow),
     pytest.param({"data_parallel": 2, "zero_stage": 3}, {}, id="plain ZeRO-3 DP2, fp32"),
     pytest.param(TP2_PP2, {"precision": "bf16"}, id="TP2 x PP2, bf16", marks=pytest.mark.slow),
 ]

@@ -58,7 +58,9 @@ def write_grown(folder, source, layout, precision, **more):
     return folder / "grown"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "tp2" else name for name in LAYOUTS]
+)
 def test_deepspeed_loads_a_grown_checkpoint(name, tmp_path):
     family, tied, precision, layout = LAYOUTS[name]
     architecture = small_architecture(family, tie_word_embeddings=tied)

@@ -107,7 +107,7 @@ def curve(folder):
     return [{key: value for key, value in item.items() if key not in TIMINGS} for item in rows]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("data", marks=pytest.mark.slow), "pipeline"])
 def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path, layout):
     run_file = write_run_file(material, tmp_path, layout)
     pretrain(run_file, tmp_path / "whole")

@@ -56,7 +56,12 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize(
-    ("tied", "name", "on_load"), [(True, "zero2", False), (True, "pipeline", False), (False, "pipeline", True)]
+    ("tied", "name", "on_load"),
+    [
+        pytest.param(True, "zero2", False, marks=pytest.mark.slow),
+        (True, "pipeline", False),
+        (False, "pipeline", True),
+    ],
 )
 def test_forty_steps_through_the_engine_are_the_sources(sources, tmp_path, tied, name, on_load):
     folder, losses = sources(tied)
