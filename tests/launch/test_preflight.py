@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +117,6 @@ def test_the_program_says_so_before_it_imports_torch(material):
     )
     (material / "run.yaml").write_text(json.dumps(run_of(material).model_dump(mode="json")))
     words = [sys.executable, "-c", program, ROOT / "launchers" / "pretrain.py", "--config", material / "run.yaml"]
-    start = time.monotonic()
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin", "WORLD_SIZE": "2", **LAUNCHED}
     )
@@ -126,4 +124,3 @@ def test_the_program_says_so_before_it_imports_torch(material):
     assert done.stderr.startswith(
         "pretrain: layout: tensor_parallel 1 x pipeline_parallel 1 x data_parallel 1 needs 1 processes"
     )
-    assert time.monotonic() - start < 60
