@@ -231,12 +231,20 @@ def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) 
 
 
 def _why_no_moments(states: Sequence[_OptimizerFile]) -> str | None:
+    """The first file's reason if no file has Adam's moments; CheckpointError if some have them: those others are damaged."""
+    reasons = {}
     for state in states:
         try:
             state.moments()
         except MomentsError as error:
-            return str(error)
-    return None
+            reasons[state.path] = str(error)
+    if reasons and len(reasons) < len(states):
+        path, reason = next(iter(reasons.items()))
+        complete = next(state.path.name for state in states if state.path not in reasons)
+        raise CheckpointError(
+            f"{path.parent}: {reason}. {complete} has them. Copy {path.name} again, or use another tag."
+        )
+    return next(iter(reasons.values()), None)
 
 
 def _common_step(states: Sequence[_OptimizerFile]) -> int:

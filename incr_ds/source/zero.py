@@ -101,7 +101,7 @@ class ZeroCheckpoint:
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
         metadata = training_facts(first.model, self._folder.parent)
         metadata["dtype"] = first.dtype
-        no_moments = next((rank.no_moments for rank in self._ranks if rank.no_moments), None)
+        no_moments = self._why_no_moments()
         metadata["optimizer_groups"] = () if no_moments else first.hyperparameters
         if self._is_megatron:
             metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
@@ -112,6 +112,17 @@ class ZeroCheckpoint:
         if no_moments:
             return CheckpointFacts(self._folder, kind, ("weight",), None, layout, metadata, files, no_moments)
         return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
+
+    def _why_no_moments(self) -> str | None:
+        """ZeRO-0 matches moments with names on each rank by itself; the partitions of ZeRO have moments on all ranks or none."""
+        without = [rank for rank in self._ranks if rank.no_moments]
+        complete = [rank for rank in self._ranks if not rank.no_moments]
+        if without and complete and without[0].stage:
+            raise CheckpointError(
+                f"{self._folder}: {without[0].no_moments}. {complete[0].files[0].name} has them. Copy the files of "
+                f"model-parallel rank {without[0].index} again, or use another tag."
+            )
+        return without[0].no_moments if without else None
 
 
 def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:
