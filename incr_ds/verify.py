@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from incr_ds.arch.architecture import check_context
+from incr_ds.arch.architecture import Architecture, check_context
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.texts import has_tokenizer, sentence_batches
@@ -61,16 +61,23 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
 
     logging.disable_progress_bar()  # progress is ours to show
     architecture = checkpoint.architecture
-    if architecture.family.upcycles:
-        # transformers joins the experts' tensors as it loads a folder; its grouped products refuse some sizes.
-        path, eager = checkpoint.facts.path, {"experts_implementation": "eager", "trust_remote_code": False}
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **eager).eval()
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    owned = dict(model.named_parameters())
-    for spec in architecture.stored:
-        owned[spec.name].data.copy_(checkpoint.read(spec.name))
+    # transformers' grouped products of experts refuse some sizes.
+    eager = {"experts_implementation": "eager"} if architecture.joined else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
+    for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
+        part.data.copy_(checkpoint.read(name))
     return model.eval()
+
+
+def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every stored tensor as a view of the parameter of transformers' module that holds it, under its name."""
+    joined = architecture.joined
+    parts = {name: tensor for name, tensor in parameters.items() if name not in joined}
+    for name, parameter in joined.items():
+        matrix = parameters[name].view(parameter.rows_shape)
+        parts |= {block.name: matrix[block.row : block.row + block.shape[0]] for block in parameter.blocks}
+    return parts
 
 
 def compare(

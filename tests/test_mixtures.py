@@ -8,8 +8,12 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import incr_ds
-from incr_ds.errors import GrowthError
-from incr_ds.testing.memory import small_architecture
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, GrowthError, LayoutError
+from incr_ds.grow import grow_checkpoint, plan_files
+from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
+from incr_ds.testing.synthetic import SyntheticCheckpoint
 from incr_ds.verify import random_batches
 
 FFN = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
@@ -92,10 +96,67 @@ def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_f
         ({"num_local_experts": 6}, {}, "num_local_experts: 6 is not a multiple of the source's 4 experts.*work: 4, 8"),
         ({"num_experts_per_tok": 1}, {}, "num_experts_per_tok: 1 differs from the source's 2"),
         ({"model_type": "llama"}, {}, "a mixtral stays one"),
-        ({}, {"optimizer": "exact"}, "set layout.format: huggingface and optimizer: reset"),
+        (
+            {},
+            {"optimizer": "exact", "layout": {"data_parallel": 2}},
+            "has no Adam moments, and optimizer: exact needs them",
+        ),
+        ({}, {"layout": {"tensor_parallel": 2}}, "mixtral has no tensor- or pipeline-parallel form here"),
         ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),
     ],
 )
 def test_what_a_mixture_cannot_become(request_for, target, recipe, message):
-    with pytest.raises(GrowthError, match=message):
+    with pytest.raises((GrowthError, LayoutError), match=message):
         incr_ds.plan_request(request_for("mixtral", target, **recipe))
+
+
+def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path):
+    """Native ZeRO-1 and 3 and universal: each is read back as the plan says, and computes what the source did."""
+    source = tmp_path / "source"
+    write_zero(
+        source, model_checkpoint(small_architecture("qwen3_moe"), drawn_model(small_architecture("qwen3_moe")), True)
+    )
+    target = {"num_local_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 331, "num_hidden_layers": 4}
+    grown = {}
+    for number, layout in enumerate(({"zero_stage": 1}, {"zero_stage": 3}, {"format": "universal"})):
+        content = {
+            "target": target,
+            "exact": "required",
+            "layout": {"format": "deepspeed", "data_parallel": 2, **layout},
+        }
+        if layout.get("format"):
+            del content["layout"]["data_parallel"]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        request = incr_ds.GrowthRequest(source, tmp_path / "recipe.yaml", tmp_path / f"grown{number}")
+        incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+        grown[number] = incr_ds.open_source(request.output)
+    names = [spec.name for spec in grown[0].architecture.stored]
+    for name in names:
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(grown[0].read(name, state), grown[1].read(name, state)), (name, state)
+            assert torch.equal(grown[0].read(name, state), grown[2].read(name, state)), (name, state)
+    opened = incr_ds.open_source(source)
+    assert incr_ds.compare(opened, grown[2], random_batches(101, 3, 16)).relative_difference <= 2e-5
+    expert = "model.layers.0.mlp.experts.{}.up_proj.weight"
+    first, copy = (grown[0].read(expert.format(number), "exp_avg") for number in (1, 5))
+    assert torch.equal(first[:250], opened.read(expert.format(1), "exp_avg") / 2)
+    assert torch.equal(first, copy)
+
+
+def write_zero(folder, checkpoint):
+    """A checkpoint in memory as one of ZeRO-1 over two ranks."""
+    folder.parent.mkdir(exist_ok=True)
+    recipe_file = folder.parent / "same.yaml"
+    recipe_file.write_text("target: {}\n")
+    recipe = parse_settings({"target": {}, "layout": {"data_parallel": 2}}, GrowthRecipe, "test")
+    grow_checkpoint(plan_files(incr_ds.GrowthRequest(folder.parent, recipe_file, folder), checkpoint, recipe))
+
+
+def test_experts_cut_over_ranks_are_refused(tmp_path):
+    architecture = small_architecture("mixtral")
+    write_zero(tmp_path / "source", SyntheticCheckpoint(architecture))
+    stated = json.loads((tmp_path / "source" / "config.json").read_text())
+    stated["num_local_experts"] = 8
+    (tmp_path / "source" / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj: expected shape \[8, 500, 96\] .*found \[4, 500, 96\]"):
+        incr_ds.open_source(tmp_path / "source")

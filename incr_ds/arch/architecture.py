@@ -14,6 +14,7 @@ from typing import Any
 
 from incr_ds.arch.config_reads import changes_nothing, installed_version, reads_of
 from incr_ds.arch.family import Family, TensorDeclaration, family_of
+from incr_ds.arch.joined import JoinedParameter, joined_parameters
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
 from incr_ds.reading import read_json
@@ -101,6 +102,11 @@ class Architecture:
         """Every tensor by name, tied aliases included."""
         return {spec.name: spec for spec in self.tensors}
 
+    @cached_property
+    def joined(self) -> Mapping[str, JoinedParameter]:
+        """The parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
+        return joined_parameters(self.family.joined, self.by_name, self.num_layers, self.sizes.get("experts", 0))
+
     @property
     def num_parameters(self) -> int:
         """Number of stored elements."""
@@ -130,8 +136,9 @@ class Architecture:
         tied_to = item.tied_to if self.tied else None
         name = item.name.format(layer=layer, expert=expert)
         origin = item.grown_from and item.grown_from.format(layer=layer)
+        saved_as = item.saved_as and item.saved_as.format(layer=layer)
         return TensorSpec(
-            name, local_name, layer, dims, item.role, tied_to, float(item.offset), item.saved_as, expert, origin
+            name, local_name, layer, dims, item.role, tied_to, float(item.offset), saved_as, expert, origin
         )
 
     def _size(self, part: tuple[str, ...]) -> int:

@@ -87,12 +87,13 @@ class Family(Settings):
     of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
     often, ``under_norm`` those with one norm over all units, which nothing but that norm reads; ``embedding_scale`` is what
     the model multiplies the embedding's output by. ``upcycles`` are the dense families that a mixture of experts is made
-    from. ``buffers`` are endings of names that old checkpoints hold and that follow from
-    the config. ``class_name`` is transformers' causal language model, which a config.json names, and ``folder`` where
-    transformers has it below models/, if not under its model_type. ``trains``: this package
-    builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over tensor
-    ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained. ``embedding_dropout`` is the
-    config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on the logits;
+    from, ``joined`` parameters of transformers' modules that hold tensors of all experts. ``buffers`` are endings of names that
+    old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal language model, which a
+    config.json names, and ``folder`` where transformers has it below models/, if not under its model_type. ``trains``: this
+    package builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over
+    tensor ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained.
+    ``embedding_dropout`` is the config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on
+    the logits;
     ``scores_scale`` is the config field that sets the scale of attention scores, where that is not the head's size;
     ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
@@ -114,6 +115,7 @@ class Family(Settings):
     axes: dict[str, str]
     derived: dict[str, str] = Field(default_factory=dict)
     upcycles: dict[str, DenseOrigin] = Field(default_factory=dict)
+    joined: dict[str, list[str]] = Field(default_factory=dict)
     buffers: list[str] = Field(default_factory=list)
     tensors: list[TensorDeclaration]
     config: ConfigDeclaration

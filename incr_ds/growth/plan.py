@@ -210,7 +210,8 @@ class GrowthPlan:
         elif layer.is_new and new == "identity":
             start = "identity" if spec.is_matrix else "zero"
         mix = self._mix(spec) if start == "copy" else ()
-        return TensorPlan(spec, source, layer.is_new, start, scale, above=self._above(spec, start), mix=mix)
+        gradient, above = self._expert_gradient(spec), self._above(spec, start)
+        return TensorPlan(spec, source, layer.is_new, start, scale, gradient, above, mix)
 
     def _own_expert(self, spec: TensorSpec) -> str:
         """The name of the tensor of the source, in the layer of the same number, that ``spec`` is grown from."""
@@ -218,6 +219,12 @@ class GrowthPlan:
             return spec.grown_from or spec.name
         old = self.axes["experts"].index[spec.expert]
         return f".{old}.".join(spec.name.rsplit(f".{spec.expert}.", 1))
+
+    def _expert_gradient(self, spec: TensorSpec) -> float:
+        """The part of its expert's gradient that a copy of it gets, as its share in the output is."""
+        if spec.expert is None or self.experts is not None:
+            return 1.0
+        return self.axes["experts"].gradient[spec.expert]
 
     def _is_unchanged(self, plan: TensorPlan, kept: set[str]) -> bool:
         spec = plan.target

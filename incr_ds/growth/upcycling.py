@@ -40,11 +40,6 @@ def check_mixture(source: Architecture, recipe: GrowthRecipe, where: str) -> Non
     own = source.family.model_type
     if recipe.target.get("model_type", own) != own:
         raise GrowthError(f"{where}: target.model_type: a {own} stays one; leave it out.")
-    if recipe.layout.format != "huggingface" or recipe.optimizer != "reset":
-        raise GrowthError(
-            f"{where}: a {own} target is written as a Hugging Face folder of weights: set layout.format: huggingface and "
-            "optimizer: reset. Mixtures are not trained here."
-        )
     if recipe.width.copies_from != "own-layer" or recipe.fitted is not None:
         raise GrowthError(f"{where}: width.copies_from: next-layer and fitted operators are for dense models.")
 

@@ -182,15 +182,16 @@ def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[Axi
 
 
 def grow_experts(field: str, old: int, new: int) -> AxisGrowth:
-    """Growth of a mixture by whole copies of all of its experts; the router scores copies alike. GrowthError otherwise."""
+    """Growth of a mixture by whole copies of all of its experts; the router scores copies alike, so
+    each copy gets an equal part of the expert's gradient, and its row of the router's too. GrowthError otherwise."""
     if new % old:
         lower = max(old, new // old * old)
         raise GrowthError(
             f"target.{field}: {new} is not a multiple of the source's {old} experts, which are copied equally often; nearest "
             f"sizes that work: {lower}, {lower + old}."
         )
-    ones = (1.0,) * new
-    return AxisGrowth("experts", "copy", old, tuple(expert % old for expert in range(new)), ones, ones, ones)
+    ones, each = (1.0,) * new, (old / new,) * new
+    return AxisGrowth("experts", "copy", old, tuple(expert % old for expert in range(new)), ones, ones, each)
 
 
 def copy_order(axis: str, old: int, new: int, order: Order, seed: int) -> list[int]:

@@ -46,6 +46,7 @@ def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mappin
     """
     prefix = architecture.family.base.partition(".")[0]
     known = {saved: spec.name for spec in architecture.tensors for saved in (spec.saved_name, spec.name)}
+    known |= {joined: joined for joined in architecture.joined}
     parameters = list(parameters)
     found = {}
     for parameter in parameters:

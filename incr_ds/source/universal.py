@@ -11,8 +11,9 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_dtype, check_shapes
 from incr_ds.errors import CheckpointError
-from incr_ds.source.assembly import Assembled
+from incr_ds.source.assembly import Assembled, Held, assemble
 from incr_ds.source.contents import ModelFile, counted_steps, model_content
+from incr_ds.source.holders import check_joined
 from incr_ds.source.megatron import fused_tensors, is_megatron
 from incr_ds.source.naming import logical_names
 from incr_ds.source.progress import training_facts
@@ -53,11 +54,13 @@ class UniversalCheckpoint:
             )
         self._tensors: dict[tuple[str, State], torch.Tensor] = {}
         shapes = {name: tuple(self._tensor(name, "weight").shape) for name in self._folders}
-        self._fused: Mapping[str, Assembled] = {}
+        self._fused: dict[str, Assembled] = {}
         if self._is_megatron:
             holder = (_Parameters(self._folder / "zero", self), shapes)
-            self._fused = fused_tensors(self._folder, [holder], architecture, 1, architecture.sizes["vocab"])
+            self._fused |= fused_tensors(self._folder, [holder], architecture, 1, architecture.sizes["vocab"])
         else:
+            self._fused |= self._experts({name: shapes.pop(name) for name in architecture.joined if name in shapes})
+            shapes |= {name: tensor.shape for name, tensor in self._fused.items()}
             check_shapes(architecture, shapes, str(self._folder))
         model = self._model_states()
         metadata = training_facts(model, folder) | {"dtype": "float32"}
@@ -84,11 +87,16 @@ class UniversalCheckpoint:
         owner = spec.tied_to or name
         if state not in self._facts.states:
             raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
-        return self._fused[owner].read(state, first, stop) if self._fused else self._tensor(owner, state)[first:stop]
+        return (
+            self._fused[owner].read(state, first, stop)
+            if owner in self._fused
+            else self._tensor(owner, state)[first:stop]
+        )
 
     def parameter(self, name: str, state: State) -> torch.Tensor:
-        """A whole parameter by its own name, mapped."""
-        return self._tensor(name, state)
+        """A whole parameter by its own name, mapped; a joined one as a matrix."""
+        found = self._tensor(name, state)
+        return found.view(self._architecture.joined[name].rows_shape) if name in self._architecture.joined else found
 
     def self_check(self) -> Iterator[str]:
         """Every state of every parameter is there and has its shape, and all steps are equal."""
@@ -103,6 +111,17 @@ class UniversalCheckpoint:
             ):
                 raise CheckpointError(f"{folder / 'step.pt'}: step {found}, elsewhere {step}: from another checkpoint.")
             yield name
+
+    def _experts(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Assembled]:
+        """The tensors of a mixture's experts, in the joined parameters of these shapes."""
+        found = {}
+        for name, shape in shapes.items():
+            parameter = self._architecture.joined[name]
+            check_joined(parameter, shape, str(self._folder / "zero"))
+            holder = _Parameters(self._folder / "zero", self)
+            for block in parameter.blocks:
+                found[block.name] = assemble(block.shape, [Held(holder, name, block)], str(self._folder))
+        return found
 
     def _parameters(self) -> Iterator[str]:
         zero = self._folder / "zero"
@@ -125,7 +144,7 @@ class UniversalCheckpoint:
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
         check_dtype(tensor.dtype, f"{name} ({state})", str(path))
-        spec = self._architecture.by_name.get(name)
+        spec = self._architecture.by_name.get(name) or self._architecture.joined.get(name)
         # A conversion from ZeRO-3 leaves tensors flat.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
             tensor = tensor.view(spec.shape)

@@ -105,13 +105,20 @@ class ZeroCheckpoint:
         metadata["optimizer_groups"] = () if no_moments else first.hyperparameters
         if self._is_megatron:
             metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
-        frozen = sorted({rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen})
+        frozen = self._frozen()
         if frozen:
             metadata["frozen"] = frozen
         kind = f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind
         if no_moments:
             return CheckpointFacts(self._folder, kind, ("weight",), None, layout, metadata, files, no_moments)
         return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
+
+    def _frozen(self) -> list[str]:
+        """The tensors that were not trained."""
+        joined = self._architecture.joined
+        parameters = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen}
+        members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
+        return sorted({*(parameters - joined.keys()), *members})
 
     def _why_no_moments(self) -> str | None:
         """ZeRO-0 matches moments with names on each rank by itself; the partitions of ZeRO have moments on all ranks or none."""

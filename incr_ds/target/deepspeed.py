@@ -28,6 +28,7 @@ from incr_ds.target.placement import (
     pipeline_layer,
     rank_parameters,
     split_bounds,
+    with_joined,
 )
 from incr_ds.target.releases import TESTED
 from incr_ds.target.sink import Sink
@@ -86,7 +87,8 @@ class NativeTarget:
         module's parameters."""
         stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
         if self.modules is None:
-            return rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+            held = rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+            return with_joined(held, self.architecture.joined)
         degrees = (self.layout.tensor_parallel, tensor_rank, self.vocabulary)
         return stage_parameters(self.modules, self.architecture, self.layout.pipeline_parallel, stage, degrees)
 

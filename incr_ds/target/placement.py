@@ -15,6 +15,7 @@ from typing import TypeVar
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.blocks import Block
 from incr_ds.arch.dynamics import UNCHANGED, Dynamics
+from incr_ds.arch.joined import JoinedParameter
 from incr_ds.arch.modules import CUT_AXES, ModuleParameter
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
@@ -57,7 +58,7 @@ class ShardedTensor:
         return self.shape == self.tensor.shape
 
 
-Shard = TypeVar("Shard", ShardedTensor, ModuleParameter)
+Shard = TypeVar("Shard", ShardedTensor, ModuleParameter, JoinedParameter)
 
 
 def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
@@ -145,6 +146,15 @@ def rank_parameters(
         elif layer in layers:
             own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank))
     return (*tied, *own)
+
+
+def with_joined(
+    shards: tuple[ShardedTensor, ...], joined: Mapping[str, JoinedParameter]
+) -> tuple[ShardedTensor | JoinedParameter, ...]:
+    """``shards`` with the joined parameters of a mixture in the place of the first tensor of each."""
+    first = {parameter.tensor.name: parameter for parameter in joined.values()}
+    inside = {spec.name for parameter in joined.values() for spec in parameter.members} - set(first)
+    return tuple(first.get(shard.tensor.name, shard) for shard in shards if shard.tensor.name not in inside)
 
 
 def optimizer_groups(

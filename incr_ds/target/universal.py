@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from incr_ds.arch.blocks import Block
+from incr_ds.arch.joined import JoinedParameter
 from incr_ds.arch.logical import STATES, State
 from incr_ds.arch.modules import module_parameters
-from incr_ds.arch.tensors import TensorSpec
 from incr_ds.target.archive import Archive, archive_of
 from incr_ds.target.deepspeed import FORMAT_VERSION, NativeTarget
 from incr_ds.target.files import Slices, StreamedTensor, TargetFile, parameter_tensor, whole
-from incr_ds.target.placement import sharded_dimension
+from incr_ds.target.placement import ShardedTensor, sharded_dimension
 from incr_ds.target.sink import Sink
 
 FILES: dict[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
@@ -177,8 +177,11 @@ def _parameters(target: NativeTarget) -> dict[str, WholeParameter]:
     tensor_parallel = target.layout.tensor_parallel
     stages = range(target.layout.pipeline_parallel)
     shards = (shard for stage in stages for shard in target.shards(stage * tensor_parallel))
-    return {shard.parameter: _whole(shard.tensor) for shard in shards}
+    return {shard.parameter: _whole(shard) for shard in shards}
 
 
-def _whole(spec: TensorSpec) -> WholeParameter:
+def _whole(shard: ShardedTensor | JoinedParameter) -> WholeParameter:
+    if isinstance(shard, JoinedParameter):  # tensor ranks do not cut it
+        return WholeParameter(shard.shape, shard.blocks, None)
+    spec = shard.tensor
     return WholeParameter(spec.shape, (Block(spec.name, whole(spec.shape)),), sharded_dimension(spec))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import family_of
 from incr_ds.arch.logical import CheckpointFacts, State
+from incr_ds.verify import logical_parts
 
 # A different size on every axis; where a family takes the head's size from hidden / heads, it is 16.
 SMALL = {
@@ -77,9 +78,10 @@ def small_architecture(model_type: str, **changes: Any) -> Architecture:
 def drawn_model(architecture: Architecture, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """transformers' model with every parameter drawn: matrices at their usual scale, norms around 1, biases around 0."""
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    eager = {"experts_implementation": "eager"} if architecture.joined else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in logical_parts(architecture, dict(model.named_parameters())).items():
         spec = architecture.by_name[name]
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         is_scale = spec.dims[-1].use in ("scale", "post")
@@ -92,7 +94,7 @@ def model_checkpoint(
     architecture: Architecture, model: PreTrainedModel, with_moments: bool = False
 ) -> MemoryCheckpoint:
     """A model's weights (and drawn moments) as a logical checkpoint."""
-    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    weights = logical_parts(architecture, {name: parameter.data for name, parameter in model.named_parameters()})
     if not with_moments:
         return MemoryCheckpoint(architecture, {"weight": weights})
     generator = torch.Generator().manual_seed(7)

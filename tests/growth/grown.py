@@ -8,6 +8,7 @@ from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
 from incr_ds.testing.memory import drawn_model
+from incr_ds.verify import logical_parts
 
 # These take the head's size from hidden / heads, so that hidden and heads grow together.
 HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]
@@ -62,8 +63,8 @@ def whole(grown, name, state="weight"):
 
 def grown_model(grown, dtype=torch.float64):
     model = drawn_model(grown.plan.target, dtype, seed=99)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(whole(grown, name))
+    for name, part in logical_parts(grown.plan.target, dict(model.named_parameters())).items():
+        part.data.copy_(whole(grown, name))
     return model
 
 

@@ -5,10 +5,11 @@ import torch
 from grown import grown_model, grown_tensors, recipe_of, whole
 from torch.nn.functional import cross_entropy
 
-from incr_ds.arch.family import families
+from incr_ds.arch.family import families, mixtures
 from incr_ds.growth.axis import FRESH
 from incr_ds.growth.plan import Dynamics
 from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
+from incr_ds.verify import logical_parts
 
 LR, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-6, 0.1
 
@@ -99,6 +100,16 @@ def test_gradients_of_copies_follow_the_rule(fp64_norms, family, tied):
     check_gradients(architecture, source, target)
 
 
+@pytest.mark.parametrize("family", sorted(mixtures()))
+def test_gradients_of_copied_experts_follow_the_rule(fp64_norms, family):
+    """Each of three copies of an expert, and its row of the router, gets a third of the gradient. transformers computes the
+    shares of experts in fp32."""
+    architecture = small_architecture(family)
+    axes = architecture.family.axes
+    target = {axes["experts"]: 12, "num_experts_per_tok": 6, "hidden_size": 144, axes["ffn"]: 331}
+    check_gradients(architecture, drawn_model(architecture), target, relative=1e-5, absolute=1e-6)
+
+
 @pytest.mark.parametrize("heads", [9, 12, 15])
 def test_gradients_of_query_heads_under_one_norm_follow_the_rule(fp64_norms, heads):
     """OLMo-2: some heads once, some twice, some three times."""
@@ -106,7 +117,7 @@ def test_gradients_of_query_heads_under_one_norm_follow_the_rule(fp64_norms, hea
     check_gradients(architecture, drawn_model(architecture), {"hidden_size": 16 * heads, "num_attention_heads": heads})
 
 
-def check_gradients(architecture, source, target):
+def check_gradients(architecture, source, target, relative=1e-9, absolute=1e-13):
     recipe = recipe_of(target=target, width=EVEN_COPIES)
     # Give the growth the source's gradient in place of exp_avg: it must come out as the grown model's gradient.
     tokens = batches(1, seed=5)[0]
@@ -114,19 +125,21 @@ def check_gradients(architecture, source, target):
     cross_entropy(for_loss[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1)).backward()
     weights = {name: parameter.data for name, parameter in source.named_parameters()}
     gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
-    checkpoint = MemoryCheckpoint(architecture, {"weight": weights, "exp_avg": gradients}, step=1)
+    states = {"weight": logical_parts(architecture, weights), "exp_avg": logical_parts(architecture, gradients)}
+    checkpoint = MemoryCheckpoint(architecture, states, step=1)
     grown = grown_tensors(checkpoint, recipe)
     model = grown_model(grown)
     logits = model(tokens).logits
     cross_entropy(logits[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1)).backward()
-    for name, parameter in model.named_parameters():
+    gradients = logical_parts(grown.plan.target, {name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients.items():
         expected = whole(grown, name, "exp_avg")
         spec = grown.plan.target.by_name[name]
         # New positions of larger heads copy nothing, and have no moment to compare with.
         known = [torch.from_numpy(grown.plan.index(spec, d) != FRESH) for d in range(len(spec.dims))]
         copied = known[0] if len(known) == 1 else known[0][:, None] & known[1][None, :]
-        found, tolerance = parameter.grad[copied], 1e-13 * float(expected.abs().max()) + 1e-16
-        assert torch.allclose(found, expected[copied], rtol=1e-9, atol=tolerance), name
+        found, tolerance = gradient[copied], absolute * float(expected.abs().max()) + 1e-16
+        assert torch.allclose(found, expected[copied], rtol=relative, atol=tolerance), name
 
 
 def test_second_moment_is_the_square_of_the_first_ones_scale(fp64_norms):

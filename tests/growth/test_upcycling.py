@@ -86,7 +86,7 @@ def test_virtual_groups_have_one_router_row_and_their_part_of_the_neurons():
     architecture = small_architecture("llama")
     source = model_checkpoint(architecture, drawn_model(architecture))
     grown = grown_tensors(source, upcycling("mixtral", 15, 5, "virtual-groups", 50))
-    router = whole(grown, "model.layers.1.block_sparse_moe.gate.weight")
+    router = whole(grown, "model.layers.1.mlp.gate.weight")
     assert all(torch.equal(router[5 * group], router[5 * group + part]) for group in range(3) for part in range(5))
     assert len({tuple(row.tolist()) for row in router}) == 3
     assert abs(float(router.std()) - architecture.config["initializer_range"]) < 0.003
@@ -96,7 +96,7 @@ def test_virtual_groups_have_one_router_row_and_their_part_of_the_neurons():
         name = f"model.layers.1.block_sparse_moe.experts.{expert}"
         assert torch.equal(whole(grown, f"{name}.w3.weight"), source.read(inside)[part])
         torch.testing.assert_close(whole(grown, f"{name}.w2.weight"), 5 * source.read(outside)[:, part])
-    part = grown.read("model.layers.1.block_sparse_moe.gate.weight", "weight", ((4, 12), (3, 40)))
+    part = grown.read("model.layers.1.mlp.gate.weight", "weight", ((4, 12), (3, 40)))
     assert torch.equal(part, router[4:12, 3:40])
 
 

@@ -15,9 +15,11 @@ from incr_ds.source import open_source
 from incr_ds.source.checks import rounds_to
 from incr_ds.source.finite import FiniteCheckpoint
 from incr_ds.testing.processes import run_processes
+from incr_ds.verify import logical_parts
 
 # A matrix that has a twin of its shape, and a norm.
 FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight")
+EXPERTS = ("model.layers.1.mlp.experts.gate_up_proj",)  # every expert's matrices in one parameter
 CASES = {
     "z0": {"stage": 0, "bf16": False, "tied": True, "zero": {}, "buffer": True},
     "z0-bf16-frozen": {"stage": 0, "bf16": True, "tied": False, "zero": {}, "frozen": FROZEN},
@@ -30,6 +32,16 @@ CASES = {
     "z1-round-robin": {"stage": 1, "bf16": False, "tied": True, "zero": {"round_robin_gradients": True}},
     "z2-aligned": {"stage": 2, "bf16": True, "tied": True, "zero": {"parameter_alignment": True}},
     "bf16-optimizer": {"stage": 1, "bf16": True, "tied": True, "zero": {}, "bf16_optimizer": True},
+    "z0-mixtral": {"stage": 0, "bf16": False, "tied": False, "zero": {}, "family": "mixtral"},
+    "z1-qwen3-moe-frozen": {
+        "stage": 1,
+        "bf16": True,
+        "tied": False,
+        "zero": {},
+        "family": "qwen3_moe",
+        "frozen": EXPERTS,
+    },
+    "z3-mixtral": {"stage": 3, "bf16": True, "tied": True, "zero": {}, "family": "mixtral"},
     "z3": {"stage": 3, "bf16": False, "tied": False, "zero": {}},
     "z3-bf16-tied-small-groups": {"stage": 3, "bf16": True, "tied": True, "zero": {"sub_group_size": 20_000}},
 }
@@ -71,20 +83,26 @@ def test_every_tensor_is_read(written, case, ranks):
         "zero_stage": 1 if kind == "BF16_Optimizer" else stage,
     }
     assert {group["weight_decay"] for group in checkpoint.facts.metadata["optimizer_groups"]} == {0.1, 0.0}
+    parameters, live = len(live), logical_parts(checkpoint.architecture, live)
+    joined, frozen = checkpoint.architecture.joined, set(CASES[case].get("frozen", ()))
+    frozen = {
+        *(frozen - joined.keys()),
+        *(spec.name for name in frozen & joined.keys() for spec in joined[name].members),
+    }
     assert set(live) == {spec.name for spec in checkpoint.architecture.stored}
     for name, weight in live.items():
         master = checkpoint.read(name)
-        assert master.dtype == (weight.dtype if name in CASES[case].get("frozen", ()) else torch.float32)
+        assert master.dtype == (weight.dtype if name in frozen else torch.float32)
         assert torch.equal(master.to(weight.dtype), weight), name
-        if name in CASES[case].get("frozen", ()):
+        if name in frozen:
             assert not checkpoint.read(name, "exp_avg").any() and not checkpoint.read(name, "exp_avg_sq").any()
             continue
         assert torch.equal(checkpoint.read(name, "exp_avg"), 2 * master), name
         assert torch.equal(checkpoint.read(name, "exp_avg_sq"), master**2), name
         middle = slice(len(weight) // 3, len(weight) // 2 + 1)
         assert torch.equal(checkpoint.read(name, "exp_avg", middle), 2 * master[middle]), name
-    assert len(list(checkpoint.self_check())) == len(live)
-    assert checkpoint.facts.metadata.get("frozen", []) == sorted(CASES[case].get("frozen", ()))
+    assert len(list(checkpoint.self_check())) == parameters
+    assert checkpoint.facts.metadata.get("frozen", []) == sorted(frozen)
 
 
 def test_a_tied_alias_reads_its_owner(written):

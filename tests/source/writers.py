@@ -28,7 +28,7 @@ def write_cases(folder, cases):
 def _write_case(rank, folder, case):
     import deepspeed
 
-    architecture = small_architecture("llama", tie_word_embeddings=case["tied"])
+    architecture = small_architecture(case.get("family", "llama"), tie_word_embeddings=case["tied"])
     model = drawn_model(architecture, torch.float32)
     for parameter in case.get("frozen", ()):
         model.get_parameter(parameter).requires_grad_(False)

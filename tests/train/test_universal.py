@@ -24,6 +24,8 @@ ENGINES = {
     "zero3-bf16": {"stage": 3, "bf16": True},
     "bf16-optimizer": {"stage": 1, "bf16": True, "bf16_optimizer": True},
 }
+# Every expert's matrices are one parameter there.
+MIXTURE_ENGINES = {"mixture-zero1": {"stage": 1, "bf16": False}, "mixture-zero3": {"stage": 3, "bf16": True}}
 
 
 def truth(**changes):
@@ -65,15 +67,20 @@ def test_read_back(tmp_path, layout, tied):
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_plain_engines(tmp_path, ranks):
     source = truth()
-    folder = write_universal(tmp_path, source)
-    for found in run_processes(load_in_plain_engines, ranks, str(folder), ENGINES):
-        losses = [engine["loss"] for engine in found.values()]
+    folder, mixture = write_universal(tmp_path, source), SyntheticCheckpoint(small_architecture("mixtral"))
+    (tmp_path / "mixture").mkdir()
+    own = str(write_universal(tmp_path / "mixture", mixture))
+    cases = ENGINES | {name: {**case, "folder": own} for name, case in MIXTURE_ENGINES.items()}
+    for found in run_processes(load_in_plain_engines, ranks, str(folder), cases):
+        losses = [found[name]["loss"] for name in ENGINES]
         assert max(losses) - min(losses) < 0.01 * min(losses)
         for engine in found.values():
             assert engine["groups"] == [(3e-3, (0.8, 0.95), 0.1), (3e-3, (0.8, 0.95), 0.0)]
             assert engine["global_steps"] == 100
     for name in ENGINES:
         same(open_source(tmp_path / f"universal-{name}"), source)
+    for name in MIXTURE_ENGINES:
+        same(open_source(tmp_path / "mixture" / f"universal-{name}"), mixture)
 
 
 ZERO3 = {
