@@ -76,6 +76,12 @@ class Architecture:
         return None if cap is None else float(cap)
 
     @property
+    def logit_factor(self) -> float:
+        """What the model multiplies the product of hidden states and head by."""
+        over, under = self.family.logit_multiplier, self.family.logit_divisor
+        return (float(self.config[over]) if over else 1.0) / (float(self.config[under]) if under else 1.0)
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self.sizes["layers"]

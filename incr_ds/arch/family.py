@@ -92,8 +92,8 @@ class Family(Settings):
     config.json names, and ``folder`` where transformers has it below models/, if not under its model_type. ``trains``: this
     package builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over
     tensor ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained.
-    ``embedding_dropout`` is the config field of the dropout on the embedding's output, ``logit_softcap`` that of the cap on
-    the logits;
+    ``embedding_dropout`` is the config field of the dropout on the embedding's output, ``embedding_multiplier`` that of a
+    factor on it, ``logit_softcap`` that of the cap on the logits, ``logit_multiplier`` or ``logit_divisor`` that of their factor;
     ``scores_scale`` is the config field that sets the scale of attention scores, where that is not the head's size;
     ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
@@ -108,7 +108,10 @@ class Family(Settings):
     embedding_scale: Literal["sqrt-hidden"] | None = None
     scores_scale: str | None = None
     embedding_dropout: str | None = None
+    embedding_multiplier: str | None = None
     logit_softcap: str | None = None
+    logit_multiplier: str | None = None
+    logit_divisor: str | None = None
     fresh_writers: Literal["scaled"] | None = None
     equal_copies: list[str] = Field(default_factory=list)
     under_norm: list[str] = Field(default_factory=list)

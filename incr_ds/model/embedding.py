@@ -1,4 +1,4 @@
-"""What a model makes of token ids before its first layer."""
+"""What a model makes of token ids before its first layer, and of hidden states before its head."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class InputEmbedding:
             # In the model's dtype, as transformers has it.
             scale = torch.tensor(math.sqrt(self.architecture.sizes["hidden"]), dtype=hidden.dtype)
             hidden = hidden * scale.item()
+        if self.architecture.family.embedding_multiplier is not None:
+            hidden = hidden * float(self.architecture.config[self.architecture.family.embedding_multiplier])
         if self.positions is not None:
             # OPT's table has rows before the first position.
             first = self.positions.num_embeddings - self.architecture.sizes["positions"]
@@ -41,3 +43,10 @@ class InputEmbedding:
     def _dropout(self) -> float:
         field = self.architecture.family.embedding_dropout
         return 0.0 if field is None else float(self.architecture.config[field])
+
+
+def head_input(architecture: Architecture, normed: Tensor) -> Tensor:
+    """``normed`` hidden states [B, S, H] times the factor of the logits, which are linear in them: so the loss and the teacher
+    need not know of it."""
+    factor = architecture.logit_factor
+    return normed if factor == 1.0 else normed * factor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from incr_ds.arch.tensors import Role
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
-from incr_ds.model.embedding import InputEmbedding
+from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import run_block
 from incr_ds.model.teacher import Teacher, pack
@@ -64,10 +64,11 @@ class NormLayer(nn.Module):
         super().__init__()
         # In a tuple, so that it is registered once, under transformers' name.
         self._norm = (_add(self, factory, "final_norm"),)
+        self._architecture = factory.architecture
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
-        return self._norm[0](hidden)
+        return head_input(self._architecture, self._norm[0](hidden))
 
 
 class HeadLayer(nn.Module):

@@ -13,7 +13,7 @@ from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.attention import Attention, preferred_kernels
-from incr_ds.model.embedding import InputEmbedding
+from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory, module_path
 from incr_ds.target.placement import pipeline_layer
 
@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
             else:
                 self._ends[spec.role] = module
         tokens = self._ends.get("embedding")
+        self._architecture = architecture
         self._embedding = None if tokens is None else InputEmbedding(architecture, tokens, self._ends.get("positions"))
         if architecture.num_layers + 2 in layers:
             self.lm_head = factory.head(None if tokens is None or not architecture.tied else tokens.weight)
@@ -65,7 +66,9 @@ class LanguageModel(nn.Module):
         for layer, block in self._blocks.items():
             arguments = self._positions.arguments(stream, layer)
             stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)
-        return self._ends["final_norm"](stream) if "final_norm" in self._ends else stream
+        if "final_norm" not in self._ends:
+            return stream
+        return head_input(self._architecture, self._ends["final_norm"](stream))
 
 
 def _places(architecture: Architecture, layers: range) -> Iterator[tuple[str, TensorSpec]]:

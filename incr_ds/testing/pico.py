@@ -20,6 +20,8 @@ TRAINED_BESIDE = (
     "ministral3",
     "stablelm",
     "starcoder2",
+    "granite",
+    "cohere",
 )  # small models of these: incr_ds.testing.memory
 
 

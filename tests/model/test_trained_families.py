@@ -29,6 +29,8 @@ VARIANTS = {
     "olmo3": {"attention_bias": True, "sliding_window": 4},
     "ministral3": {"sliding_window": 4},
     "stablelm": {"use_qkv_bias": True},
+    "granite": {"attention_bias": True, "mlp_bias": True, "logits_scaling": 0.3},
+    "cohere": {"attention_bias": True, "logit_scale": 1.7},
     "starcoder2": {"use_bias": False, "sliding_window": 4},
     "olmo2": {"attention_bias": True},
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4},

@@ -40,11 +40,17 @@ CASES = {
     "ministral3-tensor": Case("ministral3", tied=False, tensor=2),
     "ministral3-zero3": Case("ministral3", tied=False, data=2, zero=3),
     "stablelm-pipeline": Case("stablelm", tied=False, pipeline=2, accumulation=2),
+    "granite-tensor": Case("granite", tied=True, tensor=2),
+    "granite-pipeline": Case("granite", tied=False, pipeline=2, accumulation=2),
+    "cohere-tensor": Case("cohere", tied=True, tensor=2),
+    "cohere-pipeline": Case("cohere", tied=True, pipeline=2, accumulation=2),
     "starcoder2-tensor": Case("starcoder2", tied=True, tensor=2),
     "starcoder2-pipeline": Case("starcoder2", tied=True, pipeline=2, accumulation=2),
 }
 LATER = (
     "smollm3",
+    "granite-tensor",
+    "cohere",
     "olmo3",
     "ministral3",
     "stablelm",

@@ -70,6 +70,8 @@ CHANGES = {
     "gemma3_text": {"num_key_value_heads": 2},
     "smollm3": {"num_key_value_heads": 2},
     "ministral3": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 2},
     "starcoder2": {"num_key_value_heads": 2},
     "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
 }

@@ -184,7 +184,7 @@ def test_the_end_of_the_deepspeed_command_saves_and_leaves_no_process(material, 
         tree = psutil.Process(command.pid).children(recursive=True)
         assert len(tree) == 3  # the launcher and two ranks
         command.send_signal(number)
-        command.wait(30)
+        command.wait(90)
         _, alive = psutil.wait_procs(tree, timeout=30)
         assert not alive
     finally:
