@@ -21,6 +21,10 @@ from incr_ds.target.commit import MANIFEST, read_manifest
 FILE = "advice.yaml"
 WARMUP = "1%"  # of train_steps
 CAUTIOUS = 0.1  # of the peak, where a re-warm-up begins
+INEXACT = (
+    "which one suits an inexact growth is not known, so try some: G_stack (arXiv 2405.15319) trained larger targets at lower "
+    "peaks, from 6e-4 for 410M parameters to 1e-4 for 7B"
+)
 HEADER = """\
 # What this growth means for training. launchers/pretrain.py takes several files, of which later ones win:
 #   --config RUN.yaml --config this file
@@ -111,14 +115,14 @@ def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
     if source.peak is None:
         which = "after an exact growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
         if not plan.exact:
-            which = "after inexact growths, methods like G_stack take that of a model of the target's size"
+            which = INEXACT
         yield Advice("schedule", f"learning_rate: the source does not say its own; {which}")
         return
     reason = (
         "the source's maximum, which LEMON (arXiv 2310.07999) keeps after an exact growth: lower ones did worse there"
     )
     if not plan.exact:
-        reason = "the source's maximum; after inexact growths, methods like G_stack take that of a model of the target's size"
+        reason = f"the source's maximum; {INEXACT}"
     yield Advice("schedule", reason, "learning_rate", source.peak)
 
 

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from incr_ds.arch.logical import LogicalCheckpoint, State
 from incr_ds.companions import copy_companions
+from incr_ds.source.finite import FiniteCheckpoint, nonfinite_notes
 from incr_ds.target.commit import publish, refuse_overlap, write_atomically
 from incr_ds.target.files import Bounds, Slices, write_file
 from incr_ds.target.huggingface import huggingface_files, index_text, published_config_text
 
 
-def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dtype, beside: Path) -> None:
+def export_huggingface(
+    source: LogicalCheckpoint, output: Path, dtype: torch.dtype, beside: Path, *, allow_nonfinite: bool = False
+) -> tuple[str, ...]:
     """Publish ``source`` as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Tokenizer files in ``beside``, the source's folder, are copied along; the output must not lie in it. The output appears
-    whole or not at all.
+    whole or not at all. CheckpointError if a weight holds NaN or infinity, unless ``allow_nonfinite``; the notes that are
+    returned, and are in the manifest, then count them.
     """
+    watched = FiniteCheckpoint(source, otherwise="--allow-nonfinite exports this one as it is", allowed=allow_nonfinite)
 
     def read(name: str, state: State, bounds: Bounds) -> torch.Tensor:
-        rows = source.read(name, state, slice(*bounds[0]))
+        rows = watched.read(name, state, slice(*bounds[0]))
         return rows[:, slice(*bounds[1])] if len(bounds) > 1 else rows
 
     refuse_overlap(beside, output)
     files = huggingface_files(source.architecture, dtype)
-    facts = {"source": str(source.facts.kind), "step": source.facts.step}
+    facts: dict[str, Any] = {"source": str(source.facts.kind), "step": source.facts.step}
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
             write_file(file, folder, Slices(read))
@@ -34,6 +40,8 @@ def export_huggingface(source: LogicalCheckpoint, output: Path, dtype: torch.dty
         if (index := index_text(files)) is not None:
             write_atomically(folder / "model.safetensors.index.json", index)
         copy_companions(beside, folder)
+        facts["notes"] = list(nonfinite_notes(watched.found))
+    return nonfinite_notes(watched.found)
 
 
 def own_dtype(source: LogicalCheckpoint) -> torch.dtype:

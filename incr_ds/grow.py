@@ -33,7 +33,7 @@ from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import check_file, open_described
-from incr_ds.source.finite import FiniteCheckpoint, nonfinite_note
+from incr_ds.source.finite import FiniteCheckpoint, nonfinite_notes
 from incr_ds.target.budget import anonymous_bytes, check_disk, portion_elements
 from incr_ds.target.commit import flush, listed_files, refuse_existing, refuse_overlap, write_atomically
 from incr_ds.target.deepspeed import ADAMW_DEFAULTS, NativeTarget, native_files
@@ -180,15 +180,17 @@ def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, cr
     report = progress or (lambda phase, done, total: None)
     with _resumable(planned.request.output), ExitStack() as stack:
         space = _open_together(planned, crew, stack)
-        watched = FiniteCheckpoint(planned.source, allowed=planned.request.allow_nonfinite)
+        otherwise, allowed = "--allow-nonfinite grows this one as it is", planned.request.allow_nonfinite
+        watched = FiniteCheckpoint(planned.source, otherwise=otherwise, allowed=allowed)
+        if space.done:  # files of a run that was cut off: what they were made of is not read again
+            agree(crew, lambda: watched.look_at(planned.plan.reads[crew.rank :: crew.size]))
         slices = Slices(GrownTensors(planned.plan, watched).read, agree(crew, lambda: planned.portion))
         hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
-        nonfinite = dict(watched.found)
         for others, done, found in crew.gather((hashes, space.done, watched.found)):
             hashes.update(others)
             space.done.update(done)
-            nonfinite.update(found)
-        facts = _facts(planned, hashes, nonfinite)
+            watched.found.update(found)
+        facts = _facts(planned, hashes, watched.found)
         agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
     return facts
 
@@ -352,11 +354,10 @@ def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
 
 def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mapping[str, int]) -> dict[str, Any]:
     source, plan = planned.source, planned.plan
-    more = [nonfinite_note(nonfinite)] if nonfinite else []
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "exact": plan.exact,
-        "notes": [*planned.notes, *more],
+        "notes": [*planned.notes, *nonfinite_notes(nonfinite)],
         "source": {
             "kind": source.facts.kind,
             "step": source.facts.step,

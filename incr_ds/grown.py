@@ -19,6 +19,7 @@ from incr_ds.growth.dynamics import grown_dynamics
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.integrity import open_described
+from incr_ds.source.finite import FiniteCheckpoint
 
 
 class GrownCheckpoint:
@@ -52,6 +53,16 @@ class GrownCheckpoint:
         first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
         columns = ((0, size) for size in spec.shape[1:])
         return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
+
+    def check_finite(self, *, with_moments: bool, share: int = 0, shares: int = 1) -> None:
+        """CheckpointError if the source's weights that are grown, or its moments, hold NaN or infinity; naming the tensor.
+
+        Looks at every ``shares``-th tensor, from number ``share`` on, so that ranks may divide the work.
+        """
+        states = STATES if with_moments and self.plan.recipe.optimizer != "reset" else STATES[:1]
+        otherwise = "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start from"
+        watched = FiniteCheckpoint(self._source, otherwise=otherwise)
+        watched.look_at(self.plan.reads_of(states)[share::shares])
 
     def self_check(self) -> Iterator[str]:
         """The source's own check."""

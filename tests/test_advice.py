@@ -85,7 +85,10 @@ def test_what_is_not_known_is_said_instead():
     )
     assert "with the run file's default 0.95" in text
     _, text = advised(None, target={"num_hidden_layers": 6}, depth={"method": "stack", "new": "copy"})
-    assert "since this growth does not keep the function" in text and "methods like G_stack take that" in text
+    assert (
+        "since this growth does not keep the function" in text
+        and "which one suits an inexact growth is not known" in text
+    )
     _, text = advised(0.7, Trained({"optimizer": {"gradient_clipping": 0.0}}, ADAMW, False), target=DOUBLE)
     assert "multiply the threshold by 0.7; the source was trained without" in text
 

@@ -1,6 +1,9 @@
 """Sources whose numbers cannot be grown: dtypes that are none of a trained model's, and NaN and infinity."""
 
+import errno
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import incr_ds
 from incr_ds.errors import CheckpointError
 from incr_ds.source.finite import is_finite
+from incr_ds.target import workspace
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -66,23 +70,92 @@ def with_nonfinite(weight):
     return weight
 
 
-def test_nan_and_infinity_are_counted_and_named(source):
-    request = source(with_nonfinite)
+def test_nan_and_infinity_are_counted_and_named_and_leave_no_folder(source, tmp_path):
+    request = incr_ds.GrowthRequest(**vars(source(with_nonfinite)) | {"output": tmp_path / "new" / "deep" / "grown"})
     planned = incr_ds.plan_request(request)
     with pytest.raises(
         CheckpointError, match=rf"{NAME} \(weight\): 3 of 24,000 numbers are not finite.*--allow-nonfinite"
     ):
         incr_ds.grow_checkpoint(planned)
-    assert [path.name for path in request.output.parent.iterdir() if "grown" in path.name] == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_nan_and_infinity_are_grown_for_who_asks_and_noted(source):
     request = incr_ds.GrowthRequest(**vars(source(with_nonfinite)) | {"allow_nonfinite": True})
     facts = incr_ds.grow_checkpoint(incr_ds.plan_request(request))
-    note = f"numbers of the source that are not finite (NaN or infinity): 3 in {NAME} (weight)"
-    assert facts["notes"][-1] == note
-    assert note in json.loads((request.output / "manifest.json").read_text())["facts"]["notes"]
+    assert facts["notes"][-1] == NOTE
+    assert NOTE in json.loads((request.output / "manifest.json").read_text())["facts"]["notes"]
     assert not is_finite(load_file(request.output / "model.safetensors")[NAME])
+
+
+NOTE = f"numbers of the source that are not finite (NaN or infinity): 3 in {NAME} (weight)"
+
+
+@pytest.fixture
+def cut_off(source, monkeypatch):
+    """A request to grow NaN, whose run was cut off when every file was written but nothing published."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    request = incr_ds.GrowthRequest(**vars(source(with_nonfinite)) | {"allow_nonfinite": True})
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="the same command goes on from there"):
+        patch.setattr(workspace, "seal", fail)
+        incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+    return request
+
+
+def test_a_run_that_goes_on_notes_what_the_run_that_was_cut_off_grew(cut_off):
+    phases = []
+    planned = incr_ds.plan_request(cut_off)
+    facts = incr_ds.grow_checkpoint(planned, lambda phase, done, total: phases.append(phase))
+    assert "writing" not in phases, "the files of the run that was cut off are taken over"
+    assert facts["notes"][-1] == NOTE
+
+
+def test_a_run_that_goes_on_refuses_what_only_the_run_that_was_cut_off_was_to_grow(cut_off):
+    request = incr_ds.GrowthRequest(**vars(cut_off) | {"allow_nonfinite": False})
+    with pytest.raises(CheckpointError, match=rf"{NAME} \(weight\): 3 of 24,000 numbers are not finite"):
+        incr_ds.grow_checkpoint(incr_ds.plan_request(request))
+    assert [path.name for path in request.output.parent.iterdir() if "grown" in path.name] == []
+
+
+def export(monkeypatch, capsys, *arguments):
+    """Exit code and all output of tools/export_huggingface.py."""
+    monkeypatch.setattr(sys, "argv", ["export_huggingface.py", *map(str, arguments)])
+    code = 0
+    try:
+        importlib.import_module("export_huggingface").main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    shown = capsys.readouterr()
+    return code, " ".join((shown.out + shown.err).split())
+
+
+def test_export_refuses_nan_and_infinity_unless_it_is_told_to_take_them(source, tmp_path, monkeypatch, capsys):
+    folder, output = source(with_nonfinite).source, tmp_path / "new" / "exported"
+    code, shown = export(monkeypatch, capsys, folder, output)
+    assert code == 2 and not output.parent.exists()
+    assert f"{NAME} (weight): 3 of 24,000 numbers are not finite (NaN or infinity)" in shown
+    assert "--allow-nonfinite exports this one as it is" in shown
+    code, shown = export(monkeypatch, capsys, folder, output, "--allow-nonfinite")
+    assert code == 0 and f"note: {NOTE}" in shown
+    assert json.loads((output / "manifest.json").read_text())["facts"]["notes"] == [NOTE]
+    written = load_file(output / "model.safetensors")[NAME]
+    assert written.isnan().sum() == 1 and written[249, 95] == torch.inf and written[0, 0] == -torch.inf
+
+
+def test_export_refuses_numbers_that_its_dtype_cannot_hold(source, tmp_path):
+    def enlarge(weight):
+        weight[7, 3], weight[8, 3], weight[9, 3] = 65504.0, 70000.0, -1e30
+        return weight
+
+    opened = incr_ds.open_source(source(enlarge).source)
+    with pytest.raises(CheckpointError, match=rf"{NAME} \(weight\): at least 2 numbers are larger than 65504.*float16"):
+        incr_ds.export_huggingface(opened, tmp_path / "half", torch.float16, tmp_path / "source")
+    assert not (tmp_path / "half").exists()
+    assert incr_ds.export_huggingface(opened, tmp_path / "brain", torch.bfloat16, tmp_path / "source") == ()
+    assert load_file(tmp_path / "brain" / "model.safetensors")[NAME][8, 3] == 70144.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -33,14 +33,17 @@ def main(
         Dtype | None, typer.Option(help="Dtype of the weights; default: the run's, or the folder's.")
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Export NaN and infinity, too.")] = False,
 ) -> None:
     """Export FOLDER to OUTPUT, which AutoModelForCausalLM.from_pretrained loads."""
     folder = located(folder)
     source = open_described(folder, tag, config, trust=trust)
     written = own_dtype(source) if dtype is None else getattr(torch, dtype.value)
-    export_huggingface(source, output, written, folder)
+    notes = export_huggingface(source, output, written, folder, allow_nonfinite=allow_nonfinite)
     name = str(written).removeprefix("torch.")
     console.print(f"published {output}: {source.architecture.num_parameters:,} parameters in {name}")
+    for note in notes:
+        console.print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.dynamics import Dynamics, rounded_dynamics
+from incr_ds.arch.logical import STATES, State
 from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Fill, Vector, identity
@@ -87,6 +88,18 @@ class GrowthPlan:
         """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
         used = {name for plan in self.tensors.values() for name in (plan.source, plan.above, *dict(plan.mix))}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
+
+    @property
+    def reads(self) -> tuple[tuple[str, State], ...]:
+        """The source tensors and moments that the target's files are made of."""
+        weights = self.recipe.optimizer == "reset" or self.recipe.layout.format == "huggingface"
+        return self.reads_of(STATES[:1] if weights else STATES)
+
+    def reads_of(self, states: tuple[State, ...]) -> tuple[tuple[str, State], ...]:
+        """Every source tensor that a target tensor is made of, in each of ``states``."""
+        dropped = set(self.dropped)
+        names = [spec.name for spec in self.source.stored if spec.name not in dropped]
+        return tuple((name, state) for name in names for state in states)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
         """Source position of each target position along a dimension, FRESH where there is none."""

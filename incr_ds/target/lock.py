@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from incr_ds.errors import CheckpointError
+from incr_ds.target.parents import own_parents
 
 
 @contextmanager
@@ -20,7 +21,11 @@ def locked(output: Path) -> Iterator[None]:
     if another process writes ``output``; it names that process.
     """
     output = output.resolve()  # one output has one lock, by whatever path it is reached
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with own_parents(output):
+        yield from _held(output)
+
+
+def _held(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -23,6 +23,7 @@ from incr_ds.reading import LARGE, read_text
 from incr_ds.target.commit import MANIFEST, hash_file, refuse_existing, remove_abandoned, reveal, seal
 from incr_ds.target.lock import locked
 from incr_ds.target.manifest import JournalEntry, journal_entry
+from incr_ds.target.parents import own_parents
 
 
 class Workspace:
@@ -113,8 +114,7 @@ def open_workspace(final: Path, key: str, *, overwrite: bool = False) -> Iterato
     for the next run. CheckpointError if ``final`` exists, unless ``overwrite`` and it is a published checkpoint, or if
     another run writes it.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with locked(final):
+    with own_parents(final), locked(final):
         _restore(final)
         refuse_existing(final, overwrite=overwrite)
         workspace = Workspace(final, key)

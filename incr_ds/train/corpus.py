@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from incr_ds.config.fields import parse_settings
 from incr_ds.errors import ConfigError
 from incr_ds.reading import read_json, regular_bytes
-from incr_ds.target.commit import remove_abandoned, temporary_folder
+from incr_ds.target.commit import remove_abandoned, temporary_beside
 from incr_ds.train.tokenizer import TRAIN_PREFIX, encode_documents, open_tokenizer, train_sentencepiece
 
 SPLITS = ("train", "validation")
@@ -158,20 +158,17 @@ def prepare_corpus(request: CorpusRequest, progress: Progress | None = None) -> 
         raise ConfigError(f"--input: the {len(selection.files)} file(s) hold no text.")
     _check_splits(documents, request.held_out)
     given = None if _trains(request) else open_tokenizer(Path(request.tokenizer), trust=request.trust)
-    work = temporary_folder(request.output)
     try:
         remove_abandoned(request.output)
-        work.mkdir(parents=True)
-        facts = _prepare_in(work, request, (selection, documents, tuple(not_text)), given, progress)
-        _publish(work, request)
+        with temporary_beside(request.output) as work:
+            facts = _prepare_in(work, request, (selection, documents, tuple(not_text)), given, progress)
+            _publish(work, request)
+            return facts
     except OSError as error:
         where = error.filename or "while writing"
         raise ConfigError(
             f"--output {request.output}: {error.strerror or error} ({where}); nothing was published."
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return facts
 
 
 def _trains(request: CorpusRequest) -> bool:

@@ -33,6 +33,7 @@ from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
+from incr_ds.source.finite import FiniteCheckpoint
 from incr_ds.train.batches import Batch
 from incr_ds.train.data import Samples, batches, held_out_batches
 from incr_ds.train.inputs import open_data
@@ -67,7 +68,9 @@ def fit_growth(run: RunSettings, report: Report) -> Fit:
     if run.layout.world_size > 1:
         raise ConfigError("fit_growth: runs in one process; set all degrees of layout to 1.")
     recipe = load_settings(Path(growth.recipe), GrowthRecipe).model_copy(update={"fitted": None})
-    source = open_described(Path(growth.source), run.model.tag)
+    source = FiniteCheckpoint(
+        open_described(Path(growth.source), run.model.tag), otherwise="no operators can be fitted to this one"
+    )
     check_fittable(source.architecture, recipe, growth.recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     operators = _Operators(plan_growth(source.architecture, recipe, growth.recipe), source).to(device)

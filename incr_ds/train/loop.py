@@ -39,7 +39,7 @@ from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
 from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
 from incr_ds.train.resuming import changed_settings
 from incr_ds.train.schedule import distillation_weight, learning_rate, temperature
-from incr_ds.train.start import Start, find_start
+from incr_ds.train.start import Start, check_growth, find_start
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -129,6 +129,8 @@ def _train_from(
 ) -> Outcome:
     dynamics = start.dynamics if newest is None else read_dynamics(newest)
     weights = start.weights if newest is None else None
+    if newest is None:
+        check_growth(start)
     engine = build_engine(run, start.architecture, weights, teacher, dynamics)
     try:
         state, account = load_state(engine, run, start, newest, data)

@@ -56,13 +56,13 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
 def on_every_rank(work: Callable[[], Result], what: str, remedy: str) -> Result:
     """Run ``work`` on all ranks and return its result; if it fails on any, raise CheckpointError on all.
 
-    The message is ``what``, the ranks with their reasons, and ``remedy``.
+    The message is ``what``, the ranks with their reasons, and ``remedy``, a sentence.
     """
     reason, result = None, None
     try:
         result = work()
     except IncrError as error:
-        reason = str(error)
+        reason = str(error).removesuffix(".")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     reasons = [reason]

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
+
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grown import open_grown
+from incr_ds.grown import GrownCheckpoint, open_grown
 from incr_ds.integrity import open_described
 from incr_ds.target.commit import MANIFEST
 from incr_ds.target.placement import check_layout
+from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.resuming import check_layout_matches
 
 
@@ -61,6 +64,21 @@ def find_start(run: RunSettings) -> Start:
     account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
     dynamics = _followed(run, read_dynamics(folder))
     return Start(architecture=source.architecture, weights=source, account=account, dynamics=dynamics)
+
+
+def check_growth(start: Start) -> None:
+    """CheckpointError on all ranks if a growth on load would take NaN or infinity from its source. All ranks must call.
+
+    Each looks at a part of the source, before any builds an engine, where one rank's failure would leave the others waiting.
+    """
+    grown = start.weights
+    if isinstance(grown, GrownCheckpoint):
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        on_every_rank(
+            lambda: grown.check_finite(with_moments=start.with_moments, share=rank, shares=num_ranks),
+            "growth on load: refused",
+            "Nothing was trained.",
+        )
 
 
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:

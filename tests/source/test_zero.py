@@ -360,7 +360,7 @@ def test_a_model_that_diverged_is_no_damaged_checkpoint(damaged, case):
     assert all(checkpoint.read(name).isnan().all() for name in names)
     assert len(list(checkpoint.self_check())) == len(names)
     with pytest.raises(CheckpointError, match=r"model.norm.weight \(exp_avg\): 96 of 96 numbers are not finite"):
-        FiniteCheckpoint(checkpoint).read("model.norm.weight", "exp_avg")
+        FiniteCheckpoint(checkpoint, otherwise="").read("model.norm.weight", "exp_avg")
 
 
 def _fill_with_nan(content):

@@ -7,8 +7,10 @@ import torch
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.errors import CheckpointError
+from incr_ds.train.distributed import initialize_distributed
 from incr_ds.train.engine import build_engine
-from incr_ds.train.start import find_start
+from incr_ds.train.start import check_growth, find_start
 
 
 def run_settings(folder, layout, precision, **model):
@@ -31,6 +33,20 @@ def run_settings(folder, layout, precision, **model):
         RunSettings,
         "test",
     )
+
+
+def refuse_or_start(folder, layout):
+    """What a rank says about the numbers of the source before it builds its engine; with moments, and without."""
+    initialize_distributed(run_settings(folder, layout, "fp32").layout)
+    said = []
+    for load_optimizer in (True, False):
+        start = find_start(run_settings(folder, layout, "fp32", load_optimizer=load_optimizer))
+        try:
+            check_growth(start)
+            said.append(None)
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
 
 
 def grow_and_save(folder, layout, precision):

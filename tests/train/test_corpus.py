@@ -130,7 +130,7 @@ def test_max_bytes_says_what_was_left_out(prepared, tmp_path):
 def test_wrong_requests_are_refused_and_leave_nothing(prepared, tmp_path, changes, message):
     folder, _, _ = prepared
     with pytest.raises(ConfigError, match=message):
-        prepare_corpus(request(folder, **({"output": tmp_path / "bad"} | changes)))
+        prepare_corpus(request(folder, **({"output": tmp_path / "new" / "deep" / "bad"} | changes)))
     assert list(tmp_path.iterdir()) == []
 
 

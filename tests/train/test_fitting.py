@@ -14,7 +14,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.data.fingerprint import describe
-from incr_ds.errors import ConfigError, GrowthError
+from incr_ds.errors import CheckpointError, ConfigError, GrowthError
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
 from incr_ds.source import open_source
@@ -153,6 +153,15 @@ def test_what_cannot_be_fitted_is_refused(folder, tmp_path, monkeypatch, capsys)
         changed = run.model_copy(update={"model": run.model.model_validate({"initialize_from": started})})
         with pytest.raises(GrowthError, match=message):
             fit_growth(changed, lambda step, loss: None)
+    model = drawn_model(small_architecture("qwen3", tie_word_embeddings=True), torch.float32)
+    model.model.norm.weight.data[5] = torch.nan
+    model.save_pretrained(tmp_path / "diverged")
+    started = {"source": str(tmp_path / "diverged"), "recipe": str(folder / "recipe.yaml")}
+    changed = run.model_copy(update={"model": run.model.model_validate({"initialize_from": started})})
+    with pytest.raises(
+        CheckpointError, match=r"norm.weight \(weight\): 1 of 96 numbers .* no operators can be fitted to"
+    ):
+        fit_growth(changed, lambda step, loss: None)
     plain = run.model_copy(update={"model": run.model.model_validate({"initialize_from": str(folder / "source")})})
     with pytest.raises(ConfigError, match="must have model.initialize_from: {source, recipe}"):
         fit_growth(plain, lambda step, loss: None)

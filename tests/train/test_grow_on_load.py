@@ -1,9 +1,11 @@
 """A run that grows its source as it loads begins where a run on the grown checkpoint begins, to the bit."""
 
+import re
+
 import pytest
 import torch
 import yaml
-from growing_engines import grow_and_save, run_settings
+from growing_engines import grow_and_save, refuse_or_start, run_settings
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
@@ -14,7 +16,7 @@ from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint
-from incr_ds.train.start import find_start
+from incr_ds.train.start import check_growth, find_start
 
 TARGET = {"hidden_size": 144, "num_hidden_layers": 5, "intermediate_size": 331}
 LAYOUTS = {
@@ -25,14 +27,13 @@ LAYOUTS = {
 }
 
 
-def write_source(folder):
+def write_source(folder, kind=SyntheticCheckpoint):
     """Kept in a layout that no run below has."""
     (folder / "same.yaml").write_text("target: {}\n")
     recipe = parse_settings({"target": {}, "layout": {"tensor_parallel": 3, "data_parallel": 2}}, GrowthRecipe, "test")
-    source = SyntheticCheckpoint(
-        small_architecture("llama", tie_word_embeddings=True, num_attention_heads=12, num_key_value_heads=6)
-    )
-    grow_checkpoint(plan_files(GrowthRequest(folder, folder / "same.yaml", folder / "source"), source, recipe))
+    source = kind(small_architecture("llama", tie_word_embeddings=True, num_attention_heads=12, num_key_value_heads=6))
+    request = GrowthRequest(folder, folder / "same.yaml", folder / "source", allow_nonfinite=True)
+    grow_checkpoint(plan_files(request, source, recipe))
     return source
 
 
@@ -72,6 +73,37 @@ def test_a_layout_that_disagrees_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
     with pytest.raises(LayoutError, match=r"tensor_parallel 5: num_attention_heads 12 does not divide"):
         find_start(run_settings(tmp_path, {"tensor_parallel": 5}, "fp32"))
+
+
+MOMENT = "model.layers.2.mlp.up_proj.weight"
+
+
+class InfiniteMoment(SyntheticCheckpoint):
+    """Two entries of one moment are infinity."""
+
+    def read(self, name, state="weight", rows=None):
+        found = super().read(name, state, rows).clone()
+        if (name, state) == (MOMENT, "exp_avg_sq") and (rows or slice(0, 1)).start == 0:
+            found[0, :2] = torch.inf
+        return found
+
+
+def test_infinity_in_a_moment_is_named_on_every_rank_unless_moments_are_left(tmp_path):
+    """One rank finds it: the others, which would wait for it as they build their engines, hear of it."""
+    write_source(tmp_path, InfiniteMoment)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
+    said = run_processes(refuse_or_start, 2, str(tmp_path), {"data_parallel": 2, "zero_stage": 1})
+    assert said[0] == said[1] and said[0][1] is None
+    count = r"model\.layers\.2\.mlp\.up_proj\.weight \(exp_avg_sq\): 2 of 24,000 numbers are not finite"
+    assert re.search(rf"growth on load: refused on rank [01]: .*source/grown: {count}", said[0][0])
+    assert "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start" in said[0][0]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET, "optimizer": "reset"}))
+    assert refuse_growth(tmp_path) is None, "moments that are not grown do not matter"
+
+
+def refuse_growth(folder):
+    """In this process: no world, one rank."""
+    return check_growth(find_start(run_settings(folder, {}, "fp32")))
 
 
 def test_a_source_without_moments(tmp_path):

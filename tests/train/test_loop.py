@@ -8,12 +8,14 @@ import signal
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
-from incr_ds.testing.memory import SMALL, small_architecture
+from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
 from incr_ds.train import inputs, loop
 from incr_ds.train.engine import StepResult
 from incr_ds.train.loop import DivergedError, pretrain
@@ -130,6 +132,28 @@ def test_a_run_logs_evaluates_and_saves_when_due(world, capsys):
     assert "finished after step 6 of 6: 192 tokens" in shown
     assert "fresh weights of" in shown and "mfu" not in shown  # nothing is known of a CPU's peak
     assert all(item["mfu"] is None for item in read_metrics(loop.Path(run.output) / "metrics.jsonl") if "mfu" in item)
+
+
+def test_a_run_that_grows_nan_is_refused_before_its_engine_and_a_resumed_one_is_not_looked_at(world):
+    folder = world["folder"]
+    drawn_model(small_architecture("llama"), torch.float32).save_pretrained(folder / "source")
+    recipe = {"target": {"intermediate_size": 260}, "optimizer": "reset"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    growth = {"source": str(folder / "source"), "recipe": str(folder / "recipe.yaml")}
+    run = settings(world, "grown", model={"initialize_from": growth, "load_optimizer": False})
+    file, name = folder / "source" / "model.safetensors", "model.layers.1.self_attn.o_proj.weight"
+    whole = load_file(file)
+    save_file(whole | {name: torch.where(whole[name] == whole[name].max(), torch.nan, whole[name])}, file)
+    with pytest.raises(CheckpointError, match=rf"refused on rank 0: .*{name} \(weight\): 1 of 4,608 numbers"):
+        pretrain(run)
+    assert world["engines"] == [] and not list(folder.glob("grown/checkpoints/*"))
+    damaged = file.read_bytes()
+    save_file(whole, file)
+    world["on_step"] = stop_at(2)
+    assert stoppable(run).stopped
+    file.write_bytes(damaged)
+    world["on_step"] = lambda step, number: number
+    assert pretrain(run).position.step == 6
 
 
 def stop_at(when):
