@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from incr_ds.arch.architecture import Architecture, check_context
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.texts import has_tokenizer, sentence_batches
@@ -63,7 +64,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     architecture = checkpoint.architecture
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     # transformers' grouped products of experts refuse some sizes.
-    eager = {"experts_implementation": "eager"} if architecture.joined else {}
+    eager = {"experts_implementation": "eager"} if architecture.family.joined else {}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
         part.data.copy_(checkpoint.read(name))
@@ -72,7 +73,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
 
 def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every stored tensor as a view of the parameter of transformers' module that holds it, under its name."""
-    joined = architecture.joined
+    joined = joined_parameters(architecture)
     parts = {name: tensor for name, tensor in parameters.items() if name not in joined}
     for name, parameter in joined.items():
         matrix = parameters[name].view(parameter.rows_shape)

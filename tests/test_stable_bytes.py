@@ -73,7 +73,8 @@ def digests(case, home):
     write(home / "first", source, recipe, layout)
     opened = open_source(home / "first")
     mode = "reset" if len(opened.facts.states) == 1 else "exact"
-    write(home / "again", opened, {"target": {}, "optimizer": mode}, {"format": "huggingface" if mode == "reset" else "universal"})
+    layout = {"format": "huggingface" if mode == "reset" else "universal"}
+    write(home / "again", opened, {"target": {}, "optimizer": mode}, layout)
     return [digest(home / "first"), digest(home / "again")]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from incr_ds.arch.config_reads import changes_nothing, installed_version, reads_of
 from incr_ds.arch.family import Family, TensorDeclaration, family_of
-from incr_ds.arch.joined import JoinedParameter, joined_parameters
 from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.errors import ConfigError
 from incr_ds.reading import read_json
@@ -107,11 +106,6 @@ class Architecture:
     def by_name(self) -> Mapping[str, TensorSpec]:
         """Every tensor by name, tied aliases included."""
         return {spec.name: spec for spec in self.tensors}
-
-    @cached_property
-    def joined(self) -> Mapping[str, JoinedParameter]:
-        """The parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
-        return joined_parameters(self.family.joined, self.by_name, self.num_layers, self.sizes.get("experts", 0))
 
     @property
     def num_parameters(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from incr_ds.arch.tensors import TensorSpec
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -24,3 +27,34 @@ class Block:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the rectangle."""
         return tuple(stop - start for start, stop in self.bounds)
+
+
+@dataclass(frozen=True)
+class RankParameter:
+    """A parameter of one model-parallel rank's module.
+
+    ``tensor`` is the first tensor in it, ``blocks`` are all parts of tensors that it holds; rows that no block covers are
+    padding (``padded``). ``local_name`` is its name inside pipeline layer ``pipeline_layer``. ``cut`` is the dimension that
+    tensor parallelism cuts (None: every tensor rank holds it whole), ``sub_parameters`` how many parts it cuts separately.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    tensor: TensorSpec
+    pipeline_layer: int
+    local_name: str
+    cut: int | None
+    padded: bool = False
+    sub_parameters: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, padding included."""
+        return math.prod(self.shape)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of a parameter that is one slice of one tensor: the slice."""
+        (block,) = self.blocks
+        return block.bounds

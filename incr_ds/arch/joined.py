@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.blocks import Block
 from incr_ds.arch.tensors import TensorSpec
 
@@ -55,15 +56,15 @@ class JoinedParameter:
         return tuple(found)
 
 
-def joined_parameters(
-    declared: Mapping[str, Sequence[str]], specs: Mapping[str, TensorSpec], num_layers: int, num_experts: int
-) -> dict[str, JoinedParameter]:
-    """The parameters that ``declared`` names for each layer, with the tensors that each holds of one expert."""
-    found = {}
-    for layer in range(num_layers):
-        for template, names in declared.items():
+def joined_parameters(architecture: Architecture) -> Mapping[str, JoinedParameter]:
+    """The parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
+    found, num_experts = {}, architecture.sizes.get("experts", 0)
+    for layer in range(architecture.num_layers):
+        for template, names in architecture.family.joined.items():
             members = tuple(
-                specs[name.format(layer=layer, expert=expert)] for expert in range(num_experts) for name in names
+                architecture.by_name[name.format(layer=layer, expert=expert)]
+                for expert in range(num_experts)
+                for name in names
             )
             parameter = template.format(layer=layer)
             found[parameter] = JoinedParameter(parameter, num_experts, members)

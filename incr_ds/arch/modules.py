@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import Block
+from incr_ds.arch.blocks import Block, RankParameter
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.fields import Settings, parse_settings
 from incr_ds.config.yaml_file import read_yaml
@@ -42,30 +42,6 @@ class Modules(Settings):
     first_decoder: int
     tied_key: str
     parameters: list[ParameterDeclaration]
-
-
-@dataclass(frozen=True)
-class ModuleParameter:
-    """A parameter of one tensor rank.
-
-    ``tensor`` is the first tensor in it, ``blocks`` all it holds; rows that no block covers are padding. ``cut`` is the dimension
-    that tensor parallelism cuts (None: every rank holds it whole), ``sub_parameters`` how many it cuts separately.
-    """
-
-    pipeline_layer: int
-    local_name: str
-    parameter: str
-    shape: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    tensor: TensorSpec
-    cut: int | None
-    padded: bool
-    sub_parameters: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements, padding included."""
-        return math.prod(self.shape)
 
 
 @cache
@@ -104,13 +80,13 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
 
 def module_parameters(
     modules: Modules, architecture: Architecture, tensor_parallel: int, tensor_rank: int, vocabulary: int
-) -> Mapping[int, tuple[ModuleParameter, ...]]:
+) -> Mapping[int, tuple[RankParameter, ...]]:
     """What a tensor rank holds, by pipeline layer, in the order of each module's parameters.
 
     ``vocabulary`` is the number of rows of embedding and head over all ranks, padding included. A tied head has no entry.
     """
     specs = {(spec.layer, spec.local_name): spec for spec in architecture.stored}
-    found: dict[int, list[ModuleParameter]] = {}
+    found: dict[int, list[RankParameter]] = {}
     for layer, decoder, declared in _occurrences(modules, architecture):
         held = [specs[decoder, name] for name in declared.holds if (decoder, name) in specs]
         if len(held) == len(declared.holds):
@@ -141,7 +117,7 @@ class _Maker:
     rank: int
     vocabulary: int
 
-    def parameter(self, layer: int, declared: ParameterDeclaration, held: list[TensorSpec]) -> ModuleParameter:
+    def parameter(self, layer: int, declared: ParameterDeclaration, held: list[TensorSpec]) -> RankParameter:
         first = held[0]
         cut = next((d for d, dim in enumerate(first.dims) if dim.outer_axis in CUT_AXES), None)
         if declared.per is not None:
@@ -158,7 +134,8 @@ class _Maker:
         prefix = f"tied_modules.{self.modules.tied_key}" if tied else str(layer)
         sub_parameters = len(held) if declared.per == "ranks" else 1
         name = f"{prefix}.{declared.name}"
-        return ModuleParameter(layer, declared.name, name, shape, blocks, first, cut, declared.padded, sub_parameters)
+        place = (first, layer, declared.name, cut, declared.padded, sub_parameters)
+        return RankParameter(name, shape, blocks, *place)
 
     def _vocabulary_rows(self, spec: TensorSpec) -> tuple[tuple[Block, ...], tuple[int, ...]]:
         local = self.vocabulary // self.ranks

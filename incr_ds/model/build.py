@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.family import families
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
@@ -27,7 +28,7 @@ from incr_ds.model.plain import LanguageModel
 from incr_ds.model.teacher import Teacher, check_vocabularies
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, Weights
-from incr_ds.target.placement import ShardedTensor, check_layout, rank_parameters
+from incr_ds.target.placement import check_layout, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RankModel:
 
     module: LanguageModel | StagedLanguageModel
     teacher: Teacher | None
-    shards: tuple[ShardedTensor, ...]
+    shards: tuple[RankParameter, ...]
     grid: PipelineParallelGrid
 
 
@@ -83,7 +84,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     return RankModel(module, teacher, shards, grid)
 
 
-def check_parameters(module: nn.Module, shards: tuple[ShardedTensor, ...]) -> None:
+def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> None:
     """Raise LayoutError unless ``module`` has exactly the parameters of ``shards``: names, shapes and order."""
     found = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
     expected = [(shard.parameter, shard.shape) for shard in shards]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.losses.head import DistillationHead, LossSettings
@@ -19,7 +20,7 @@ from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
-from incr_ds.target.placement import ShardedTensor, rank_parameters
+from incr_ds.target.placement import rank_parameters
 
 HEAD = "lm_head.weight"
 
@@ -91,7 +92,7 @@ class LayerFactory:
             return AutoModelForCausalLM.from_config(self.config)
 
     @cached_property
-    def _shards(self) -> Mapping[str, ShardedTensor]:
+    def _shards(self) -> Mapping[str, RankParameter]:
         cut = ParallelLayout(tensor_parallel=self.ranks.size)
         return {shard.tensor.name: shard for shard in rank_parameters(self.architecture, cut, 0, self.ranks.rank)}
 
@@ -117,6 +118,6 @@ class LayerFactory:
         sum_partial_gradients(holder, specs, self.ranks)
         return holder
 
-    def _parameter(self, shard: ShardedTensor) -> nn.Parameter:
+    def _parameter(self, shard: RankParameter) -> nn.Parameter:
         values = self.weights.read(shard)
         return nn.Parameter(torch.empty(shard.shape, dtype=self.dtype, device=self.device).copy_(values))

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.tensors import TensorSpec
-from incr_ds.target.placement import ShardedTensor
 
 
 class Weights(Protocol):
     """Where a rank's initial values come from."""
 
-    def read(self, shard: ShardedTensor) -> Tensor:
+    def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, in its shape, in any floating dtype."""
         ...
 
@@ -37,7 +37,7 @@ class FreshWeights:
         self._padding_row = config.get("pad_token_id")
         self._seed = seed
 
-    def read(self, shard: ShardedTensor) -> Tensor:
+    def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, fp32."""
         return self._whole(shard.tensor)[_slices(shard)].clone()
 
@@ -59,11 +59,11 @@ class CheckpointWeights:
     def __init__(self, checkpoint: LogicalCheckpoint) -> None:
         self._checkpoint = checkpoint
 
-    def read(self, shard: ShardedTensor) -> Tensor:
+    def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, in the checkpoint's dtype."""
         rows, *columns = _slices(shard)
         return self._checkpoint.read(shard.tensor.name, "weight", rows=rows)[(slice(None), *columns)]
 
 
-def _slices(shard: ShardedTensor) -> tuple[slice, ...]:
+def _slices(shard: RankParameter) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in shard.bounds)

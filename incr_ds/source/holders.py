@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.joined import JoinedParameter
+from incr_ds.arch.joined import JoinedParameter, joined_parameters
 from incr_ds.arch.logical import check_shapes
 from incr_ds.errors import CheckpointError
 from incr_ds.source.affine import AffineMaps
@@ -32,9 +32,10 @@ def assembled_tensors(
     unknown or of another shape.
     """
     found: dict[str, dict[int, list[Part]]] = {}
+    joined = joined_parameters(architecture)
     for rank in ranks:
         for parameter, logical in rank.names.items():
-            if logical in architecture.joined:
+            if logical in joined:
                 continue
             found.setdefault(logical, {}).setdefault(rank.index // tensor_parallel, []).append((rank, parameter))
     declared = architecture.by_name
@@ -49,7 +50,7 @@ def assembled_tensors(
             item for parts in stages.values() for item in _held(maps, logical, whole, parts, tensor_parallel)
         ]
         shapes[logical] = _reach(whole, held[logical]) if held[logical] else local
-    for item in _held_joined(folder, ranks, architecture):
+    for item in _held_joined(folder, ranks, joined):
         held.setdefault(item.block.name, []).append(item)
         shapes[item.block.name] = item.block.shape
     check_shapes(architecture, shapes, str(folder), _IF_MISSING)
@@ -67,12 +68,10 @@ def _held(
     return [Held(*part, block) for part, block in zip(parts, blocks, strict=False)]
 
 
-def _held_joined(folder: Path, ranks: Sequence[ModelRank], architecture: Architecture) -> Iterator[Held]:
+def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter]) -> Iterator[Held]:
     """The tensors of experts, each a block of a joined parameter; CheckpointError for one of another shape."""
     for rank in ranks:
-        joined = {
-            name: architecture.joined[logical] for name, logical in rank.names.items() if logical in architecture.joined
-        }
+        joined = {name: known[logical] for name, logical in rank.names.items() if logical in known}
         for name, parameter in joined.items():
             check_joined(parameter, rank.shards.parameters[name].shape, str(folder))
         matrices = {

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.modules import MEGATRON, ModuleParameter, check_modules, module_parameters, modules_of
+from incr_ds.arch.blocks import RankParameter
+from incr_ds.arch.modules import MEGATRON, check_modules, module_parameters, modules_of
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import Assembled, Held, Holder, assemble
 from incr_ds.source.partitions import ModelRank
@@ -94,6 +95,6 @@ def _vocabulary(ranks: Sequence[ModelRank], architecture: Architecture, tensor_p
 
 def _declared(
     architecture: Architecture, tensor_parallel: int, tensor_rank: int, vocabulary: int
-) -> Mapping[str, ModuleParameter]:
+) -> Mapping[str, RankParameter]:
     layers = module_parameters(modules_of(MEGATRON), architecture, tensor_parallel, tensor_rank, vocabulary)
     return {item.parameter: item for items in layers.values() for item in items}

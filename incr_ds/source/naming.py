@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.errors import CheckpointError
 
 _PIPELINE = re.compile(r"(?:tied_modules\.[^.]+|(?P<index>\d+))\.(?:block\.)?(?P<local>.+)")
@@ -46,7 +47,7 @@ def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mappin
     """
     prefix = architecture.family.base.partition(".")[0]
     known = {saved: spec.name for spec in architecture.tensors for saved in (spec.saved_name, spec.name)}
-    known |= {joined: joined for joined in architecture.joined}
+    known |= {joined: joined for joined in joined_parameters(architecture)}
     parameters = list(parameters)
     found = {}
     for parameter in parameters:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.arch.logical import STATES, CheckpointFacts, State, check_dtype, check_shapes
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import Assembled, Held, assemble
@@ -43,6 +44,7 @@ class UniversalCheckpoint:
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder, self._architecture, self._trust = folder / tag, architecture, trust
+        self._joined = joined_parameters(architecture)
         parameters = sorted(self._parameters())
         self._is_megatron = is_megatron(parameters)
         found = {name: name for name in parameters} if self._is_megatron else logical_names(parameters, architecture)
@@ -59,7 +61,7 @@ class UniversalCheckpoint:
             holder = (_Parameters(self._folder / "zero", self), shapes)
             self._fused |= fused_tensors(self._folder, [holder], architecture, 1, architecture.sizes["vocab"])
         else:
-            self._fused |= self._experts({name: shapes.pop(name) for name in architecture.joined if name in shapes})
+            self._fused |= self._experts({name: shapes.pop(name) for name in self._joined if name in shapes})
             shapes |= {name: tensor.shape for name, tensor in self._fused.items()}
             check_shapes(architecture, shapes, str(self._folder))
         model = self._model_states()
@@ -96,7 +98,7 @@ class UniversalCheckpoint:
     def parameter(self, name: str, state: State) -> torch.Tensor:
         """A whole parameter by its own name, mapped; a joined one as a matrix."""
         found = self._tensor(name, state)
-        return found.view(self._architecture.joined[name].rows_shape) if name in self._architecture.joined else found
+        return found.view(self._joined[name].rows_shape) if name in self._joined else found
 
     def self_check(self) -> Iterator[str]:
         """Every state of every parameter is there and has its shape, and all steps are equal."""
@@ -116,7 +118,7 @@ class UniversalCheckpoint:
         """The tensors of a mixture's experts, in the joined parameters of these shapes."""
         found = {}
         for name, shape in shapes.items():
-            parameter = self._architecture.joined[name]
+            parameter = self._joined[name]
             check_joined(parameter, shape, str(self._folder / "zero"))
             holder = _Parameters(self._folder / "zero", self)
             for block in parameter.blocks:
@@ -144,7 +146,7 @@ class UniversalCheckpoint:
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
         check_dtype(tensor.dtype, f"{name} ({state})", str(path))
-        spec = self._architecture.by_name.get(name) or self._architecture.joined.get(name)
+        spec = self._architecture.by_name.get(name) or self._joined.get(name)
         # A conversion from ZeRO-3 leaves tensors flat.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
             tensor = tensor.view(spec.shape)

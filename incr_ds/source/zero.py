@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.arch.logical import STATES, CheckpointFacts, State
 from incr_ds.errors import CheckpointError
 from incr_ds.source.assembly import check_copies
@@ -115,7 +116,7 @@ class ZeroCheckpoint:
 
     def _frozen(self) -> list[str]:
         """The tensors that were not trained."""
-        joined = self._architecture.joined
+        joined = joined_parameters(self._architecture)
         parameters = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen}
         members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
         return sorted({*(parameters - joined.keys()), *members})

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import RankParameter
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.arch.logical import State
-from incr_ds.arch.modules import ModuleParameter, Modules, module_parameters, num_pipeline_layers
+from incr_ds.arch.modules import Modules, module_parameters, num_pipeline_layers
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.target.archive import Archive, archive_of
 from incr_ds.target.files import Part, Slices, StreamedTensor, TargetFile, block_parts, parameter_tensor
 from incr_ds.target.placement import (
-    layer_local_name,
     optimizer_groups,
-    pipeline_layer,
     rank_parameters,
     split_bounds,
     with_joined,
@@ -82,21 +82,15 @@ class NativeTarget:
         """The pipeline layer that a tied head has no file beside."""
         return 0 if self.modules is None else self.modules.embedding
 
-    def shards(self, model_rank: int) -> tuple[Any, ...]:
+    def shards(self, model_rank: int) -> tuple[RankParameter, ...]:
         """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside), in the order of its
         module's parameters."""
         stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
         if self.modules is None:
             held = rank_parameters(self.architecture, self.layout, stage, tensor_rank)
-            return with_joined(held, self.architecture.joined)
+            return with_joined(held, joined_parameters(self.architecture))
         degrees = (self.layout.tensor_parallel, tensor_rank, self.vocabulary)
         return stage_parameters(self.modules, self.architecture, self.layout.pipeline_parallel, stage, degrees)
-
-    def place(self, shard: Any) -> tuple[int, str]:
-        """The pipeline layer of a shard, and its name there."""
-        if isinstance(shard, ModuleParameter):
-            return shard.pipeline_layer, shard.local_name
-        return pipeline_layer(shard.tensor, self.architecture.num_layers), layer_local_name(shard.tensor)
 
 
 @dataclass(frozen=True)
@@ -185,9 +179,8 @@ class LayerFile:
         self._archive().write(sink, Path(self.path).stem, slices)
 
     def _archive(self) -> Archive:
-        placed = [(self.target.place(shard), shard) for shard in self.target.shards(self.model_rank)]
-        held = {name: shard for (layer, name), shard in placed if layer == self.layer}
-        return archive_of({name: _weight(shard, self.target.dtype) for name, shard in held.items()})
+        held = [shard for shard in self.target.shards(self.model_rank) if shard.pipeline_layer == self.layer]
+        return archive_of({shard.local_name: _weight(shard, self.target.dtype) for shard in held})
 
 
 @dataclass(frozen=True)
@@ -247,12 +240,12 @@ class OptimizerFile:
         }
         return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
-    def _padding(self, group: tuple[Any, ...], size: int) -> int:
+    def _padding(self, group: tuple[RankParameter, ...], size: int) -> int:
         """Zero elements at the end of this rank's partition."""
         total: int = sum(shard.numel for shard in group)
         return min(size, max(0, (self.data_rank + 1) * size - total))
 
-    def _partition(self, group: tuple[Any, ...], size: int, state: State, length: int) -> StreamedTensor:
+    def _partition(self, group: tuple[RankParameter, ...], size: int, state: State, length: int) -> StreamedTensor:
         """The first ``length`` elements of this rank's partition of ``size`` elements."""
         first, position = self.data_rank * size, 0
         parts: list[Part] = []
@@ -284,7 +277,7 @@ def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
 def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
     """One file per layer of the stage; a tied head has none, its embedding's file serves."""
     tensor_rank = model_rank % target.layout.tensor_parallel
-    layers = sorted({target.place(shard)[0] for shard in target.shards(model_rank)})
+    layers = sorted({shard.pipeline_layer for shard in target.shards(model_rank)})
     is_first_stage = model_rank < target.layout.tensor_parallel
     held = [layer for layer in layers if layer != target.embedding_layer or is_first_stage]
     return [LayerFile(target, layer, tensor_rank, model_rank) for layer in held]
@@ -292,7 +285,7 @@ def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
 
 def stage_parameters(
     modules: Modules, architecture: Architecture, num_stages: int, stage: int, degrees: tuple[int, int, int]
-) -> tuple[ModuleParameter, ...]:
+) -> tuple[RankParameter, ...]:
     """What a stage of another training code's pipeline holds on one tensor rank: tied parameters first, as DeepSpeed's
     pipeline module registers them. ``degrees``: tensor-parallel degree, tensor rank, rows of the vocabulary.
 
@@ -309,10 +302,10 @@ def stage_parameters(
     return (*tied, *(item for item in own if item not in tied))
 
 
-def _weight(shard: Any, dtype: torch.dtype) -> StreamedTensor:
+def _weight(shard: RankParameter, dtype: torch.dtype) -> StreamedTensor:
     return parameter_tensor(shard.blocks, shard.shape, "weight", dtype)
 
 
-def _partition_size(group: tuple[Any, ...], num_data: int) -> int:
+def _partition_size(group: tuple[RankParameter, ...], num_data: int) -> int:
     unit, total = ALIGNMENT * num_data, int(sum(shard.numel for shard in group))
     return math.ceil(total / unit) * unit // num_data

@@ -6,17 +6,15 @@ it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate
-from typing import TypeVar
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import Block
+from incr_ds.arch.blocks import Block, RankParameter
 from incr_ds.arch.dynamics import UNCHANGED, Dynamics
 from incr_ds.arch.joined import JoinedParameter
-from incr_ds.arch.modules import CUT_AXES, ModuleParameter
+from incr_ds.arch.modules import CUT_AXES
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
@@ -24,41 +22,6 @@ from incr_ds.errors import LayoutError
 SHARDED_AXES = CUT_AXES
 WHOLE_UNITS = ("heads", "kv_heads")
 TIED_KEY = "embedding"
-
-
-@dataclass(frozen=True)
-class ShardedTensor:
-    """The part of ``tensor`` that one rank holds, as parameter ``parameter`` of its module.
-
-    ``bounds`` is one (start, stop) per dimension, in elements of the whole tensor.
-    """
-
-    parameter: str
-    tensor: TensorSpec
-    bounds: tuple[tuple[int, int], ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return tuple(stop - start for start, stop in self.bounds)
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The part as the one block of the parameter."""
-        return (Block(self.tensor.name, self.bounds),)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the part."""
-        return math.prod(self.shape)
-
-    @property
-    def is_whole(self) -> bool:
-        """True when the rank holds the whole tensor."""
-        return self.shape == self.tensor.shape
-
-
-Shard = TypeVar("Shard", ShardedTensor, ModuleParameter, JoinedParameter)
 
 
 def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
@@ -126,7 +89,7 @@ def layer_local_name(spec: TensorSpec) -> str:
 
 def rank_parameters(
     architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
-) -> tuple[ShardedTensor, ...]:
+) -> tuple[RankParameter, ...]:
     """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
 
     With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more, the names are
@@ -134,7 +97,9 @@ def rank_parameters(
     positions are part of the embedding's module on the first stage.
     """
     if layout.pipeline_parallel == 1:
-        return tuple(_shard(spec, spec.name, layout, tensor_rank) for spec in architecture.stored)
+        return tuple(
+            _shard(spec, spec.name, layout, tensor_rank, architecture.num_layers) for spec in architecture.stored
+        )
     num_layers = architecture.num_layers
     layers = stage_layers(num_layers, layout.pipeline_parallel)[stage]
     tied, own = [], []
@@ -142,31 +107,35 @@ def rank_parameters(
         layer = pipeline_layer(spec, num_layers)
         if architecture.tied and layer == 0:
             if 0 in layers or (num_layers + 2 in layers and spec.role == "embedding"):
-                tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank))
+                tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank, num_layers))
         elif layer in layers:
-            own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank))
+            own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank, num_layers))
     return (*tied, *own)
 
 
-def with_joined(
-    shards: tuple[ShardedTensor, ...], joined: Mapping[str, JoinedParameter]
-) -> tuple[ShardedTensor | JoinedParameter, ...]:
+def with_joined(shards: tuple[RankParameter, ...], joined: Mapping[str, JoinedParameter]) -> tuple[RankParameter, ...]:
     """``shards`` with the joined parameters of a mixture in the place of the first tensor of each."""
-    first = {parameter.tensor.name: parameter for parameter in joined.values()}
+    first = {parameter.members[0].name: parameter for parameter in joined.values()}
     inside = {spec.name for parameter in joined.values() for spec in parameter.members} - set(first)
-    return tuple(first.get(shard.tensor.name, shard) for shard in shards if shard.tensor.name not in inside)
+    kept = [shard for shard in shards if shard.tensor.name not in inside]
+    return tuple(_join(shard, first[shard.tensor.name]) if shard.tensor.name in first else shard for shard in kept)
+
+
+def _join(shard: RankParameter, joined: JoinedParameter) -> RankParameter:
+    # No tensor rank cuts it.
+    return replace(shard, parameter=joined.parameter, shape=joined.shape, blocks=joined.blocks, cut=None)
 
 
 def optimizer_groups(
-    shards: tuple[Shard, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
-) -> tuple[tuple[Shard, ...], ...]:
+    shards: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
+) -> tuple[tuple[RankParameter, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
     Tensors that ``dynamics`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
     halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
     loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
     """
-    found: dict[tuple[bool, Dynamics], list[Shard]] = {}
+    found: dict[tuple[bool, Dynamics], list[RankParameter]] = {}
     for shard in shards:
         own = group_dynamics((shard,), dynamics)
         found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
@@ -206,12 +175,12 @@ def group_count(
     return max(counts)
 
 
-def trained_shards(shards: tuple[Shard, ...], frozen: Collection[str]) -> tuple[Shard, ...]:
+def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:
     """Those of ``shards`` whose tensors are not ``frozen``."""
     return tuple(shard for shard in shards if shard.tensor.name not in frozen)
 
 
-def group_dynamics(group: tuple[Shard, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
+def group_dynamics(group: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
     """The multipliers of one of ``optimizer_groups``."""
     return (dynamics or {}).get(group[0].tensor.name, UNCHANGED)
 
@@ -222,9 +191,14 @@ def sharded_dimension(spec: TensorSpec) -> int | None:
     return cut[0] if cut else None
 
 
-def _shard(spec: TensorSpec, parameter: str, layout: ParallelLayout, tensor_rank: int) -> ShardedTensor:
+def _shard(
+    spec: TensorSpec, parameter: str, layout: ParallelLayout, tensor_rank: int, num_layers: int
+) -> RankParameter:
     bounds = [(0, size) for size in spec.shape]
     cut = sharded_dimension(spec)
     if cut is not None:
         bounds[cut] = split_bounds(spec.shape[cut], layout.tensor_parallel)[tensor_rank]
-    return ShardedTensor(parameter, spec, tuple(bounds))
+    block = Block(spec.name, tuple(bounds))
+    return RankParameter(
+        parameter, block.shape, (block,), spec, pipeline_layer(spec, num_layers), layer_local_name(spec), cut
+    )

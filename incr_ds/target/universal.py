@@ -9,20 +9,18 @@ runtime/base_optimizer.py, runtime/zero/stage3.py, runtime/engine.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from incr_ds.arch.blocks import Block
-from incr_ds.arch.joined import JoinedParameter
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.logical import STATES, State
 from incr_ds.arch.modules import module_parameters
 from incr_ds.target.archive import Archive, archive_of
 from incr_ds.target.deepspeed import FORMAT_VERSION, NativeTarget
-from incr_ds.target.files import Slices, StreamedTensor, TargetFile, parameter_tensor, whole
-from incr_ds.target.placement import ShardedTensor, sharded_dimension
+from incr_ds.target.files import Slices, StreamedTensor, TargetFile, parameter_tensor
 from incr_ds.target.sink import Sink
 
 FILES: dict[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
@@ -59,21 +57,10 @@ class _ArchiveFile(ABC):
 
 
 @dataclass(frozen=True)
-class WholeParameter:
-    """A parameter over all tensor ranks: what it holds, and how they cut it."""
-
-    shape: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    cut: int | None
-    sub_parameters: int = 1
-    padded: bool = False
-
-
-@dataclass(frozen=True)
 class StateFile(_ArchiveFile):
     """zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt: one state of one parameter, and how tensor ranks cut it."""
 
-    tensor: WholeParameter
+    tensor: RankParameter
     state: State
 
     @property
@@ -164,24 +151,12 @@ def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
     return tuple(files)
 
 
-def _parameters(target: NativeTarget) -> dict[str, WholeParameter]:
+def _parameters(target: NativeTarget) -> dict[str, RankParameter]:
     """Each parameter once, whole: a tied one is on two stages."""
     if target.modules is not None:
         vocabulary = target.architecture.sizes["vocab"]
-        found = module_parameters(target.modules, target.architecture, 1, 0, vocabulary).values()
-        return {
-            item.parameter: WholeParameter(item.shape, item.blocks, item.cut, item.sub_parameters, item.padded)
-            for items in found
-            for item in items
-        }
-    tensor_parallel = target.layout.tensor_parallel
-    stages = range(target.layout.pipeline_parallel)
-    shards = (shard for stage in stages for shard in target.shards(stage * tensor_parallel))
-    return {shard.parameter: _whole(shard) for shard in shards}
-
-
-def _whole(shard: ShardedTensor | JoinedParameter) -> WholeParameter:
-    if isinstance(shard, JoinedParameter):  # tensor ranks do not cut it
-        return WholeParameter(shard.shape, shard.blocks, None)
-    spec = shard.tensor
-    return WholeParameter(spec.shape, (Block(spec.name, whole(spec.shape)),), sharded_dimension(spec))
+        layers = module_parameters(target.modules, target.architecture, 1, 0, vocabulary).values()
+        return {item.parameter: item for items in layers for item in items}
+    layout = target.layout.model_copy(update={"tensor_parallel": 1})
+    uncut = replace(target, layout=layout)
+    return {item.parameter: item for stage in range(layout.pipeline_parallel) for item in uncut.shards(stage)}

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.logical import State
 from incr_ds.target.archive import LossScaler, archive_of
 from incr_ds.target.deepspeed import FORMAT_VERSION, ModelFile, NativeTarget
 from incr_ds.target.files import Part, Slices, StreamedTensor, TargetFile, block_parts
-from incr_ds.target.placement import ShardedTensor, optimizer_groups
+from incr_ds.target.placement import optimizer_groups
 from incr_ds.target.sink import Sink
 
-Groups = tuple[tuple[ShardedTensor, ...], ...]
+Groups = tuple[tuple[RankParameter, ...], ...]
 
 
 def zero3_files(target: NativeTarget, sub_group_size: int) -> tuple[TargetFile, ...]:
@@ -41,12 +42,12 @@ def sub_groups(target: NativeTarget, model_rank: int, sub_group_size: int) -> li
     ]
 
 
-def _cut(group: tuple[ShardedTensor, ...], num_data: int, sub_group_size: int) -> Groups:
+def _cut(group: tuple[RankParameter, ...], num_data: int, sub_group_size: int) -> Groups:
     shares = [math.ceil(shard.numel / num_data) for shard in group]
     if sub_group_size >= sum(shares):
         return (group,)
-    found: list[tuple[ShardedTensor, ...]] = []
-    held: list[ShardedTensor] = []
+    found: list[tuple[RankParameter, ...]] = []
+    held: list[RankParameter] = []
     size = 0
     for shard, share in zip(group, shares, strict=True):
         held.append(shard)
@@ -138,7 +139,7 @@ class ShareOptimizerFile:
         }
         return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
-    def _shares(self, group: tuple[ShardedTensor, ...], state: State) -> StreamedTensor:
+    def _shares(self, group: tuple[RankParameter, ...], state: State) -> StreamedTensor:
         parts: list[Part] = []
         length = 0
         for shard in group:

@@ -14,6 +14,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.dynamics import Dynamics
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.logical import LogicalCheckpoint
@@ -23,7 +24,7 @@ from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import ShardedTensor, group_count, group_dynamics, optimizer_groups, trained_shards
+from incr_ds.target.placement import group_count, group_dynamics, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import initialize_distributed
@@ -104,7 +105,7 @@ class TrainingEngine:
         runner: PlainRunner | PipelineRunner,
         record: LossRecord,
         model: RankModel,
-        trained: tuple[ShardedTensor, ...],
+        trained: tuple[RankParameter, ...],
         run: RunSettings,
     ) -> None:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
@@ -128,7 +129,7 @@ class TrainingEngine:
         return self._engine.module
 
     @property
-    def shards(self) -> tuple[ShardedTensor, ...]:
+    def shards(self) -> tuple[RankParameter, ...]:
         """What the parameters of ``module`` are, in their order."""
         return self._shards
 
@@ -203,7 +204,7 @@ class TrainingEngine:
         return totals
 
 
-def _freeze(model: RankModel, trained: tuple[ShardedTensor, ...]) -> None:
+def _freeze(model: RankModel, trained: tuple[RankParameter, ...]) -> None:
     """Let only the ``trained`` parameters have gradients; DeepSpeed must see it when it takes the module over."""
     names = {shard.parameter for shard in trained}
     for name, parameter in model.module.named_parameters():
@@ -212,7 +213,7 @@ def _freeze(model: RankModel, trained: tuple[ShardedTensor, ...]) -> None:
 
 def _optimizer(
     model: RankModel,
-    trained: tuple[ShardedTensor, ...],
+    trained: tuple[RankParameter, ...],
     run: RunSettings,
     device: torch.device,
     dynamics: Mapping[str, Dynamics],
@@ -231,7 +232,7 @@ def _optimizer(
 
 
 def _keep_masters(
-    model: RankModel, trained: tuple[ShardedTensor, ...], weights: CheckpointWeights | FreshWeights
+    model: RankModel, trained: tuple[RankParameter, ...], weights: CheckpointWeights | FreshWeights
 ) -> None:
     """Give the fp32 masters the checkpoint's own values; DeepSpeed made them from weights rounded to bf16."""
     parameters = dict(model.module.named_parameters())

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.logical import STATES, LogicalCheckpoint, State
 from incr_ds.target.files import Bounds, Part, Slices, StreamedTensor
-from incr_ds.target.placement import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Place:
     stop: int
 
 
-def fill_optimizer(optimizer: Any, parameters: Mapping[ShardedTensor, Tensor], checkpoint: LogicalCheckpoint) -> None:
+def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], checkpoint: LogicalCheckpoint) -> None:
     """Give every partition on this rank the masters, moments and step of ``checkpoint``, reading only what it holds.
 
     ``optimizer`` is DeepSpeed's, of ZeRO-1, 2 or 3. Where a parameter lies in a partition is taken from DeepSpeed's own

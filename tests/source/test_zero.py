@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from writers import write_cases
 
+from incr_ds.arch.joined import joined_parameters
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
 from incr_ds.grow import GrowthRequest, check_moments, grow_checkpoint, plan_request
@@ -86,7 +87,7 @@ def test_every_tensor_is_read(written, case, ranks):
     }
     assert {group["weight_decay"] for group in checkpoint.facts.metadata["optimizer_groups"]} == {0.1, 0.0}
     parameters, live = len(live), logical_parts(checkpoint.architecture, live)
-    joined, frozen = checkpoint.architecture.joined, set(CASES[case].get("frozen", ()))
+    joined, frozen = joined_parameters(checkpoint.architecture), set(CASES[case].get("frozen", ()))
     frozen = {
         *(frozen - joined.keys()),
         *(spec.name for name in frozen & joined.keys() for spec in joined[name].members),

@@ -68,7 +68,7 @@ def test_pipeline_names():
     assert first[:2] == ["tied_modules.embedding.embed_tokens.weight", "1.block.self_attn.q_proj.weight"]
     assert last[0] == first[0] and last[-1] == "4.norm.weight"
     untied = rank_parameters(pico_architecture(), layout, 1, 0)
-    assert untied[-1].parameter == "5.lm_head.weight" and untied[-1].is_whole
+    assert untied[-1].parameter == "5.lm_head.weight" and untied[-1].shape == untied[-1].tensor.shape
 
 
 def test_optimizer_groups_keep_the_order():
