@@ -177,7 +177,11 @@ def test_the_end_of_the_deepspeed_command_saves_and_leaves_no_process(material, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
         command = subprocess.Popen(
-            [*map(str, words), LAUNCHER, "--config", run_file], env=environment, stdout=log, stderr=log
+            [*map(str, words), LAUNCHER, "--config", run_file],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
     try:
         wait_for_steps(tmp_path / "run", [])
