@@ -9,15 +9,15 @@ from typing import Any
 
 _HOMES = {
     "GrowthRecipe": "incr_ds.config.growth",
-    "GrowthRequest": "incr_ds.grow",
+    "GrowthRequest": "incr_ds.offline.plan",
     "IncrError": "incr_ds.errors",
-    "compare": "incr_ds.verify",
+    "compare": "incr_ds.offline.compare",
     "distillation_loss": "incr_ds.losses.distillation",
-    "export_huggingface": "incr_ds.export",
-    "grow_checkpoint": "incr_ds.grow",
-    "open_source": "incr_ds.source",
+    "export_huggingface": "incr_ds.checkpoint.huggingface.export",
+    "grow_checkpoint": "incr_ds.offline.run",
+    "open_source": "incr_ds.checkpoint.opening",
     "plan_growth": "incr_ds.growth.planner",
-    "plan_request": "incr_ds.grow",
+    "plan_request": "incr_ds.offline.plan",
 }
 __all__ = list(_HOMES)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from incr_ds.command import told
+from incr_ds.cli.command import told
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import IncrError

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import grow_checkpoint
 
-from incr_ds.command import console, errors
-from incr_ds.target import sink, workspace
+from incr_ds.checkpoint import sink, workspace
+from incr_ds.cli.command import console, errors
 
 
 def full_disk(*_):

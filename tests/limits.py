@@ -4,8 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
-from incr_ds.target import workspace
+from incr_ds.checkpoint import workspace
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 
 # Every point at which a run can be cut off: around each note in the journal, and around each step of publishing.
 POINTS = ["before note", "after note", "before seal", "before reveal", "after reveal"]

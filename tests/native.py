@@ -35,8 +35,8 @@ def _start():
 
 
 def write_source(folder):
-    from incr_ds.target.commit import write_atomically
-    from incr_ds.target.huggingface import config_text
+    from incr_ds.checkpoint.huggingface.writer import config_text
+    from incr_ds.checkpoint.publish import write_atomically
 
     rank = _start()
     architecture = small_architecture("llama", tie_word_embeddings=True)
@@ -56,8 +56,8 @@ def check_loads_in_deepspeed(folders):
     """Load each grown checkpoint into an engine that started from other weights; returns what it then computes."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    from incr_ds.source import open_source
-    from incr_ds.verify import random_batches
+    from incr_ds.checkpoint.opening import open_source
+    from incr_ds.offline.compare import random_batches
 
     rank = _start()
     found = {}

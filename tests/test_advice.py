@@ -4,16 +4,17 @@ import pytest
 import torch
 import yaml
 
-from incr_ds.advice import Trained, advice_text, advise
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.checkpoint.publish import verify_manifest
 from incr_ds.config.fields import load_settings, parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.growth.advice import Trained, advice_text, advise
 from incr_ds.growth.planner import plan_growth
-from incr_ds.published import rate_near, shapes_near
-from incr_ds.target.commit import verify_manifest
+from incr_ds.growth.published import rate_near, shapes_near
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 EVEN = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}

@@ -8,7 +8,8 @@ import bench_growth
 import pytest
 import torch
 
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.contest import Contestant, race
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

@@ -13,7 +13,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
-from incr_ds.target.placement import check_layout
+from incr_ds.sharding.placement import check_layout
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "ds_configs"

@@ -12,9 +12,9 @@ from test_grow import run_tool
 from test_grow_limits import write_synthetic
 from test_study import write_run
 
-from incr_ds.command import MOST_LINES, told
+from incr_ds.checkpoint.publish import check_writable
+from incr_ds.cli.command import MOST_LINES, told
 from incr_ds.errors import CheckpointError, ConfigError
-from incr_ds.target.commit import check_writable
 from incr_ds.testing.pico import pico_architecture
 
 LONG = "x" * 5000

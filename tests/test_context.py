@@ -9,10 +9,10 @@ import torch
 
 from incr_ds.arch.architecture import check_context
 from incr_ds.errors import ConfigError
+from incr_ds.offline.compare import compare, random_batches
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.evaluation import evaluate_checkpoint
 from incr_ds.train.loop import open_data
-from incr_ds.verify import compare, random_batches
 
 
 def run_tool(name, *arguments):

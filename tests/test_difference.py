@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from incr_ds.difference import Difference, differences
-from incr_ds.tables import component_sizes
+from incr_ds.checkpoint.difference import Difference, differences
+from incr_ds.cli.tables import component_sizes
 from incr_ds.testing.memory import MemoryCheckpoint
 from incr_ds.testing.pico import pico_architecture
 
@@ -27,7 +27,7 @@ def test_equal_checkpoints_do_not_differ():
 
 @pytest.mark.parametrize("portion", [1, 1 << 20])
 def test_changed_elements_are_counted(monkeypatch, portion):
-    monkeypatch.setattr("incr_ds.difference._ELEMENTS", portion)
+    monkeypatch.setattr("incr_ds.checkpoint.difference._ELEMENTS", portion)
     architecture = pico_architecture()
     first, second = tensors(architecture), tensors(architecture)
     changed = second["weight"]["model.layers.1.mlp.up_proj.weight"]

@@ -13,9 +13,9 @@ from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.arch.family import families
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, GrowthError, LayoutError
-from incr_ds.target.placement import check_layout
+from incr_ds.offline.compare import random_batches
+from incr_ds.sharding.placement import check_layout
 from incr_ds.testing.memory import drawn_model, small_architecture
-from incr_ds.verify import random_batches
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from limits import grow_until
 from native import check_loads_in_deepspeed, write_source
 from transformers import AutoModelForCausalLM
 
-from incr_ds.source import open_source
-from incr_ds.target.commit import verify_manifest
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import verify_manifest
+from incr_ds.offline.compare import compare, random_batches
 from incr_ds.testing.processes import run_processes
-from incr_ds.verify import compare, random_batches
 
 TARGET = {
     "hidden_size": 144,
@@ -394,8 +394,8 @@ def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_pa
 
 
 def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path):
-    from incr_ds.grow import GrowthRequest, plan_request
-    from incr_ds.grow_command import _described, _step_0
+    from incr_ds.cli.grow import _described, _step_0
+    from incr_ds.offline.plan import GrowthRequest, plan_request
 
     path = recipe(width={"hidden": "random"}, optimizer="reset", layout={"format": "huggingface"})
     planned = plan_request(GrowthRequest(source["huggingface"], path, tmp_path / "out", memory_budget=1000))

@@ -14,13 +14,14 @@ import torch
 import yaml
 from limits import POINTS, grow_until
 
+from incr_ds.checkpoint import sink, workspace
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import read_manifest, verify_manifest
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, ConfigError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
-from incr_ds.source import open_source
-from incr_ds.target import sink, workspace
-from incr_ds.target.commit import read_manifest, verify_manifest
+from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 
@@ -145,7 +146,7 @@ def anonymous_bytes_of(process):
 def test_killed_and_run_again_gives_the_same_bytes(home, tmp_path, point):
     """At every boundary of the journal: five model and layer files, four optimizer files, then publication."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["incr_ds.grow", "transformers.models.llama.configuration_llama"])
+    context.set_forkserver_preload(["incr_ds.offline.run", "transformers.models.llama.configuration_llama"])
     files = len(plan_request(request(home, tmp_path / "out")).files)
     for name in ("source", "recipe.yaml"):
         os.symlink(home / name, tmp_path / name)
@@ -171,7 +172,7 @@ def test_what_was_finished_is_not_written_again(home, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"Input/output error .*; nothing was published.*same command goes on"):
         grow_checkpoint(plan_request(request(home, tmp_path / "out")))
     monkeypatch.undo()
-    monkeypatch.setattr("incr_ds.grow.write_file", broken(errno.EIO))
+    monkeypatch.setattr("incr_ds.offline.run.write_file", broken(errno.EIO))
     grow_checkpoint(plan_request(request(home, tmp_path / "out")))
     assert contents(tmp_path / "out") == contents(home / "target")
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_grow_limits import TARGET, contents, hidden, write_synthetic
 
-from incr_ds.crew import shares
 from incr_ds.errors import ConfigError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
-from incr_ds.launched import join_crew
+from incr_ds.offline.launcher import join_crew
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.process_group import shares
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import free_port
 

@@ -7,13 +7,13 @@ import pytest
 import xxhash
 from test_grow_limits import write_synthetic
 
-from incr_ds.advice import source_training
-from incr_ds.arch.dynamics import read_dynamics
+from incr_ds.arch.multipliers import read_dynamics
+from incr_ds.checkpoint.manifest import journal_entry
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import read_manifest
+from incr_ds.config.json_file import SMALL, parse_json, read_json
 from incr_ds.errors import CheckpointError, ConfigError, IncrError
-from incr_ds.reading import SMALL, parse_json, read_json
-from incr_ds.source import open_source
-from incr_ds.target.commit import read_manifest
-from incr_ds.target.manifest import journal_entry
+from incr_ds.offline.grown_files import source_training
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

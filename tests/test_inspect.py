@@ -9,7 +9,8 @@ from test_grow import run_tool
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
+from incr_ds.offline.plan import GrowthRequest, plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

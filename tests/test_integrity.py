@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_grow_limits import write_synthetic
 
+from incr_ds.checkpoint.integrity import check_folder
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import read_manifest
+from incr_ds.checkpoint.torch_file.checksums import check_records, record_names
 from incr_ds.errors import CheckpointError
-from incr_ds.integrity import check_folder
-from incr_ds.source import open_source
-from incr_ds.source.records import check_records, record_names
-from incr_ds.target.commit import read_manifest
 from incr_ds.testing.pico import pico_architecture
 
 
@@ -112,7 +112,7 @@ def test_a_changed_file_of_a_training_checkpoint_is_explained_by_its_own_checksu
     manifest = read_manifest(tmp_path / "copy")
     name = next(name for name in manifest["files"] if name.endswith("mp_rank_00_model_states.pt"))
     extent = manifest["files"][name].pop("tensors")[0]
-    from incr_ds.target.commit import _manifest_text
+    from incr_ds.checkpoint.publish import _manifest_text
 
     (tmp_path / "copy" / "manifest.json").write_text(
         _manifest_text({k: manifest[k] for k in ("kind", "facts", "files")})

@@ -9,15 +9,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incr_ds.arch.blocks import Block
+from incr_ds.checkpoint.assembly import Held, assemble
+from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
-from incr_ds.grown import open_grown
-from incr_ds.source import open_source
-from incr_ds.source.assembly import Held, assemble
-from incr_ds.source.flat import FlatParameter, FlatShards, Piece
+from incr_ds.offline.growth_on_load import open_grown
+from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.run import grow_checkpoint
+from incr_ds.sharding.blocks import Block
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

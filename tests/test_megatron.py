@@ -8,12 +8,13 @@ import yaml
 from megatron_engines import reload_in_pipeline
 from megatron_format import VOCABULARY_MULTIPLE, layers_of, partitions, shapes, stage_of, write
 
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import verify_manifest
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
-from incr_ds.source import open_source
-from incr_ds.target.commit import verify_manifest
+from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint

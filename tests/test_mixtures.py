@@ -11,10 +11,11 @@ import incr_ds
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError, LayoutError
-from incr_ds.grow import grow_checkpoint, plan_files
+from incr_ds.offline.compare import random_batches
+from incr_ds.offline.plan import plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
-from incr_ds.verify import random_batches
 
 FFN = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import incr_ds
+from incr_ds.checkpoint import workspace
+from incr_ds.checkpoint.finite import is_finite
 from incr_ds.errors import CheckpointError
-from incr_ds.source.finite import is_finite
-from incr_ds.target import workspace
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 NAME = "model.layers.1.mlp.up_proj.weight"

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from incr_ds.reading import file_blocks
+from incr_ds.config.json_file import file_blocks
 
 SIZE = (2 << 20) + 4097
 

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from test_grow import run_tool
 from test_grow_limits import write_synthetic
 
+from incr_ds.checkpoint.huggingface.export import own_dtype
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.runs import newest_in_run
 from incr_ds.errors import CheckpointError
-from incr_ds.export import own_dtype
-from incr_ds.runs import newest_in_run
-from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.pico import pico_architecture
 

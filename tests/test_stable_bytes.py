@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
-from incr_ds.source import open_source
+from incr_ds.offline.plan import GrowthRequest, plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint

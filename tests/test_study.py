@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from incr_ds.errors import CheckpointError
-from incr_ds.study import compare_curves, merge_metrics, read_curve, summary, table_rows, thinned
-from incr_ds.study_report import draw_study, write_report
+from incr_ds.study.comparison import compare_curves, merge_metrics, read_curve, summary, table_rows, thinned
+from incr_ds.study.report import draw_study, write_report
 from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, read_metrics, row
 
 TOOL = Path(__file__).parents[1] / "tools" / "growth_study.py"

@@ -11,8 +11,8 @@ from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError
 from incr_ds.growth.planner import plan_growth
-from incr_ds.suggest import parse_count, parse_layout, recipe_text, suggest_targets
-from incr_ds.target.placement import check_layout
+from incr_ds.growth.suggest import parse_count, parse_layout, recipe_text, suggest_targets
+from incr_ds.sharding.placement import check_layout
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 

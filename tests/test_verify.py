@@ -7,11 +7,11 @@ import torch
 import yaml
 from test_grow import run_tool
 
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.data.tokenizer import train_sentencepiece
+from incr_ds.offline.compare import EXACT, ROUNDING_FACTOR, compare, random_batches, stored_dtype, usual_tokens
+from incr_ds.offline.sentences import has_tokenizer, sentence_batches
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
-from incr_ds.texts import has_tokenizer, sentence_batches
-from incr_ds.train.tokenizer import train_sentencepiece
-from incr_ds.verify import EXACT, ROUNDING_FACTOR, compare, random_batches, stored_dtype, usual_tokens
 
 WIDER = {"hidden_size": 132, "num_hidden_layers": 5, "intermediate_size": 331}
 TOKENS = ("--samples", 2, "--length", 12)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.data.tokenizer import train_sentencepiece
 from incr_ds.errors import IncrError
-from incr_ds.generate import Sampling, generate_text
-from incr_ds.integrity import open_described
+from incr_ds.offline.generation import Sampling, generate_text
 from incr_ds.testing.memory import drawn_model
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import free_port
 from incr_ds.train.metrics import read_metrics
-from incr_ds.train.tokenizer import train_sentencepiece
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "grow_a_downloaded_model.md"

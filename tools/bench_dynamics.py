@@ -14,8 +14,8 @@ import typer
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from incr_ds.arch.dynamics import UNCHANGED, Dynamics
-from incr_ds.command import command, console, print_json
+from incr_ds.arch.multipliers import UNCHANGED, Dynamics
+from incr_ds.cli.command import command, console, print_json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.family import families
-from incr_ds.command import command, console, print_json
+from incr_ds.cli.command import command, console, print_json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
+from incr_ds.offline.compare import random_batches
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
-from incr_ds.verify import random_batches
 
 # The dtype of the source's weights, and that of the grown model's. What rounds is the growth, the result, or neither.
 CASES = {

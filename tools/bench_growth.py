@@ -19,14 +19,15 @@ from rich import box
 from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
-from incr_ds.command import command, console
+from incr_ds.checkpoint.deepspeed.writer import OptimizerFile
+from incr_ds.cli.command import command, console
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
+from incr_ds.config.json_file import read_json
 from incr_ds.errors import ConfigError
-from incr_ds.grow import GrowthRequest, PlannedGrowth, grow_checkpoint, plan_files
-from incr_ds.reading import read_json
-from incr_ds.target.deepspeed import OptimizerFile
-from incr_ds.target.placement import optimizer_groups
+from incr_ds.offline.plan import GrowthRequest, PlannedGrowth, plan_files
+from incr_ds.offline.run import grow_checkpoint
+from incr_ds.sharding.placement import optimizer_groups
 from incr_ds.testing.contest import Contestant, Result, race
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from incr_ds.bench.measure import Measurement, copy_bandwidth, machine, measure_grid
 from incr_ds.bench.report import HEADINGS, rows, summarise, write_report
 from incr_ds.bench.variants import VARIANTS
-from incr_ds.command import command, console, print_json
+from incr_ds.cli.command import command, console, print_json
 from incr_ds.errors import ConfigError
 from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_lean, plan_loss
 

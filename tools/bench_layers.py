@@ -17,7 +17,7 @@ from rich.table import Table
 
 from incr_ds.arch.architecture import architecture_from_config, read_config
 from incr_ds.bench.measure import WARM_UP, machine, milliseconds, pass_memory
-from incr_ds.command import command, console, print_json
+from incr_ds.cli.command import command, console, print_json
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, console, print_json, progress_bar
-from incr_ds.integrity import open_described
-from incr_ds.runs import located
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.cli.command import command, console, print_json, progress_bar
+from incr_ds.cli.run_folder import located
 from incr_ds.train.evaluation import evaluate_checkpoint
 
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import torch
 import typer
 
-from incr_ds.command import command, console
-from incr_ds.export import export_huggingface, own_dtype
-from incr_ds.integrity import open_described
-from incr_ds.runs import located
+from incr_ds.checkpoint.huggingface.export import export_huggingface, own_dtype
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.cli.command import command, console
+from incr_ds.cli.run_folder import located
 
 
 class Dtype(StrEnum):

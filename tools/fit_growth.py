@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, console, print_json, progress_bar
+from incr_ds.checkpoint.publish import check_writable, write_atomically
+from incr_ds.cli.command import command, console, print_json, progress_bar
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.config.yaml_file import yaml_text
 from incr_ds.errors import ConfigError
-from incr_ds.target.commit import check_writable, write_atomically
 from incr_ds.train.fitting import fit_growth
 
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, loading, print_json
+from incr_ds.cli.command import command, loading, print_json
 
 with loading():
-    from incr_ds.generate import Sampling, generate_text
-    from incr_ds.integrity import open_described
-    from incr_ds.runs import located
+    from incr_ds.checkpoint.integrity import open_described
+    from incr_ds.cli.run_folder import located
+    from incr_ds.offline.generation import Sampling, generate_text
 
 
 @command

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, loading
+from incr_ds.checkpoint.deepspeed.releases import TESTED
+from incr_ds.cli.command import command, loading
 from incr_ds.errors import ConfigError
-from incr_ds.target.releases import TESTED
 
 
 @command
@@ -43,8 +43,8 @@ def main(
     # --local_rank is what the deepspeed launcher adds to every command; the environment says the same.
     if suggest is not None:
         with loading():
-            from incr_ds.grow_command import print_suggestions
-            from incr_ds.runs import located
+            from incr_ds.cli.grow import print_suggestions
+            from incr_ds.cli.run_folder import located
         opening = {"tag": tag, "config": config, "trust": trust}
         print_suggestions(
             located(source), suggest, layout, opening, json, None if write_recipe is None else (write_recipe, row)
@@ -55,10 +55,10 @@ def main(
     if recipe is None or output is None:
         raise ConfigError("--recipe and --output: both are needed, unless --suggest asks what a growth could be.")
     with loading():
-        from incr_ds.grow import GrowthRequest
-        from incr_ds.grow_command import grow
-        from incr_ds.runs import located
-        from incr_ds.target.budget import parse_bytes
+        from incr_ds.cli.grow import grow
+        from incr_ds.cli.run_folder import located
+        from incr_ds.offline.memory_budget import parse_bytes
+        from incr_ds.offline.plan import GrowthRequest
     budget = parse_bytes(memory_budget)
     limits = (workers, trust, budget, overwrite, target_deepspeed, allow_nonfinite)
     request = GrowthRequest(located(source), recipe, output, tag, config, *limits)

@@ -9,14 +9,14 @@ import typer
 from rich.table import Table
 
 from incr_ds.arch.architecture import read_config
-from incr_ds.command import command, console, print_json
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.publish import check_writable, read_manifest
+from incr_ds.cli.command import command, console, print_json
+from incr_ds.config.json_file import read_text
 from incr_ds.errors import CheckpointError
-from incr_ds.generate import Sampling, generate_text
-from incr_ds.integrity import open_described
-from incr_ds.reading import read_text
-from incr_ds.study import Study, compare_curves, merge_metrics, read_curve, summary, table_rows
-from incr_ds.study_report import draw_study, write_report
-from incr_ds.target.commit import check_writable, read_manifest
+from incr_ds.offline.generation import Sampling, generate_text
+from incr_ds.study.comparison import Study, compare_curves, merge_metrics, read_curve, summary, table_rows
+from incr_ds.study.report import draw_study, write_report
 
 
 @command

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, console, print_json
-from incr_ds.difference import differences
+from incr_ds.checkpoint.difference import differences
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import MANIFEST, verify_manifest
+from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.run_folder import located
+from incr_ds.cli.tables import checkpoint_table, component_sizes, difference_table, tensor_tree
 from incr_ds.errors import ConfigError
-from incr_ds.runs import located
-from incr_ds.source import open_source
-from incr_ds.tables import checkpoint_table, component_sizes, difference_table, tensor_tree
-from incr_ds.target.commit import MANIFEST, verify_manifest
 
 
 @command

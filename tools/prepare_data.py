@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from incr_ds.command import command, console, print_json, progress_bar
-from incr_ds.train.corpus import CorpusFacts, CorpusRequest, prepare_corpus
+from incr_ds.cli.command import command, console, print_json, progress_bar
+from incr_ds.data.corpus import CorpusFacts, CorpusRequest, prepare_corpus
 
 
 @command

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from incr_ds.command import command, console, print_json
-from incr_ds.integrity import check_folder, open_described
-from incr_ds.runs import located
-from incr_ds.source import open_source
-from incr_ds.target.commit import MANIFEST
-from incr_ds.verify import EXACT, ROUNDING_FACTOR, Comparison, compare, usual_tokens
+from incr_ds.checkpoint.integrity import check_folder, open_described
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import MANIFEST
+from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.run_folder import located
+from incr_ds.offline.compare import EXACT, ROUNDING_FACTOR, Comparison, compare, usual_tokens
 
 
 @command

@@ -15,8 +15,8 @@ from typing import Any
 from incr_ds.arch.config_reads import changes_nothing, installed_version, reads_of
 from incr_ds.arch.family import Family, TensorDeclaration, family_of
 from incr_ds.arch.tensors import Dimension, TensorSpec
+from incr_ds.config.json_file import read_json
 from incr_ds.errors import ConfigError
-from incr_ds.reading import read_json
 
 # A plan holds every position of an axis and names every tensor; beyond these a config is damaged, or a number a slip.
 _MOST = {"layers": 1 << 14, "experts": 1 << 12}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.config.fields import MOST_PROBLEMS
+from incr_ds.config.json_file import read_json
 from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import ConfigError
-from incr_ds.reading import read_json
 
 
 def read_deepspeed_file(path: Path) -> Mapping[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from incr_ds.config.json_file import DEEPEST, read_text
 from incr_ds.errors import ConfigError
-from incr_ds.reading import DEEPEST, read_text
 
 _MOST_VALUES = 1 << 22  # what references unfold to is counted; a fitted recipe of a large model has a million numbers
 _TAG = "tag:yaml.org,2002:"

@@ -19,9 +19,9 @@ import xxhash
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # what pydantic needs before Python 3.12
 
+from incr_ds.config.json_file import file_blocks
 from incr_ds.data.index_file import IndexFile, open_index
 from incr_ds.errors import ConfigError
-from incr_ds.reading import file_blocks
 
 CHUNK_BYTES = 1 << 26
 

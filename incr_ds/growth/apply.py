@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from incr_ds.arch.logical import LogicalCheckpoint, State
 from incr_ds.arch.tensors import READS, TensorSpec
+from incr_ds.checkpoint.base import LogicalCheckpoint, State
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.counter import normals, normals_at
 from incr_ds.growth.plan import GrowthPlan, TensorPlan

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 

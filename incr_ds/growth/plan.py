@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.dynamics import Dynamics, rounded_dynamics
-from incr_ds.arch.logical import STATES, State
+from incr_ds.arch.multipliers import Dynamics, rounded_dynamics
 from incr_ds.arch.tensors import READS, TensorSpec
+from incr_ds.checkpoint.base import STATES, State
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Fill, Vector, identity
 from incr_ds.growth.depth import LayerSource

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
+from incr_ds.checkpoint.publish import check_writable
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
@@ -15,8 +16,7 @@ from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.launch.deepspeed_config import deepspeed_config
-from incr_ds.target.commit import check_writable
-from incr_ds.target.placement import check_layout
+from incr_ds.sharding.placement import check_layout
 
 # What every launcher tells its ranks.
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -12,9 +12,8 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.family import families
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
 from incr_ds.errors import ConfigError, LayoutError
@@ -28,7 +27,8 @@ from incr_ds.model.plain import LanguageModel
 from incr_ds.model.teacher import Teacher, check_vocabularies
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, Weights
-from incr_ds.target.placement import check_layout, rank_parameters
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.placement import check_layout, rank_parameters
 
 
 @dataclass(frozen=True)

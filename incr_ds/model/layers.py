@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import RankParameter
 from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.losses.head import DistillationHead, LossSettings
@@ -20,7 +19,8 @@ from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
-from incr_ds.target.placement import rank_parameters
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.placement import rank_parameters
 
 HEAD = "lm_head.weight"
 

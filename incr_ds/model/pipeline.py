@@ -1,4 +1,4 @@
-"""The model as DeepSpeed pipeline stages, cut and named as incr_ds.target.placement declares."""
+"""The model as DeepSpeed pipeline stages, cut and named as incr_ds.sharding.placement declares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import run_block
 from incr_ds.model.teacher import Teacher, pack
-from incr_ds.target.placement import TIED_KEY, stage_layers
+from incr_ds.sharding.placement import TIED_KEY, stage_layers
 
 Stream = Tensor | tuple[Tensor, Tensor]
 

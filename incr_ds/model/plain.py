@@ -15,7 +15,7 @@ from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.attention import Attention, preferred_kernels
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory, module_path
-from incr_ds.target.placement import pipeline_layer
+from incr_ds.sharding.placement import pipeline_layer
 
 
 class LanguageModel(nn.Module):

@@ -12,7 +12,7 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
-from incr_ds.target.placement import stage_layers
+from incr_ds.sharding.placement import stage_layers
 
 
 class Teacher:

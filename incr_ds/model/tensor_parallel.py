@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.errors import LayoutError
-from incr_ds.target.placement import sharded_dimension
+from incr_ds.sharding.placement import sharded_dimension
 
 
 @dataclass(frozen=True)

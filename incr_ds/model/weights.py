@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import RankParameter
-from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.tensors import TensorSpec
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.sharding.blocks import RankParameter
 
 
 class Weights(Protocol):

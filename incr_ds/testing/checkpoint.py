@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import CheckpointFacts, State
+from incr_ds.checkpoint.base import CheckpointFacts, State
 
 
 class MemoryCheckpoint:

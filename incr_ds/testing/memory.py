@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import family_of
-from incr_ds.arch.logical import CheckpointFacts, State
-from incr_ds.verify import logical_parts
+from incr_ds.checkpoint.base import CheckpointFacts, State
+from incr_ds.offline.compare import logical_parts
 
 # A different size on every axis; where a family takes the head's size from hidden / heads, it is 16.
 SMALL = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.logical import STATES, CheckpointFacts, State
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, State
 
 _PRIME = 65521  # elements repeat with this period, so two misplaced slices differ
 

@@ -23,14 +23,14 @@ from typing import Any, Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.dynamics import FILE as DYNAMICS_FILE
-from incr_ds.arch.dynamics import Dynamics, dynamics_text
+from incr_ds.arch.multipliers import FILE as DYNAMICS_FILE
+from incr_ds.arch.multipliers import Dynamics, dynamics_text
+from incr_ds.checkpoint.companions import TOKENIZER_FILES
+from incr_ds.checkpoint.huggingface.writer import config_text
+from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
+from incr_ds.checkpoint.runs import CHECKPOINTS, step_folders
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError
-from incr_ds.grow import TOKENIZER_FILES
-from incr_ds.runs import CHECKPOINTS, step_folders
-from incr_ds.target.commit import MANIFEST, publish, read_manifest, verify_manifest
-from incr_ds.target.huggingface import config_text
 from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
 from incr_ds.train.ranks import on_every_rank, on_rank_zero

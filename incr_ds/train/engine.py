@@ -14,17 +14,17 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.blocks import RankParameter
-from incr_ds.arch.dynamics import Dynamics
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.multipliers import Dynamics
+from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import group_count, group_dynamics, optimizer_groups, trained_shards
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.placement import group_count, group_dynamics, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import initialize_distributed

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from incr_ds.arch.architecture import check_context
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.data.corpus import tokens_per_byte
 from incr_ds.data.fingerprint import describe
-from incr_ds.train.corpus import tokens_per_byte
-from incr_ds.train.data import open_held_out_data
-from incr_ds.verify import load_model
+from incr_ds.data.samples import open_held_out_data
+from incr_ds.offline.compare import load_model
 
 
 @dataclass(frozen=True)

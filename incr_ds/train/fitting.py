@@ -17,25 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from incr_ds.arch.logical import LogicalCheckpoint
 from incr_ds.arch.tensors import TensorSpec
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.finite import FiniteCheckpoint
+from incr_ds.checkpoint.integrity import open_described
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import FittedAxis, FittedOperators, GrowthRecipe
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.samples import Samples, batches, held_out_batches
 from incr_ds.errors import ConfigError
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.axis import FRESH
 from incr_ds.growth.fitted import FITTED_AXES, check_fittable
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
-from incr_ds.integrity import open_described
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
-from incr_ds.source.finite import FiniteCheckpoint
 from incr_ds.train.batches import Batch
-from incr_ds.train.data import Samples, batches, held_out_batches
 from incr_ds.train.inputs import open_data
 from incr_ds.train.optimizer import build_adamw
 from incr_ds.train.schedule import learning_rate

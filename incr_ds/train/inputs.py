@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture, check_context
+from incr_ds.checkpoint.publish import write_atomically
+from incr_ds.config.json_file import read_json
 from incr_ds.config.training import RunSettings
 from incr_ds.data.fingerprint import (
     Chunk,
@@ -23,10 +25,8 @@ from incr_ds.data.fingerprint import (
     scan_chunk,
 )
 from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.data.samples import Samples, open_held_out_data, open_training_data
 from incr_ds.errors import CheckpointError
-from incr_ds.reading import read_json
-from incr_ds.target.commit import write_atomically
-from incr_ds.train.data import Samples, open_held_out_data, open_training_data
 from incr_ds.train.ranks import on_every_rank, on_rank_zero
 
 CACHE, RECORD = "data_index", "data_sets.json"

@@ -14,7 +14,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from incr_ds.source.unpickle import load_pt, load_pt_of
+from incr_ds.checkpoint.torch_file.load import load_pt, load_pt_of
 
 # What DeepSpeed itself pickles into its files, all of it plain data: numbers, names and shapes.
 DEEPSPEED_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, SubparamShape)

@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.lock import locked
 from incr_ds.config.training import RunSettings
+from incr_ds.data.samples import batches, held_out_batches
 from incr_ds.errors import ConfigError, IncrError
-from incr_ds.integrity import open_described
-from incr_ds.target.lock import locked
 from incr_ds.train.checkpoints import (
     TrainingState,
     load_checkpoint,
@@ -28,7 +29,6 @@ from incr_ds.train.checkpoints import (
     save_checkpoint,
     set_aside_diverged,
 )
-from incr_ds.train.data import batches, held_out_batches
 from incr_ds.train.engine import StepResult, TrainingEngine, build_engine, initialize_distributed
 from incr_ds.train.evaluation import bits_per_byte
 from incr_ds.train.flops import Peak, device_peak, forward_flops_per_token, training_flops_per_token

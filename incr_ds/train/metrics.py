@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from incr_ds.checkpoint.publish import write_atomically
+from incr_ds.config.json_file import parse_json
 from incr_ds.errors import CheckpointError
-from incr_ds.reading import parse_json
-from incr_ds.target.commit import write_atomically
 
 FILE = "metrics.jsonl"
 

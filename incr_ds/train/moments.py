@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from incr_ds.arch.blocks import RankParameter
-from incr_ds.arch.logical import STATES, LogicalCheckpoint, State
-from incr_ds.target.files import Bounds, Part, Slices, StreamedTensor
+from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State
+from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor
+from incr_ds.sharding.blocks import Bounds, RankParameter
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, saved_architecture
+from incr_ds.checkpoint.companions import TOKENIZER_FILES
+from incr_ds.config.json_file import regular_bytes
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, LayoutError
-from incr_ds.grow import TOKENIZER_FILES
-from incr_ds.reading import regular_bytes
 
 # Settings that must be as they were, under what changing them would do, each with its value in checkpoints that lack it.
 TOKENS = "resuming would not continue the same order of tokens"

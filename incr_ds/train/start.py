@@ -9,15 +9,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
-from incr_ds.arch.dynamics import Dynamics, read_dynamics
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.logical import LogicalCheckpoint
+from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.publish import MANIFEST
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grown import GrownCheckpoint, open_grown
-from incr_ds.integrity import open_described
-from incr_ds.target.commit import MANIFEST
-from incr_ds.target.placement import check_layout
+from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
+from incr_ds.sharding.placement import check_layout
 from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.resuming import check_layout_matches
 

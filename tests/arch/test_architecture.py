@@ -162,7 +162,7 @@ def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_
     config = dict(pico_architecture().config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     program = (
-        "import sys; from pathlib import Path; import incr_ds.grow, incr_ds.verify, incr_ds.tables\n"
+        "import sys; from pathlib import Path; import incr_ds.offline.run, incr_ds.offline.compare, incr_ds.cli.tables\n"
         "from incr_ds.arch.architecture import saved_architecture\n"
         "from incr_ds.config.growth import GrowthRecipe; from incr_ds.growth.planner import plan_growth\n"
         "plan = plan_growth(saved_architecture(Path(sys.argv[1])), GrowthRecipe(target={}))\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from incr_ds.arch.dynamics import FILE, UNCHANGED, Dynamics, dynamics_text, read_dynamics, rounded_dynamics
+from incr_ds.arch.multipliers import FILE, UNCHANGED, Dynamics, dynamics_text, read_dynamics, rounded_dynamics
 from incr_ds.errors import CheckpointError, ConfigError
 
 

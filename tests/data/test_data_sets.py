@@ -10,8 +10,8 @@ import pytest
 from incr_ds.data import fingerprint
 from incr_ds.data.fingerprint import combine, describe, identity, num_chunks, record_of, recorded, scan_chunk
 from incr_ds.data.index_file import HEADER, open_index
+from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError
-from incr_ds.train.megatron import IndexedDatasetBuilder
 
 LENGTHS = [3, 5, 4, 6]  # sequences; two documents of two sequences each
 

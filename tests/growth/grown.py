@@ -7,8 +7,8 @@ from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
+from incr_ds.offline.compare import logical_parts
 from incr_ds.testing.memory import drawn_model
-from incr_ds.verify import logical_parts
 
 # These take the head's size from hidden / heads, so that hidden and heads grow together.
 HIDDEN_PER_HEAD = [name for name, family in families().items() if "head_dim" not in family.axes]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incr_ds.arch.family import families
-from incr_ds.arch.logical import STATES
+from incr_ds.checkpoint.base import STATES
 from incr_ds.errors import ConfigError, GrowthError
 from incr_ds.growth.counter import choices, normals, normals_at, shuffled
 from incr_ds.growth.depth import METHODS, keeps_order, map_layers

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.family import mixtures
+from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.errors import GrowthError
 from incr_ds.growth.planner import plan_growth
-from incr_ds.target.huggingface import config_text
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 PAIRS = [("llama", "mixtral"), ("mistral", "mixtral"), ("qwen3", "qwen3_moe")]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError, IncrError, LayoutError
 from incr_ds.launch.preflight import check_model, check_run, check_world_size
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.runs import pico_run
-from incr_ds.train.megatron import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[2]
 

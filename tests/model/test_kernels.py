@@ -71,7 +71,7 @@ from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.target.placement import rank_parameters
+from incr_ds.sharding.placement import rank_parameters
 from incr_ds.testing.pico import pico_architecture
 
 for family in sys.argv[1:]:

@@ -13,7 +13,7 @@ from incr_ds.model.plain import LanguageModel
 from incr_ds.model.teacher import check_vocabularies
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
-from incr_ds.target.placement import rank_parameters
+from incr_ds.sharding.placement import rank_parameters
 from incr_ds.testing.checkpoint import MemoryCheckpoint
 from incr_ds.testing.pico import FAMILIES, pico_architecture
 

@@ -9,7 +9,7 @@ from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.model.attention import check_capped_scores
 from incr_ds.model.build import _check_trains
 from incr_ds.model.weights import FreshWeights
-from incr_ds.target.placement import check_layout, rank_parameters
+from incr_ds.sharding.placement import check_layout, rank_parameters
 from incr_ds.testing.checkpoint import MemoryCheckpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import TRAINED_BESIDE

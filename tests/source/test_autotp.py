@@ -7,9 +7,9 @@ import pytest
 import torch
 from tensor_parallel import case_model, write_autotp
 
+from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import CheckpointError
-from incr_ds.source import open_source
-from incr_ds.source.affine import AffineMaps
 from incr_ds.testing.processes import run_processes
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}
@@ -75,8 +75,8 @@ def info(entry, version=1):
 
 def test_a_scaled_bias_is_unscaled_and_its_moments_too():
     """Pieces pre-divided by the degree, as the format allows: weight by s, exp_avg by 1/s, exp_avg_sq by 1/s^2."""
-    from incr_ds.source.assembly import Held, assemble
-    from incr_ds.source.flat import FlatParameter, FlatShards, Piece
+    from incr_ds.checkpoint.assembly import Held, assemble
+    from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
 
     stored = {"weight": torch.arange(5.0) / 2, "exp_avg": torch.arange(5.0) * 2, "exp_avg_sq": torch.arange(5.0) * 4}
     shards = FlatShards(

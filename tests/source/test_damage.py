@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_grow_limits import write_synthetic
 
+from incr_ds.checkpoint.integrity import check_file
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import CheckpointError, IncrError
-from incr_ds.integrity import check_file
-from incr_ds.source import open_source
 from incr_ds.testing.pico import pico_architecture
 
 LAYOUTS = {

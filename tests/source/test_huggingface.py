@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from incr_ds.checkpoint.huggingface.reader import INDEX
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import CheckpointError
-from incr_ds.grow import GrowthRequest, plan_request
-from incr_ds.source import open_source
-from incr_ds.source.huggingface import INDEX
+from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from incr_ds.arch.family import families
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import CheckpointError
-from incr_ds.source import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 

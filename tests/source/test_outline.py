@@ -6,8 +6,8 @@ import zipfile
 import pytest
 import torch
 
+from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
-from incr_ds.source.unpickle import load_pt
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ HOSTILE = {
 def test_a_pickle_that_asks_for_more_than_its_size_is_refused_at_once(saved, monkeypatch, name):
     message, *parts = HOSTILE[name]
     if "hundred thousand entries" in name:
-        monkeypatch.setattr("incr_ds.source.walk._MOST_READS", 1 << 16)
+        monkeypatch.setattr("incr_ds.checkpoint.torch_file.walk._MOST_READS", 1 << 16)
     rewrite(saved, lambda _: b"\x80\x02" + b"".join(parts) + b".")
     with pytest.raises(CheckpointError, match=rf"a\.pt: .*{message}.*"):
         load_pt(saved)

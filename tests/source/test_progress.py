@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_grow_limits import write_synthetic
 
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.pico import pico_architecture
 

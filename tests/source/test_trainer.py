@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from trainers import train
 
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.processes import run_processes
 
 

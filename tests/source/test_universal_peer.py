@@ -8,7 +8,7 @@ import pytest
 import torch
 from writers import write_cases
 
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.processes import run_processes
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 import torch
 from numpy._core.multiarray import _reconstruct
 
+from incr_ds.checkpoint.torch_file.load import Stub, load_pt
 from incr_ds.errors import CheckpointError
-from incr_ds.source.unpickle import Stub, load_pt
 
 
 def foreign():

@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import save_file
 from writers import write_cases
 
-from incr_ds.arch.joined import joined_parameters
+from incr_ds.checkpoint.deepspeed.checks import rounds_to
+from incr_ds.checkpoint.finite import FiniteCheckpoint
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
-from incr_ds.grow import GrowthRequest, check_moments, grow_checkpoint, plan_request
-from incr_ds.source import open_source
-from incr_ds.source.checks import rounds_to
-from incr_ds.source.finite import FiniteCheckpoint
+from incr_ds.offline.compare import logical_parts
+from incr_ds.offline.plan import GrowthRequest, check_moments, plan_request
+from incr_ds.offline.run import grow_checkpoint
+from incr_ds.sharding.joined import joined_parameters
 from incr_ds.testing.processes import run_processes
-from incr_ds.verify import logical_parts
 
 # A matrix that has a twin of its shape, and a norm.
 FROZEN = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight")

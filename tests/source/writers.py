@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.target.commit import write_atomically
-from incr_ds.target.huggingface import config_text
+from incr_ds.checkpoint.huggingface.writer import config_text
+from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.testing.memory import drawn_model, small_architecture
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from incr_ds.checkpoint.streaming import BLOCK_ELEMENTS
 from incr_ds.errors import ConfigError
-from incr_ds.target.budget import RESERVE, anonymous_bytes, parse_bytes, portion_elements
-from incr_ds.target.files import BLOCK_ELEMENTS
+from incr_ds.offline.memory_budget import RESERVE, anonymous_bytes, parse_bytes, portion_elements
 
 
 @pytest.mark.parametrize(

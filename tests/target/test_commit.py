@@ -10,8 +10,7 @@ from importlib.metadata import version
 import pytest
 import xxhash
 
-from incr_ds.errors import CheckpointError
-from incr_ds.target.commit import (
+from incr_ds.checkpoint.publish import (
     hash_file,
     publish,
     read_manifest,
@@ -20,6 +19,7 @@ from incr_ds.target.commit import (
     verify_manifest,
     write_atomically,
 )
+from incr_ds.errors import CheckpointError
 
 
 @pytest.fixture

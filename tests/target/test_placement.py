@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incr_ds.arch.dynamics import Dynamics
+from incr_ds.arch.multipliers import Dynamics
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
-from incr_ds.target.placement import (
+from incr_ds.sharding.placement import (
     check_layout,
     group_count,
     group_dynamics,

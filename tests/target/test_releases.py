@@ -2,8 +2,8 @@
 
 import pytest
 
+from incr_ds.checkpoint.deepspeed.releases import needs_bare_states
 from incr_ds.errors import LayoutError
-from incr_ds.target.releases import needs_bare_states
 
 
 @pytest.mark.parametrize(

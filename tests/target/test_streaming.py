@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from incr_ds.source.unpickle import load_pt
-from incr_ds.target.archive import archive_of
-from incr_ds.target.files import Part, Slices, StreamedTensor, slice_of, write_file
-from incr_ds.target.huggingface import huggingface_files
-from incr_ds.target.sink import Sink
+from incr_ds.checkpoint.huggingface.writer import huggingface_files
+from incr_ds.checkpoint.sink import Sink
+from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, slice_of, write_file
+from incr_ds.checkpoint.torch_file.load import load_pt
+from incr_ds.checkpoint.torch_file.write import archive_of
 from incr_ds.testing.pico import pico_architecture
 
 SHAPES = {"matrix": (37, 11), "wide": (2, 301), "vector": (53,)}

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
+from incr_ds.checkpoint.publish import hash_file, verify_manifest
+from incr_ds.checkpoint.workspace import open_workspace
 from incr_ds.errors import CheckpointError, GrowthError
-from incr_ds.target.commit import hash_file, verify_manifest
-from incr_ds.target.workspace import open_workspace
 
 
 def write(space, name, content):

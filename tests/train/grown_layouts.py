@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
-from incr_ds.source import open_source
 from incr_ds.train.engine import build_engine
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from incr_ds.checkpoint.publish import verify_manifest
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.checkpoints import (
     TrainingState,

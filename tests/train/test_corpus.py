@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from incr_ds.checkpoint.publish import temporary_folder
+from incr_ds.data.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
+from incr_ds.data.megatron import IndexedDataset
+from incr_ds.data.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
 from incr_ds.errors import ConfigError
-from incr_ds.target.commit import temporary_folder
-from incr_ds.train.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
-from incr_ds.train.megatron import IndexedDataset
-from incr_ds.train.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
 
 ODD_TEXT = '  def f(x):\n\treturn "</s> é漢🙂"  \n\n\n    # end\r\n\0 <s>'
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from incr_ds.checkpoint.publish import seal
 from incr_ds.config.training import BatchSettings
 from incr_ds.data.fingerprint import describe
-from incr_ds.errors import ConfigError
-from incr_ds.target.commit import seal
-from incr_ds.train.data import (
+from incr_ds.data.megatron import IndexedDatasetBuilder
+from incr_ds.data.samples import (
     Blend,
     batches,
     held_out_batches,
@@ -18,7 +18,7 @@ from incr_ds.train.data import (
     open_held_out_data,
     open_training_data,
 )
-from incr_ds.train.megatron import IndexedDatasetBuilder
+from incr_ds.errors import ConfigError
 
 LENGTH = 7
 TOKENS = 500

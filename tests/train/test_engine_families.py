@@ -8,8 +8,9 @@ import yaml
 from saving_engines import load_grown, train_cases
 from test_engine_layouts import Case, reference
 
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import run_processes
 

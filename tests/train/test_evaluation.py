@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.evaluation import bits_per_byte, evaluate_checkpoint
-from incr_ds.train.megatron import IndexedDatasetBuilder
 
 
 def write(folder, largest=101):

@@ -10,19 +10,19 @@ import yaml
 from fit_growth import main
 
 import incr_ds
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.data.fingerprint import describe
+from incr_ds.data.megatron import IndexedDatasetBuilder
+from incr_ds.data.samples import held_out_batches, open_held_out_data
 from incr_ds.errors import CheckpointError, ConfigError, GrowthError
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
-from incr_ds.source import open_source
+from incr_ds.offline.compare import load_model
 from incr_ds.testing.memory import drawn_model, small_architecture
-from incr_ds.train.data import held_out_batches, open_held_out_data
 from incr_ds.train.fitting import _Operators, fit_growth
-from incr_ds.train.megatron import IndexedDatasetBuilder
-from incr_ds.verify import load_model
 
 TARGET = {
     "hidden_size": 144,

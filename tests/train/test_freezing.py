@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.architecture import saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.checkpoint.huggingface.export import export_huggingface
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
-from incr_ds.export import export_huggingface
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
-from incr_ds.source import open_source
-from incr_ds.target.placement import group_count
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
+from incr_ds.sharding.placement import group_count
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run

@@ -7,12 +7,13 @@ import torch
 import yaml
 from growing_engines import grow_and_save, refuse_or_start, run_settings
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import GrowthError, LayoutError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files, plan_request
-from incr_ds.grown import open_grown
-from incr_ds.source import open_source
+from incr_ds.offline.growth_on_load import open_grown
+from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint

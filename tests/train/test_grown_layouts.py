@@ -4,10 +4,11 @@ import pytest
 import torch
 from grown_layouts import load_evaluate_save, masters_after_start
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
-from incr_ds.source import open_source
+from incr_ds.offline.plan import GrowthRequest, plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.testing.processes import run_processes
 

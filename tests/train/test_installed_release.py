@@ -6,11 +6,12 @@ import pytest
 from test_universal import same, truth
 from universal_engines import load_in_plain_engines
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import LayoutError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
-from incr_ds.source import open_source
+from incr_ds.offline.plan import GrowthRequest, plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.processes import run_processes
 
 INSTALLED = version("deepspeed")

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from incr_ds.errors import IncrError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run

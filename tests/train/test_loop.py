@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
 from incr_ds.train import inputs, loop
 from incr_ds.train.engine import StepResult
 from incr_ds.train.loop import DivergedError, pretrain
-from incr_ds.train.megatron import IndexedDatasetBuilder
 from incr_ds.train.metrics import TIMINGS, read_metrics
 
 LENGTH = 8

@@ -17,13 +17,13 @@ import pytest
 import torch
 import yaml
 
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import verify_manifest
+from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.launch.stopping import STOPPED
-from incr_ds.source import open_source
-from incr_ds.target.commit import verify_manifest
 from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
 from incr_ds.testing.processes import free_port
 from incr_ds.train.evaluation import evaluate_checkpoint
-from incr_ds.train.megatron import IndexedDatasetBuilder
 from incr_ds.train.metrics import TIMINGS, read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import yaml
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.train.start import find_start
 

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from trajectory_engines import AFTER, architecture, follow, resume, train_source
 
-from incr_ds.arch.dynamics import Dynamics, read_dynamics
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_request
-from incr_ds.source import open_source
+from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.offline.plan import GrowthRequest, plan_request
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.processes import run_processes
 
 EVEN = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}

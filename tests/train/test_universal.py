@@ -6,12 +6,13 @@ import pytest
 import torch
 from universal_engines import load_in_layout, load_in_plain_engines
 
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import verify_manifest
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError
-from incr_ds.grow import GrowthRequest, grow_checkpoint, plan_files
-from incr_ds.source import open_source
-from incr_ds.target.commit import verify_manifest
+from incr_ds.offline.plan import GrowthRequest, plan_files
+from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.dynamics import read_dynamics
+from incr_ds.arch.multipliers import read_dynamics
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.source import open_source
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.memory import drawn_model
 
 

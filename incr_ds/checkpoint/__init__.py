@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the logical checkpoint, integrity and publishing, and a package for each format."""

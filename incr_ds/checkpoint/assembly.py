@@ -1,0 +1,165 @@
+"""A logical tensor from the rectangles of it that ranks hold, read without copying where one rank holds all that is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from incr_ds.checkpoint.base import State, same_numbers
+from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Block
+
+# Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
+SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2}
+_COMPARED_ELEMENTS = 1 << 18
+
+
+class Rows(Protocol):
+    """Parameters that can be read by rows."""
+
+    def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop) of a parameter."""
+        ...
+
+
+class Holder(Protocol):
+    """What holds parameters: a model-parallel rank, or the files of a universal checkpoint."""
+
+    @property
+    def index(self) -> int:
+        """The model-parallel rank."""
+        ...
+
+    @property
+    def model_file(self) -> Path:
+        """A file beside the parameters, for messages."""
+        ...
+
+    @property
+    def shards(self) -> Rows:
+        """The parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A block of a logical tensor in a parameter of one model-parallel rank."""
+
+    rank: Holder
+    parameter: str
+    block: Block
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First and last row of the logical tensor, half open."""
+        return self.block.bounds[0]
+
+    def read(self, state: State, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop) of the logical tensor, the block's columns of them."""
+        block = self.block
+        offset = block.row - block.bounds[0][0]
+        found = self.rank.shards.read(self.parameter, state, first + offset, stop + offset)
+        if len(block.bounds) > 1:
+            begin, end = block.bounds[1]
+            found = found[:, block.column : block.column + end - begin]
+        return found if block.scale == 1.0 else found / block.scale ** SCALE_POWERS[state]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A logical tensor: blocks that cover it once, and further copies of these that other ranks hold."""
+
+    shape: tuple[int, ...]
+    held: tuple[Held, ...]
+    copies: tuple[tuple[Held, Held], ...]
+
+    def read(self, state: State, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop)."""
+        wanted = [
+            (held, max(first, held.rows[0]), min(stop, held.rows[1]))
+            for held in self.held
+            if held.rows[0] < stop and first < held.rows[1]
+        ]
+        if len(wanted) == 1 and wanted[0][1:] == (first, stop):
+            return wanted[0][0].read(state, first, stop)
+        whole: torch.Tensor | None = None
+        for held, begin, end in wanted:
+            part = held.read(state, begin, end)
+            if whole is None:
+                whole = torch.empty((stop - first, *self.shape[1:]), dtype=part.dtype)
+            columns = (slice(*bounds) for bounds in held.block.bounds[1:])
+            whole[(slice(begin - first, end - first), *columns)] = part
+        return torch.empty(0, *self.shape[1:]) if whole is None else whole
+
+
+def assemble(shape: tuple[int, ...], found: Sequence[Held], where: str) -> Assembled:
+    """Join blocks to a tensor of ``shape``; CheckpointError if they leave a gap or disagree on where they lie."""
+    held: dict[tuple[tuple[int, int], ...], Held] = {}
+    copies = []
+    for item in found:
+        first = held.setdefault(item.block.bounds, item)
+        if first is not item:
+            copies.append((first, item))
+    kept = sorted(held.values(), key=lambda item: item.block.bounds)
+    covered = sum(math.prod(item.block.shape) for item in kept)
+    if covered != math.prod(shape) or _overlap(kept):
+        raise CheckpointError(
+            f"{where}: {kept[0].block.name}: its shards hold {covered} elements, expected the {math.prod(shape)} of shape "
+            f"{list(shape)} once each. A file is missing, or of another layout."
+        )
+    return Assembled(shape, tuple(kept), tuple(copies))
+
+
+def _overlap(held: Sequence[Held]) -> bool:
+    """Whether two of the blocks (sorted by their bounds) share an element."""
+    for number, one in enumerate(held):
+        for other in held[number + 1 :]:
+            if other.rows[0] >= one.rows[1]:
+                break
+            pairs = zip(one.block.bounds, other.block.bounds, strict=True)
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in pairs):
+                return True
+    return False
+
+
+def cut_blocks(name: str, whole: tuple[int, ...], shapes: Sequence[tuple[int, ...]]) -> list[Block]:
+    """The blocks of shards that are cut along the one dimension in which they are smaller than the whole, in rank order;
+    shards as large as the whole are copies of it. [] if the shapes do not fit any cut."""
+    local = shapes[0]
+    if len(local) != len(whole):
+        return []
+    cut = [dimension for dimension, size in enumerate(local) if size != whole[dimension]]
+    if len(cut) > 1:
+        return []
+    if not cut:
+        return [Block(name, tuple((0, size) for size in whole)) for _ in shapes]
+    blocks, start = [], 0
+    for shape in shapes:
+        bounds = [(0, size) for size in whole]
+        bounds[cut[0]] = (start, start + shape[cut[0]])
+        start += shape[cut[0]]
+        blocks.append(Block(name, tuple(bounds)))
+    return blocks
+
+
+def check_copies(tensor: Assembled, states: Sequence[State]) -> Iterator[str]:
+    """Every copy of a block must be that block, in each of ``states``; CheckpointError names two ranks that disagree."""
+    for first, second in tensor.copies:
+        block = first.block
+        begin, end = block.bounds[0]
+        rows = max(1, _COMPARED_ELEMENTS // max(1, math.prod(block.shape[1:])))
+        for state in states:
+            for row in range(begin, end, rows):
+                stop = min(row + rows, end)
+                if not same_numbers(first.read(state, row, stop), second.read(state, row, stop)):
+                    raise CheckpointError(
+                        f"{first.rank.model_file.parent}: {block.name}: {state} of {first.parameter} on model-parallel rank "
+                        f"{first.rank.index} and of {second.parameter} on rank {second.rank.index} differ; they are "
+                        "copies of one tensor. A file is damaged, or of another checkpoint."
+                    )
+        yield block.name

@@ -1,0 +1,123 @@
+"""Proofs that the files of a ZeRO checkpoint belong together, read in portions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.base import LogicalCheckpoint, same_numbers
+from incr_ds.checkpoint.deepspeed.layer_files import layer_weights
+from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
+from incr_ds.checkpoint.huggingface.reader import HuggingFaceCheckpoint, weights_file
+from incr_ds.checkpoint.naming import plain_names
+from incr_ds.errors import CheckpointError
+
+_CHECKED_ELEMENTS = 1 << 18  # compared at once
+
+
+def check_padding(rank: ModelRank) -> None:
+    """ZeRO pads with zeros; anything else is another checkpoint's data."""
+    for state in rank.shards.flat:
+        for padding in rank.shards.padding(state):
+            if padding.count_nonzero():
+                raise CheckpointError(
+                    f"{rank.model_file.parent}: {state} of model-parallel rank {rank.index}: ZeRO's padding is not zero. "
+                    "Shards were swapped, or belong to another checkpoint."
+                )
+
+
+def check_duplicates(rank: ModelRank) -> None:
+    """No data-parallel rank may hold what the one before it holds, in all groups: one alone may hold copies by growth."""
+    ranks = rank.shards.flat["weight"]
+    for later in range(1, len(ranks)):
+        # A rank may lack the last groups: frozen parameters, which one rank holds.
+        pairs = list(zip(ranks[later - 1], ranks[later], strict=False))
+        if all(torch.equal(*pair) for pair in pairs) and any(part.any() for _, part in pairs):
+            raise CheckpointError(
+                f"{rank.files[later]}: holds the same weights as {rank.files[later - 1].name}; one of them is a "
+                "copy of the other. Copy the right file back."
+            )
+
+
+def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
+    """The weights in the model's dtype that DeepSpeed saved beside the masters, by parameter name; {} for ZeRO-3."""
+    module = rank.model.get("module")
+    if rank.stage == 3:
+        return {}
+    if module is not None:
+        return {name: tensor for name, tensor in module.items() if name in rank.names}
+    layers = {int(name.split(".")[0]) for name in rank.names if name[0].isdigit()}
+    tensor_rank = rank.index % max(1, len(list(folder.glob("layer_01-model_*-model_states.pt"))))
+    return {name: tensor for name, tensor in layer_weights(folder, tensor_rank, layers) if name in rank.names}
+
+
+def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
+    """What the module saved of a tied tensor's other name must be the tensor."""
+    module = rank.model.get("module") or {}
+    saved = {logical: module[name] for name, logical in plain_names(module, architecture).items()}
+    owners = {rank.names[name]: tensor for name, tensor in modules.items()}
+    for spec in architecture.tensors:
+        owner = owners.get(spec.tied_to) if spec.tied_to else None
+        if owner is not None and spec.name in saved and not same_numbers(saved[spec.name], owner):
+            raise CheckpointError(
+                f"{rank.model_file}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
+            )
+
+
+def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
+    """The fp32 master, cast to the module's dtype, must be the module weight bit for bit."""
+    flat = rank.shards.parameters[parameter]
+    if tuple(saved.shape) != flat.shape:
+        raise CheckpointError(
+            f"{rank.model_file}: {parameter}: module weight has shape {list(saved.shape)}, its master {list(flat.shape)}."
+        )
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(flat.shape[1:]))
+    wrong = 0
+    for first in range(0, flat.shape[0], rows):
+        stop = min(first + rows, flat.shape[0])
+        master = rank.shards.read(parameter, "weight", first, stop)
+        if not rounds_to(master, saved[first:stop]):
+            rounded = master.to(saved.dtype)
+            wrong += int(((rounded != saved[first:stop]) & ~(rounded.isnan() & saved[first:stop].isnan())).sum())
+    if wrong:
+        holders = ", ".join(sorted({rank.files[piece.rank].name for piece in flat.pieces}))
+        raise CheckpointError(
+            f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "
+            f"differ from the saved {saved.dtype} weight. Shards were swapped, damaged, or mixed from two checkpoints."
+        )
+
+
+def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether ``masters``, cast, are the saved weights. torch compares 16-bit numbers one by one, numpy their bits many at a
+    time: five times as fast. Equal bits are equal numbers unless they are NaN, and a sum shows whether any is."""
+    rounded = masters.to(saved.dtype)
+    if saved.dtype.itemsize == 2 and not masters.sum().isnan():
+        if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
+            return True
+    return same_numbers(rounded, saved)
+
+
+def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:
+    """What transformers' Trainer saved of the same step beside DeepSpeed's folder, or None."""
+    if not (folder / "trainer_state.json").is_file() or weights_file(folder) is None:
+        return None
+    return HuggingFaceCheckpoint(folder, architecture)
+
+
+def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, name: str) -> None:
+    """A tensor that the Trainer exported must be the fp32 master, cast to its dtype."""
+    spec = checkpoint.architecture.by_name[name]
+    rows = max(1, _CHECKED_ELEMENTS // math.prod(spec.shape[1:]))
+    for first in range(0, spec.shape[0], rows):
+        part = slice(first, first + rows)
+        saved = exported.read(name, "weight", part)
+        if not rounds_to(checkpoint.read(name, "weight", part), saved):
+            raise CheckpointError(
+                f"{exported.facts.path}: {name}: the weights exported there are not the fp32 masters in "
+                f"{checkpoint.facts.path.name}. Shards were swapped or damaged, or the two are of different steps."
+            )

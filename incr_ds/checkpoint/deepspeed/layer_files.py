@@ -1,0 +1,78 @@
+"""The files layer_XX-model_TT-model_states.pt of a pipeline checkpoint: the module's weights, frozen ones included."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.base import check_dtype
+from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
+from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
+from incr_ds.checkpoint.naming import logical_names
+from incr_ds.checkpoint.torch_file.load import load_pt
+from incr_ds.checkpoint.torch_file.schema import tensors
+
+_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+
+
+def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights of pipeline layers as ``<layer>.<name inside>``, in the model's dtype."""
+    for layer in sorted(layers):
+        path = folder / f"layer_{layer:02d}-model_{tensor_rank:02d}-model_states.pt"
+        for name, tensor in tensors(load_pt(path), path).items():
+            check_dtype(tensor.dtype, name, str(path))
+            yield f"{layer}.{name}", tensor
+
+
+def with_frozen_layers(
+    folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
+) -> list[ModelRank]:
+    """``ranks`` with the parameters that no optimizer file holds, because they were not trained, on the first stage."""
+    layers = {int(match[1]) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
+    if not layers:
+        return list(ranks)
+    return [
+        _with_frozen(folder, rank, _missing(ranks, rank, architecture, tensor_parallel), architecture, layers)
+        if rank.index < tensor_parallel
+        else rank
+        for rank in ranks
+    ]
+
+
+def _missing(
+    ranks: Sequence[ModelRank], first: ModelRank, architecture: Architecture, tensor_parallel: int
+) -> set[str]:
+    """Logical tensors that no stage of the tensor rank of ``first`` holds."""
+    stages = [rank for rank in ranks if rank.index % tensor_parallel == first.index]
+    return {spec.name for spec in architecture.stored} - {name for rank in stages for name in rank.names.values()}
+
+
+def _with_frozen(
+    folder: Path, rank: ModelRank, missing: set[str], architecture: Architecture, layers: set[int]
+) -> ModelRank:
+    if not missing:
+        return rank
+    saved = dict(layer_weights(folder, rank.index, layers))
+    names = logical_names(saved, architecture)
+    # The last stage saves a tied embedding once more.
+    owners = {names[name]: name for name in reversed(saved) if names[name] in missing}
+    added = {name: saved[name] for name in owners.values()}
+    flat = rank.shards.flat
+    first_group = len(flat["weight"][0])
+    held = [*flat["weight"][0], *(tensor.flatten() for tensor in added.values())]
+    parameters = {
+        name: FlatParameter(tuple(tensor.shape), (Piece(0, first_group + number, 0, math.prod(tensor.shape)),))
+        for number, (name, tensor) in enumerate(added.items())
+    }
+    shards = FlatShards(
+        {**rank.shards.parameters, **parameters},
+        {**flat, "weight": [held, *flat["weight"][1:]]},
+        rank.shards.frozen | set(added),
+    )
+    return replace(rank, shards=shards, names={**rank.names, **{name: names[name] for name in added}})

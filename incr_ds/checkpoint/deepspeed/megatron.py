@@ -1,0 +1,100 @@
+"""Megatron-DeepSpeed's GPTModelPipe: fused parameters and padded vocabularies back to logical tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.assembly import Assembled, Held, Holder, assemble
+from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
+from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.megatron_modules import MEGATRON, check_modules, module_parameters, modules_of
+
+_FUSED = re.compile(r"\d+\.self_attention\.query_key_value\.weight")
+_SHOWN = 10
+
+
+def is_megatron(parameters: Iterable[str]) -> bool:
+    """Whether parameters have Megatron's names."""
+    return any(_FUSED.fullmatch(parameter) for parameter in parameters)
+
+
+def megatron_tensors(
+    folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
+) -> Mapping[str, Assembled]:
+    """Every logical tensor. Rows of the vocabulary's padding belong to none. CheckpointError names every parameter that is
+    missing, unknown or of another shape."""
+    check_modules(modules_of(MEGATRON), architecture, tensor_parallel, str(folder))
+    vocabulary = _vocabulary(ranks, architecture, tensor_parallel)
+    shapes = [{name: flat.shape for name, flat in rank.shards.parameters.items()} for rank in ranks]
+    return fused_tensors(folder, list(zip(ranks, shapes, strict=True)), architecture, tensor_parallel, vocabulary)
+
+
+def fused_tensors(
+    folder: Path,
+    holders: Sequence[tuple[Holder, Mapping[str, tuple[int, ...]]]],
+    architecture: Architecture,
+    tensor_parallel: int,
+    vocabulary: int,
+) -> Mapping[str, Assembled]:
+    """Every logical tensor from holders of parameters, each with the shapes of its own; errors as ``megatron_tensors``."""
+    held: dict[str, list[Held]] = {}
+    problems: list[str] = []
+    for holder, shapes in holders:
+        declared = _declared(architecture, tensor_parallel, holder.index % tensor_parallel, vocabulary)
+        for parameter, shape in shapes.items():
+            expected = declared.get(parameter)
+            if expected is None:
+                problems.append(f"  {parameter}: not a parameter of this {architecture.family.model_type}")
+            elif expected.shape != shape:
+                problems.append(f"  {parameter}: expected shape {list(expected.shape)}, found {list(shape)}")
+            else:
+                for block in expected.blocks:
+                    held.setdefault(block.name, []).append(Held(holder, parameter, block))
+    problems += [f"  {spec.name}: in no parameter" for spec in architecture.stored if spec.name not in held]
+    if problems:
+        shown = problems[:_SHOWN] + ([f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+        lines = [
+            f"{folder}: {len(problems)} parameter(s) do not fit the config; is config.json this checkpoint's?",
+            *shown,
+        ]
+        raise CheckpointError("\n".join(lines))
+    return {spec.name: assemble(spec.shape, held[spec.name], str(folder)) for spec in architecture.stored}
+
+
+def padding_notes(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> tuple[str, ...]:
+    """What of the checkpoint is not part of the model."""
+    vocab, found = architecture.sizes["vocab"], _vocabulary(ranks, architecture, tensor_parallel)
+    if found == vocab:
+        return ()
+    return (
+        f"the source's vocabulary is padded from {vocab} to {found} rows, which are left out; if they were trained and are to "
+        f"stay, state {architecture.family.axes['vocab']}: {found} in config.json",
+    )
+
+
+def _vocabulary(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> int:
+    """Rows of the embedding over all tensor ranks, padding included."""
+    for rank in ranks:
+        for parameter, flat in rank.shards.parameters.items():
+            if parameter.endswith(".word_embeddings.weight"):
+                found = flat.shape[0] * tensor_parallel
+                if found < architecture.sizes["vocab"]:
+                    raise CheckpointError(
+                        f"{rank.model_file.parent}: {parameter}: {found} rows over {tensor_parallel} tensor rank(s), fewer than "
+                        f"{architecture.family.axes['vocab']} {architecture.sizes['vocab']}; is config.json this checkpoint's?"
+                    )
+                return found
+    raise CheckpointError(
+        f"{ranks[0].model_file.parent}: no parameter word_embeddings.weight; a rank's files are missing."
+    )
+
+
+def _declared(
+    architecture: Architecture, tensor_parallel: int, tensor_rank: int, vocabulary: int
+) -> Mapping[str, RankParameter]:
+    layers = module_parameters(modules_of(MEGATRON), architecture, tensor_parallel, tensor_rank, vocabulary)
+    return {item.parameter: item for items in layers.values() for item in items}

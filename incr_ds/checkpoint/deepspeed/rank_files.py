@@ -1,0 +1,270 @@
+"""The files of a ZeRO checkpoint: the grid of ranks, and what each model-parallel rank's files hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.base import STATES, State, check_dtype
+from incr_ds.checkpoint.deepspeed.frozen import Flats, add_frozen
+from incr_ds.checkpoint.deepspeed.partition import (
+    FlatParameter,
+    FlatShards,
+    check_bounds,
+    contiguous_parameters,
+    scattered_parameters,
+)
+from incr_ds.checkpoint.deepspeed.schema import (
+    AdamState,
+    ModelFile,
+    Moments,
+    MomentsError,
+    model_content,
+    moments,
+    partitions,
+    stage3_partitions,
+    zero_stage,
+)
+from incr_ds.checkpoint.deepspeed.zero0 import unpartitioned
+from incr_ds.checkpoint.naming import logical_names, plain_names, refuse_adapters
+from incr_ds.checkpoint.torch_file.load import load_pt
+from incr_ds.errors import CheckpointError
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+BF16_OPTIMIZER = 1  # writes ZeRO-1's partitions, but no zero_stage
+
+
+@dataclass(frozen=True)
+class ModelRank:
+    """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them.
+
+    ``kind`` names the format for people, ``dtype`` is the model's own, ``universal_info`` what DeepSpeed notes for conversions.
+    ``no_moments`` says why the optimizer's states cannot be used, if so; ``step`` is then 0.
+    """
+
+    index: int
+    model_file: Path
+    files: tuple[Path, ...]
+    model: ModelFile
+    shards: FlatShards
+    stage: int
+    kind: str
+    dtype: str
+    step: int
+    names: Mapping[str, str]
+    hyperparameters: tuple[Mapping[str, Any], ...]
+    universal_info: Any = None
+    no_moments: str | None = None
+
+
+def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[ModelRank]:
+    """Every model-parallel rank of a checkpoint, its files mapped; CheckpointError for what is missing or not supported."""
+    return [_open_rank(paths, architecture, trust) for paths in _rank_files(folder)]
+
+
+def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
+    """(model-parallel rank, model file, optimizer files by data-parallel rank), refusing gaps in the grid."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.startswith("expp_rank_") or "_expert_" in name for name in names):
+        raise CheckpointError(f"{folder}: a mixture-of-experts checkpoint; only dense models are supported.")
+    optimizer: dict[int, dict[int, Path]] = {}
+    for name in names:
+        if match := _OPTIMIZER_FILE.fullmatch(name):
+            optimizer.setdefault(int(match[2]), {})[int(match[1])] = folder / name
+    models = {int(match[1]): folder / name for name in names if (match := _MODEL_FILE.fullmatch(name))}
+    if not optimizer and not models:
+        raise CheckpointError(
+            f"{folder}: no file mp_rank_XX_model_states.pt; not the folder of a DeepSpeed checkpoint's tag."
+        )
+    ranks = range(max([*optimizer, *models]) + 1)
+    if not optimizer:
+        missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in ranks if rank not in models]
+        if missing:
+            raise CheckpointError(f"{folder}: missing {', '.join(missing)}. Copy the files back or use another tag.")
+        return [(rank, models[rank], ()) for rank in ranks]
+    num_data = max(max(files) for files in optimizer.values()) + 1
+    prefix = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
+    missing = [
+        f"{prefix}zero_pp_rank_{data}_mp_rank_{rank:02d}_optim_states.pt"
+        for rank in ranks
+        for data in range(num_data)
+        if data not in optimizer.get(rank, {})
+    ]
+    missing += [f"mp_rank_{rank:02d}_model_states.pt" for rank in ranks if rank not in models]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: missing {', '.join(missing)} of a grid of {len(ranks)} model-parallel x {num_data} "
+            "data-parallel ranks. Copy the files back or use another tag."
+        )
+    return [(rank, models[rank], tuple(optimizer[rank][data] for data in range(num_data))) for rank in ranks]
+
+
+@dataclass(frozen=True)
+class _OptimizerFile:
+    """One data-parallel rank's optimizer file, its two forms (ZeRO-1/2 and ZeRO-3) made one."""
+
+    path: Path
+    stage: int
+    says_stage: bool
+    partition_count: int
+    adam: AdamState
+    masters: list[torch.Tensor]
+    paddings: Sequence[Sequence[int] | None] | None
+    universal_info: Any
+
+    def flat(self, with_moments: bool) -> dict[State, list[torch.Tensor]]:
+        """Masters, and moments if asked for, one-dimensional, by group."""
+        found: dict[State, list[torch.Tensor]] = {"weight": [tensor.flatten() for tensor in self.masters]}
+        if with_moments:
+            groups = self.moments()
+            found["exp_avg"] = [group["exp_avg"].flatten() for group in groups]
+            found["exp_avg_sq"] = [group["exp_avg_sq"].flatten() for group in groups]
+        for state, tensors in found.items():
+            for index, tensor in enumerate(tensors):
+                check_dtype(tensor.dtype, f"{state} of optimizer group {index}", str(self.path))
+        return found
+
+    def moments(self) -> list[Moments]:
+        """By group; MomentsError if they are not Adam's alone."""
+        states = self.adam["state"]
+        groups = range(len(self.masters))
+        return [moments(states.get(index, {}), self.path, f"optimizer group {index}") for index in groups]
+
+
+def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
+    index, model_path, files = paths
+    model = model_content(load_pt(model_path, trust=trust), model_path)
+    if not files:
+        return _unpartitioned_rank(index, model_path, model, architecture)
+    states = [_optimizer_file(load_pt(path, trust=trust), path) for path in files]
+    _check_partition_count(states, model, model_path)
+    first = states[0]
+    no_moments = _why_no_moments(states)
+    flats = [state.flat(with_moments=no_moments is None) for state in states]
+    parameters = _parameters(model_path, model.get("param_shapes") or [], first, flats)
+    frozen = add_frozen(parameters, flats, model_path, model, first.stage, trust)
+    flat = {state: [tensors[state] for tensors in flats] for state in STATES if state in flats[0]}
+    shards = FlatShards(parameters, flat, frozen)
+    check_bounds(shards, str(model_path.parent))
+    step = 0 if no_moments else _common_step(states)
+    refuse_adapters(parameters, str(model_path))
+    names = logical_names(parameters, architecture)
+    kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
+    dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
+    info = first.universal_info or model.get("universal_checkpoint_info")
+    groups = _hyperparameters(first)
+    found = (shards, first.stage, kind, dtype, step, names, groups, info, no_moments)
+    return ModelRank(index, model_path, files, model, *found)
+
+
+def _parameters(
+    model_path: Path, group_shapes: Sequence[Mapping[str, tuple[int, ...]]], first: _OptimizerFile, flats: Flats
+) -> dict[str, FlatParameter]:
+    """Where each trained parameter lies in the flat tensors of the ranks."""
+    if any(len(tensors["weight"]) != len(group_shapes) for tensors in flats):
+        counts = ", ".join(str(len(tensors["weight"])) for tensors in flats)
+        raise CheckpointError(
+            f"{model_path}: param_shapes has {len(group_shapes)} groups, the optimizer files beside it {counts}: from "
+            "different checkpoints."
+        )
+    if first.stage == 3:
+        return scattered_parameters(group_shapes, len(flats))
+    sizes = [master.numel() for master in first.masters]
+    return contiguous_parameters(group_shapes, _paddings(first, group_shapes), sizes)
+
+
+def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architecture: Architecture) -> ModelRank:
+    """A rank of ZeRO-0: one file holds the module and its optimizer."""
+    found = unpartitioned(model_path, model, architecture)
+    info = model.get("universal_checkpoint_info")
+    names = plain_names(found.shards.parameters, architecture)
+    files = (model_path,)
+    kind, dtype = "DeepSpeed ZeRO-0", str(found.dtype).removeprefix("torch.")
+    more = (kind, dtype, found.step, names, found.hyperparameters, info, found.no_moments)
+    return ModelRank(index, model_path, files, model, found.shards, 0, *more)
+
+
+def _optimizer_file(content: Any, path: Path) -> _OptimizerFile:
+    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: no key optimizer_state_dict; not a DeepSpeed optimizer file.")
+    if isinstance(state.get("base_optimizer_state"), list):
+        raise CheckpointError(
+            f"{path}: an elastic checkpoint, which is not supported; save with elastic_checkpoint false."
+        )
+    stage = zero_stage(state.get("zero_stage", BF16_OPTIMIZER), path)
+    info, says_stage = state.get("universal_checkpoint_info"), "zero_stage" in state
+    if stage == 3:
+        third = stage3_partitions(state, path)
+        adam, masters, paddings = third["optimizer_state_dict"], third["fp32_flat_groups"], None
+        return _OptimizerFile(path, stage, says_stage, third["partition_count"], adam, masters, paddings, info)
+    found = partitions(state, path)
+    adam, masters = found["base_optimizer_state"], found["single_partition_of_fp32_groups"]
+    paddings = found.get("param_alignment_paddings")
+    return _OptimizerFile(path, stage, says_stage, found["partition_count"], adam, masters, paddings, info)
+
+
+def _check_partition_count(states: Sequence[_OptimizerFile], model: ModelFile, model_path: Path) -> None:
+    expected = model.get("dp_world_size")
+    if expected != len(states):
+        raise CheckpointError(
+            f"{model_path}: written with {expected} data-parallel ranks, found {len(states)} optimizer file(s) beside it. "
+            "Copy the missing files back, or remove those of another checkpoint."
+        )
+    for state in states:
+        if state.partition_count != expected:
+            raise CheckpointError(
+                f"{state.path}: one of {state.partition_count} partitions, expected one of {expected}: from another checkpoint."
+            )
+
+
+def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    saved = first.paddings or [None] * len(group_shapes)
+    lengths = [len(shapes) for shapes in group_shapes]
+    if [len(paddings or range(length)) for paddings, length in zip(saved, lengths, strict=False)] != lengths:
+        raise CheckpointError(
+            f"{first.path}: param_alignment_paddings does not have one entry for each parameter of param_shapes: from "
+            "different checkpoints."
+        )
+    return [list(paddings or [0] * length) for paddings, length in zip(saved, lengths, strict=True)]
+
+
+def _why_no_moments(states: Sequence[_OptimizerFile]) -> str | None:
+    """The first file's reason if no file has Adam's moments; CheckpointError if some have them: those others are damaged."""
+    reasons = {}
+    for state in states:
+        try:
+            state.moments()
+        except MomentsError as error:
+            reasons[state.path] = str(error)
+    if reasons and len(reasons) < len(states):
+        path, reason = next(iter(reasons.items()))
+        complete = next(state.path.name for state in states if state.path not in reasons)
+        raise CheckpointError(
+            f"{path.parent}: {reason}. {complete} has them. Copy {path.name} again, or use another tag."
+        )
+    return next(iter(reasons.values()), None)
+
+
+def _common_step(states: Sequence[_OptimizerFile]) -> int:
+    steps = {
+        group["step"]: f"{state.path.name} group {index}"
+        for state in states
+        for index, group in enumerate(state.moments())
+    }
+    if len(steps) != 1:
+        found = "; ".join(f"step {step} in {where}" for step, where in steps.items())
+        raise CheckpointError(f"{states[0].path.parent}: the optimizer files disagree on the step: {found}.")
+    return next(iter(steps))
+
+
+def _hyperparameters(first: _OptimizerFile) -> tuple[Mapping[str, Any], ...]:
+    groups = first.adam["param_groups"]
+    return tuple({key: value for key, value in group.items() if key != "params"} for group in groups)

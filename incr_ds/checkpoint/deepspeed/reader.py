@@ -1,0 +1,146 @@
+"""DeepSpeed checkpoints (ZeRO-0 to 3; any data, tensor and pipeline degree) as logical checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.assembly import check_copies
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, State
+from incr_ds.checkpoint.deepspeed.checks import (
+    check_aliases,
+    check_duplicates,
+    check_exported,
+    check_master,
+    check_padding,
+    exported_weights,
+    module_weights,
+)
+from incr_ds.checkpoint.deepspeed.holders import assembled_tensors
+from incr_ds.checkpoint.deepspeed.layer_files import with_frozen_layers
+from incr_ds.checkpoint.deepspeed.megatron import is_megatron, megatron_tensors, padding_notes
+from incr_ds.checkpoint.deepspeed.rank_files import ModelRank, open_ranks
+from incr_ds.checkpoint.progress import training_facts
+from incr_ds.errors import CheckpointError
+from incr_ds.sharding.joined import joined_parameters
+
+
+class ZeroCheckpoint:
+    """A DeepSpeed checkpoint folder and tag; nothing but metadata is read before ``read``."""
+
+    def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
+        self._folder = folder / tag
+        self._architecture = architecture
+        self._ranks = open_ranks(self._folder, architecture, trust)
+        self._tensor_parallel, self._pipeline_parallel = _model_degrees(self._folder, self._ranks)
+        self._is_megatron = is_megatron(name for rank in self._ranks for name in rank.shards.parameters)
+        if not self._is_megatron:
+            self._ranks = with_frozen_layers(self._folder, self._ranks, architecture, self._tensor_parallel)
+        where = (self._folder, self._ranks, architecture, self._tensor_parallel)
+        self._tensors = megatron_tensors(*where) if self._is_megatron else assembled_tensors(*where)
+        self._facts = self._collect_facts()
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """What is known without reading a tensor."""
+        return self._facts
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model that the checkpoint holds."""
+        return self._architecture
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
+        spec = self._architecture.by_name[name]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        if state not in self._facts.states:
+            raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
+        return self._tensors[spec.tied_to or name].read(state, first, stop)
+
+    def self_check(self) -> Iterator[str]:
+        """Prove that the shards belong together, yielding the name of each parameter checked.
+
+        Stages 0 to 2: the fp32 master cast to the model's dtype equals the saved module weight bit for bit. Stage 3
+        saves no module weights: there the zero padding must be zero and no two ranks may hold the same bytes. Weights
+        that transformers' Trainer exported beside the tag must be the masters too. Tied and replicated copies must be
+        equal, in every state. Raises CheckpointError naming the first tensor that does not fit.
+        """
+        exported = exported_weights(self._folder.parent, self._architecture)
+        for rank in self._ranks:
+            check_padding(rank)
+            check_duplicates(rank)
+            modules = module_weights(self._folder, rank)
+            check_aliases(rank, modules, self._architecture)
+            for parameter, logical in rank.names.items():
+                if parameter in modules:
+                    check_master(rank, parameter, modules[parameter])
+                yield logical
+        for name, tensor in self._tensors.items():
+            for _ in check_copies(tensor, self._facts.states):
+                pass
+            if exported is not None:
+                check_exported(self, exported, name)
+
+    def _collect_facts(self) -> CheckpointFacts:
+        first = self._ranks[0]
+        for rank in self._ranks[1:]:
+            if (rank.step, rank.stage) != (first.step, first.stage):
+                raise CheckpointError(
+                    f"{rank.files[0]}: step {rank.step}, ZeRO stage {rank.stage}; {first.files[0]} says step "
+                    f"{first.step}, stage {first.stage}. The files come from different checkpoints."
+                )
+        layout = {
+            "tensor_parallel": self._tensor_parallel,
+            "pipeline_parallel": self._pipeline_parallel,
+            "data_parallel": int(first.model.get("dp_world_size") or len(first.files)),
+            "zero_stage": first.stage,
+        }
+        files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
+        metadata = training_facts(first.model, self._folder.parent)
+        metadata["dtype"] = first.dtype
+        no_moments = self._why_no_moments()
+        metadata["optimizer_groups"] = () if no_moments else first.hyperparameters
+        if self._is_megatron:
+            metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
+        frozen = self._frozen()
+        if frozen:
+            metadata["frozen"] = frozen
+        kind = f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind
+        if no_moments:
+            return CheckpointFacts(self._folder, kind, ("weight",), None, layout, metadata, files, no_moments)
+        return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
+
+    def _frozen(self) -> list[str]:
+        """The tensors that were not trained."""
+        joined = joined_parameters(self._architecture)
+        parameters = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen}
+        members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
+        return sorted({*(parameters - joined.keys()), *members})
+
+    def _why_no_moments(self) -> str | None:
+        """ZeRO-0 matches moments with names on each rank by itself; the partitions of ZeRO have moments on all ranks or none."""
+        without = [rank for rank in self._ranks if rank.no_moments]
+        complete = [rank for rank in self._ranks if not rank.no_moments]
+        if without and complete and without[0].stage:
+            raise CheckpointError(
+                f"{self._folder}: {without[0].no_moments}. {complete[0].files[0].name} has them. Copy the files of "
+                f"model-parallel rank {without[0].index} again, or use another tag."
+            )
+        return without[0].no_moments if without else None
+
+
+def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:
+    degrees = ranks[0].model.get("checkpoint_parallel_dimensions") or {}
+    has_layers = any(folder.glob("layer_*-model_*-model_states.pt"))
+    # Layer 1 is the first decoder layer here, the embedding in Megatron: every checkpoint has it, of every tensor rank.
+    first_layer = len(list(folder.glob("layer_01-model_*-model_states.pt")))
+    tensor = degrees.get("tp_degree") or (first_layer if has_layers else len(ranks))
+    if not tensor or len(ranks) % tensor:
+        raise CheckpointError(
+            f"{folder}: {len(ranks)} model-parallel ranks do not divide into tensor_parallel {tensor}."
+        )
+    return tensor, len(ranks) // tensor

@@ -1,0 +1,198 @@
+"""What DeepSpeed's files hold, as types: whoever opens a file checks it once, and names the first entry that does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # what pydantic needs before Python 3.12
+)
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from incr_ds.checkpoint.torch_file.schema import checked
+from incr_ds.errors import CheckpointError
+
+
+def _number(value: Any) -> Any:
+    """torch counts steps in tensors, DeepSpeed's own optimizers in ints."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _one_count(value: Any) -> Any:
+    """ZeRO-1 and 2 note the number of partitions for each group, ZeRO-3 once."""
+    counts = set(value) if isinstance(value, list | tuple) and all(isinstance(count, int) for count in value) else ()
+    return next(iter(counts)) if len(counts) == 1 else value
+
+
+Size = Annotated[int, Field(ge=0)]
+Step = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(_one_count), Field(ge=1)]
+Shapes = dict[str, tuple[Size, ...]]
+_OPEN = ConfigDict(extra="allow", arbitrary_types_allowed=True)
+
+
+class ModelFile(TypedDict):
+    """mp_rank_XX_model_states.pt, and zero_pp_rank_D_ before it under ZeRO-3."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    module: NotRequired[dict[str, torch.Tensor] | None]
+    optimizer: NotRequired[dict[str, Any] | None]
+    param_shapes: NotRequired[list[Shapes] | None]
+    frozen_param_shapes: NotRequired[Shapes | None]
+    frozen_param_fragments: NotRequired[dict[str, torch.Tensor] | None]
+    shared_params: NotRequired[dict[str, str] | None]
+    buffer_names: NotRequired[list[str] | None]
+    dp_world_size: NotRequired[Size | None]
+    checkpoint_parallel_dimensions: NotRequired[dict[str, Size] | None]
+
+
+class AdamState(TypedDict):
+    """An optimizer's state_dict; what a group lacks of Adam's moments is said where they are read."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class Moments(TypedDict):
+    """Adam's state of a parameter or of a flat group."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: Step
+
+
+class Partitions(TypedDict):
+    """optimizer_state_dict of a ZeRO-1 or 2 optimizer file."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    partition_count: Count
+    param_alignment_paddings: NotRequired[list[list[Size] | None] | None]
+    base_optimizer_state: AdamState
+    single_partition_of_fp32_groups: list[torch.Tensor]
+
+
+class Stage3Partitions(TypedDict):
+    """optimizer_state_dict of a ZeRO-3 optimizer file."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    partition_count: Count
+    optimizer_state_dict: AdamState
+    fp32_flat_groups: list[torch.Tensor]
+
+
+class AffinePiece(TypedDict):
+    """A strided part of a cut parameter: offset and strides in the whole tensor and in the rank's."""
+
+    shape: list[Size]
+    source: tuple[Size, list[Size]]
+    dest: tuple[Size, list[Size]]
+    scale: NotRequired[float]
+
+
+class AffineShard(TypedDict):
+    """What one tensor rank holds."""
+
+    shard_shape: list[Size]
+    pieces: list[AffinePiece]
+
+
+class AffineParameter(TypedDict):
+    """How AutoTP cut a parameter, for each tensor rank."""
+
+    logical_shape: list[Size]
+    ranks: dict[int, AffineShard]
+
+
+_MODEL = TypeAdapter(ModelFile)
+_ADAM = TypeAdapter(AdamState)
+_MOMENTS = TypeAdapter(Moments)
+_PARTITIONS = TypeAdapter(Partitions)
+_STAGE3 = TypeAdapter(Stage3Partitions)
+_STEP = TypeAdapter(Step)
+_AFFINE = TypeAdapter(dict[str, AffineParameter])
+_MASTERS = TypeAdapter(list[list[torch.Tensor]], config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def model_content(content: Any, path: Path) -> ModelFile:
+    """Raises CheckpointError, as the others here do, naming the first entry that is not what DeepSpeed writes."""
+    return checked(_MODEL, content, path)
+
+
+def adam_state(content: Any, path: Path, at: str) -> AdamState:
+    """An optimizer's state_dict, which stands at ``at`` in the file."""
+    return checked(_ADAM, content, path, at)
+
+
+class MomentsError(Exception):
+    """Why a checkpoint's optimizer states cannot be used; its weights can. Its text is part of a sentence."""
+
+
+def moments(content: Any, path: Path, at: str) -> Moments:
+    """Adam's two moments and its step; MomentsError says which of them are missing and what is there instead, or what is
+    there beside them: growing only a part of an optimizer's state would change it without a word."""
+    known = Moments.__required_keys__
+    missing = sorted(key for key in known if key not in content)
+    if missing:
+        found = ", ".join(map(str, content)) or "nothing: saved before the first step?"
+        raise MomentsError(
+            f"{path.name}: {at} has no {', '.join(missing)} (found {found}); only Adam's moments can be grown"
+        )
+    if more := sorted(str(key) for key in set(content) - known):
+        named = "".join(f" ({optimizer})" for key, optimizer in _VARIANTS.items() if key in more)
+        raise MomentsError(
+            f"{path.name}: {at} has {', '.join(more)}{named} beside Adam's moments, which growth would lose"
+        )
+    return checked(_MOMENTS, content, path, at)
+
+
+# What tells a relative of Adam by its further state.
+_VARIANTS = {"max_exp_avg_sq": "AMSGrad", "mu_product": "NAdam", "worker_error": "1-bit Adam"}
+
+
+def partitions(content: Any, path: Path) -> Partitions:
+    """A ZeRO-1, ZeRO-2 or BF16_Optimizer file's optimizer_state_dict."""
+    return checked(_PARTITIONS, content, path, "optimizer_state_dict")
+
+
+def stage3_partitions(content: Any, path: Path) -> Stage3Partitions:
+    """A ZeRO-3 file's optimizer_state_dict."""
+    return checked(_STAGE3, content, path, "optimizer_state_dict")
+
+
+def masters(content: Any, path: Path, at: str) -> list[list[torch.Tensor]]:
+    """fp32 masters by group and place in it."""
+    return checked(_MASTERS, content, path, at)
+
+
+def affine_parameters(content: Any, path: Path) -> dict[str, AffineParameter]:
+    """AutoTP's descriptions by the pattern of a parameter's name."""
+    return checked(_AFFINE, content, path, "universal_checkpoint_info.affine_map.params")
+
+
+def zero_stage(content: Any, path: Path) -> int:
+    """1 to 3, from DeepSpeed's enumeration or its stub."""
+    try:
+        stage = int(content)
+    except (TypeError, ValueError):
+        stage = -1
+    if stage not in (1, 2, 3):
+        raise CheckpointError(
+            f"{path}: zero_stage: expected 1, 2 or 3, found {content!r}: not what DeepSpeed writes there."
+        )
+    return stage
+
+
+def counted_steps(content: Any, path: Path) -> int:
+    """A number of optimizer steps, whatever holds it."""
+    return checked(_STEP, content, path)

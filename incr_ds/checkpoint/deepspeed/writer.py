@@ -1,0 +1,311 @@
+"""DeepSpeed's native layout: module files per model-parallel rank or pipeline layer, ZeRO partitions per rank.
+
+The files hold tensors and plain containers only, no class of DeepSpeed, and load with its own ``load_checkpoint`` into an
+engine of exactly the declared layout. Format facts were read in DeepSpeed 0.19.8 (runtime/engine.py,
+runtime/zero/stage_1_and_2.py, runtime/pipe/module.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.base import State
+from incr_ds.checkpoint.deepspeed.releases import TESTED
+from incr_ds.checkpoint.sink import Sink
+from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile, block_parts, parameter_tensor
+from incr_ds.checkpoint.torch_file.write import Archive, archive_of
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import LayoutError
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.joined import joined_parameters
+from incr_ds.sharding.megatron_modules import Modules, module_parameters, num_pipeline_layers
+from incr_ds.sharding.placement import (
+    optimizer_groups,
+    rank_parameters,
+    split_bounds,
+    with_joined,
+)
+
+FORMAT_VERSION = TESTED
+ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
+ADAMW_DEFAULTS: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+
+
+@dataclass(frozen=True)
+class NativeTarget:
+    """What every file of one native checkpoint shares.
+
+    ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
+    decaying and the non-decaying parameter group. ``modules`` are those of another training code, whose vocabulary is
+    padded to ``vocabulary`` rows. ``bare_states``: a universal checkpoint for a loader that takes nothing but tensors.
+    ``has_moments`` is False where the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state.
+    """
+
+    architecture: Architecture
+    layout: ParallelLayout
+    dtype: torch.dtype
+    tag: str
+    step: int
+    global_steps: int
+    groups: tuple[Mapping[str, Any], ...]
+    modules: Modules | None = None
+    vocabulary: int = 0
+    bare_states: bool = False
+    has_moments: bool = True
+
+    @property
+    def has_layer_files(self) -> bool:
+        """Whether a pipeline module keeps the weights, one file a layer."""
+        return self.layout.pipeline_parallel > 1 or self.modules is not None
+
+    @property
+    def embedding_layer(self) -> int:
+        """The pipeline layer that a tied head has no file beside."""
+        return 0 if self.modules is None else self.modules.embedding
+
+    def shards(self, model_rank: int) -> tuple[RankParameter, ...]:
+        """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside), in the order of its
+        module's parameters."""
+        stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
+        if self.modules is None:
+            held = rank_parameters(self.architecture, self.layout, stage, tensor_rank)
+            return with_joined(held, joined_parameters(self.architecture))
+        degrees = (self.layout.tensor_parallel, tensor_rank, self.vocabulary)
+        return stage_parameters(self.modules, self.architecture, self.layout.pipeline_parallel, stage, degrees)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """mp_rank_XX_model_states.pt: metadata, and the module weights unless the pipeline keeps them by layer."""
+
+    target: NativeTarget
+    model_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.tag}/mp_rank_{self.model_rank:02d}_model_states.pt"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The module weights, unless the pipeline keeps them by layer."""
+        return self._archive().streamed
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        self._archive().write(sink, Path(self.path).stem, slices)
+
+    def _archive(self) -> Archive:
+        target = self.target
+        content = self.metadata()
+        shards = target.shards(self.model_rank)
+        content["param_shapes"] = [
+            {shard.parameter: torch.Size(shard.shape) for shard in group} for group in optimizer_groups(shards)
+        ]
+        if not target.has_layer_files:
+            module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
+            content["module"] = module | {alias: module[owner] for alias, owner in content["shared_params"].items()}
+        return archive_of(content)
+
+    def metadata(self) -> dict[str, Any]:
+        """What every model file holds; ``module`` and ``param_shapes`` are still to be filled in."""
+        target, layout = self.target, self.target.layout
+        aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
+        return {
+            "module": None,
+            "buffer_names": [],
+            "optimizer": None,
+            "param_shapes": [],
+            "frozen_param_shapes": None,
+            "shared_params": {} if target.has_layer_files else aliases,
+            "frozen_param_fragments": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": 0,
+            "global_steps": target.global_steps,
+            "global_samples": 0,
+            "dp_world_size": layout.data_parallel,
+            "mp_world_size": layout.tensor_parallel * layout.pipeline_parallel,
+            "checkpoint_parallel_dimensions": {
+                "pp_degree": layout.pipeline_parallel,
+                "tp_degree": layout.tensor_parallel,
+            },
+            "ds_config": {},
+            "ds_version": FORMAT_VERSION,
+        }
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """layer_LL-model_TT-model_states.pt: one pipeline layer's weights on one tensor-parallel rank."""
+
+    target: NativeTarget
+    layer: int
+    tensor_rank: int
+    model_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.tag}/layer_{self.layer:02d}-model_{self.tensor_rank:02d}-model_states.pt"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The layer's weights."""
+        return self._archive().streamed
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        self._archive().write(sink, Path(self.path).stem, slices)
+
+    def _archive(self) -> Archive:
+        held = [shard for shard in self.target.shards(self.model_rank) if shard.pipeline_layer == self.layer]
+        return archive_of({shard.local_name: _weight(shard, self.target.dtype) for shard in held})
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """zero_pp_rank_D_mp_rank_XX_optim_states.pt: one rank's partition of fp32 masters and Adam moments."""
+
+    target: NativeTarget
+    model_rank: int
+    data_rank: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        prefix = "bf16_" if self.target.dtype == torch.bfloat16 else ""
+        name = f"zero_pp_rank_{self.data_rank}_mp_rank_{self.model_rank:02d}_optim_states.pt"
+        return f"{self.target.tag}/{prefix}{name}"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The partitions of masters and moments, per parameter group."""
+        return archive_of(self.content()).streamed
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        archive_of(self.content()).write(sink, Path(self.path).stem, slices)
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        num_data = self.target.layout.data_parallel
+        groups = optimizer_groups(self.target.shards(self.model_rank))
+        sizes = [_partition_size(group, num_data) for group in groups]
+        paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
+        masters: list[StreamedTensor] = []
+        moments: dict[int, dict[str, Any]] = {}
+        for index, (group, size, padding) in enumerate(zip(groups, sizes, paddings, strict=True)):
+            masters.append(self._partition(group, size, "weight", size - padding))
+            if not self.target.has_moments:
+                continue
+            moments[index] = {
+                "step": torch.tensor(float(self.target.step)),
+                "exp_avg": self._partition(group, size, "exp_avg", size),
+                "exp_avg_sq": self._partition(group, size, "exp_avg_sq", size),
+            }
+        hyperparameters = [
+            {**self.target.groups[0 if group[0].tensor.is_matrix else -1], "params": [index]}
+            for index, group in enumerate(groups)
+        ]
+        state = {
+            # No clip_grad: DeepSpeed's loader would take it over the threshold of the engine that loads.
+            "overflow": False,
+            "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},
+            "single_partition_of_fp32_groups": masters,
+            "zero_stage": self.target.layout.zero_stage,
+            "group_paddings": paddings,
+            "partition_count": [num_data] * len(groups),
+            "ds_version": FORMAT_VERSION,
+        }
+        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
+
+    def _padding(self, group: tuple[RankParameter, ...], size: int) -> int:
+        """Zero elements at the end of this rank's partition."""
+        total: int = sum(shard.numel for shard in group)
+        return min(size, max(0, (self.data_rank + 1) * size - total))
+
+    def _partition(self, group: tuple[RankParameter, ...], size: int, state: State, length: int) -> StreamedTensor:
+        """The first ``length`` elements of this rank's partition of ``size`` elements."""
+        first, position = self.data_rank * size, 0
+        parts: list[Part] = []
+        for shard in group:
+            begin, end = max(first, position), min(first + size, position + shard.numel)
+            if begin < end:
+                parts += block_parts(shard.blocks, shard.shape, state, begin - position, end - position)
+            position += shard.numel
+        return StreamedTensor((length,), torch.float32, tuple(parts))
+
+
+def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
+    """Every file of a native checkpoint. LayoutError for a layout that has no native form here."""
+    layout = target.layout
+    if layout.zero_stage not in (1, 2):
+        raise LayoutError(
+            f"layout.zero_stage: {layout.zero_stage} has no optimizer files; use 1, 2 or 3, as the engine has, or format: "
+            "huggingface for the weights alone."
+        )
+    model_ranks = range(layout.tensor_parallel * layout.pipeline_parallel)
+    files: list[TargetFile] = [ModelFile(target, rank) for rank in model_ranks]
+    if target.has_layer_files:
+        for rank in model_ranks:
+            files += _layer_files(target, rank)
+    files += [OptimizerFile(target, rank, data) for rank in model_ranks for data in range(layout.data_parallel)]
+    return tuple(files)
+
+
+def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
+    """One file per layer of the stage; a tied head has none, its embedding's file serves."""
+    tensor_rank = model_rank % target.layout.tensor_parallel
+    layers = sorted({shard.pipeline_layer for shard in target.shards(model_rank)})
+    is_first_stage = model_rank < target.layout.tensor_parallel
+    held = [layer for layer in layers if layer != target.embedding_layer or is_first_stage]
+    return [LayerFile(target, layer, tensor_rank, model_rank) for layer in held]
+
+
+def stage_parameters(
+    modules: Modules, architecture: Architecture, num_stages: int, stage: int, degrees: tuple[int, int, int]
+) -> tuple[RankParameter, ...]:
+    """What a stage of another training code's pipeline holds on one tensor rank: tied parameters first, as DeepSpeed's
+    pipeline module registers them. ``degrees``: tensor-parallel degree, tensor rank, rows of the vocabulary.
+
+    Decoder layers are spread nearly evenly, larger parts first, which is what its partition_method type:transformer does.
+    """
+    by_layer = module_parameters(modules, architecture, *degrees)
+    starts = [modules.first_decoder + start for start, _ in split_bounds(architecture.num_layers, num_stages)]
+    starts[0] = 0
+    stops = [*starts[1:], num_pipeline_layers(modules, architecture)]
+    own = [item for layer, items in by_layer.items() if starts[stage] <= layer < stops[stage] for item in items]
+    if not architecture.tied or stage not in (0, num_stages - 1):
+        return tuple(own)
+    tied = by_layer[modules.embedding]
+    return (*tied, *(item for item in own if item not in tied))
+
+
+def _weight(shard: RankParameter, dtype: torch.dtype) -> StreamedTensor:
+    return parameter_tensor(shard.blocks, shard.shape, "weight", dtype)
+
+
+def _partition_size(group: tuple[RankParameter, ...], num_data: int) -> int:
+    unit, total = ALIGNMENT * num_data, int(sum(shard.numel for shard in group))
+    return math.ceil(total / unit) * unit // num_data

@@ -1,0 +1,58 @@
+"""Are a checkpoint's files what was written? By its manifest; without one, by the checksums inside its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
+from incr_ds.checkpoint.huggingface.reader import HuggingFaceCheckpoint
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.publish import MANIFEST, hash_as_listed, verify_manifest
+from incr_ds.checkpoint.torch_file.checksums import check_records
+from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
+from incr_ds.errors import CheckpointError
+
+_TENSORS = (".pt", ".safetensors", ".bin")
+
+
+def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
+    """xxh3 of a file that is what its manifest entry says or, without one, what its own checksums say.
+
+    CheckpointError names the tensors that are not.
+    """
+    if listed is None:
+        return check_records(path)
+    try:
+        return hash_as_listed(path, listed)
+    except CheckpointError:
+        if "tensors" not in listed:
+            check_records(path)
+        raise
+
+
+def check_description(folder: Path) -> None:
+    """Where a folder has a manifest: nothing is missing, foreign or of another size, and what is not a file of tensors (config,
+    plan, tokenizer) is what was published. CheckpointError names the first file that is not; the tensors are checked as
+    they are read."""
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder, lambda path, listed: "" if path.suffix in _TENSORS else hash_as_listed(path, listed))
+
+
+def open_described(
+    path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
+    """``open_source`` of a folder that passes ``check_description``."""
+    check_description(Path(path))
+    return open_source(path, tag, config, trust=trust)
+
+
+def check_folder(folder: Path, checkpoint: LogicalCheckpoint | None = None) -> dict[str, Any] | None:
+    """Check every file of a folder by its manifest, and return that; without one, the files of ``checkpoint``."""
+    if (folder / MANIFEST).is_file():
+        return verify_manifest(folder, check_file)
+    for path in checkpoint.facts.files if checkpoint is not None else ():
+        check_records(path)
+    return None

@@ -1,0 +1,82 @@
+"""Parameter names, as training codes and other programs write them, back to logical (Hugging Face) names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.errors import CheckpointError
+from incr_ds.sharding.joined import joined_parameters
+
+_PIPELINE = re.compile(r"(?:tied_modules\.[^.]+|(?P<index>\d+))\.(?:block\.)?(?P<local>.+)")
+# What torch.compile, FSDP and activation checkpointing put around modules; DistributedDataParallel's stands in front.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_OUTER_WRAPPER = "module"
+_ADAPTER = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)\b")
+# Of every family that has had them, in some version of transformers.
+_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+def logical_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:
+    """Map each parameter name of a rank to its logical name; an unknown one maps to itself.
+
+    A plain engine's names are logical, or vary as ``plain_names`` says. A pipeline's are ``<pipeline layer>.block.<local>``
+    for decoder layers (layer 0 is the embedding) and ``<pipeline layer>.<local>`` or ``tied_modules.<key>.<local>`` for
+    the others.
+    """
+    outside = {spec.local_name: spec.name for spec in architecture.stored if spec.layer is None}
+    inside: dict[tuple[int | None, str], str] = {
+        (spec.layer, spec.local_name): spec.name for spec in architecture.stored if spec.layer is not None
+    }
+    parameters = list(parameters)
+    named = dict(plain_names(parameters, architecture))
+    for parameter in parameters:
+        if match := _PIPELINE.fullmatch(parameter):
+            layer = int(match["index"]) - 1 if match["index"] else None
+            named[parameter] = inside.get((layer, match["local"]), outside.get(match["local"], parameter))
+    return named
+
+
+def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:
+    """Map the names of a model's state to logical ones; an unknown one, or one of two for the same tensor, maps to itself.
+
+    Names may lack the base model's prefix (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``), as models that were
+    saved without their head have them, and have components that wrappers add (``_orig_mod``, ``module``).
+    """
+    prefix = architecture.family.base.partition(".")[0]
+    known = {saved: spec.name for spec in architecture.tensors for saved in (spec.saved_name, spec.name)}
+    known |= {joined: joined for joined in joined_parameters(architecture)}
+    parameters = list(parameters)
+    found = {}
+    for parameter in parameters:
+        bare = _unwrapped(parameter)
+        found[parameter] = known.get(bare, known.get(f"{prefix}.{bare}", parameter))
+    counts = Counter(found.values())
+    return {parameter: name if counts[name] == 1 else parameter for parameter, name in found.items()}
+
+
+def is_buffer(parameter: str, architecture: Architecture) -> bool:
+    """Whether a name is that of a buffer of old checkpoints, which follows from the config."""
+    return f".{parameter}".endswith((*architecture.family.buffers, *_BUFFERS))
+
+
+def refuse_adapters(parameters: Iterable[str], where: str) -> None:
+    """CheckpointError if parameters are those of an adapter beside a model's own."""
+    found = next((name for name in parameters if _ADAPTER.search(name)), None)
+    if found is not None:
+        raise CheckpointError(f"{where}: {found}: {ADAPTER_CURE}")
+
+
+ADAPTER_CURE = (
+    "this is an adapter (LoRA) beside a model, not a model. Merge it first: load both with peft, call merge_and_unload(), "
+    "save_pretrained() the result, and grow that."
+)
+
+
+def _unwrapped(parameter: str) -> str:
+    parts = [part for part in parameter.split(".") if part not in _WRAPPERS]
+    while parts and parts[0] == _OUTER_WRAPPER:
+        parts = parts[1:]
+    return ".".join(parts)

@@ -1,0 +1,84 @@
+"""Which kind of checkpoint a folder holds, and its reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from incr_ds.arch.architecture import Architecture, saved_architecture
+from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
+from incr_ds.checkpoint.huggingface.reader import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
+from incr_ds.checkpoint.naming import ADAPTER_CURE
+from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
+from incr_ds.errors import CheckpointError
+
+_LONGEST_TAG = 200  # bytes
+ADAPTER = "adapter_config.json"  # beside a model, transformers would load the adapter with it
+
+
+def open_source(
+    path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
+    """Open a checkpoint folder: DeepSpeed's (``latest`` or ``latest_universal`` names the tag, unless ``tag`` does) or
+    Hugging Face's.
+
+    The architecture comes from ``config``, else from config.json in the tag's folder or in ``path``. Raises
+    CheckpointError if nothing known is there, and whatever the reader finds wrong.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a folder; expected a DeepSpeed checkpoint or a Hugging Face folder.")
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(f"{path / ADAPTER}: {ADAPTER_CURE}")
+    # A folder of transformers' Trainer under DeepSpeed holds both; only DeepSpeed's part has the moments.
+    if tag is None and weights_file(path) and not _tag_files(path):
+        return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)
+    tag = tag or _latest(path)
+    if not (path / tag).is_dir():
+        tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
+        raise CheckpointError(f"{path}: no folder for tag {tag!r}; folders there: {tags}.")
+    kind = UniversalCheckpoint if (path / tag / "zero").is_dir() else ZeroCheckpoint
+    return kind(path, tag, _architecture(path, tag, config), trust=trust)
+
+
+def _latest(path: Path) -> str:
+    for latest in _tag_files(path):
+        return _tag_in(latest)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    if _is_tag(path):
+        raise CheckpointError(f"{path}: this is a tag folder; give its parent and --tag {path.name}.")
+    if tags := sorted(entry.name for entry in path.iterdir() if _is_tag(entry)):
+        raise CheckpointError(
+            f"{path}: a DeepSpeed checkpoint without a file `latest`; name one of its tags with --tag: {', '.join(tags)}."
+        )
+    raise CheckpointError(
+        f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder ({SINGLE} or {INDEX}); "
+        f"found {found}."
+    )
+
+
+def _is_tag(folder: Path) -> bool:
+    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in ("*_states.pt", "zero/*/fp32.pt"))
+
+
+def _tag_in(latest: Path) -> str:
+    """The tag that a file names: a folder beside it, nowhere else."""
+    with open(latest, "rb") as stream:
+        content = stream.read(_LONGEST_TAG + 1)
+    tag = content.decode("utf-8", errors="replace").strip()
+    is_plain = tag.isprintable() and "\ufffd" not in tag and not {"", ".", ".."} & set(tag.split("/"))
+    if len(content) > _LONGEST_TAG or not is_plain:
+        raise CheckpointError(
+            f"{latest}: expected the name of a folder beside it, found {tag[:40]!r}; the file is damaged. Name the tag with "
+            "--tag."
+        )
+    return tag
+
+
+def _tag_files(path: Path) -> list[Path]:
+    return [path / name for name in ("latest", "latest_universal") if (path / name).is_file()]
+
+
+def _architecture(path: Path, tag: str | None, config: Path | None) -> Architecture:
+    inside = path / tag / "config.json" if tag else path / "config.json"
+    chosen = config or (inside if inside.is_file() else path / "config.json")
+    return saved_architecture(chosen)

@@ -1,0 +1,38 @@
+"""The output folder of a training run, where a checkpoint is asked for: its newest complete one is meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from incr_ds.checkpoint.publish import verify_manifest
+from incr_ds.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"  # in the output folder
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_folders(output: Path) -> list[Path]:
+    """A run's checkpoints, newest first; a copy that somebody made (step_00000020.bak) is not one of them."""
+    found = {path: _STEP.fullmatch(path.name) for path in (output / CHECKPOINTS).glob("step_*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def newest_in_run(folder: Path) -> Path:
+    """The newest complete checkpoint of the run whose output ``folder`` is; ``folder`` itself if it is not one.
+
+    Complete means that every file that the manifest lists is there in its size; what is in them is checked as they are read.
+    CheckpointError if the run has none.
+    """
+    problems = []
+    for path in step_folders(folder):
+        try:
+            verify_manifest(path, lambda _, listed: str(listed["xxh3"]))
+        except CheckpointError as error:
+            problems.append(f"  {error}")
+        else:
+            return path
+    if problems:
+        raise CheckpointError("\n".join([f"{folder}: a training run without a complete checkpoint:", *problems]))
+    return folder

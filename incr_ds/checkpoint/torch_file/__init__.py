@@ -1,0 +1,1 @@
+"""PyTorch's .pt files: validated, loaded without running code, checked and written."""

@@ -1,0 +1,133 @@
+"""What a .pt file says of its tensors, checked before torch maps them: torch.load(mmap=True) does not look at the sizes of
+the archive's records, so a tensor could reach into other records, or read compressed ones as if they were numbers."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.checkpoint.torch_file.walk import Walker, WalkError
+from incr_ds.errors import CheckpointError
+
+MOST_PICKLED = 64 << 20  # bytes of names and numbers beside the tensors; a model of 100,000 tensors has 20 million
+ARCHIVE, LEGACY = b"PK", b"\x80\x02"  # first bytes of a zip archive, and of a bare pickle
+_STORAGE_BYTES = {
+    "DoubleStorage": 8,
+    "FloatStorage": 4,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+    "UntypedStorage": 1,
+}
+
+
+def check_outline(path: Path) -> None:
+    """CheckpointError if a .pt file is no plain archive, or if one of its tensors reaches beyond its own record."""
+    if not is_archive(path):
+        raise CheckpointError(_not_an_archive(path))
+    try:
+        with opened_archive(path) as archive:
+            check_stored(path, archive)
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise CheckpointError(f"{path}: no record data.pkl; not a file that torch.save wrote.")
+            folder = pickled.removesuffix("data.pkl")
+            sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
+            if sizes["data.pkl"] > MOST_PICKLED:
+                raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, at most {MOST_PICKLED:,} are read.")
+            problem = next(_problems(Walker(archive.read(pickled)).tensors(), sizes), None)
+    except CheckpointError:
+        raise
+    except WalkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise CheckpointError(damaged(path, error)) from error
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}. The file is damaged, or was made to mislead; it was refused.")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as a zip archive, whole or not."""
+    return _first_bytes(path) == ARCHIVE
+
+
+def opened_archive(path: Path) -> zipfile.ZipFile:
+    """The archive of a .pt file; CheckpointError if its directory is damaged."""
+    try:
+        if zipfile.is_zipfile(path):
+            return zipfile.ZipFile(path)
+    except Exception as error:  # a damaged directory raises anything, from either call
+        raise CheckpointError(damaged(path, error)) from error
+    raise CheckpointError(damaged(path, ValueError("its end, where an archive lists its records, is missing")))
+
+
+def check_stored(path: Path, archive: zipfile.ZipFile) -> None:
+    """CheckpointError if a record is compressed: torch never writes one, and what it unpacks to has no bound."""
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise CheckpointError(
+                f"{path}: record {record.filename} is compressed ({record.compress_size} to {record.file_size} bytes); "
+                "torch.save stores records as they are. Unpack the file and store it again, without compression."
+            )
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """A message for a file that cannot be read."""
+    why = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+    return (
+        f"{path}: damaged or truncated ({path.stat().st_size} bytes): {why}. Copy the file again from where "
+        "it was written, or use another tag."
+    )
+
+
+def _not_an_archive(path: Path) -> str:
+    if _first_bytes(path) == LEGACY:
+        return (
+            f"{path}: in the format of torch before 1.6, which cannot be mapped or read in parts; load it where you trust it "
+            "and torch.save it again."
+        )
+    return damaged(path, ValueError("not an archive of torch.save"))
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(2)
+
+
+def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Iterator[str]:
+    for (_, storage, key, _, numel), offset, size, strides, *more in tensors:
+        record = f"data/{key}"
+        held = numel * _itemsize(storage.name)
+        if record not in sizes:
+            yield f"record {record} is missing"
+            continue
+        if held > sizes[record]:
+            yield f"record {record} has {sizes[record]} bytes, a tensor expects {held} there"
+        # The third version of the call names the dtype, its storage counts bytes.
+        available = held // (_itemsize(more[0].name) if more else _itemsize(storage.name))
+        elements = math.prod(size)
+        last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
+        if min((offset, *size, *strides)) < 0 or (elements and last >= available):
+            yield f"a tensor of shape {list(size)} reaches beyond the {available} elements of record {record}"
+        elif elements > available:
+            yield f"a tensor of shape {list(size)} repeats the {available} elements of record {record}"
+
+
+def _itemsize(name: str) -> int:
+    """Bytes of an element of a storage class or a dtype of torch."""
+    if name in _STORAGE_BYTES:
+        return _STORAGE_BYTES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype.itemsize

@@ -1,0 +1,167 @@
+"""A .pt file streamed in bounded memory: the zip archive that ``torch.save`` writes, its tensors block by block.
+
+The pickle needs no tensor data, so it is made first; each tensor is then one stored (uncompressed) record, aligned so that
+``torch.load(mmap=True)`` works. Sizes and checksums of records follow their data (a zip data descriptor), as torch's own
+writer does, which keeps the file one sequential write. Format: PKWARE APPNOTE 6.3.10, sections 4.3 to 4.5.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+from torch._utils import _rebuild_tensor_v2
+
+from incr_ds.checkpoint.sink import Label, Sink, data_of
+from incr_ds.checkpoint.streaming import Slices, StreamedTensor
+
+ALIGNMENT = 64
+_STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
+_WIDE = 0xFFFFFFFF  # a 32-bit field that says: see the 64-bit one
+_HAS_DESCRIPTOR = 0x0808  # flags: sizes follow the data; names are UTF-8
+
+
+class LossScaler:
+    """A constant loss scale of 1, pickled as DeepSpeed's own class of that name: its ZeRO-3 loader asks for one."""
+
+    def __init__(self) -> None:
+        self.cur_scale = 1.0
+        self.dynamic = False
+
+
+# In protocol 2 a class is its module and name as two lines of text, so another name may take their place.
+_STANDS_FOR = {
+    f"c{LossScaler.__module__}\n{LossScaler.__name__}\n".encode(): b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n"
+}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The content of one .pt file: its pickle, and the tensors that the pickle refers to, in order."""
+
+    pickled: bytes
+    tensors: tuple[StreamedTensor | torch.Tensor, ...]
+
+    @property
+    def streamed(self) -> tuple[StreamedTensor, ...]:
+        """The tensors that come from a reader; the others are small constants."""
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, StreamedTensor))
+
+    def write(self, sink: Sink, name: str, slices: Slices) -> None:
+        """Write the archive; ``name`` is its inner folder, the file's stem."""
+        records = _Records(sink, name)
+        records.add("data.pkl", [(memoryview(self.pickled), None)])
+        records.add("byteorder", [(memoryview(b"little"), None)])
+        for number, tensor in enumerate(self.tensors):
+            records.add(f"data/{number}", _data(tensor, slices))
+        records.add("version", [(memoryview(b"3\n"), None)])
+        records.finish()
+
+
+def archive_of(content: Any) -> Archive:
+    """The archive of ``content``: plain containers whose tensors are StreamedTensors, or small real ones."""
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(content)
+    pickled = buffer.getvalue()
+    for ours, theirs in _STANDS_FOR.items():
+        pickled = pickled.replace(ours, theirs)
+    return Archive(pickled, tuple(pickler.tensors))
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: int
+    dtype: torch.dtype
+    numel: int
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as torch does: a rebuild call on a storage that is named, not contained."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=2)
+        self.tensors: list[StreamedTensor | torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        """What a storage is called: its class, the record that holds it, device and size."""
+        if isinstance(value, _Storage):
+            return ("storage", _STORAGES[value.dtype], str(value.key), "cpu", value.numel)
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a tensor is rebuilt; NotImplemented for everything else."""
+        if not isinstance(value, StreamedTensor | torch.Tensor):
+            return NotImplemented
+        shape = tuple(value.shape)
+        numel = value.numel if isinstance(value, StreamedTensor) else value.numel()
+        storage = _Storage(len(self.tensors), value.dtype, numel)
+        self.tensors.append(value)
+        return _rebuild_tensor_v2, (storage, 0, shape, _strides(shape), False, OrderedDict())
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _data(tensor: StreamedTensor | torch.Tensor, slices: Slices) -> Iterator[tuple[memoryview, Label | None]]:
+    if isinstance(tensor, StreamedTensor):
+        return slices.data(tensor)
+    return iter([(data_of(tensor.contiguous().reshape(-1)), None)])
+
+
+@dataclass
+class _Records:
+    """A zip archive being written: its records so far, for the directory at its end."""
+
+    sink: Sink
+    folder: str
+    directory: list[bytes] = field(default_factory=list)
+
+    def add(self, name: str, blocks: Iterable[tuple[memoryview, Label | None]]) -> None:
+        """One stored record."""
+        encoded, offset = f"{self.folder}/{name}".encode(), self.sink.position
+        padding = -(offset + 30 + len(encoded) + 4) % ALIGNMENT
+        extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        fields = (0x04034B50, 45, _HAS_DESCRIPTOR, 0, 0, 0, 0, 0, 0, len(encoded), len(extra))
+        self.sink.write(struct.pack("<IHHHHHIIIHH", *fields) + encoded + extra)
+        start, checksum = self.sink.position, 0
+        for block, label in blocks:
+            checksum = crc32(block, checksum)
+            self.sink.write(block, label)
+        size = self.sink.position - start
+        form = "<IIQQ" if size >= _WIDE else "<IIII"
+        self.sink.write(struct.pack(form, 0x08074B50, checksum, size, size))
+        self.directory.append(_directory_entry(encoded, checksum, size, offset))
+
+    def finish(self) -> None:
+        """The central directory, in its 64-bit form: valid for any size."""
+        start, count = self.sink.position, len(self.directory)
+        for entry in self.directory:
+            self.sink.write(entry)
+        end = self.sink.position
+        wide = (0x06064B50, 44, 45, 45, 0, 0, count, count, end - start, start)
+        self.sink.write(struct.pack("<IQHHIIQQQQ", *wide) + struct.pack("<IIQI", 0x07064B50, 0, end, 1))
+        few = min(count, 0xFFFF)
+        self.sink.write(
+            struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, few, few, min(end - start, _WIDE), min(start, _WIDE), 0)
+        )
+
+
+def _directory_entry(name: bytes, checksum: int, size: int, offset: int) -> bytes:
+    wide = [value for value in (size, size, offset) if value >= _WIDE]
+    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    narrow = min(size, _WIDE)
+    fields = (0x02014B50, 45, 45, _HAS_DESCRIPTOR, 0, 0, 0, checksum, narrow, narrow, len(name), len(extra))
+    return struct.pack("<IHHHHHHIIIHH", *fields) + struct.pack("<HHHII", 0, 0, 0, 0, min(offset, _WIDE)) + name + extra

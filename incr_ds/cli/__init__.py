@@ -1,0 +1,1 @@
+"""Command lines: errors, tables, and what the thin scripts in tools/ call."""

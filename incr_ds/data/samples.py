@@ -1,0 +1,155 @@
+"""Token batches from Megatron .bin/.idx files, in an order that is a function of the seed and the sample number alone.
+
+Sample i of a run is the same tokens whatever the number of ranks, the micro-batch, the length of the run or where it
+was resumed; step k of a run trains on samples start_sample + [k * G, (k + 1) * G) with G = global_batch_size.
+
+Within one corpus, epoch 0 is megatron-core's own shuffled order of one pass; later epochs go through the same samples
+in other permutations. A pass ends with its last whole sample. Corpora are mixed by megatron-core's blending rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from incr_ds.config.training import BatchSettings
+from incr_ds.data.fingerprint import DataSet
+from incr_ds.data.sample_index import open_samples, ready_index
+from incr_ds.errors import ConfigError
+
+# Held-out samples do not depend on the run's seed, so that runs can be compared.
+HELD_OUT_SEED = 0
+
+
+class Samples(Protocol):
+    """Numbered token sequences of one length."""
+
+    def tokens(self, number: int) -> np.ndarray:
+        """Sample ``number``: int64 [sequence_length + 1]; inputs are all but the last, labels all but the first."""
+        ...
+
+
+class Corpus:
+    """One Megatron data set as an endless sequence of samples."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._epoch, self._order = 0, np.arange(len(dataset))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Whole samples of one pass."""
+        return len(self._dataset)
+
+    def tokens(self, number: int) -> np.ndarray:
+        """Sample ``number``: int64 [sequence_length + 1]."""
+        epoch, index = divmod(number, self.samples_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        sample = self._dataset[int(self._order[index])]
+        return np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch == 0:
+            return np.arange(self.samples_per_epoch)
+        return np.random.default_rng((self._seed, epoch)).permutation(self.samples_per_epoch)
+
+
+class Blend:
+    """Corpora mixed by weight: sample i comes from the corpus that is furthest behind its share."""
+
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], size: int) -> None:
+        from incr_ds.data.megatron import build_blending_indices
+
+        self._corpora = corpora
+        self._corpus, self._number = np.zeros(size, np.int16), np.zeros(size, np.int64)
+        shares = [weight / sum(weights) for weight in weights]
+        # The rule is greedy, so a longer run begins with the same samples.
+        build_blending_indices(self._corpus, self._number, np.array(shares), len(corpora), size, False)
+
+    def tokens(self, number: int) -> np.ndarray:
+        """Sample ``number``: int64 [sequence_length + 1]."""
+        return self._corpora[self._corpus[number]].tokens(int(self._number[number]))
+
+
+def open_corpus(data: DataSet, sequence_length: int, seed: int, cache: Path, *, builds_index: bool = True) -> Corpus:
+    """Open a data set; its shuffled index is kept in ``cache``, under the fingerprint of the content.
+
+    One process must call with ``builds_index`` and finish before the others call without; it builds the index where there is
+    none, and again where the stored one is damaged. Raises ConfigError if the data holds less than one sample.
+    """
+    folder = cache / data.fingerprint[:16] / f"{sequence_length}-{seed}"
+    if builds_index:
+        ready_index(data.prefix, sequence_length, seed, folder)
+    dataset = open_samples(data.prefix, sequence_length, seed, folder)
+    if len(dataset) < 1:
+        raise ConfigError(
+            f"{data.prefix}.bin: {data.tokens} tokens, less than one sample of sequence_length {sequence_length} + 1."
+        )
+    return Corpus(dataset, seed)
+
+
+def open_training_data(
+    train: Sequence[tuple[DataSet, float]],
+    sequence_length: int,
+    seed: int,
+    cache: Path,
+    size: int,
+    *,
+    builds_index: bool = True,
+) -> Samples:
+    """The training mix of data sets by weight; ``size`` is the number of samples that the run may ask for, its start_sample
+    included."""
+    corpora = [open_corpus(data, sequence_length, seed, cache, builds_index=builds_index) for data, _ in train]
+    if len(corpora) == 1:
+        return corpora[0]
+    return Blend(corpora, [weight for _, weight in train], size)
+
+
+def open_held_out_data(
+    data: DataSet, sequence_length: int, cache: Path, num_samples: int, *, builds_index: bool = True
+) -> Samples:
+    """Held-out data with at least ``num_samples`` different samples, else ConfigError."""
+    corpus = open_corpus(data, sequence_length, HELD_OUT_SEED, cache, builds_index=builds_index)
+    if num_samples > corpus.samples_per_epoch:
+        raise ConfigError(
+            f"evaluation.samples {num_samples}: {data.prefix}.bin has {corpus.samples_per_epoch} samples of "
+            f"sequence_length {sequence_length}; lower it."
+        )
+    return corpus
+
+
+def batches(
+    samples: Samples, first_sample: int, batch: BatchSettings, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Micro-batches (input_ids, labels), each int64 [micro_batch_size, sequence_length], without end.
+
+    ``first_sample`` is a multiple of the global batch past the run's start. Each global batch is cut into one
+    contiguous share per data-parallel rank, each share into micro-batches.
+    """
+    share = batch.global_batch_size // data_parallel_size
+    start = first_sample + data_parallel_rank * share
+    while True:
+        for offset in range(0, share, batch.micro_batch_size):
+            yield _stack(samples, range(start + offset, start + offset + batch.micro_batch_size))
+        start += batch.global_batch_size
+
+
+def held_out_batches(
+    samples: Samples, num_samples: int, batch: BatchSettings, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same ``num_samples`` first samples at every call, shared over the data-parallel ranks in micro-batches."""
+    share = num_samples // data_parallel_size
+    start = data_parallel_rank * share
+    for offset in range(0, share, batch.micro_batch_size):
+        yield _stack(samples, range(start + offset, start + offset + batch.micro_batch_size))
+
+
+def _stack(samples: Samples, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.from_numpy(np.stack([samples.tokens(number) for number in numbers]).astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

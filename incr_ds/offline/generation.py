@@ -1,0 +1,67 @@
+"""Text that a checkpoint of any kind writes, to look at a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.errors import ConfigError
+from incr_ds.offline.compare import load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at ``temperature`` 0, else drawn from the ``top_p`` share of probability with
+    ``seed``. ``repetition_penalty`` above 1 makes tokens that were there less likely."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+def generate_text(
+    checkpoint: LogicalCheckpoint, tokenizer: Path, prompt: str, num_tokens: int, sampling: Sampling | None = None
+) -> str:
+    """``prompt`` and up to ``num_tokens`` tokens that the model adds to it, in fp32.
+
+    ``tokenizer`` is a transformers tokenizer folder. Raises ConfigError if transformers cannot load it, if it has tokens that
+    the model does not, and for a prompt without a token.
+    """
+    import torch
+
+    sampling = sampling or Sampling()
+    codec = _tokenizer(tokenizer)
+    inputs = codec(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = inputs["input_ids"]
+    if not ids.numel():
+        raise ConfigError("--prompt: this tokenizer makes no token of it; give the model a beginning.")
+    vocab = checkpoint.architecture.sizes["vocab"]
+    if int(ids.max()) >= vocab:
+        raise ConfigError(
+            f"{tokenizer}: makes token {int(ids.max())} of the prompt, and the model's vocab_size is {vocab}; it is another "
+            "model's tokenizer."
+        )
+    torch.manual_seed(sampling.seed)
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    end = codec.eos_token_id
+    made = load_model(checkpoint).generate(
+        **inputs, **options, max_new_tokens=num_tokens, eos_token_id=end, pad_token_id=end
+    )
+    return str(codec.decode(made[0], skip_special_tokens=True))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # damaged files raise anything, from Python and from Rust
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{folder}: transformers finds no tokenizer that it can load ({reason}); name one with --tokenizer FOLDER."
+        ) from error

@@ -1,0 +1,78 @@
+"""Growth on load: a source and a recipe as the checkpoint that they would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.checkpoint.finite import FiniteCheckpoint
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.growth.apply import GrownTensors
+from incr_ds.growth.changes import load_recipe
+from incr_ds.growth.multipliers import grown_dynamics
+from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.planner import plan_growth
+from incr_ds.offline.plan import check_moments
+
+
+class GrownCheckpoint:
+    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written.
+
+    ``dynamics`` are the AdamW multipliers of its tensors.
+    """
+
+    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, dynamics: Mapping[str, Dynamics]) -> None:
+        self.plan, self.dynamics = plan, dynamics
+        self._source, self._grown = source, GrownTensors(plan, source)
+        self._architecture = plan.target
+        reset = plan.recipe.optimizer == "reset"
+        kind = f"{source.facts.kind}, grown on load"
+        step = 0 if reset else source.facts.step
+        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
+
+    @property
+    def facts(self) -> CheckpointFacts:
+        """The source's, except the kind and the step."""
+        return self._facts
+
+    @property
+    def architecture(self) -> Architecture:
+        """The grown model."""
+        return self._architecture
+
+    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
+        """Rows of one grown tensor, at least fp32."""
+        spec = self._architecture.by_name[name]
+        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        columns = ((0, size) for size in spec.shape[1:])
+        return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
+
+    def check_finite(self, *, with_moments: bool, share: int = 0, shares: int = 1) -> None:
+        """CheckpointError if the source's weights that are grown, or its moments, hold NaN or infinity; naming the tensor.
+
+        Looks at every ``shares``-th tensor, from number ``share`` on, so that ranks may divide the work.
+        """
+        states = STATES if with_moments and self.plan.recipe.optimizer != "reset" else STATES[:1]
+        otherwise = "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start from"
+        watched = FiniteCheckpoint(self._source, otherwise=otherwise)
+        watched.look_at(self.plan.reads_of(states)[share::shares])
+
+    def self_check(self) -> Iterator[str]:
+        """The source's own check."""
+        return self._source.self_check()
+
+
+def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
+    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
+    settings = load_recipe(recipe, lambda: open_described(source, tag).architecture)
+    opened = open_described(source, tag)
+    check_moments(opened, settings)
+    plan = plan_growth(opened.architecture, settings, str(recipe))
+    return GrownCheckpoint(plan, opened, grown_dynamics(plan, read_dynamics(source))), settings

@@ -1,0 +1,196 @@
+"""Everything that a growth will do, planned before a byte is written: the source, the plan, the files of the target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.multipliers import Dynamics, dynamics_text, read_dynamics, without_multipliers
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.companions import companions
+from incr_ds.checkpoint.deepspeed.releases import TESTED, needs_bare_states
+from incr_ds.checkpoint.deepspeed.writer import ADAMW_DEFAULTS, NativeTarget, native_files
+from incr_ds.checkpoint.deepspeed.zero3_writer import zero3_files
+from incr_ds.checkpoint.huggingface.writer import (
+    huggingface_files,
+)
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.publish import refuse_overlap
+from incr_ds.checkpoint.streaming import TargetFile, tensor_bytes
+from incr_ds.checkpoint.universal.writer import universal_files
+from incr_ds.config.growth import GrowthRecipe, TargetLayout
+from incr_ds.errors import GrowthError
+from incr_ds.growth.apply import BYTES_PER_ELEMENT
+from incr_ds.growth.changes import load_recipe
+from incr_ds.growth.multipliers import grown_dynamics
+from incr_ds.growth.plan import GrowthPlan
+from incr_ds.growth.planner import plan_growth
+from incr_ds.offline.memory_budget import anonymous_bytes, portion_elements
+from incr_ds.sharding.megatron_modules import check_modules, modules_of, padded_vocabulary
+from incr_ds.sharding.placement import check_layout
+
+TAG = "grown"
+MEMORY_BUDGET = 2 << 30
+
+
+@dataclass(frozen=True)
+class GrowthRequest:
+    """What to grow into what: the source folder, the recipe and the output folder.
+
+    ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
+    ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
+    load the target. ``allow_nonfinite`` grows a source that holds NaN or infinity.
+    """
+
+    source: Path
+    recipe: Path
+    output: Path
+    tag: str | None = None
+    config: Path | None = None
+    workers: int = 1
+    trust: bool = False
+    memory_budget: int = MEMORY_BUDGET
+    overwrite: bool = False
+    target_deepspeed: str = TESTED
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedGrowth:
+    """An opened source, its plan, every file that the target will have, and the AdamW multipliers of its tensors."""
+
+    request: GrowthRequest
+    source: LogicalCheckpoint
+    plan: GrowthPlan
+    files: tuple[TargetFile, ...]
+    dtype: torch.dtype
+    dynamics: Mapping[str, Dynamics] = field(default_factory=dict)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data that will be written."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of tensor data in each file, by its path."""
+        return {file.path: tensor_bytes(file) for file in self.files}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the plan and of the source."""
+        frozen = self.source.facts.metadata.get("frozen") or ()
+        return (*self.plan.notes, *self.source.facts.metadata.get("notes", ()), *_frozen_note(frozen))
+
+    @property
+    def portion(self) -> int:
+        """Elements that each worker asks for at once. ConfigError if the memory budget is too small for the plan."""
+        rows = [spec.shape[-1] for model in (self.plan.source, self.plan.target) for spec in model.stored]
+        request = self.request
+        return portion_elements(request.memory_budget, request.workers, max(rows), BYTES_PER_ELEMENT, anonymous_bytes())
+
+    @property
+    def key(self) -> str:
+        """Stands for everything that decides the bytes of the target."""
+        described = self.plan.to_json() + dynamics_text(self.dynamics) + self.request.target_deepspeed
+        digest = hashlib.blake2b(described.encode(), digest_size=8)
+        for path in self.source.facts.files:
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def plan_request(request: GrowthRequest) -> PlannedGrowth:
+    """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
+
+    def opened() -> LogicalCheckpoint:
+        return open_described(request.source, request.tag, request.config, trust=request.trust)
+
+    recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
+    refuse_overlap(request.source, request.output)
+    companions(request.source)  # what is copied at the end is there
+    return plan_files(request, source, recipe)
+
+
+def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
+    """Plan the growth of an opened source, and the files of the layout that the recipe asks for."""
+    plan = plan_growth(source.architecture, recipe, str(request.recipe))
+    dynamics = grown_dynamics(plan, read_dynamics(request.source))
+    layout = recipe.layout
+    if layout.format == "huggingface":
+        dtype = _dtype(layout.dtype, "float32")
+        return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, dynamics)
+    _check_layout(plan, str(request.recipe))
+    check_moments(source, recipe)
+    dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
+    bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
+    # Only this release was seen to load files without a state.
+    has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
+    target = replace(_native_target(source, plan, dtype), bare_states=bare, has_moments=has_moments)
+    return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
+
+
+def _check_layout(plan: GrowthPlan, recipe: str) -> None:
+    """LayoutError, naming the recipe, if the target cannot be cut as it says, by its training code."""
+    layout = plan.recipe.layout
+    check_layout(plan.target, layout, f"{recipe}: layout")
+    if layout.modules != "own":
+        where = f"{recipe}: layout.modules: {layout.modules}"
+        check_modules(modules_of(layout.modules), plan.target, layout.tensor_parallel, where)
+
+
+def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFile, ...]:
+    if layout.format == "universal":
+        return universal_files(target)
+    return zero3_files(target, layout.sub_group_size) if layout.zero_stage == 3 else native_files(target)
+
+
+def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
+    metadata = source.facts.metadata
+    step = 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
+    saved = [without_multipliers(group) for group in metadata.get("optimizer_groups") or ()]
+    groups = tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
+        ADAMW_DEFAULTS,
+        {**ADAMW_DEFAULTS, "weight_decay": 0.0},
+    )
+    global_steps = int(metadata.get("global_steps", 0))
+    target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
+    return _in_modules(target, plan.recipe.layout)
+
+
+def _in_modules(target: NativeTarget, layout: TargetLayout) -> NativeTarget:
+    """The target for another training code, if the layout names one."""
+    if layout.modules == "own":
+        return target
+    modules = modules_of(layout.modules)
+    vocab = target.architecture.sizes["vocab"]
+    vocabulary = padded_vocabulary(vocab, layout.vocabulary_multiple, layout.tensor_parallel)
+    return replace(target, modules=modules, vocabulary=vocabulary)
+
+
+def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
+    if not frozen:
+        return ()
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
+
+
+def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
+    """GrowthError if the recipe needs Adam's moments and the source has none."""
+    if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
+        why = f" ({source.facts.no_moments})" if source.facts.no_moments else ""
+        raise GrowthError(
+            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, and "
+            f"optimizer: {recipe.optimizer} needs them; set optimizer: reset in the recipe."
+        )
+
+
+def _dtype(asked: str, otherwise: str) -> torch.dtype:
+    name = otherwise if asked == "auto" else asked
+    found: torch.dtype = getattr(torch, name)
+    return found

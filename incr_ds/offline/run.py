@@ -1,0 +1,193 @@
+"""A planned growth, run: check the source, write every file of the target, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.finite import FiniteCheckpoint, nonfinite_notes
+from incr_ds.checkpoint.integrity import check_file
+from incr_ds.checkpoint.publish import flush, listed_files, refuse_existing
+from incr_ds.checkpoint.streaming import Slices, TargetFile, write_file
+from incr_ds.checkpoint.workspace import Workspace, open_workspace
+from incr_ds.errors import CheckpointError
+from incr_ds.growth.apply import GrownTensors
+from incr_ds.growth.gradients import gradient_norm_ratio
+from incr_ds.offline.grown_files import write_companions
+from incr_ds.offline.memory_budget import check_disk
+from incr_ds.offline.plan import PlannedGrowth
+from incr_ds.offline.process_group import ALONE, Crew, StoppedError, agree, shares
+
+FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
+FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
+Progress = Callable[[str, int, int], None]
+
+
+def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, crew: Crew = ALONE) -> Mapping[str, Any]:
+    """Write and publish the target; returns the manifest's facts. The output appears whole or not at all.
+
+    Every process of ``crew`` calls this with the same plan; each writes files of its own, and the first one publishes.
+    An interrupted run goes on where it stopped, with any number of processes, and ends with the same bytes.
+    CheckpointError if the disk is full or fails; what was finished is then kept for the next run.
+    """
+    report = progress or (lambda phase, done, total: None)
+    with _resumable(planned.request.output), ExitStack() as stack:
+        space = _open_together(planned, crew, stack)
+        otherwise, allowed = "--allow-nonfinite grows this one as it is", planned.request.allow_nonfinite
+        watched = FiniteCheckpoint(planned.source, otherwise=otherwise, allowed=allowed)
+        if space.done:  # files of a run that was cut off: what they were made of is not read again
+            agree(crew, lambda: watched.look_at(planned.plan.reads[crew.rank :: crew.size]))
+        slices = Slices(GrownTensors(planned.plan, watched).read, agree(crew, lambda: planned.portion))
+        hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
+        for others, done, found in crew.gather((hashes, space.done, watched.found)):
+            hashes.update(others)
+            space.done.update(done)
+            watched.found.update(found)
+        facts = _facts(planned, hashes, watched.found)
+        agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
+    return facts
+
+
+def _open_together(planned: PlannedGrowth, crew: Crew, stack: ExitStack) -> Workspace:
+    """The first process opens and locks the workspace; the others write into it."""
+    request, key = planned.request, planned.key
+
+    def open_first() -> Workspace:
+        if crew.rank:
+            return Workspace(request.output, key, crew.rank)
+        refuse_existing(request.output, overwrite=request.overwrite)
+        opened = stack.enter_context(open_workspace(request.output, key, overwrite=request.overwrite))
+        _check_room(planned, opened)
+        return opened
+
+    space = agree(crew, open_first)
+    keys, done = zip(*crew.gather((key, space.done)), strict=True)
+    if len(set(keys)) > 1:
+        other = next(rank for rank, found in enumerate(keys) if found != keys[0])
+        raise CheckpointError(
+            f"{request.source}: process {other} of {crew.size} sees other files (sizes or times) there, or another recipe, than "
+            "process 0; all must see the same folders."
+        )
+    return Workspace(request.output, key, crew.rank, done[0]) if crew.rank else space
+
+
+def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any], ratio: float | None) -> None:
+    write_companions(planned, space.folder, ratio)
+    space.publish(f"{planned.plan.recipe.layout.format} checkpoint, grown", facts)
+
+
+def _run_jobs(
+    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, crew: Crew
+) -> tuple[dict[Path, str], float | None]:
+    """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
+
+    Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
+    """
+    files, inputs, checks = _own_share(planned, space, crew)
+    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording():
+        listed = listed_files(planned.request.source)
+        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
+        checking = [pool.submit(_check_source, planned.source, report)] if checks else []
+        measuring = [] if crew.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
+        writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
+        finished: SimpleQueue[Future[Any]] = SimpleQueue()
+        for job in (*checking, *measuring, *hashing.values(), *writing):
+            job.add_done_callback(finished.put)
+        flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
+        total = len(space.done) + len(files)
+        for _ in range(len(checking) + len(measuring) + len(hashing) + 2 * len(files)):
+            job = finished.get()
+            result = job.result()
+            if crew.has_failed():
+                raise StoppedError
+            if job in writing:
+                waiting = flushing.submit(flush, space.folder / writing[job])
+                flushed[waiting] = (writing[job], result)
+                waiting.add_done_callback(finished.put)
+            elif job in flushed:
+                space.record(*flushed[job])
+                report("writing", len(space.done), total)
+        ratio = measuring[0].result() if measuring else None
+        return {path: job.result() for path, job in hashing.items()}, ratio
+
+
+def _own_share(planned: PlannedGrowth, space: Workspace, crew: Crew) -> tuple[list[TargetFile], list[Path], bool]:
+    """What this process writes, what it reads for checksums, and whether it checks the source: by bytes, the same in all."""
+    files = [file for file in planned.files if file.path not in space.done]
+    inputs = planned.source.facts.files
+    read = [path.stat().st_size for path in inputs]
+    sizes = [*(planned.sizes[file.path] for file in files), *read, sum(read)]
+    own = shares(sizes, crew.size)[crew.rank]
+    last = len(files) + len(inputs)
+    return (
+        [files[job] for job in own if job < len(files)],
+        [inputs[job - len(files)] for job in own if len(files) <= job < last],
+        last in own,
+    )
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads, because all that takes time (copies, arithmetic, checksums, writes) runs outside Python's lock, and threads
+    share one process's memory. One thread of torch each; what waits is cancelled when a job fails."""
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kept = any(output.parent.glob(f".{output.name}.incomplete-*"))
+        more = " Finished files are kept beside it: the same command goes on from there." if kept else ""
+        raise CheckpointError(
+            f"{output}: {error.strerror or error} ({error.filename or 'while writing'}); nothing was published.{more}"
+        ) from error
+
+
+def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
+    """Disk space and file count, before the first byte; what an interrupted run wrote counts."""
+    written = sum(int(digest["bytes"]) for digest in space.done.values())
+    needed = planned.num_bytes + FILE_OVERHEAD * len(planned.files) - written
+    entries = len({Path(file.path).parent for file in planned.files}) + len(planned.files) - len(space.done)
+    check_disk(space.folder, needed, entries, str(planned.request.output))
+
+
+def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
+    # More are checked than there are tensors where ranks hold copies or parts: the last is reported once all are.
+    phase, total = "checking the source", len(source.architecture.stored)
+    for done, _ in enumerate(source.self_check()):
+        report(phase, min(done + 1, total - 1), total)
+    report(phase, total, total)
+
+
+def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mapping[str, int]) -> dict[str, Any]:
+    source, plan = planned.source, planned.plan
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "exact": plan.exact,
+        "notes": [*planned.notes, *nonfinite_notes(nonfinite)],
+        "source": {
+            "kind": source.facts.kind,
+            "step": source.facts.step,
+            "parameters": source.architecture.num_parameters,
+            "files": {path.name: {"bytes": path.stat().st_size, "xxh3": hash} for path, hash in hashes.items()},
+        },
+        "target": {
+            "parameters": plan.target.num_parameters,
+            "dtype": str(planned.dtype).removeprefix("torch."),
+            "tensor_bytes": planned.num_bytes,
+            "deepspeed": planned.request.target_deepspeed,
+        },
+    }

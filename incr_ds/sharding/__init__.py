@@ -1,0 +1,1 @@
+"""Who holds which slice: placement over ranks, blocks, parameter groups, the modules of training codes."""

@@ -1,0 +1,71 @@
+"""Parameters of transformers' modules that hold one tensor of every expert of a mixture, as the checkpoint files name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.sharding.blocks import Block
+
+
+@dataclass(frozen=True)
+class JoinedParameter:
+    """A parameter [experts, rows, columns]: of each expert in turn, the tensors of ``members`` one below the other.
+
+    As a matrix [experts * rows, columns] it is ``blocks``. An optimizer and tensor parallelism treat all of it alike, as its
+    first tensor.
+    """
+
+    parameter: str
+    num_experts: int
+    members: tuple[TensorSpec, ...]
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The first of the tensors."""
+        return self.members[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[experts, rows, columns]."""
+        rows = sum(spec.shape[0] for spec in self.members)
+        return (self.num_experts, rows // self.num_experts, self.tensor.shape[1])
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """[experts * rows, columns]."""
+        experts, rows, columns = self.shape
+        return experts * rows, columns
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every tensor, from its first row in the matrix on."""
+        found, row = [], 0
+        for spec in self.members:
+            found.append(Block(spec.name, ((0, spec.shape[0]), (0, spec.shape[1])), row))
+            row += spec.shape[0]
+        return tuple(found)
+
+
+def joined_parameters(architecture: Architecture) -> Mapping[str, JoinedParameter]:
+    """The parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
+    found, num_experts = {}, architecture.sizes.get("experts", 0)
+    for layer in range(architecture.num_layers):
+        for template, names in architecture.family.joined.items():
+            members = tuple(
+                architecture.by_name[name.format(layer=layer, expert=expert)]
+                for expert in range(num_experts)
+                for name in names
+            )
+            parameter = template.format(layer=layer)
+            found[parameter] = JoinedParameter(parameter, num_experts, members)
+    return found

@@ -1,0 +1,204 @@
+"""Which rank holds which slice of which tensor, under which parameter name. Pure: no process, no file, no device.
+
+Training modules and checkpoint writers both follow this declaration, so a grown checkpoint fits the engine that loads
+it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe outermost, then data, then tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from itertools import accumulate
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.multipliers import UNCHANGED, Dynamics
+from incr_ds.arch.tensors import TensorSpec
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import LayoutError
+from incr_ds.sharding.blocks import Block, RankParameter
+from incr_ds.sharding.joined import JoinedParameter
+from incr_ds.sharding.megatron_modules import CUT_AXES
+
+SHARDED_AXES = CUT_AXES
+WHOLE_UNITS = ("heads", "kv_heads")
+TIED_KEY = "embedding"
+
+
+def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
+    """Cut ``total`` into nearly even parts, larger ones first (DeepSpeed's rule): split_bounds(5, 2) -> (0,3),(3,5)."""
+    base, extra = divmod(total, parts)
+    stops = list(accumulate(base + (part < extra) for part in range(parts)))
+    return tuple(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def check_layout(architecture: Architecture, layout: ParallelLayout, where: str = "layout") -> None:
+    """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work.
+
+    ``where`` is what states the layout.
+    """
+    problems, family = [], architecture.family
+    if not family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
+        raise LayoutError(
+            f"{where}: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
+            "and pipeline_parallel: 1, or format: huggingface."
+        )
+    if family.uncut and layout.tensor_parallel > 1:
+        problems.append(
+            f"  tensor_parallel {layout.tensor_parallel}: {family.model_type} is not cut over tensor ranks: {family.uncut}; "
+            "use pipeline_parallel, or data_parallel with zero_stage 3"
+        )
+    for axis in filter(family.axes.__contains__, WHOLE_UNITS):
+        size, field = architecture.sizes[axis], family.axes[axis]
+        if size % layout.tensor_parallel:
+            fitting = [degree for degree in range(1, size + 1) if size % degree == 0]
+            problems.append(
+                f"  tensor_parallel {layout.tensor_parallel}: {field} {size} does not divide; "
+                f"tensor_parallel can be {', '.join(map(str, fitting))}"
+            )
+    for axis in ("vocab", "ffn"):
+        if architecture.sizes[axis] < layout.tensor_parallel:
+            problems.append(f"  tensor_parallel {layout.tensor_parallel}: larger than {family.axes[axis]}")
+    if architecture.num_layers < layout.pipeline_parallel:
+        problems.append(
+            f"  pipeline_parallel {layout.pipeline_parallel}: the model has {architecture.num_layers} layers; "
+            f"pipeline_parallel can be 1 to {architecture.num_layers}"
+        )
+    if problems:
+        raise LayoutError("\n".join([f"{where}: the model cannot be cut this way", *problems]))
+
+
+def stage_layers(num_layers: int, pipeline_parallel: int) -> tuple[range, ...]:
+    """Pipeline layers of each stage. Layer 0 is the embedding, 1..L the decoder, L+1 the final norm, L+2 the head."""
+    decoder = split_bounds(num_layers, pipeline_parallel)
+    starts = [start + 1 for start, _ in decoder]
+    starts[0] = 0
+    return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], num_layers + 3], strict=True))
+
+
+def pipeline_layer(spec: TensorSpec, num_layers: int) -> int:
+    """The pipeline layer that owns a tensor."""
+    if spec.layer is not None:
+        return spec.layer + 1
+    return {"embedding": 0, "positions": 0, "final_norm": num_layers + 1, "reader": num_layers + 2}[spec.role]
+
+
+def layer_local_name(spec: TensorSpec) -> str:
+    """Parameter name inside its pipeline layer's module."""
+    return f"block.{spec.local_name}" if spec.layer is not None else spec.local_name
+
+
+def rank_parameters(
+    architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
+) -> tuple[RankParameter, ...]:
+    """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
+
+    With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more, the names are
+    PipelineModule's: ``<pipeline layer>.<local name>``, tied ones ``tied_modules.embedding.<local name>`` and first. Learned
+    positions are part of the embedding's module on the first stage.
+    """
+    if layout.pipeline_parallel == 1:
+        return tuple(
+            _shard(spec, spec.name, layout, tensor_rank, architecture.num_layers) for spec in architecture.stored
+        )
+    num_layers = architecture.num_layers
+    layers = stage_layers(num_layers, layout.pipeline_parallel)[stage]
+    tied, own = [], []
+    for spec in sorted(architecture.stored, key=lambda spec: pipeline_layer(spec, num_layers)):
+        layer = pipeline_layer(spec, num_layers)
+        if architecture.tied and layer == 0:
+            if 0 in layers or (num_layers + 2 in layers and spec.role == "embedding"):
+                tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank, num_layers))
+        elif layer in layers:
+            own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank, num_layers))
+    return (*tied, *own)
+
+
+def with_joined(shards: tuple[RankParameter, ...], joined: Mapping[str, JoinedParameter]) -> tuple[RankParameter, ...]:
+    """``shards`` with the joined parameters of a mixture in the place of the first tensor of each."""
+    first = {parameter.members[0].name: parameter for parameter in joined.values()}
+    inside = {spec.name for parameter in joined.values() for spec in parameter.members} - set(first)
+    kept = [shard for shard in shards if shard.tensor.name not in inside]
+    return tuple(_join(shard, first[shard.tensor.name]) if shard.tensor.name in first else shard for shard in kept)
+
+
+def _join(shard: RankParameter, joined: JoinedParameter) -> RankParameter:
+    # No tensor rank cuts it.
+    return replace(shard, parameter=joined.parameter, shape=joined.shape, blocks=joined.blocks, cut=None)
+
+
+def optimizer_groups(
+    shards: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
+) -> tuple[tuple[RankParameter, ...], ...]:
+    """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
+
+    Tensors that ``dynamics`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
+    halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
+    loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
+    """
+    found: dict[tuple[bool, Dynamics], list[RankParameter]] = {}
+    for shard in shards:
+        own = group_dynamics((shard,), dynamics)
+        found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
+    groups = [tuple(found[key]) for key in sorted(found)]
+    if len(shards) < at_least:
+        raise LayoutError(
+            f"layout: a pipeline stage trains {len(shards)} tensors, and the optimizer has {at_least} parameter groups "
+            "elsewhere; DeepSpeed needs as many on every stage. Train more of its layers, use fewer stages, or set "
+            "optimizer.multipliers: none."
+        )
+    while len(groups) < at_least:
+        largest = max(range(len(groups)), key=lambda index: len(groups[index]))
+        middle = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:middle], groups[largest][middle:]]
+    return tuple(groups)
+
+
+def group_count(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    dynamics: Mapping[str, Dynamics] | None,
+    frozen: Collection[str] = (),
+) -> int:
+    """Parameter groups on every rank of a layout: DeepSpeed sums gradient norms over pipeline stages group by group, so all
+    stages must have as many as the one with the most. LayoutError for a stage whose tensors are all ``frozen``."""
+    counts = []
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
+        trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
+        if not trained:
+            decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]
+            raise LayoutError(
+                f"model.freeze: pipeline stage {stage} of {layout.pipeline_parallel}, with decoder layers {decoder[0]} to "
+                f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train a tensor "
+                "of it (a norm is enough), use fewer stages, or pipeline_parallel: 1."
+            )
+        counts.append(len(optimizer_groups(trained, dynamics)))
+    return max(counts)
+
+
+def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:
+    """Those of ``shards`` whose tensors are not ``frozen``."""
+    return tuple(shard for shard in shards if shard.tensor.name not in frozen)
+
+
+def group_dynamics(group: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
+    """The multipliers of one of ``optimizer_groups``."""
+    return (dynamics or {}).get(group[0].tensor.name, UNCHANGED)
+
+
+def sharded_dimension(spec: TensorSpec) -> int | None:
+    """The dimension that tensor parallelism cuts, or None for a tensor that every tensor rank holds whole."""
+    cut = [index for index, dim in enumerate(spec.dims) if dim.outer_axis in SHARDED_AXES]
+    return cut[0] if cut else None
+
+
+def _shard(
+    spec: TensorSpec, parameter: str, layout: ParallelLayout, tensor_rank: int, num_layers: int
+) -> RankParameter:
+    bounds = [(0, size) for size in spec.shape]
+    cut = sharded_dimension(spec)
+    if cut is not None:
+        bounds[cut] = split_bounds(spec.shape[cut], layout.tensor_parallel)[tensor_rank]
+    block = Block(spec.name, tuple(bounds))
+    return RankParameter(
+        parameter, block.shape, (block,), spec, pipeline_layer(spec, num_layers), layer_local_name(spec), cut
+    )

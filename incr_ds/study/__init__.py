@@ -1,0 +1,1 @@
+"""Growth against training from scratch."""

@@ -1,1 +1,0 @@
-"""Targets: which rank holds which slice, and the writers of each on-disk layout."""
