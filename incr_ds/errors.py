@@ -14,7 +14,7 @@ class CheckpointError(IncrError):
 
 
 class GrowthError(IncrError):
-    """The requested growth is impossible, or cannot be exact where exactness is required."""
+    """The requested growth is impossible, or not function-preserving where the recipe requires it."""
 
 
 class KernelError(IncrError):

@@ -42,7 +42,7 @@ step "1/7 text to tokens" "Name a folder with text: make quickstart TEXT=FOLDER"
 step "2/7 pre-train the small source, 2 ranks, ZeRO-1" "Two free cores and 4 GB of memory are needed; then start again." pretrain source
 step "3/7 grow it, Adam's moments included" "See docs/recipe.md for what a recipe may say." \
     python tools/grow_checkpoint.py --source "$source_checkpoint" --recipe ds_configs/growth/quickstart.yaml --output $runs/grown_checkpoint --workers 1
-step "   prove it" "The growth is not exact: this is a defect, please report it with the message above." verify_growth
+step "   prove it" "The grown model does not compute what the source does: this is a defect, please report it with the message above." verify_growth
 step "4/7 continue the grown model, taught by the source, pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
 step "5/7 pre-train the same model from scratch" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \

@@ -68,7 +68,7 @@ def test_a_mixture_is_published_and_proved(request_for, dense, mixture, ffn):
 
 def test_families_without_training_modules_have_no_parallel_layout():
     known = small_architecture("gpt2")
-    untrained = replace(known, family=known.family.model_copy(update={"trains": False}))
+    untrained = replace(known, family=known.family.model_copy(update={"training_supported": False}))
     with pytest.raises(LayoutError, match="gpt2 has no tensor- or pipeline-parallel form here; use tensor_parallel: 1"):
         check_layout(untrained, ParallelLayout(pipeline_parallel=2))
     check_layout(untrained, ParallelLayout(data_parallel=2))

@@ -83,7 +83,7 @@ def test_plan_only_writes_nothing(source, recipe, tmp_path):
     done = grow(source["zero"], recipe(), tmp_path / "out", "--plan-only")
     assert done.returncode == 0, done.stderr
     for shown in (
-        "llama: exact growth",
+        "llama: function-preserving growth",
         "hidden_size",
         "isometric, up to 2 copies",
         "interleave, 2 new (zero-output): 0 0 1 1 2",
@@ -91,7 +91,7 @@ def test_plan_only_writes_nothing(source, recipe, tmp_path):
         assert shown in done.stdout
     assert not (tmp_path / "out").exists()
     content = json.loads(grow(source["zero"], recipe(), tmp_path / "out", "--plan-only", "--json").stdout)
-    assert content["exact"] and content["target_config"]["hidden_size"] == 144
+    assert content["function_preserving"] and content["target_config"]["hidden_size"] == 144
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_bad_sources(source, recipe, tmp_path):
     path = recipe()
     cases = [
         (tmp_path / "nowhere", "not a folder"),
-        (source["huggingface"], "has no Adam moments, and optimizer: exact needs them; set optimizer: reset"),
+        (source["huggingface"], "has no Adam moments, and optimizer: rescale needs them; set optimizer: reset"),
         (tmp_path, "neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder"),
     ]
     for folder, message in cases:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import crew_member
+import group_member
 import pytest
 import yaml
 from hypothesis import given
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_grow_limits import TARGET, contents, hidden, write_synthetic
 
 from incr_ds.errors import ConfigError
-from incr_ds.offline.launcher import join_crew
+from incr_ds.offline.launcher import join_process_group
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.process_group import shares
 from incr_ds.offline.run import grow_checkpoint
@@ -49,13 +49,13 @@ class Ended:
 def launch(size, folder, arguments, fault=None, names=("RANK", "WORLD_SIZE")):
     """Start ``size`` processes as a launcher does, the second one with a fault; how each ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crew_member"])
+    context.set_forkserver_preload(["group_member"])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(size):
         environment = {**meeting, names[0]: str(rank), names[1]: str(size)}
         own = (environment, fault if rank == 1 else None, list(map(str, arguments)), str(folder / f"process{rank}"))
-        processes.append(context.Process(target=crew_member.run, args=own))
+        processes.append(context.Process(target=group_member.run, args=own))
         processes[-1].start()
     try:
         for process in processes:
@@ -141,11 +141,11 @@ def test_a_launch_without_a_meeting_point(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT: not set, and 2 processes were launched"):
-        with join_crew():
+        with join_process_group():
             pass
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ConfigError, match=r"RANK 'first', WORLD_SIZE '2': expected whole numbers"):
-        with join_crew():
+        with join_process_group():
             pass
 
 

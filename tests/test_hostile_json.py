@@ -7,7 +7,7 @@ import pytest
 import xxhash
 from test_grow_limits import write_synthetic
 
-from incr_ds.arch.multipliers import read_dynamics
+from incr_ds.arch.multipliers import read_multipliers
 from incr_ds.checkpoint.manifest import journal_entry
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.checkpoint.publish import read_manifest
@@ -91,14 +91,12 @@ def test_a_trainer_state_that_cannot_be_read_decides_nothing(tmp_path, make):
 
 
 def test_multipliers_behind_a_pipe_are_not_waited_for(tmp_path):
-    (tmp_path / "optimizer_groups.json").symlink_to("/dev/zero")
-    assert read_dynamics(tmp_path) == {}
-    (tmp_path / "optimizer_groups.json").unlink()
-    (tmp_path / "optimizer_groups.json").write_text(DEEP)
-    with pytest.raises(
-        CheckpointError, match=r"optimizer_groups\.json: .*64 levels deep; expected the JSON that a growth"
-    ):
-        read_dynamics(tmp_path)
+    (tmp_path / "multipliers.json").symlink_to("/dev/zero")
+    assert read_multipliers(tmp_path) == {}
+    (tmp_path / "multipliers.json").unlink()
+    (tmp_path / "multipliers.json").write_text(DEEP)
+    with pytest.raises(CheckpointError, match=r"multipliers\.json: .*64 levels deep; expected the JSON that a growth"):
+        read_multipliers(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +137,7 @@ MALFORMED = [
     (("files", "/etc/passwd"), {"bytes": 5, "xxh3": "0" * 32}, r"not the path of a file below the folder"),
     (("facts",), "text", r"facts: Input should be a valid dictionary"),
     (("facts", "settings"), [1], r"facts\.settings: Input should be a valid dictionary"),
-    (("facts", "exact"), "yes", r"facts\.exact: Input should be a valid boolean"),
+    (("facts", "function_preserving"), "yes", r"facts\.function_preserving: Input should be a valid boolean"),
     (("kind",), None, r"kind: Input should be a valid string"),
 ]
 

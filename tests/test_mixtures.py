@@ -67,14 +67,14 @@ def test_a_grown_mixture_computes_the_same(request_for, family, new, growth):
     target = {FFN[family] if field == "ffn" else field: size for field, size in GROWTHS[growth].items()}
     if family == "mixtral" and "hidden_size" in target:  # transformers wants whole heads
         target["hidden_size"] = 144
-    request = request_for(family, target, exact="required", width={"ffn": {"new": new}})
+    request = request_for(family, target, function_preserving="required", width={"ffn": {"new": new}})
     assert compared(request) <= 2e-5
 
 
 def test_a_release_that_spells_its_experts_otherwise(request_for):
     """Qwen3-30B-A3B states num_experts: the target must not state both."""
     target = {"num_local_experts": 8, "num_experts_per_tok": 4}
-    request = request_for("qwen3_moe", target, older=True, exact="required")
+    request = request_for("qwen3_moe", target, older=True, function_preserving="required")
     assert compared(request) <= 2e-5
     written = json.loads((request.output / "config.json").read_text())
     assert written["num_local_experts"] == 8 and "num_experts" not in written
@@ -99,8 +99,8 @@ def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_f
         ({"model_type": "llama"}, {}, "a mixtral stays one"),
         (
             {},
-            {"optimizer": "exact", "layout": {"data_parallel": 2}},
-            "has no Adam moments, and optimizer: exact needs them",
+            {"optimizer": "rescale", "layout": {"data_parallel": 2}},
+            "has no Adam moments, and optimizer: rescale needs them",
         ),
         ({}, {"layout": {"tensor_parallel": 2}}, "mixtral has no tensor- or pipeline-parallel form here"),
         ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),
@@ -122,7 +122,7 @@ def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path):
     for number, layout in enumerate(({"zero_stage": 1}, {"zero_stage": 3}, {"format": "universal"})):
         content = {
             "target": target,
-            "exact": "required",
+            "function_preserving": "required",
             "layout": {"format": "deepspeed", "data_parallel": 2, **layout},
         }
         if layout.get("format"):

@@ -39,7 +39,7 @@ GROWN = {"hidden_size": 36, "num_hidden_layers": 5, "intermediate_size": 75, "nu
 RECIPES = {
     "same": {"target": {}},
     "grown": {"target": GROWN | {"num_key_value_heads": 6}},
-    "copied moments": {"target": GROWN, "optimizer": "keep", "depth": {"method": "stack", "new": "copy"}},
+    "copied moments": {"target": GROWN, "optimizer": "copy", "depth": {"method": "stack", "new": "copy"}},
     "reset-new": {"target": GROWN, "optimizer": "reset-new", "width": {"hidden": "zero", "ffn": {"new": "copy"}}},
     "reset": {"target": GROWN, "optimizer": "reset", "width": {"symmetry_breaking": {"method": "noise"}}},
 }
@@ -73,7 +73,7 @@ def digests(case, home):
         layout = LAYOUTS[name] if kind == "layout" else {"data_parallel": 2, "pipeline_parallel": 2}
     write(home / "first", source, recipe, layout)
     opened = open_source(home / "first")
-    mode = "reset" if len(opened.facts.states) == 1 else "exact"
+    mode = "reset" if len(opened.facts.states) == 1 else "rescale"
     layout = {"format": "huggingface" if mode == "reset" else "universal"}
     write(home / "again", opened, {"target": {}, "optimizer": mode}, layout)
     return [digest(home / "first"), digest(home / "again")]

@@ -24,7 +24,7 @@ def test_every_suggestion_can_be_grown(family):
     assert 1 <= len(found) <= 8
     for item in found:
         new = {"width": {"heads": {"new": "copy"}}} if family == "olmo2" else {}
-        recipe = GrowthRecipe.model_validate({"target": dict(item.target), "exact": "required", **new})
+        recipe = GrowthRecipe.model_validate({"target": dict(item.target), "function_preserving": "required", **new})
         plan = plan_growth(source, recipe)
         assert plan.target.num_parameters == item.parameters
         assert abs(item.parameters / (3 * source.num_parameters) - 1) <= 0.1
@@ -173,11 +173,11 @@ def test_a_row_becomes_a_recipe_that_grows(tmp_path, monkeypatch, capsys, family
     assert recipe.target == dict(second.target) and recipe.optimizer == "reset"
     assert (recipe.layout.pipeline_parallel, recipe.layout.data_parallel) == (2, 2)
     plan = plan_growth(source, recipe)
-    assert plan.exact and plan.target.num_parameters == second.parameters
+    assert plan.function_preserving and plan.target.num_parameters == second.parameters
     text = (tmp_path / "recipe.yaml").read_text()
     assert text.startswith(f"# {second.parameters:,} parameters, {second.ratio:.2f} times the source's")
     moved = load_settings(_written(tmp_path, recipe_text(second, layout, has_moments=True)), GrowthRecipe)
-    assert moved.optimizer == "exact"
+    assert moved.optimizer == "rescale"
 
 
 def _written(folder, text):

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from incr_ds.arch.multipliers import UNCHANGED, Dynamics
+from incr_ds.arch.multipliers import UNCHANGED, Multipliers
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
@@ -89,7 +89,7 @@ def recipe_of(architecture: Any, hidden: str, size: int, rule: str) -> GrowthRec
     if "head_dim" not in axes:
         target[axes["heads"]] = size // old["head_dim"]
     copied = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}
-    mode = "reset" if rule == "reset" else "exact"
+    mode = "reset" if rule == "reset" else "rescale"
     return GrowthRecipe.model_validate({"target": target, "width": {"hidden": hidden, **copied}, "optimizer": mode})
 
 
@@ -97,7 +97,7 @@ def grown_losses(checkpoint: MemoryCheckpoint, recipe: GrowthRecipe, rule: str) 
     """Losses of the grown model's steps."""
     grown = GrownTensors(plan_growth(checkpoint.architecture, recipe), checkpoint)
     model = drawn_model(grown.plan.target)
-    own = grown.plan.nearest_dynamics if rule == "multipliers" else lambda name: UNCHANGED
+    own = grown.plan.nearest_multipliers if rule == "multipliers" else lambda name: UNCHANGED
     optimizer = adamw(model.named_parameters(), own)
     for name, parameter in model.named_parameters():
         bounds = tuple((0, length) for length in parameter.shape)
@@ -108,12 +108,12 @@ def grown_losses(checkpoint: MemoryCheckpoint, recipe: GrowthRecipe, rule: str) 
     return train(model, optimizer, batches(AFTER, 2))
 
 
-def adamw(parameters: Iterable[tuple[str, Any]], dynamics: Callable[[str], Dynamics]) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[tuple[str, Any]], multipliers: Callable[[str], Multipliers]) -> torch.optim.AdamW:
     """One group a tensor; matrices decay, as in a run."""
     groups = []
     for name, parameter in parameters:
         decay = SETTINGS["weight_decay"] if parameter.ndim > 1 else 0.0
-        groups.append({"params": [parameter], **dynamics(name).applied({**SETTINGS, "weight_decay": decay})})
+        groups.append({"params": [parameter], **multipliers(name).applied({**SETTINGS, "weight_decay": decay})})
     return torch.optim.AdamW(groups, betas=BETAS)
 
 

@@ -15,7 +15,7 @@ from incr_ds.bench.report import HEADINGS, rows, summarise, write_report
 from incr_ds.bench.variants import VARIANTS
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.errors import ConfigError
-from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_lean, plan_loss
+from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_loss, plan_recompute
 
 
 class Grid(StrEnum):
@@ -82,8 +82,8 @@ def _show(
     if tflops is None:
         return
     for shape in shapes:
-        lean = plan_lean(shape, default_budget(True, lean=True), accumulates=True)
-        for plan in (plan_loss(shape, budget), lean):
+        recompute = plan_recompute(shape, default_budget(True, recompute=True), accumulates=True)
+        for plan in (plan_loss(shape, budget), recompute):
             described = plan.describe(Machine(tflops, bandwidth))
             console.print(f"planned for N={shape.tokens} V={shape.vocabulary}: {described}")
 

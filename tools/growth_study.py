@@ -54,7 +54,7 @@ def _facts(growth: Path | None, proof: Path | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if growth is not None:
         recorded = read_manifest(growth)["facts"]
-        facts["Growth"] = {key: recorded[key] for key in ("exact", "notes", "target") if key in recorded}
+        facts["Growth"] = {key: recorded[key] for key in ("function_preserving", "notes", "target") if key in recorded}
         facts["Recipe"] = recorded.get("recipe", {})
         facts["Grown model's config"] = read_config(growth / "config.json")
     if proof is not None:

@@ -38,7 +38,7 @@ def main(
         typer.Option(
             min=0.0,
             help=f"Largest relative logit difference; default {EXACT}, or {ROUNDING_FACTOR:g} times what rounding does to the "
-            "source if FOLDER's weights are in 16 bits. Stated, it decides for growths that are not exact too.",
+            "source if FOLDER's weights are in 16 bits. Stated, it decides for growths that are not function-preserving too.",
         ),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
@@ -57,8 +57,8 @@ def main(
         against = located(against)
         source = open_described(against, trust=trust)
         tokens = usual_tokens(source, [against, folder], data, samples, length, trust=trust)
-        exact = bool(manifest["facts"].get("exact", True)) if manifest else True
-        report |= judged(compare(source, checkpoint, tokens.batches), exact, tolerance) | {"origin": tokens.origin}
+        preserving = bool(manifest["facts"].get("function_preserving", True)) if manifest else True
+        report |= judged(compare(source, checkpoint, tokens.batches), preserving, tolerance) | {"origin": tokens.origin}
     if json:
         print_json(report)
     else:
@@ -66,25 +66,26 @@ def main(
     sys.exit(0 if report.get("passed", True) else 1)
 
 
-def judged(comparison: Comparison, exact: bool, tolerance: float | None) -> dict[str, Any]:
+def judged(comparison: Comparison, function_preserving: bool, tolerance: float | None) -> dict[str, Any]:
     """The comparison, what it is allowed, whether it passes, and the verdict in words.
 
-    An exact growth must keep the logits; one that is not by its recipe passes, unless a stated ``tolerance`` says otherwise.
+    A function-preserving growth must keep the logits. One that is not by its recipe passes, unless a stated ``tolerance``
+    says otherwise.
     """
     allowed = comparison.allowed if tolerance is None else tolerance
     within = comparison.problem is None and comparison.relative_difference <= allowed
-    passed = within or (comparison.problem is None and not exact and tolerance is None)
+    passed = within or (comparison.problem is None and not function_preserving and tolerance is None)
     if comparison.problem is not None:
         verdict = f"LOGITS CANNOT BE COMPARED: {comparison.problem}"
     elif within:
         verdict = "logits kept"
-    elif exact:
+    elif function_preserving:
         verdict = "LOGITS DIFFER: this is not the source's function"
     else:
         change = f"loss {comparison.source_loss:.4g} -> {comparison.target_loss:.4g}"
         verdict = f"not function-preserving by its recipe: {change}"
     facts = {
-        "exact": exact,
+        "function_preserving": function_preserving,
         "tolerance": allowed,
         "stated": tolerance is not None,
         "passed": passed,

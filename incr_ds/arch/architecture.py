@@ -23,7 +23,7 @@ _MOST = {"layers": 1 << 14, "experts": 1 << 12}
 _MOST_POSITIONS = 1 << 22
 
 
-def most_of(axis: str) -> int:
+def max_axis_size(axis: str) -> int:
     """The largest size of an axis that is taken for one."""
     return _MOST.get(axis, _MOST_POSITIONS)
 
@@ -258,9 +258,9 @@ def axis_sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str,
     for axis, (field, value) in stated.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{where}: {field}: expected a positive whole number, found {value!r}.")
-        if value > most_of(axis):
+        if value > max_axis_size(axis):
             raise ConfigError(
-                f"{where}: {field}: {value} is above {most_of(axis)}, more than any model has; the file is damaged."
+                f"{where}: {field}: {value} is above {max_axis_size(axis)}, more than any model has; the file is damaged."
             )
     sizes = {axis: value for axis, (_, value) in stated.items()}
     if missing := [field for axis, field in family.axes.items() if axis not in sizes and axis not in family.derived]:

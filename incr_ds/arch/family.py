@@ -83,27 +83,27 @@ class DenseOrigin(Settings):
 class Family(Settings):
     """A model family: its axes (name -> config field), tensors and config fields.
 
-    ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind
-    of the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
+    ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind of
+    the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
     often, ``under_norm`` those with one norm over all units, which nothing but that norm reads; ``embedding_scale`` is what
     the model multiplies the embedding's output by. ``upcycles`` are the dense families that a mixture of experts is made
-    from, ``joined`` parameters of transformers' modules that hold tensors of all experts. ``buffers`` are endings of names that
-    old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal language model, which a
-    config.json names, and ``folder`` where transformers has it below models/, if not under its model_type. ``trains``: this
-    package builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why it does not cut them over
-    tensor ranks, if so; ``trains_with`` are config fields that a model has these values of to be trained.
-    ``embedding_dropout`` is the config field of the dropout on the embedding's output, ``embedding_multiplier`` that of a
-    factor on it, ``logit_softcap`` that of the cap on the logits, ``logit_multiplier`` or ``logit_divisor`` that of their factor;
-    ``scores_scale`` is the config field that sets the scale of attention scores, where that is not the head's size;
-    ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
+    from, ``joined`` parameters of transformers' modules that hold tensors of all experts. ``buffers`` are endings of names
+    that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal language model, which
+    a config.json names, and ``folder`` where transformers has it below models/, if not under its model_type.
+    ``training_supported``: this package builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why
+    it does not cut them over tensor ranks, if so; ``training_requires`` are config fields that a model has these values of
+    to be trained. ``embedding_dropout`` is the config field of the dropout on the embedding's output,
+    ``embedding_multiplier`` that of a factor on it, ``logit_softcap`` that of the cap on the logits, ``logit_multiplier``
+    or ``logit_divisor`` that of their factor; ``scores_scale`` is the config field that sets the scale of attention scores,
+    where that is not the head's size; ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
 
     model_type: str
     class_name: str
     folder: str | None = None
-    trains: bool = False
+    training_supported: bool = False
     uncut: str | None = None
-    trains_with: dict[str, Any] = Field(default_factory=dict)
+    training_requires: dict[str, Any] = Field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     embedding_scale: Literal["sqrt-hidden"] | None = None
     scores_scale: str | None = None

@@ -18,21 +18,22 @@ from incr_ds.config.fields import Settings, parse_settings
 from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.errors import CheckpointError
 
-FILE = "optimizer_groups.json"
+FILE = "multipliers.json"
+_OLD_FILE = "optimizer_groups.json"  # of the versions before 2026-11-25
 _DIGITS = 14  # of a multiplier: rounding in its last bits must not make two groups of one
 
 
 @dataclass(frozen=True, order=True)
-class Dynamics:
+class Multipliers:
     """AdamW multipliers of a tensor: of the learning rate, of eps, and of the weight decay."""
 
     lr: float
     eps: float
     weight_decay: float
 
-    def after(self, earlier: Dynamics) -> Dynamics:
+    def after(self, earlier: Multipliers) -> Multipliers:
         """Both in a row, as when a grown model is grown again."""
-        return Dynamics(*(_rounded(a * b) for a, b in zip(astuple(self), astuple(earlier), strict=True)))
+        return Multipliers(*(_rounded(a * b) for a, b in zip(astuple(self), astuple(earlier), strict=True)))
 
     def applied(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters of an AdamW group under these multipliers."""
@@ -43,13 +44,13 @@ class Dynamics:
         return {**group, **{key: group[key] / factor for key, factor in vars(self).items() if key in group}}
 
 
-UNCHANGED = Dynamics(1.0, 1.0, 1.0)
+UNCHANGED = Multipliers(1.0, 1.0, 1.0)
 
 
 def without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
     """The AdamW settings of a saved parameter group as the run file had them."""
-    dynamics = Dynamics(**group["multipliers"]) if "multipliers" in group else UNCHANGED
-    return {key: value for key, value in dynamics.removed(group).items() if key != "multipliers"}
+    multipliers = Multipliers(**group["multipliers"]) if "multipliers" in group else UNCHANGED
+    return {key: value for key, value in multipliers.removed(group).items() if key != "multipliers"}
 
 
 class _Group(Settings):
@@ -64,29 +65,31 @@ class _Content(Settings):
     groups: list[_Group]
 
 
-def read_dynamics(folder: Path) -> Mapping[str, Dynamics]:
+def read_multipliers(folder: Path) -> Mapping[str, Multipliers]:
     """The multipliers that a checkpoint folder declares, by tensor; tensors it does not name train unchanged.
 
     {} without the file; CheckpointError, or ConfigError naming the key, for one that cannot be read.
     """
     path = folder / FILE
+    if (folder / _OLD_FILE).is_file():
+        raise CheckpointError(f"{folder / _OLD_FILE}: this file is {FILE} now; grow or train the checkpoint again.")
     if not path.is_file():
         return {}
     hint = "; expected the JSON that a growth wrote. Copy it from there, or remove it to train every tensor alike."
     groups = parse_settings(read_json(path, CheckpointError, hint, LARGE), _Content, str(path)).groups
-    return {name: Dynamics(group.lr, group.eps, group.weight_decay) for group in groups for name in group.tensors}
+    return {name: Multipliers(group.lr, group.eps, group.weight_decay) for group in groups for name in group.tensors}
 
 
-def dynamics_text(dynamics: Mapping[str, Dynamics]) -> str:
-    """The file's content for ``dynamics``: one group per set of multipliers."""
-    sets = sorted(set(dynamics.values()) - {UNCHANGED})
-    groups = [{**vars(item), "tensors": [name for name, own in dynamics.items() if own == item]} for item in sets]
+def multipliers_text(multipliers: Mapping[str, Multipliers]) -> str:
+    """The file's content for ``multipliers``: one group per set of multipliers."""
+    sets = sorted(set(multipliers.values()) - {UNCHANGED})
+    groups = [{**vars(item), "tensors": [name for name, own in multipliers.items() if own == item]} for item in sets]
     return json.dumps({"version": 1, "groups": groups}, indent=1) + "\n"
 
 
-def rounded_dynamics(lr: float, eps: float) -> Dynamics:
+def rounded_multipliers(lr: float, eps: float) -> Multipliers:
     """Multipliers for values grown by ``lr`` and gradients by ``eps``, rounded to 14 digits."""
-    return Dynamics(_rounded(lr), _rounded(eps), _rounded(1.0 / lr))
+    return Multipliers(_rounded(lr), _rounded(eps), _rounded(1.0 / lr))
 
 
 def _rounded(value: float) -> float:

@@ -188,7 +188,7 @@ VARIANTS = (
     Variant("incr_ds", "ours", "CE + KL", _ours()),
     Variant("incr_ds, 2048-token chunks", "ours", "CE + KL", _ours_chunked),
     Variant("incr_ds, into an fp32 buffer", "ours", "CE + KL", _ours_buffered),
-    Variant("incr_ds, lean", "ours", "CE + KL", _ours(backend="lean")),
+    Variant("incr_ds, recompute", "ours", "CE + KL", _ours(backend="recompute")),
     Variant("incr_ds, torch rows", "ours", "CE + KL", _ours(backend="torch")),
     Variant("incr_ds, CUDA rows", "ours", "CE + KL", _ours_cuda),
     Variant("incr_ds, JSD", "ours", "CE + JSD", _ours(divergence="jsd")),

@@ -52,7 +52,7 @@ class Facts(TypedDict):
     """What made the folder: the entries that this package reads."""
 
     recipe: NotRequired[dict[str, Any]]
-    exact: NotRequired[bool]
+    function_preserving: NotRequired[bool]
     notes: NotRequired[list[str]]
     target: NotRequired[dict[str, Any]]
     layout: NotRequired[dict[str, Any]]

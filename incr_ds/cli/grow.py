@@ -20,9 +20,9 @@ from incr_ds.errors import ConfigError, IncrError
 from incr_ds.growth.advice import FILE as ADVICE_FILE
 from incr_ds.growth.suggest import Suggestion, parse_count, parse_layout, recipe_text, suggest_targets
 from incr_ds.offline.compare import Tokens, compare, usual_tokens
-from incr_ds.offline.launcher import join_crew
+from incr_ds.offline.launcher import join_process_group
 from incr_ds.offline.plan import GrowthRequest, PlannedGrowth, plan_request
-from incr_ds.offline.process_group import Crew, agree
+from incr_ds.offline.process_group import ProcessGroup, agree
 from incr_ds.offline.run import grow_checkpoint
 
 
@@ -63,19 +63,19 @@ def _write_recipe(
 
 def grow(request: GrowthRequest, data: Path | None, plan_only: bool, json: bool) -> None:
     """Plan ``request`` and, unless ``plan_only``, do it: by all processes together, if there are more than one."""
-    with join_crew() as crew:
+    with join_process_group() as group:
         try:
-            _grow(request, crew, data, plan_only, json)
+            _grow(request, group, data, plan_only, json)
         except IncrError:
-            if crew.rank:
+            if group.rank:
                 sys.exit(USER_MISTAKE)  # the first process says it, once
             raise
 
 
-def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool, json: bool) -> None:
-    planned = agree(crew, lambda: plan_request(request))
-    quiet = json or crew.rank > 0
-    if json and plan_only and not crew.rank:
+def _grow(request: GrowthRequest, group: ProcessGroup, data: Path | None, plan_only: bool, json: bool) -> None:
+    planned = agree(group, lambda: plan_request(request))
+    quiet = json or group.rank > 0
+    if json and plan_only and not group.rank:
         typer.echo(planned.plan.to_json())
     if not quiet:
         console.print(f"source: {planned.source.facts.kind}, {request.source}")
@@ -85,9 +85,9 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
     if plan_only:
         return
     # Before anything is written.
-    tokens = None if planned.plan.exact else agree(crew, lambda: _tokens(planned, data))
+    tokens = None if planned.plan.function_preserving else agree(group, lambda: _tokens(planned, data))
     with progress_bar(quiet=quiet) as progress:
-        facts = grow_checkpoint(planned, progress, crew)
+        facts = grow_checkpoint(planned, progress, group)
     if not quiet:
         for note in facts["notes"][len(planned.notes) :]:  # what was found while writing
             console.print(f"note: {note}")
@@ -95,10 +95,10 @@ def _grow(request: GrowthRequest, crew: Crew, data: Path | None, plan_only: bool
         if (request.output / ADVICE_FILE).is_file():
             advice = request.output / ADVICE_FILE
             console.print(f"for training: {advice}, a fragment that launchers/pretrain.py takes (--config)")
-    measured = {} if tokens is None or crew.rank else _step_0(planned, tokens)
+    measured = {} if tokens is None or group.rank else _step_0(planned, tokens)
     if tokens and measured and not quiet:
         console.print(_described(measured, tokens))
-    if json and not crew.rank:
+    if json and not group.rank:
         print_json({**facts, "step_0": measured})
 
 

@@ -24,7 +24,7 @@ def growth_table(planned: PlannedGrowth) -> Table:
     """What grows, from what to what, and how."""
     plan = planned.plan
     table = Table(
-        title=f"{plan.target.family.model_type}: {'exact' if plan.exact else 'not exact'} growth",
+        title=f"{plan.target.family.model_type}: {'' if plan.function_preserving else 'not '}function-preserving growth",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

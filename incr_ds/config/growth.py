@@ -172,6 +172,9 @@ def methods() -> dict[str, Method]:
     return {name: parse_settings(content, Method, f"{path}: {name}") for name, content in read_yaml(path).items()}
 
 
+_RENAMED_MODES = {"exact": "rescale", "keep": "copy"}
+
+
 class GrowthRecipe(Settings):
     """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change.
 
@@ -184,9 +187,20 @@ class GrowthRecipe(Settings):
     depth: DepthRecipe = DepthRecipe()
     experts: ExpertsRecipe = ExpertsRecipe()
     fitted: FittedOperators | None = None
-    optimizer: Literal["exact", "keep", "reset-new", "reset"] = "exact"
-    exact: Literal["required", "preferred"] = "preferred"
+    optimizer: Literal["rescale", "copy", "reset-new", "reset"] = "rescale"
+    function_preserving: Literal["required", "preferred"] = "preferred"
     layout: TargetLayout = TargetLayout()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            if "exact" in content:
+                raise ValueError("exact: this key is function_preserving now, with the same values")
+            mode = content.get("optimizer")
+            if isinstance(mode, str) and mode in _RENAMED_MODES:
+                raise ValueError(f"optimizer: {mode} is {_RENAMED_MODES[mode]} now")
+        return content
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
@@ -59,11 +59,18 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """The training loss beside its distillation part: z_loss * (log sum exp of the logits)^2 is added to it.
 
-    ``backend`` names the row kernels; auto takes what is known to be fastest on the device. lean stores no logits.
+    ``backend`` names the row kernels; auto takes what is known to be fastest on the device. recompute stores no logits.
     """
 
     z_loss: float = Field(default=0.0, ge=0.0)
-    backend: Literal["auto", "torch", "triton", "cuda", "lean"] = "auto"
+    backend: Literal["auto", "torch", "triton", "cuda", "recompute"] = "auto"
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        if value == "lean":
+            raise ValueError("lean is recompute now")
+        return value
 
 
 class BatchSettings(Settings):
@@ -122,7 +129,7 @@ class OptimizerSettings(Settings):
     """AdamW, torch's own or DeepSpeed's FusedAdam (built when first used); norms and biases do not decay.
 
     ``multipliers: checkpoint`` multiplies learning rate, eps and weight decay of single tensors as the checkpoint that the
-    run starts from declares (optimizer_groups.json); with ``none`` every tensor trains alike.
+    run starts from declares (multipliers.json); with ``none`` every tensor trains alike.
     """
 
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)

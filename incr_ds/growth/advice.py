@@ -102,15 +102,13 @@ def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
         yield Advice("schedule", reason, "learning_rate", rate.value)
         return
     if source.peak is None:
-        which = "after an exact growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
-        if not plan.exact:
+        which = "after a function-preserving growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
+        if not plan.function_preserving:
             which = INEXACT
         yield Advice("schedule", f"learning_rate: the source does not say its own; {which}")
         return
-    reason = (
-        "the source's maximum, which LEMON (arXiv 2310.07999) keeps after an exact growth: lower ones did worse there"
-    )
-    if not plan.exact:
+    reason = "the source's maximum, which LEMON (arXiv 2310.07999) keeps after a function-preserving growth: lower ones did worse"
+    if not plan.function_preserving:
         reason = f"the source's maximum; {INEXACT}"
     yield Advice("schedule", reason, "learning_rate", source.peak)
 
@@ -175,7 +173,11 @@ def _adamw(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
 
 def _clipping(plan: GrowthPlan, source: Trained, ratio: float | None) -> Iterator[Advice]:
     if ratio is None:
-        why = "the source has no second moments to tell" if plan.exact else "this growth does not keep the function"
+        why = (
+            "the source has no second moments to tell"
+            if plan.function_preserving
+            else "this growth does not keep the function"
+        )
         yield Advice("optimizer", f"gradient_clipping: how the gradients' norm changes is not known, since {why}")
         return
     how = f"{ratio:.3g} times the source's norm of all gradients, by its exp_avg_sq and the growth's factors"

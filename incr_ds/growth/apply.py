@@ -40,8 +40,8 @@ class GrownTensors:
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
         """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
 
-        ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``: ``exact`` scales them as the gradient scales
-        (exp_avg_sq by the square), ``reset-new`` does so for the first copy of everything and starts the rest anew, ``keep``
+        ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``: ``rescale`` scales them as the gradient scales
+        (exp_avg_sq by the square), ``reset-new`` does so for the first copy of everything and starts the rest anew, ``copy``
         copies them, ``reset`` gives zeros.
         """
         tensor = self.plan.tensors[name]
@@ -137,7 +137,7 @@ class GrownTensors:
         factor = self._vector("gradient_factor", tensor.target, dimension)
         if dimension == 0:
             factor = factor * tensor.gradient
-        if self.plan.recipe.optimizer == "keep":
+        if self.plan.recipe.optimizer == "copy":
             factor = (factor != 0).astype(np.float64)
         return factor**2 if state == "exp_avg_sq" else factor
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.arch.architecture import Architecture, most_of
+from incr_ds.arch.architecture import Architecture, max_axis_size
 from incr_ds.arch.family import mixtures
 from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
 from incr_ds.config.fields import load_settings
@@ -91,9 +91,9 @@ def check_size(field: str, axis: str, value: Any, where: str) -> None:
     """GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
-    if value > most_of(axis):
+    if value > max_axis_size(axis):
         raise GrowthError(
-            f"{where}: target.{field}: {value:,} is more than the {most_of(axis):,} that a plan can hold."
+            f"{where}: target.{field}: {value:,} is more than the {max_axis_size(axis):,} that a plan can hold."
         )
 
 

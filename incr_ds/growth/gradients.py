@@ -23,7 +23,7 @@ def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | 
     the source's function or has a new router, and where the source has taken no step. Reads every exp_avg_sq once for each
     tensor that copies it.
     """
-    known = plan.grows and plan.exact and plan.experts is None
+    known = plan.grows and plan.function_preserving and plan.experts is None
     if not known or not source.facts.step or "exp_avg_sq" not in source.facts.states:
         return None
     before = sum(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from incr_ds.arch.multipliers import UNCHANGED, Dynamics
+from incr_ds.arch.multipliers import UNCHANGED, Multipliers
 from incr_ds.growth.plan import GrowthPlan
 
 
-def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[str, Dynamics]:
+def grown_multipliers(plan: GrowthPlan, earlier: Mapping[str, Multipliers]) -> dict[str, Multipliers]:
     """The AdamW multipliers of the target's tensors, where they are not 1; ``earlier`` are the source's own.
 
-    ``optimizer: exact`` multiplies them by the plan's, ``keep`` and ``reset-new`` keep them, ``reset`` drops them.
+    ``optimizer: rescale`` multiplies them by the plan's, ``copy`` and ``reset-new`` keep them, ``reset`` drops them.
     """
     mode = plan.recipe.optimizer
     if mode == "reset":
@@ -19,6 +19,6 @@ def grown_dynamics(plan: GrowthPlan, earlier: Mapping[str, Dynamics]) -> dict[st
     found = {}
     for name, tensor in plan.tensors.items():
         before = earlier.get(tensor.source, UNCHANGED)
-        grows = mode == "exact" and name not in plan.unchanged
-        found[name] = plan.nearest_dynamics(name).after(before) if grows else before
+        grows = mode == "rescale" and name not in plan.unchanged
+        found[name] = plan.nearest_multipliers(name).after(before) if grows else before
     return {name: own for name, own in found.items() if own != UNCHANGED}

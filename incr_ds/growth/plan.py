@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.multipliers import Dynamics, rounded_dynamics
+from incr_ds.arch.multipliers import Multipliers, rounded_multipliers
 from incr_ds.arch.tensors import READS, TensorSpec
 from incr_ds.checkpoint.base import STATES, State
 from incr_ds.config.growth import GrowthRecipe
@@ -73,7 +73,7 @@ class GrowthPlan:
         return frozenset(name for name, plan in self.tensors.items() if self._is_unchanged(plan, kept))
 
     @property
-    def exact(self) -> bool:
+    def function_preserving(self) -> bool:
         """True when the target computes the source's function."""
         return not self.inexact
 
@@ -150,16 +150,16 @@ class GrowthPlan:
         found: np.ndarray = self._products(spec, dimension, others) == 0.0
         return found
 
-    def dynamics(self, name: str) -> Dynamics | None:
+    def multipliers(self, name: str) -> Multipliers | None:
         """The AdamW multipliers of a tensor, or None when its positions would need different ones."""
         plan = self.tensors[name]
         factors = [set(np.round(vector, 15)) for vector in (*self._values(plan), *self._gradients(plan))]
-        nearest = self.nearest_dynamics(name)
+        nearest = self.nearest_multipliers(name)
         # Decay pulls the weight to zero, not the offset + weight that the growth scales.
         decays_apart = plan.target.offset and nearest.lr != 1.0
         return None if any(len(found) != 1 for found in factors) or plan.new_layer or decays_apart else nearest
 
-    def nearest_dynamics(self, name: str) -> Dynamics:
+    def nearest_multipliers(self, name: str) -> Multipliers:
         """The AdamW multipliers of a tensor: the mean over its positions of those that each would need.
 
         Adam moves all entries by about the same amount, so the mean is the learning rate that moves copies by the least
@@ -168,7 +168,7 @@ class GrowthPlan:
         plan = self.tensors[name]
         lr = plan.scale * float(np.prod([_mean_of_copied(vector) for vector in self._values(plan)]))
         eps = plan.gradient * float(np.prod([_mean_of_copied(vector) for vector in self._gradients(plan)]))
-        return rounded_dynamics(lr, eps)
+        return rounded_multipliers(lr, eps)
 
     def _values(self, plan: TensorPlan) -> list[Vector]:
         return [self.value(plan.target, dimension) for dimension in range(len(plan.target.dims))]
@@ -184,7 +184,7 @@ class GrowthPlan:
             "recipe": self.recipe.model_dump(mode="json"),
             "source_sizes": dict(self.source.sizes),
             "target_config": dict(self.target.config),
-            "exact": self.exact,
+            "function_preserving": self.function_preserving,
             "notes": list(self.notes),
             "axes": {name: _described(axis) for name, axis in self.axes.items()},
             "layers": [asdict(layer) for layer in self.layers],

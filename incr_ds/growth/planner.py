@@ -79,8 +79,10 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
         axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
     inexact = _inexact(source, target, recipe, axes, layers)
-    if recipe.exact == "required" and inexact:
-        raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
+    if recipe.function_preserving == "required" and inexact:
+        raise GrowthError(
+            f"{where}: function_preserving: required, but {'; '.join(inexact)}. Change it, or set function_preserving: preferred."
+        )
     notes = (
         *_method_notes(recipe, axes, layers),
         *inexact,
@@ -375,11 +377,11 @@ def _notes(recipe: GrowthRecipe, axes: Mapping[str, AxisGrowth]) -> tuple[str, .
             "symmetry_breaking: none leaves copies equal, and training never makes them differ",
         ),
         (
-            breaking != "none" and recipe.optimizer == "exact" and max(hidden.copies) > 1,
+            breaking != "none" and recipe.optimizer == "rescale" and max(hidden.copies) > 1,
             "moments follow the rules of even shares; with per-element shares they are the nearest rule",
         ),
         (
-            recipe.optimizer == "exact" and any(_is_uneven(axis) for axis in axes.values()),
+            recipe.optimizer == "rescale" and any(_is_uneven(axis) for axis in axes.values()),
             "the optimizer's multipliers are means over positions that would each need their own (docs/exactness.md)",
         ),
     ]

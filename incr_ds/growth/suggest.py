@@ -48,7 +48,7 @@ class Suggestion:
 
 
 def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, most: int = 8) -> tuple[Suggestion, ...]:
-    """At most ``most`` exact growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
+    """At most ``most`` function-preserving growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
 
     Their hidden size a layer is as in published models of the budget's size and their groups of heads as large as the source's,
     unless none can be so; the ones that grow width and depth most evenly come first. Raises ConfigError if the budget is below
@@ -83,7 +83,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
 def recipe_text(suggestion: Suggestion, layout: ParallelLayout, *, has_moments: bool) -> str:
     """A suggestion as a recipe file that lays it out as ``layout`` says."""
     degrees = {key: value for key, value in layout.model_dump().items() if key != "zero_stage"}
-    content = {**suggestion.recipe, "optimizer": "exact" if has_moments else "reset", "layout": degrees}
+    content = {**suggestion.recipe, "optimizer": "rescale" if has_moments else "reset", "layout": degrees}
     head = f"# {suggestion.parameters:,} parameters, {suggestion.ratio:.2f} times the source's; see docs/recipe.md\n"
     return head + "".join(f"# {warning}\n" for warning in suggestion.warnings) + yaml_text(content)
 
@@ -175,7 +175,7 @@ def _is_valid(source: Architecture, sizes: Mapping[str, int], layout: ParallelLa
         check_layout(plan.target, layout)
     except (IncrError, LayoutError):
         return False
-    return plan.exact
+    return plan.function_preserving
 
 
 def _recipe(source: Architecture, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -76,8 +76,10 @@ def upcycled(dense: GrowthPlan, recipe: GrowthRecipe, mixture: Family, where: st
     inexact = dense.inexact
     if experts.method == "drop":
         inexact = (*inexact, "experts.new: drop does not keep the source's function: part of every expert starts anew")
-    if recipe.exact == "required" and inexact:
-        raise GrowthError(f"{where}: exact: required, but {'; '.join(inexact)}. Change it, or set exact: preferred.")
+    if recipe.function_preserving == "required" and inexact:
+        raise GrowthError(
+            f"{where}: function_preserving: required, but {'; '.join(inexact)}. Change it, or set function_preserving: preferred."
+        )
     trained = f"a {mixture.model_type} cannot be trained by this package: take the Hugging Face folder to one that can"
     notes = (*dense.notes, *inexact[len(dense.inexact) :], *_notes(experts), trained)
     return replace(dense, recipe=recipe, target=target, inexact=inexact, notes=notes, experts=experts)

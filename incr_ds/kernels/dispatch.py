@@ -13,8 +13,8 @@ from incr_ds.kernels.cuda_rows import cuda_rows
 from incr_ds.kernels.rows import RowKernels
 from incr_ds.kernels.torch_rows import TorchRows
 
-Backend = Literal["auto", "reference", "torch", "triton", "cuda", "lean"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda", "lean")
+Backend = Literal["auto", "reference", "torch", "triton", "cuda", "recompute"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda", "recompute")
 
 _log = logging.getLogger(__name__)
 
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 def row_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowKernels:
     """The row kernels of ``backend`` for logits on ``device`` whose products take operands of ``dtype``.
 
-    ``auto`` takes Triton on a CUDA device that has it, else torch, and logs the choice once; so does ``lean``, which says
+    ``auto`` takes Triton on a CUDA device that has it, else torch, and logs the choice once; so does ``recompute``, which says
     how logits are walked and not how rows are. Raises ValueError for an unknown backend and for one that cannot run
     here, with the reason, and KernelError if nvcc fails.
     """
-    if backend in ("auto", "lean"):
+    if backend in ("auto", "recompute"):
         return TorchRows() if dtype == torch.float64 else _automatic(device.type)
     if backend == "torch":
         return TorchRows()

@@ -38,7 +38,7 @@ class RowLaunch:
 
 
 # The widest blocks that leave a thread of the kernels of CE and forward KL at most 64 registers, so that an sm_90
-# multiprocessor holds 32 warps or more; incr_ds.kernels.ahead prints what each variant uses.
+# multiprocessor holds 32 warps or more; incr_ds.kernels.aot prints what each variant uses.
 STATISTICS_LAUNCH = RowLaunch(block=1024, warps=8)
 GRADIENT_LAUNCH = RowLaunch(block=2048, warps=8)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from incr_ds.losses.lean import LeanWalk
 from incr_ds.losses.problem import ENTROPY, Problem, means, prepare
+from incr_ds.losses.recompute import RecomputingWalk
 from incr_ds.losses.stored import StoredWalk
 
 
@@ -20,7 +20,7 @@ class FusedLoss(torch.autograd.Function):
         """Loss and, in the same pass, its gradients."""
         prepared = prepare(hidden, head, problem)  # takes the products' dtype from autocast, which then stays out of it
         with torch.autocast(hidden.device.type, enabled=False):
-            walk = LeanWalk(prepared) if problem.lean else StoredWalk(prepared)
+            walk = RecomputingWalk(prepared) if problem.recompute else StoredWalk(prepared)
             walk.run()
             loss = problem.objective.total(*means(walk.parts, prepared.tokens)[:ENTROPY])
         # Saved for autograd's own check: it names an input that was changed in place before the backward pass.

@@ -18,9 +18,9 @@ LEAN_CPU_BUDGET_BYTES = 64 * 2**20
 LEAN_CUDA_BUDGET_BYTES = 360 * 2**20
 
 
-def default_budget(cuda: bool, *, lean: bool) -> int:
+def default_budget(cuda: bool, *, recompute: bool) -> int:
     """Bytes for logits where the caller names none."""
-    if lean:
+    if recompute:
         return LEAN_CUDA_BUDGET_BYTES if cuda else LEAN_CPU_BUDGET_BYTES
     return CUDA_BUDGET_BYTES if cuda else CPU_BUDGET_BYTES
 
@@ -175,7 +175,7 @@ class LeanPlan:
         )
 
 
-def plan_lean(shape: LossShape, budget_bytes: int, *, accumulates: bool, walks: int = 2) -> LeanPlan:
+def plan_recompute(shape: LossShape, budget_bytes: int, *, accumulates: bool, walks: int = 2) -> LeanPlan:
     """The widest blocks whose buffers fit into ``budget_bytes``, all of nearly the same size; else COLUMN_QUANTUM columns."""
     quantum = COLUMN_QUANTUM
     plan = LeanPlan(shape, quantum, walks, accumulates)

@@ -27,7 +27,7 @@ class Problem:
     """What one call works on, apart from the tensors that may need a gradient.
 
     ``head_gradient``, if given, is the buffer that the head's gradient is added to, times ``gradient_scale``. With
-    ``lean`` no logits are stored. ``softcap`` caps the student's logits.
+    ``recompute`` no logits are stored. ``softcap`` caps the student's logits.
     """
 
     labels: Tensor
@@ -36,7 +36,7 @@ class Problem:
     ignore_index: int
     part: VocabularyPart
     kernels: RowKernels
-    lean: bool
+    recompute: bool
     budget_bytes: int
     head_gradient: Tensor | None
     gradient_scale: Tensor | None

@@ -65,7 +65,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     ConfigError when the teacher's vocabulary differs. A pipeline gives ``observe`` the loss parts of each micro-batch.
     """
     check_layout(request.architecture, request.layout)
-    _check_trains(request.architecture)
+    _check_training_supported(request.architecture)
     _choose_kernels(request)
     topology = _topology(request.layout)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
@@ -102,13 +102,13 @@ def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> No
     )
 
 
-def _check_trains(architecture: Architecture) -> None:
-    if not architecture.family.trains:
-        known = ", ".join(name for name, family in families().items() if family.trains)
+def _check_training_supported(architecture: Architecture) -> None:
+    if not architecture.family.training_supported:
+        known = ", ".join(name for name, family in families().items() if family.training_supported)
         raise LayoutError(
             f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
         )
-    for field, value in architecture.family.trains_with.items():
+    for field, value in architecture.family.training_requires.items():
         if architecture.config[field] != value:
             raise ConfigError(
                 f"{field} is {architecture.config[field]!r}; {architecture.family.model_type} is trained here with {value!r} "
@@ -144,7 +144,7 @@ def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Tea
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
     check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
-    _check_trains(architecture)
+    _check_training_supported(architecture)
     weights = CheckpointWeights(request.teacher)
     return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
 

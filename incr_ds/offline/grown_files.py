@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from incr_ds.arch.multipliers import FILE as DYNAMICS_FILE
-from incr_ds.arch.multipliers import dynamics_text, without_multipliers
+from incr_ds.arch.multipliers import FILE as MULTIPLIERS_FILE
+from incr_ds.arch.multipliers import multipliers_text, without_multipliers
 from incr_ds.checkpoint.base import CheckpointFacts
 from incr_ds.checkpoint.companions import copy_companions
 from incr_ds.checkpoint.huggingface.writer import (
@@ -32,9 +32,9 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
     write_atomically(folder / "config.json", config)
     write_atomically(folder / "growth_plan.json", planned.plan.to_json())
     shutil.copyfile(planned.request.recipe, folder / "growth_recipe.yaml")
-    if planned.dynamics:
-        write_atomically(folder / DYNAMICS_FILE, dynamics_text(planned.dynamics))
-    if planned.plan.target.family.trains:
+    if planned.multipliers:
+        write_atomically(folder / MULTIPLIERS_FILE, multipliers_text(planned.multipliers))
+    if planned.plan.target.family.training_supported:
         training = source_training(planned.request.source, planned.source.facts)
         if advice := advice_text(advise(planned.plan, training, ratio)):
             write_atomically(folder / ADVICE_FILE, advice)

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.arch.multipliers import Multipliers, read_multipliers
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.checkpoint.finite import FiniteCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.changes import load_recipe
-from incr_ds.growth.multipliers import grown_dynamics
+from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.offline.plan import check_moments
@@ -25,11 +25,11 @@ from incr_ds.offline.plan import check_moments
 class GrownCheckpoint:
     """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written.
 
-    ``dynamics`` are the AdamW multipliers of its tensors.
+    ``multipliers`` are the AdamW multipliers of its tensors.
     """
 
-    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, dynamics: Mapping[str, Dynamics]) -> None:
-        self.plan, self.dynamics = plan, dynamics
+    def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, multipliers: Mapping[str, Multipliers]) -> None:
+        self.plan, self.multipliers = plan, multipliers
         self._source, self._grown = source, GrownTensors(plan, source)
         self._architecture = plan.target
         reset = plan.recipe.optimizer == "reset"
@@ -75,4 +75,4 @@ def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[Grow
     opened = open_described(source, tag)
     check_moments(opened, settings)
     plan = plan_growth(opened.architecture, settings, str(recipe))
-    return GrownCheckpoint(plan, opened, grown_dynamics(plan, read_dynamics(source))), settings
+    return GrownCheckpoint(plan, opened, grown_multipliers(plan, read_multipliers(source))), settings

@@ -1,4 +1,4 @@
-"""The crew of a launch: torchrun, deepspeed or srun say how many processes there are; gloo connects them."""
+"""The group of a launch: torchrun, deepspeed or srun say how many processes there are; gloo connects them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from incr_ds.errors import ConfigError
-from incr_ds.offline.process_group import ALONE, Crew
+from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup
 
 PATIENCE = timedelta(
     days=7
@@ -21,14 +21,14 @@ LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 @contextmanager
-def join_crew() -> Iterator[Crew]:
-    """The crew of the processes that were launched together; a crew of one without a launcher.
+def join_process_group() -> Iterator[ProcessGroup]:
+    """The group of the processes that were launched together; a group of one without a launcher.
 
     ConfigError if the launcher's variables make no sense. Nothing of torch.distributed is imported for one process.
     """
     rank, size = _place()
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -36,11 +36,11 @@ def join_crew() -> Iterator[Crew]:
             f"{' and '.join(missing)}: not set, and {size} processes were launched; export the first node's name and a free port "
             "(launchers/slurm/grow.sbatch does), or start with torchrun or deepspeed."
         )
-    crew = _GlooCrew(rank, size)
+    group = _GlooProcessGroup(rank, size)
     try:
-        yield crew
+        yield group
     finally:
-        crew.leave()
+        group.leave()
 
 
 def _place() -> tuple[int, int]:
@@ -55,7 +55,7 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-class _GlooCrew:
+class _GlooProcessGroup:
     """Processes in a gloo group, and a store for the one message that cannot wait."""
 
     def __init__(self, rank: int, size: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.multipliers import Dynamics, dynamics_text, read_dynamics, without_multipliers
+from incr_ds.arch.multipliers import Multipliers, multipliers_text, read_multipliers, without_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.companions import companions
 from incr_ds.checkpoint.deepspeed.releases import TESTED, needs_bare_states
@@ -27,7 +27,7 @@ from incr_ds.config.growth import GrowthRecipe, TargetLayout
 from incr_ds.errors import GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT
 from incr_ds.growth.changes import load_recipe
-from incr_ds.growth.multipliers import grown_dynamics
+from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.offline.memory_budget import anonymous_bytes, portion_elements
@@ -69,7 +69,7 @@ class PlannedGrowth:
     plan: GrowthPlan
     files: tuple[TargetFile, ...]
     dtype: torch.dtype
-    dynamics: Mapping[str, Dynamics] = field(default_factory=dict)
+    multipliers: Mapping[str, Multipliers] = field(default_factory=dict)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -97,7 +97,7 @@ class PlannedGrowth:
     @property
     def key(self) -> str:
         """Stands for everything that decides the bytes of the target."""
-        described = self.plan.to_json() + dynamics_text(self.dynamics) + self.request.target_deepspeed
+        described = self.plan.to_json() + multipliers_text(self.multipliers) + self.request.target_deepspeed
         digest = hashlib.blake2b(described.encode(), digest_size=8)
         for path in self.source.facts.files:
             status = path.stat()
@@ -120,11 +120,11 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
 def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
     """Plan the growth of an opened source, and the files of the layout that the recipe asks for."""
     plan = plan_growth(source.architecture, recipe, str(request.recipe))
-    dynamics = grown_dynamics(plan, read_dynamics(request.source))
+    multipliers = grown_multipliers(plan, read_multipliers(request.source))
     layout = recipe.layout
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
-        return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, dynamics)
+        return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
     _check_layout(plan, str(request.recipe))
     check_moments(source, recipe)
     dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
@@ -132,7 +132,7 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     # Only this release was seen to load files without a state.
     has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
     target = replace(_native_target(source, plan, dtype), bare_states=bare, has_moments=has_moments)
-    return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, dynamics)
+    return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, multipliers)
 
 
 def _check_layout(plan: GrowthPlan, recipe: str) -> None:

@@ -11,7 +11,7 @@ from incr_ds.errors import CheckpointError, IncrError
 T = TypeVar("T")
 
 
-class Crew(Protocol):
+class ProcessGroup(Protocol):
     """All processes of a launch. Every method but ``has_failed`` is called by all of them, in the same order."""
 
     @property
@@ -38,8 +38,8 @@ class Crew(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A crew of one."""
+class SingleProcess:
+    """A group of one process."""
 
     rank: int = 0
     size: int = 1
@@ -56,7 +56,7 @@ class Alone:
         return False
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 class StoppedError(Exception):
@@ -77,13 +77,13 @@ class _Failure:
         return OSError(self.number, self.text, self.file)
 
 
-def agree(crew: Crew, work: Callable[[], T]) -> T:
+def agree(group: ProcessGroup, work: Callable[[], T]) -> T:
     """Do ``work`` in every process and return its result, if all succeed; else raise what the first failing one raised.
 
     Where processes fail differently the message says which one it is. Anything but an IncrError or an OSError ends the
     process as it is, and the others with a ConnectionError.
     """
-    if crew.size == 1:
+    if group.size == 1:
         return work()
     failure: _Failure | None = None
     stopped = False
@@ -96,8 +96,8 @@ def agree(crew: Crew, work: Callable[[], T]) -> T:
     except StoppedError:
         stopped = True
     if failure is not None:
-        crew.warn()
-    failures = crew.gather(failure)
+        group.warn()
+    failures = group.gather(failure)
     if first := next((item for item in failures if item is not None), None):
         raise _told(first, failures).error()
     if stopped:

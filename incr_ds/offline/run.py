@@ -23,59 +23,61 @@ from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.offline.grown_files import write_companions
 from incr_ds.offline.memory_budget import check_disk
 from incr_ds.offline.plan import PlannedGrowth
-from incr_ds.offline.process_group import ALONE, Crew, StoppedError, agree, shares
+from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, StoppedError, agree, shares
 
 FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
 Progress = Callable[[str, int, int], None]
 
 
-def grow_checkpoint(planned: PlannedGrowth, progress: Progress | None = None, crew: Crew = ALONE) -> Mapping[str, Any]:
+def grow_checkpoint(
+    planned: PlannedGrowth, progress: Progress | None = None, group: ProcessGroup = SINGLE_PROCESS
+) -> Mapping[str, Any]:
     """Write and publish the target; returns the manifest's facts. The output appears whole or not at all.
 
-    Every process of ``crew`` calls this with the same plan; each writes files of its own, and the first one publishes.
+    Every process of ``group`` calls this with the same plan; each writes files of its own, and the first one publishes.
     An interrupted run goes on where it stopped, with any number of processes, and ends with the same bytes.
     CheckpointError if the disk is full or fails; what was finished is then kept for the next run.
     """
     report = progress or (lambda phase, done, total: None)
     with _resumable(planned.request.output), ExitStack() as stack:
-        space = _open_together(planned, crew, stack)
+        space = _open_together(planned, group, stack)
         otherwise, allowed = "--allow-nonfinite grows this one as it is", planned.request.allow_nonfinite
         watched = FiniteCheckpoint(planned.source, otherwise=otherwise, allowed=allowed)
         if space.done:  # files of a run that was cut off: what they were made of is not read again
-            agree(crew, lambda: watched.look_at(planned.plan.reads[crew.rank :: crew.size]))
-        slices = Slices(GrownTensors(planned.plan, watched).read, agree(crew, lambda: planned.portion))
-        hashes, ratio = agree(crew, lambda: _run_jobs(planned, space, slices, report, crew))
-        for others, done, found in crew.gather((hashes, space.done, watched.found)):
+            agree(group, lambda: watched.look_at(planned.plan.reads[group.rank :: group.size]))
+        slices = Slices(GrownTensors(planned.plan, watched).read, agree(group, lambda: planned.portion))
+        hashes, ratio = agree(group, lambda: _run_jobs(planned, space, slices, report, group))
+        for others, done, found in group.gather((hashes, space.done, watched.found)):
             hashes.update(others)
             space.done.update(done)
             watched.found.update(found)
         facts = _facts(planned, hashes, watched.found)
-        agree(crew, lambda: _publish(planned, space, facts, ratio) if crew.rank == 0 else None)
+        agree(group, lambda: _publish(planned, space, facts, ratio) if group.rank == 0 else None)
     return facts
 
 
-def _open_together(planned: PlannedGrowth, crew: Crew, stack: ExitStack) -> Workspace:
+def _open_together(planned: PlannedGrowth, group: ProcessGroup, stack: ExitStack) -> Workspace:
     """The first process opens and locks the workspace; the others write into it."""
     request, key = planned.request, planned.key
 
     def open_first() -> Workspace:
-        if crew.rank:
-            return Workspace(request.output, key, crew.rank)
+        if group.rank:
+            return Workspace(request.output, key, group.rank)
         refuse_existing(request.output, overwrite=request.overwrite)
         opened = stack.enter_context(open_workspace(request.output, key, overwrite=request.overwrite))
         _check_room(planned, opened)
         return opened
 
-    space = agree(crew, open_first)
-    keys, done = zip(*crew.gather((key, space.done)), strict=True)
+    space = agree(group, open_first)
+    keys, done = zip(*group.gather((key, space.done)), strict=True)
     if len(set(keys)) > 1:
         other = next(rank for rank, found in enumerate(keys) if found != keys[0])
         raise CheckpointError(
-            f"{request.source}: process {other} of {crew.size} sees other files (sizes or times) there, or another recipe, than "
+            f"{request.source}: process {other} of {group.size} sees other files (sizes or times) there, or another recipe, than "
             "process 0; all must see the same folders."
         )
-    return Workspace(request.output, key, crew.rank, done[0]) if crew.rank else space
+    return Workspace(request.output, key, group.rank, done[0]) if group.rank else space
 
 
 def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any], ratio: float | None) -> None:
@@ -84,18 +86,18 @@ def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any],
 
 
 def _run_jobs(
-    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, crew: Crew
+    planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, group: ProcessGroup
 ) -> tuple[dict[Path, str], float | None]:
     """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
 
     Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
-    files, inputs, checks = _own_share(planned, space, crew)
+    files, inputs, checks = _own_share(planned, space, group)
     with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording():
         listed = listed_files(planned.request.source)
         hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
         checking = [pool.submit(_check_source, planned.source, report)] if checks else []
-        measuring = [] if crew.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
+        measuring = [] if group.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
         writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
         finished: SimpleQueue[Future[Any]] = SimpleQueue()
         for job in (*checking, *measuring, *hashing.values(), *writing):
@@ -105,7 +107,7 @@ def _run_jobs(
         for _ in range(len(checking) + len(measuring) + len(hashing) + 2 * len(files)):
             job = finished.get()
             result = job.result()
-            if crew.has_failed():
+            if group.has_failed():
                 raise StoppedError
             if job in writing:
                 waiting = flushing.submit(flush, space.folder / writing[job])
@@ -118,13 +120,15 @@ def _run_jobs(
         return {path: job.result() for path, job in hashing.items()}, ratio
 
 
-def _own_share(planned: PlannedGrowth, space: Workspace, crew: Crew) -> tuple[list[TargetFile], list[Path], bool]:
+def _own_share(
+    planned: PlannedGrowth, space: Workspace, group: ProcessGroup
+) -> tuple[list[TargetFile], list[Path], bool]:
     """What this process writes, what it reads for checksums, and whether it checks the source: by bytes, the same in all."""
     files = [file for file in planned.files if file.path not in space.done]
     inputs = planned.source.facts.files
     read = [path.stat().st_size for path in inputs]
     sizes = [*(planned.sizes[file.path] for file in files), *read, sum(read)]
-    own = shares(sizes, crew.size)[crew.rank]
+    own = shares(sizes, group.size)[group.rank]
     last = len(files) + len(inputs)
     return (
         [files[job] for job in own if job < len(files)],
@@ -176,7 +180,7 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mappin
     source, plan = planned.source, planned.plan
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
-        "exact": plan.exact,
+        "function_preserving": plan.function_preserving,
         "notes": [*planned.notes, *nonfinite_notes(nonfinite)],
         "source": {
             "kind": source.facts.kind,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.multipliers import UNCHANGED, Dynamics
+from incr_ds.arch.multipliers import UNCHANGED, Multipliers
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
@@ -37,7 +37,7 @@ def check_layout(architecture: Architecture, layout: ParallelLayout, where: str 
     ``where`` is what states the layout.
     """
     problems, family = [], architecture.family
-    if not family.trains and layout.tensor_parallel * layout.pipeline_parallel > 1:
+    if not family.training_supported and layout.tensor_parallel * layout.pipeline_parallel > 1:
         raise LayoutError(
             f"{where}: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
             "and pipeline_parallel: 1, or format: huggingface."
@@ -127,17 +127,17 @@ def _join(shard: RankParameter, joined: JoinedParameter) -> RankParameter:
 
 
 def optimizer_groups(
-    shards: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None = None, at_least: int = 1
+    shards: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None = None, at_least: int = 1
 ) -> tuple[tuple[RankParameter, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
-    Tensors that ``dynamics`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
+    Tensors that ``multipliers`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
     halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
     loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
     """
-    found: dict[tuple[bool, Dynamics], list[RankParameter]] = {}
+    found: dict[tuple[bool, Multipliers], list[RankParameter]] = {}
     for shard in shards:
-        own = group_dynamics((shard,), dynamics)
+        own = group_multipliers((shard,), multipliers)
         found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
     groups = [tuple(found[key]) for key in sorted(found)]
     if len(shards) < at_least:
@@ -156,7 +156,7 @@ def optimizer_groups(
 def group_count(
     architecture: Architecture,
     layout: ParallelLayout,
-    dynamics: Mapping[str, Dynamics] | None,
+    multipliers: Mapping[str, Multipliers] | None,
     frozen: Collection[str] = (),
 ) -> int:
     """Parameter groups on every rank of a layout: DeepSpeed sums gradient norms over pipeline stages group by group, so all
@@ -171,7 +171,7 @@ def group_count(
                 f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train a tensor "
                 "of it (a norm is enough), use fewer stages, or pipeline_parallel: 1."
             )
-        counts.append(len(optimizer_groups(trained, dynamics)))
+        counts.append(len(optimizer_groups(trained, multipliers)))
     return max(counts)
 
 
@@ -180,9 +180,9 @@ def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -
     return tuple(shard for shard in shards if shard.tensor.name not in frozen)
 
 
-def group_dynamics(group: tuple[RankParameter, ...], dynamics: Mapping[str, Dynamics] | None) -> Dynamics:
+def group_multipliers(group: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None) -> Multipliers:
     """The multipliers of one of ``optimizer_groups``."""
-    return (dynamics or {}).get(group[0].tensor.name, UNCHANGED)
+    return (multipliers or {}).get(group[0].tensor.name, UNCHANGED)
 
 
 def sharded_dimension(spec: TensorSpec) -> int | None:

@@ -4,7 +4,7 @@
         global_step100/   what DeepSpeed saved, all ranks
         latest            global_step100
         config.json       the model, so that growth and evaluation can open the folder; tokenizer files if known
-        optimizer_groups.json   AdamW multipliers of single tensors, where the run has them
+        multipliers.json   AdamW multipliers of single tensors, where the run has them
         manifest.json     size and checksum of every file; layout, step, data fingerprints and settings
 
 All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoint``.
@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.multipliers import FILE as DYNAMICS_FILE
-from incr_ds.arch.multipliers import Dynamics, dynamics_text
+from incr_ds.arch.multipliers import FILE as MULTIPLIERS_FILE
+from incr_ds.arch.multipliers import Multipliers, multipliers_text
 from incr_ds.checkpoint.companions import TOKENIZER_FILES
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
@@ -71,11 +71,11 @@ def save_checkpoint(
     run: RunSettings,
     architecture: Architecture,
     state: TrainingState,
-    dynamics: Mapping[str, Dynamics] | None = None,
+    multipliers: Mapping[str, Multipliers] | None = None,
 ) -> Path:
     """Save at ``state``'s step, publish when every rank has written, then delete what ``keep_last`` does not keep.
 
-    ``dynamics`` are the multipliers that the engine was built with.
+    ``multipliers`` are the multipliers that the engine was built with.
 
     Raises CheckpointError on all ranks if any rank could not write; the folder then does not appear.
     """
@@ -87,7 +87,7 @@ def save_checkpoint(
         folder = on_rank_zero(lambda: stack.enter_context(publish(_vacated(final), KIND, facts)))
         remedy = "Nothing was published; check space and permissions."
         on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed", remedy)
-        on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, dynamics))
+        on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, multipliers))
         on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
     on_rank_zero(lambda: _prune(run, final))
     return final
@@ -176,11 +176,11 @@ def _health(folder: Path) -> Health | None:
 
 
 def _write_companions(
-    folder: Path, tag: str, run: RunSettings, architecture: Architecture, dynamics: Mapping[str, Dynamics] | None
+    folder: Path, tag: str, run: RunSettings, architecture: Architecture, multipliers: Mapping[str, Multipliers] | None
 ) -> None:
     (folder / "latest").write_text(tag, encoding="utf-8")
-    if dynamics:
-        (folder / DYNAMICS_FILE).write_text(dynamics_text(dynamics), encoding="utf-8")
+    if multipliers:
+        (folder / MULTIPLIERS_FILE).write_text(multipliers_text(multipliers), encoding="utf-8")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
     (folder / "config.json").write_text(config_text(architecture, dtype), encoding="utf-8")
     if run.data.tokenizer is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Dynamics
+from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
@@ -24,7 +24,7 @@ from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.placement import group_count, group_dynamics, optimizer_groups, trained_shards
+from incr_ds.sharding.placement import group_count, group_multipliers, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import initialize_distributed
@@ -59,17 +59,17 @@ def build_engine(
     architecture: Architecture,
     weights: LogicalCheckpoint | None,
     teacher: LogicalCheckpoint | None,
-    dynamics: Mapping[str, Dynamics] | None = None,
+    multipliers: Mapping[str, Multipliers] | None = None,
 ) -> TrainingEngine:
     """Build this process's engine; every process of the run calls it with the same arguments.
 
-    ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``dynamics`` are the AdamW multipliers of single
+    ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``multipliers`` are the AdamW multipliers of single
     tensors, which become parameter groups. What run.model.freeze names gets no gradient and no optimizer state. Raises
     ConfigError or LayoutError if the run file, the number of processes, the model and the teacher do not fit together.
     """
     _check_zero_stage(run)
     frozen = frozen_tensors(architecture, run.model.freeze)
-    num_groups = group_count(architecture, run.layout, dynamics, frozen)
+    num_groups = group_count(architecture, run.layout, multipliers, frozen)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
@@ -79,7 +79,7 @@ def build_engine(
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
-    optimizer = _optimizer(model, trained, run, device, dynamics or {}, num_groups)
+    optimizer = _optimizer(model, trained, run, device, multipliers or {}, num_groups)
     staged = run.layout.pipeline_parallel > 1
     engine, *_ = deepspeed.initialize(
         model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
@@ -216,15 +216,15 @@ def _optimizer(
     trained: tuple[RankParameter, ...],
     run: RunSettings,
     device: torch.device,
-    dynamics: Mapping[str, Dynamics],
+    multipliers: Mapping[str, Multipliers],
     num_groups: int,
 ) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(trained, dynamics, num_groups):
+    for shards in optimizer_groups(trained, multipliers, num_groups):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
         settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
-        own = group_dynamics(shards, dynamics)
+        own = group_multipliers(shards, multipliers)
         members = [parameters[shard.parameter] for shard in shards]
         # Kept in the checkpoint's groups, so that a growth of it finds the run file's values again.
         groups.append({"params": members, **own.applied(settings), "multipliers": dict(vars(own))})

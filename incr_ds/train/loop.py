@@ -14,7 +14,7 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.arch.multipliers import Multipliers, read_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.lock import locked
@@ -38,7 +38,7 @@ from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
 from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
 from incr_ds.train.resuming import changed_settings
-from incr_ds.train.schedule import distillation_weight, learning_rate, temperature
+from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed
 from incr_ds.train.start import Start, check_growth, find_start
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -77,7 +77,7 @@ class Job:
     data: Data
     costs: Costs
     monitor: Monitor
-    dynamics: Mapping[str, Dynamics]
+    multipliers: Mapping[str, Multipliers]
 
 
 class Stop(Protocol):
@@ -127,17 +127,17 @@ def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None)
 def _train_from(
     run: RunSettings, start: Start, teacher: LogicalCheckpoint | None, newest: Path | None, data: Data, stop: Stop
 ) -> Outcome:
-    dynamics = start.dynamics if newest is None else read_dynamics(newest)
+    multipliers = start.multipliers if newest is None else read_multipliers(newest)
     weights = start.weights if newest is None else None
     if newest is None:
         check_growth(start)
-    engine = build_engine(run, start.architecture, weights, teacher, dynamics)
+    engine = build_engine(run, start.architecture, weights, teacher, multipliers)
     try:
-        state, account = load_state(engine, run, start, newest, data)
+        state, description = load_state(engine, run, start, newest, data)
         with open_monitor(run, None if newest is None else state.position.step) as monitor:
             costs = _costs(run, start.architecture, teacher)
-            job = Job(run, start.architecture, engine, data, costs, monitor, dynamics)
-            _say_start(job, account)
+            job = Job(run, start.architecture, engine, data, costs, monitor, multipliers)
+            _say_start(job, description)
             outcome = train(job, state, newest, stop)
         together()  # no rank ends, which a launcher takes for the end of all, before the first has closed its files
         return outcome
@@ -164,7 +164,7 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
         step = state.position.step
         due = due or step == last or step % run.checkpoint.interval == 0
         if stopped or (due and (state.health.is_good or step == last)):
-            newest, saved, due = save_checkpoint(job.engine, run, job.architecture, state, job.dynamics), step, False
+            newest, saved, due = save_checkpoint(job.engine, run, job.architecture, state, job.multipliers), step, False
             job.monitor.say(f"saved {newest}")
         elif due and step % run.checkpoint.interval == 0:
             job.monitor.say(f"step {step}: not saved, because the run is not healthy: {_condition(state)}")
@@ -180,10 +180,10 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     run, before = job.run, state.position
     rate = learning_rate(run.schedule, before.step)
     alpha = distillation_weight(run.distillation, before.step)
-    heat = temperature(run.distillation, before.step)
+    temperature = distillation_temperature(run.distillation, before.step)
     # A generator that starts anew each step makes dropout, too, a function of the step: resuming needs no state.
-    torch.manual_seed(hash((run.seed, before.step, job.engine.data_parallel_rank)))
-    result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=heat)
+    torch.manual_seed(step_seed(run.seed, before.step, job.engine.data_parallel_rank))
+    result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=temperature)
     tokens = run.batch.global_batch_size * run.batch.sequence_length
     flops = tokens * (job.costs.student + (job.costs.teacher if alpha else 0))
     after = Position(
@@ -202,7 +202,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 ce=result.ce,
                 divergence=result.divergence,
                 alpha=alpha,
-                temperature=heat,
+                temperature=temperature,
                 learning_rate=rate,
                 gradient_norm=result.gradient_norm,
                 skipped=result.skipped,
@@ -253,7 +253,7 @@ def load_state(
         weights = start.weights
         on_rank_zero(lambda: sum(1 for _ in weights.self_check()))
         engine.fill_optimizer(weights)
-    return fresh, start.account
+    return fresh, start.description
 
 
 def open_monitor(run: RunSettings, resumed_step: int | None) -> Monitor:
@@ -324,11 +324,11 @@ def _condition(state: TrainingState) -> str:
     return f"the last {health.skipped} step(s) were skipped"
 
 
-def _say_start(job: Job, account: str) -> None:
+def _say_start(job: Job, description: str) -> None:
     run, layout, peak = job.run, job.run.layout, job.costs.peak
     model = f"{job.architecture.family.model_type}, {job.architecture.num_parameters:,} parameters"
     tokens = run.batch.global_batch_size * run.batch.sequence_length
-    job.monitor.say(f"model: {model}; {account}")
+    job.monitor.say(f"model: {model}; {description}")
     job.monitor.say(
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
         f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens a step in {run.accumulation_steps} micro-batches"
@@ -337,8 +337,8 @@ def _say_start(job: Job, account: str) -> None:
     if frozen:
         trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)
         job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay as they are")
-    if job.dynamics:
-        rates = [own.lr for own in job.dynamics.values()]
+    if job.multipliers:
+        rates = [own.lr for own in job.multipliers.values()]
         job.monitor.say(
             f"optimizer: {len(rates)} tensors at {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the growth "
             "asks (optimizer.multipliers: none trains all alike)"

@@ -5,6 +5,7 @@ A step is the index of the optimizer step about to be taken, from 0 to train_ste
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 from incr_ds.config.distillation import DistillationSettings
@@ -41,7 +42,7 @@ def distillation_weight(settings: DistillationSettings | None, step: int) -> flo
     return _anneal(settings.weight, settings.final_weight, settings, step)
 
 
-def temperature(settings: DistillationSettings | None, step: int) -> float:
+def distillation_temperature(settings: DistillationSettings | None, step: int) -> float:
     """The T of the divergence, annealed to ``final_temperature`` in the same way where that is set; 1 unset."""
     if settings is None:
         return 1.0
@@ -56,3 +57,10 @@ def _anneal(first: float, last: float, settings: DistillationSettings, step: int
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     # Exactly ``last`` at the end: the engine drops the teacher when the weight is 0.
     return last if step >= settings.anneal_steps else first + (last - first) * progress
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generator starts from in ``step`` on data-parallel rank ``rank``: the same on every machine and in every
+    version of Python, unlike ``hash``."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

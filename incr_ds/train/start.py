@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.arch.multipliers import Multipliers, read_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.publish import MANIFEST
@@ -28,17 +28,17 @@ class Start:
 
     Exactly one of these holds: ``weights`` is a source whose weights are copied (and, with ``with_moments``, its moments
     and step); ``checkpoint`` and ``tag`` name a DeepSpeed folder in the run's own layout, loaded with its optimizer
-    state; neither, and the model is fresh. ``dynamics`` are the AdamW multipliers of single tensors. ``account`` is one line
-    for people.
+    state; neither, and the model is fresh. ``multipliers`` are the AdamW multipliers of single tensors. ``description`` is
+    one line for the user.
     """
 
     architecture: Architecture
-    account: str
+    description: str
     weights: LogicalCheckpoint | None = None
     with_moments: bool = False
     checkpoint: Path | None = None
     tag: str | None = None
-    dynamics: Mapping[str, Dynamics] = field(default_factory=dict)
+    multipliers: Mapping[str, Multipliers] = field(default_factory=dict)
 
 
 def find_start(run: RunSettings) -> Start:
@@ -54,16 +54,16 @@ def find_start(run: RunSettings) -> Start:
     if model.initialize_from is None:
         path = Path(str(model.config))
         architecture = architecture_from_config(read_config(path), str(path))
-        return Start(architecture=architecture, account=f"fresh weights of {path}, seed {run.seed}")
+        return Start(architecture=architecture, description=f"fresh weights of {path}, seed {run.seed}")
     if isinstance(model.initialize_from, GrowthStart):
         return _grown_on_load(run, model.initialize_from)
     folder = Path(model.initialize_from)
     source = open_described(folder, tag=model.tag)
     if model.load_optimizer and (folder / "latest").is_file():
         return _with_optimizer(run, folder, source)
-    account = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
-    dynamics = _followed(run, read_dynamics(folder))
-    return Start(architecture=source.architecture, weights=source, account=account, dynamics=dynamics)
+    description = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
+    multipliers = _followed(run, read_multipliers(folder))
+    return Start(architecture=source.architecture, weights=source, description=description, multipliers=multipliers)
 
 
 def check_growth(start: Start) -> None:
@@ -95,17 +95,17 @@ def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
         )
     check_layout(grown.architecture, run.layout)
     kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
-    account = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
+    description = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
     return Start(
         architecture=grown.architecture,
         weights=grown,
         with_moments=run.model.load_optimizer,
-        account=account,
-        dynamics=_followed(run, grown.dynamics),
+        description=description,
+        multipliers=_followed(run, grown.multipliers),
     )
 
 
-def _followed(run: RunSettings, declared: Mapping[str, Dynamics]) -> Mapping[str, Dynamics]:
+def _followed(run: RunSettings, declared: Mapping[str, Multipliers]) -> Mapping[str, Multipliers]:
     return declared if run.optimizer.multipliers == "checkpoint" else {}
 
 
@@ -118,21 +118,27 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     check_layout_matches(folder, source.facts.layout, run)
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
     kept = "weights and optimizer state" if "exp_avg" in source.facts.states else "weights"
-    account = f"{kept} of {folder} ({source.facts.kind}, {tag})"
-    declared = read_dynamics(folder)
-    dynamics = _followed(run, declared)
+    description = f"{kept} of {folder} ({source.facts.kind}, {tag})"
+    declared = read_multipliers(folder)
+    multipliers = _followed(run, declared)
     if (
         declared
-        or dynamics != declared
+        or multipliers != declared
         or _changes_frozen(run, folder, source)
         or _changes_precision(run, folder / tag)
     ):
         # A grown folder's flat buffers are those of two groups and all tensors, a run's those of its own: filled tensor by
         # tensor, either fits. So do masters, which are in fp32 whatever the model's precision.
         return Start(
-            architecture=source.architecture, weights=source, with_moments=True, account=account, dynamics=dynamics
+            architecture=source.architecture,
+            weights=source,
+            with_moments=True,
+            description=description,
+            multipliers=multipliers,
         )
-    return Start(architecture=source.architecture, checkpoint=folder, tag=tag, account=account, dynamics=dynamics)
+    return Start(
+        architecture=source.architecture, checkpoint=folder, tag=tag, description=description, multipliers=multipliers
+    )
 
 
 def _changes_precision(run: RunSettings, folder: Path) -> bool:

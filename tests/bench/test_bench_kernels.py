@@ -33,16 +33,16 @@ def test_cuda_rows_say_why_they_are_absent():
 def test_variants_that_say_they_compute_the_same_do():
     problem = make_problem(TINY, torch.float64, CPU)
     losses = {}
-    for name, settings in (("ours", {}), ("chunks", {"budget_bytes": 9_000}), ("lean", {"backend": "lean"})):
+    for name, settings in (("ours", {}), ("chunks", {"budget_bytes": 9_000}), ("recompute", {"backend": "recompute"})):
         losses[name] = distillation_loss(*problem.taught, alpha=0.5, **settings).loss
     eager = eager_loss(problem)
     torch.testing.assert_close(losses["ours"], eager.double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(losses["ours"], losses["chunks"])
-    torch.testing.assert_close(losses["ours"], losses["lean"])
+    torch.testing.assert_close(losses["ours"], losses["recompute"])
 
 
 def test_gradients_that_are_handed_out_are_counted():
-    names = ["products only", "incr_ds", "incr_ds, into an fp32 buffer", "incr_ds, lean"]
+    names = ["products only", "incr_ds", "incr_ds, into an fp32 buffer", "incr_ds, recompute"]
     chosen = [one for name in names for one in VARIANTS if one.name == name]
     found = measure_shape(TINY, chosen, 1, torch.float32, CPU)
     hidden, head = 16 * 8 * 4, 130 * 8 * 4

@@ -44,7 +44,7 @@ def difference(family, target, tied=False, length=17, **recipe):
     architecture = small_architecture(family, tie_word_embeddings=tied, **biases)
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target=renamed(family, target), **recipe))
-    assert grown.plan.exact
+    assert grown.plan.function_preserving
     return relative_difference(source, grown_model(grown), length=length)
 
 
@@ -82,9 +82,11 @@ def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
         return
     grown = grown_tensors(model_checkpoint(architecture, source), recipe)
     found = relative_difference(source, grown_model(grown))
-    assert found <= 1e-12 if grown.plan.exact else found > 1e-6, grown.plan.inexact
+    assert found <= 1e-12 if grown.plan.function_preserving else found > 1e-6, grown.plan.inexact
     if family in LAYER_NORM:
-        assert grown.plan.exact == (hidden in ("auto", "mean", "integer") or (hidden == "centred" and not tied))
+        assert grown.plan.function_preserving == (
+            hidden in ("auto", "mean", "integer") or (hidden == "centred" and not tied)
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -283,7 +285,7 @@ def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
     target = {fields["ffn"]: 331, fields["hidden"]: 144, fields["heads"]: 9}
     width = {"hidden": "fpi", "ffn": {"new": "copy"}, "heads": {"new": "copy"}, "copies_from": "next-layer"}
     grown = grown_tensors(
-        source, recipe_of(target=target, width={**width, "symmetry_breaking": {"method": "none"}}, optimizer="keep")
+        source, recipe_of(target=target, width={**width, "symmetry_breaking": {"method": "none"}}, optimizer="copy")
     )
     assert any("copies_from: next-layer does not keep" in reason for reason in grown.plan.inexact)
     assert relative_difference(model, grown_model(grown)) > 1e-2
@@ -352,7 +354,7 @@ def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
     architecture = small_architecture("llama", max_position_embeddings=256, rope_parameters=SCALED[kind])
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target={"head_dim": 24}))
-    assert grown.plan.exact
+    assert grown.plan.function_preserving
     assert relative_difference(source, grown_model(grown), length=100) <= 1e-6
     plain = small_architecture("llama", max_position_embeddings=256)
     moved = grown_tensors(model_checkpoint(plain, drawn_model(plain)), recipe_of(target={"head_dim": 24}))
@@ -402,7 +404,7 @@ def test_a_longer_context_keeps_how_rotary_pairs_turn(fp64_norms, kind):
     architecture = small_architecture("llama", max_position_embeddings=128, rope_parameters=SCALED[kind])
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), recipe_of(target={"max_position_embeddings": 256}))
-    assert grown.plan.exact and grown.plan.target.config["max_position_embeddings"] == 256
+    assert grown.plan.function_preserving and grown.plan.target.config["max_position_embeddings"] == 256
     assert relative_difference(source, grown_model(grown), length=120) <= 1e-12
     dynamic = small_architecture("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(GrowthError, match="max_position_embeddings: 128 differs from the source's 64, and no operator"):
@@ -420,7 +422,7 @@ def test_another_scaling_of_rotary_positions_keeps_the_base_and_says_that_the_fu
     assert "target.rope_parameters: the rotary pairs turn at other speeds" in grown.plan.inexact[0]
     assert relative_difference(model, grown_model(grown), length=60) > 1e-3
     same = recipe_of(target={"rope_parameters": {"rope_type": "default"}})
-    assert plan_growth(architecture, same).exact
+    assert plan_growth(architecture, same).function_preserving
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -436,10 +438,12 @@ def test_a_given_layer_map_is_exact_if_it_keeps_every_layer_in_order(fp64_norms)
     assert difference("qwen2", target, depth={"method": "map", "map": [0, 0, 1, 0, 2, 2]}) <= 1e-12
     architecture = small_architecture("qwen2")
     plan = plan_growth(architecture, recipe_of(target=target, depth={"method": "map", "map": [0, 2, 0, 2]}))
-    assert plan.target.num_layers == 4 and not plan.exact
+    assert plan.target.num_layers == 4 and not plan.function_preserving
     assert set(plan.dropped) == {spec.name for spec in architecture.stored if spec.layer == 1}
     assert "depth.map leaves layers out or changes their order" in plan.notes[0]
-    assert not plan_growth(architecture, recipe_of(target={}, depth={"method": "map", "map": [1, 0, 2]})).exact
+    assert not plan_growth(
+        architecture, recipe_of(target={}, depth={"method": "map", "map": [1, 0, 2]})
+    ).function_preserving
 
 
 def test_halved_layers_write_half_as_strongly():
@@ -498,7 +502,9 @@ def test_two_growths_in_a_row_keep_the_function(fp64_norms, family):
     width = {"heads": {"new": "copy" if family in EQUAL else "zero-output"}}
     middle, checkpoint = model, model_checkpoint(architecture, model)
     for target in (everything(family), everything_again(family)):
-        grown = grown_tensors(checkpoint, recipe_of(target=renamed(family, target), width=width, exact="required"))
+        grown = grown_tensors(
+            checkpoint, recipe_of(target=renamed(family, target), width=width, function_preserving="required")
+        )
         middle = grown_model(grown)
         checkpoint = model_checkpoint(grown.plan.target, middle)
     assert checkpoint.architecture.num_parameters > 2 * architecture.num_parameters
@@ -522,7 +528,7 @@ def test_copied_layers_change_the_function_and_say_so(fp64_norms):
     source = drawn_model(architecture)
     recipe = recipe_of(target={"num_hidden_layers": 6}, depth={"method": "stack", "new": "copy"})
     grown = grown_tensors(model_checkpoint(architecture, source), recipe)
-    assert not grown.plan.exact
+    assert not grown.plan.function_preserving
     assert "does not keep the source's function" in grown.plan.notes[0]
     assert relative_difference(source, grown_model(grown)) > 1e-3
 
@@ -596,7 +602,7 @@ def test_any_shape_of_every_other_family_is_exact_or_refused(
     width["symmetry_breaking"] = {"method": breaking}
     try:
         source = small_architecture(family, tie_word_embeddings=tied)
-        plan_growth(source, recipe_of(target=renamed(family, target), width=width, exact="required"))
+        plan_growth(source, recipe_of(target=renamed(family, target), width=width, function_preserving="required"))
         found = difference(family, target, tied, width=width, depth={"method": depth, "new": silent})
     except IncrError as refusal:
         reasons = (

@@ -28,12 +28,12 @@ def test_method(fp64_norms, name):
     recipe = recipe_of(recipe=name, target=TARGETS.get(name, DEPTH))
     grown = grown_tensors(model_checkpoint(architecture, model, with_moments=True), recipe)
     found = relative_difference(model, grown_model(grown))
-    assert grown.plan.exact == (name in EXACT)
+    assert grown.plan.function_preserving == (name in EXACT)
     assert found <= 1e-12 if name in EXACT else found > 1e-3
     assert grown.plan.notes[0] == f"{name}: {methods()[name].published}. {methods()[name].known}"
-    assert ("keep the function" in methods()[name].known or "Exact in neither" in methods()[name].known) == (
-        name not in EXACT
-    )
+    assert (
+        "keep the function" in methods()[name].known or "Function-preserving in neither" in methods()[name].known
+    ) == (name not in EXACT)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_what_a_method_is_not_published_for_is_said(name, target, note):
 
 def test_what_the_file_states_wins():
     recipe = recipe_of(
-        recipe="hypercloning", target={}, width={"symmetry_breaking": {"snr_db": 20.0}}, optimizer="exact"
+        recipe="hypercloning", target={}, width={"symmetry_breaking": {"snr_db": 20.0}}, optimizer="rescale"
     )
-    assert recipe.width.hidden == "integer" and recipe.optimizer == "exact"
+    assert recipe.width.hidden == "integer" and recipe.optimizer == "rescale"
     assert (recipe.width.symmetry_breaking.method, recipe.width.symmetry_breaking.snr_db) == ("noise", 20.0)
 
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from incr_ds.arch.family import families, mixtures
 from incr_ds.growth.axis import FRESH
-from incr_ds.growth.plan import Dynamics
+from incr_ds.growth.plan import Multipliers
 from incr_ds.offline.compare import logical_parts
 from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
 
@@ -31,10 +31,10 @@ def train(model, optimizer, data):
     return losses
 
 
-def adamw(model, dynamics):
+def adamw(model, multipliers):
     groups = []
     for name, parameter in model.named_parameters():
-        d = dynamics(name)
+        d = multipliers(name)
         groups.append(
             {"params": [parameter], "lr": LR * d.lr, "eps": EPS * d.eps, "weight_decay": DECAY * d.weight_decay}
         )
@@ -67,13 +67,13 @@ def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
     """With lr, eps and decay multiplied as the plan says, integer copies train as one."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
-    optimizer = adamw(source, lambda _: Dynamics(1.0, 1.0, 1.0))
+    optimizer = adamw(source, lambda _: Multipliers(1.0, 1.0, 1.0))
     train(source, optimizer, batches(5, seed=1))
     recipe = recipe_of(target=doubled(architecture), width=EVEN_COPIES)
     checkpoint = checkpoint_of(architecture, source, optimizer)
     grown = grown_tensors(checkpoint, recipe)
     model = grown_model(grown)
-    grown_optimizer = adamw(model, grown.plan.dynamics)
+    grown_optimizer = adamw(model, grown.plan.multipliers)
     for name, parameter in model.named_parameters():
         grown_optimizer.state[parameter] = {
             "step": torch.tensor(float(checkpoint.facts.step)),
@@ -181,7 +181,7 @@ def test_fresh_entries_cannot_jump():
     assert float((moved / denominator).max()) <= 1.0
 
 
-@pytest.mark.parametrize(("optimizer", "factor"), [("keep", 1.0), ("exact", 0.5)])
+@pytest.mark.parametrize(("optimizer", "factor"), [("copy", 1.0), ("rescale", 0.5)])
 def test_optimizer_modes(optimizer, factor):
     architecture = small_architecture("llama")
     source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
@@ -198,12 +198,12 @@ def test_moments_of_new_entries_only_can_start_anew():
     architecture = small_architecture("llama")
     source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
     target = {"hidden_size": 144, "intermediate_size": 331, "num_hidden_layers": 4}
-    recipes = {name: recipe_of(target=target, optimizer=name) for name in ("exact", "reset-new")}
-    exact, anew = (grown_tensors(source, recipes[name]) for name in ("exact", "reset-new"))
+    recipes = {name: recipe_of(target=target, optimizer=name) for name in ("rescale", "reset-new")}
+    rescaled, anew = (grown_tensors(source, recipes[name]) for name in ("rescale", "reset-new"))
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"):
         old = tuple(slice(0, size) for size in architecture.by_name[name].shape)
         for state in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(whole(anew, name, state)[old], whole(exact, name, state)[old])
+            assert torch.equal(whole(anew, name, state)[old], whole(rescaled, name, state)[old])
         rest = torch.ones(whole(anew, name).shape, dtype=torch.bool)
         rest[old] = False
         assert not whole(anew, name, "exp_avg")[rest].any()
@@ -216,12 +216,12 @@ def test_the_nearest_rule_is_the_mean_of_what_positions_need(hidden):
     source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
     plan = grown_tensors(source, recipe_of(target={"hidden_size": 144}, width={"hidden": hidden})).plan
     name = "model.layers.0.mlp.up_proj.weight"
-    exact, nearest = plan.dynamics(name), plan.nearest_dynamics(name)
+    exact, nearest = plan.multipliers(name), plan.nearest_multipliers(name)
     if hidden == "isometric":
         # 48 of 96 dimensions are there twice: shares 1/2 at 96 of 144 columns, 1 at the other 48.
         assert exact is None and nearest.lr == pytest.approx((96 * 0.5 + 48) / 144)
     assert nearest.weight_decay == pytest.approx(1 / nearest.lr)
-    embedding = plan.nearest_dynamics("model.embed_tokens.weight")
+    embedding = plan.nearest_multipliers("model.embed_tokens.weight")
     if hidden == "zero":
         # Old positions carry sqrt(144 / 96); new ones need nothing, and do not count.
         assert embedding.lr == pytest.approx(1.5**0.5) and embedding.eps == pytest.approx(1.5**-0.5)

@@ -61,8 +61,8 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         ),
         (
             "llama",
-            {"target": {"num_hidden_layers": 6}, "depth": {"new": "copy"}, "exact": "required"},
-            r"exact: required, but depth\.new: copy does not keep the source's function.*set exact: preferred",
+            {"target": {"num_hidden_layers": 6}, "depth": {"new": "copy"}, "function_preserving": "required"},
+            r"function_preserving: required, but depth\.new: copy does not keep the source's .*set function_preserving: pref",
         ),
         ("llama", {"target": {"num_hidden_layers": 5}, "depth": {"method": "solar"}}, r"counts that work: 4, 6\."),
         (
@@ -276,7 +276,7 @@ def test_more_than_four_times_the_parameters_is_said():
     for layers, expected in ((11, []), (16, ["grows 5.0 " + warning])):
         plan = plan_growth(source, recipe_of(target={"num_hidden_layers": layers}))
         assert [note for note in plan.notes if "published gains" in note] == expected
-        assert plan.exact
+        assert plan.function_preserving
 
 
 def test_per_layer_fields_follow_the_layer_map():
@@ -286,7 +286,7 @@ def test_per_layer_fields_follow_the_layer_map():
     assert plan.target.config["layer_types"] == [kinds[layer] for layer in (0, 0, 1, 1, 2)]
 
 
-@pytest.mark.parametrize("optimizer", ["exact", "keep", "reset-new", "reset"])
+@pytest.mark.parametrize("optimizer", ["rescale", "copy", "reset-new", "reset"])
 @pytest.mark.parametrize("family", sorted(families()))
 def test_unchanged_tensors_are_what_the_arithmetic_gives(family, optimizer):
     """A growth of the FFN and of the depth leaves norms, attention and embeddings of old layers as they are."""
@@ -344,6 +344,6 @@ def test_the_head_counts_that_are_named_do_work():
     source = small_architecture("llama", **SMOLLM2)
     for heads, kv_heads in ((12, 4), (16, 4), (20, 4), (24, 4), (10, 10)):
         target = {"hidden_size": 64 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-        assert plan_growth(source, recipe_of(target=target)).exact
+        assert plan_growth(source, recipe_of(target=target)).function_preserving
     assert fitting_heads((9, 3), 4) == [12, 16, 20, 24] and fitting_heads((9, 3), 3)[0] == 9
     assert fitting_heads((9, 3), 2) == [] and fitting_heads((8, 8), 12) == [12, 24, 36, 48]

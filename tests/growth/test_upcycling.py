@@ -69,7 +69,7 @@ def test_the_function_stays(fp64_norms, tmp_path, dense, mixture, new, experts, 
     architecture = small_architecture(dense, tie_word_embeddings=dense == "qwen3")
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), upcycling(mixture, experts, chosen, new, ffn, growth))
-    assert grown.plan.exact and not grown.plan.dropped
+    assert grown.plan.function_preserving and not grown.plan.dropped
     model = published(grown, tmp_path)
     assert type(model).__name__ == mixtures()[mixture].class_name
     assert relative_difference(source, model) <= 1e-12
@@ -165,7 +165,7 @@ def test_any_mixture_keeps_the_function(
     new, picked = ("copy" if parts == 1 else "virtual-groups"), min(chosen, groups) * parts
     recipe = upcycling(mixture, groups * parts, picked, new, None if parts == 1 else 250 // parts, growth)
     grown = grown_tensors(model_checkpoint(architecture, source), recipe)
-    assert grown.plan.exact
+    assert grown.plan.function_preserving
     assert relative_difference(source, published(grown, Path(mkdtemp(dir=tmp_path)))) <= 1e-12
 
 
@@ -217,7 +217,11 @@ def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path, den
             upcycling("mixtral", growth={"experts": 3}),
             "target.experts: not a config field of llama or mixtral",
         ),
-        ("llama", upcycling("mixtral", new="drop", exact="required"), "exact: required, but experts.new: drop"),
+        (
+            "llama",
+            upcycling("mixtral", new="drop", function_preserving="required"),
+            "function_preserving: required, but experts.new: drop",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(dense, recipe, message):

@@ -20,7 +20,7 @@ FP32_ERRORS = [1e-6] * 5 + [3e-6] * 2
 
 @pytest.fixture(autouse=True)
 def several_blocks_per_row(monkeypatch):
-    """V = 101 then takes several steps of every loop, the last one partly filled; lean has 7 blocks of columns."""
+    """V = 101 then takes several steps of every loop, the last one partly filled; recompute has 7 blocks of columns."""
     monkeypatch.setattr(planner, "COLUMN_QUANTUM", 16)
     monkeypatch.setattr(triton_rows, "STATISTICS_LAUNCH", RowLaunch(32, 1))
     monkeypatch.setattr(triton_rows, "GRADIENT_LAUNCH", RowLaunch(64, 1))
@@ -63,7 +63,7 @@ def test_torch_equals_the_reference(settings, divergence):
 def test_lean_equals_the_reference(settings, divergence):
     expected = outcome(make_problem(), **settings, divergence=divergence, backend="reference")
     for budget in (None, 40_000, 1):
-        found = outcome(make_problem(), **settings, divergence=divergence, backend="lean", budget_bytes=budget)
+        found = outcome(make_problem(), **settings, divergence=divergence, backend="recompute", budget_bytes=budget)
         assert max(relative_errors(found, expected)) < 1e-12
 
 
@@ -83,7 +83,7 @@ CAPS = [{"softcap": 2.0}, {"teacher_softcap": 3.0}, {"softcap": 4.0, "teacher_so
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("caps", CAPS, ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_capped_logits_equal_the_reference(backend, caps, divergence):
     """Whose gradient is autograd's through the cap."""
     problem = make_problem(torch.float32)
@@ -103,7 +103,7 @@ def test_capped_logits_equal_the_reference(backend, caps, divergence):
         assert all(error < bound for error, bound in zip(relative_errors(found, expected), bounds, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "recompute"])
 def test_capped_logits_and_sparse_teachers(backend):
     problem = make_problem()
     settings = {"alpha": 0.4, "temperature": 1.5, "teacher": sparse(problem, "bucket"), "softcap": 3.0}
@@ -118,7 +118,7 @@ def test_capped_logits_of_low_precision(dtype):
     problem = make_problem(dtype, tokens=64, scale=0.5)
     settings = {"alpha": 0.5, "softcap": 4.0, "teacher_softcap": 4.0}
     exact = outcome(problem.to(torch.float64), **settings, backend="reference")
-    for backend in ("torch", "lean"):
+    for backend in ("torch", "recompute"):
         ours = relative_errors(outcome(problem.to(dtype), **settings, backend=backend), exact)
         assert ours[0] < 1e-2 and max(ours[5:]) < 2e-2, backend
 
@@ -136,7 +136,7 @@ def test_caps_that_are_none_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("kind", ["bucket", "none", "sampled"])
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_sparse_teachers_equal_the_reference(kind, backend):
     dtype = torch.float32 if backend == "triton" else torch.float64
     problem = make_problem(torch.float32)
@@ -153,7 +153,7 @@ def test_sparse_teachers_equal_the_reference(kind, backend):
     assert all(error < bound for error, bound in zip(relative_errors(found, expected), bounds, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_padding_is_outside_every_sum(backend):
     """Each model has its own padding behind 101 entries; garbage in it must not matter."""
     dtype = torch.float32 if backend == "triton" else torch.float64
@@ -170,7 +170,7 @@ def test_padding_is_outside_every_sum(backend):
 
 # The gate: no further from fp64 than torch's own bf16 arithmetic on whole logits, within a tenth.
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("lean", torch.bfloat16)]
+    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("recompute", torch.bfloat16)]
 )
 @pytest.mark.parametrize("budget", [None, 12_000], ids=["one chunk", "many chunks"])
 def test_no_less_accurate_than_eager(backend, dtype, budget):
@@ -198,7 +198,7 @@ def eager(problem):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("lean", torch.bfloat16)]
+    ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("recompute", torch.bfloat16)]
 )
 def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(backend, dtype):
     problem = make_problem(torch.float32)
@@ -213,13 +213,13 @@ def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(bac
     assert relative_errors(found[5:], lower[5:])[1] < 4e-3
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_repeats_are_the_same_bits(backend):
     first, second = (outcome(make_problem(torch.float32), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_without_gradients_values_are_the_same(backend):
     problem = make_problem(torch.float32)
     for divergence in DIVERGENCES:
@@ -230,7 +230,7 @@ def test_without_gradients_values_are_the_same(backend):
         torch.testing.assert_close(torch.stack(free[:5]), torch.stack(kept[:5]).detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "recompute"])
 @pytest.mark.parametrize("budget", [None, 20_000])
 def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget, backend):
     problem, scale = make_problem(torch.bfloat16), torch.tensor(8.0)

@@ -32,7 +32,7 @@ def make_problem(dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("budget", [None, 3_000_000], ids=["one chunk", "many chunks"])
-@pytest.mark.parametrize("backend", ["triton", "torch", "lean", CUDA_ROWS])
+@pytest.mark.parametrize("backend", ["triton", "torch", "recompute", CUDA_ROWS])
 def test_no_less_accurate_than_eager(backend, budget):
     exact = outcome(make_problem(torch.float64), alpha=0.5, z_loss=1e-3, backend="reference")
     ours = relative_errors(outcome(make_problem(), alpha=0.5, z_loss=1e-3, backend=backend, budget_bytes=budget), exact)
@@ -43,7 +43,7 @@ def test_no_less_accurate_than_eager(backend, budget):
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("backend", ["triton", "lean", CUDA_ROWS])
+@pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
 def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend):
     options = {"alpha": 0.5, "temperature": temperature, "divergence": divergence, "label_smoothing": 0.1}
     expected = outcome(make_problem(torch.float64), **options, backend="reference")
@@ -51,7 +51,7 @@ def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend):
     assert max(relative_errors(found, expected)) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["triton", "lean", CUDA_ROWS])
+@pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
 def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend):
     problem = make_problem()
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
@@ -64,7 +64,7 @@ def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend):
             assert not torch.autograd.grad(result.loss, problem.hidden)[0].any()
 
 
-@pytest.mark.parametrize("backend", ["triton", "lean", CUDA_ROWS])
+@pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
 def test_repeats_are_the_same_bits(backend):
     first, second = (outcome(make_problem(), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -90,7 +90,7 @@ def test_nothing_synchronises():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", ["auto", "lean"])
+@pytest.mark.parametrize("backend", ["auto", "recompute"])
 def test_memory_stays_within_the_budget_and_the_gradients(backend):
     problem, budget = make_problem(), 4_000_000
     distillation_loss(*problem.tensors, alpha=0.5, budget_bytes=budget, backend=backend)

@@ -37,7 +37,7 @@ def test_only_the_loss_has_a_gradient():
     assert ours.loss.requires_grad and not any(part.requires_grad for part in ours[1:])
 
 
-@pytest.mark.parametrize("backend", ["torch", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "recompute"])
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_what_needs_no_gradient_gets_none(frozen, backend):
     problem = make_problem()
@@ -114,7 +114,7 @@ def test_a_tied_embedding_gets_the_gradient_of_both_uses():
     torch.testing.assert_close(gradient("torch"), gradient("reference"), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["torch", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "recompute"])
 def test_no_tokens_at_all_is_zero(backend):
     hidden, head = torch.zeros(0, HS, requires_grad=True), torch.randn(V, HS, requires_grad=True)
     loss = distillation_loss(

@@ -10,8 +10,8 @@ from incr_ds.losses.planner import (
     LossShape,
     Machine,
     default_budget,
-    plan_lean,
     plan_loss,
+    plan_recompute,
 )
 
 REFERENCE = LossShape(tokens=8192, vocabulary=128256, student_width=4096, teacher_width=2048)
@@ -54,7 +54,7 @@ def test_every_plan_fits_its_budget_or_is_the_smallest(tokens, vocabulary, teach
 
 
 def test_the_reference_shape_without_stored_logits_needs_less_than_0_4_gigabytes():
-    plan = plan_lean(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True)
+    plan = plan_recompute(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True)
     assert (plan.blocks, plan.columns, plan.walks) == (18, 7168, 2)
     # The fp32 gradient of the hidden states, and a block of both models' logits, 64 columns wider than it is.
     assert plan.buffer_bytes == 8192 * 4096 * 4 + 8192 * (7168 + 64) * 2 * 2 < 400_000_000
@@ -64,7 +64,7 @@ def test_the_reference_shape_without_stored_logits_needs_less_than_0_4_gigabytes
     assert plan.describe(H200) == (
         "18 blocks of 7168 columns, 2 walks: 0.37 GB, 58.0 ms predicted at 790 TFLOP/s and 4300 GB/s"
     )
-    jsd = plan_lean(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True, walks=3)
+    jsd = plan_recompute(REFERENCE, LEAN_CUDA_BUDGET_BYTES, accumulates=True, walks=3)
     assert jsd.flops - plan.flops == 2 * 8192 * 128256 * (4096 + 2048)
 
 
@@ -80,11 +80,11 @@ def test_every_lean_plan_fits_its_budget_or_has_the_narrowest_blocks(
     tokens, vocabulary, teacher_width, temporaries, accumulates, budget
 ):
     shape = LossShape(tokens, vocabulary, 128, teacher_width, temporaries=temporaries)
-    plan = plan_lean(shape, budget, accumulates=accumulates)
+    plan = plan_recompute(shape, budget, accumulates=accumulates)
     assert plan.buffer_bytes <= budget or plan.columns == min(64, max(vocabulary, 1))
     assert 1 <= plan.columns <= max(vocabulary, 1) and plan.columns * plan.blocks >= vocabulary
 
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_lean_has_the_smaller_budget(cuda):
-    assert default_budget(cuda, lean=True) < default_budget(cuda, lean=False) / 2
+    assert default_budget(cuda, recompute=True) < default_budget(cuda, recompute=False) / 2

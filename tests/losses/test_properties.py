@@ -24,7 +24,7 @@ BACKENDS = [
     ("torch", torch.float32),
     ("triton", torch.float32),
     ("triton", torch.float16),
-    ("lean", torch.float32),
+    ("recompute", torch.float32),
 ]
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
 FEW = settings(max_examples=20, deadline=None)
@@ -39,7 +39,7 @@ def taught_by_itself(problem):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [*BACKENDS, ("torch", torch.bfloat16), ("lean", torch.bfloat16)], ids=str
+    ("backend", "dtype"), [*BACKENDS, ("torch", torch.bfloat16), ("recompute", torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype, divergence):
@@ -54,7 +54,7 @@ def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("distance", [1e-2, 1e-3])
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_a_small_divergence_keeps_its_digits_in_fp32(backend, distance, divergence):
     """Heads that are the identity: the logits are exact, so that only the divergence's own error shows."""
     generator = torch.Generator().manual_seed(1)
@@ -78,7 +78,7 @@ def test_a_small_divergence_keeps_its_digits_in_fp32(backend, distance, divergen
     budget=st.integers(1, 300_000),
     seed=st.integers(0, 5),
     divergence=st.sampled_from(DIVERGENCES),
-    backend=st.sampled_from(["torch", "lean"]),
+    backend=st.sampled_from(["torch", "recompute"]),
 )
 @FEW
 def test_chunks_and_blocks_change_nothing(budget, seed, divergence, backend):
@@ -112,7 +112,7 @@ def test_a_batch_without_a_valid_token_is_zero(backend, dtype):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", ["torch", "triton", "lean"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
 def test_logits_of_ten_thousand_stay_finite(backend, divergence):
     problem = make_problem(torch.float32)
     far = LossProblem(

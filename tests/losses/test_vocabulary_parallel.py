@@ -22,10 +22,10 @@ CASES = {
     "top-k": {"alpha": 0.5, "temperature": 1.5, "label_smoothing": 0.1},
     "sampled": {"alpha": 0.5},
     "triton": {"alpha": 0.3, "temperature": 2.0, "backend": "triton"},
-    "lean": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "backend": "lean"},
+    "recompute": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "backend": "recompute"},
     "capped": {"alpha": 0.3, "temperature": 2.0, "z_loss": 0.1, "softcap": 3.0},
-    "lean capped": {"alpha": 0.6, "divergence": "reverse_kl", "backend": "lean", "softcap": 3.0},
-    "lean jsd": {"alpha": 0.6, "divergence": "jsd", "backend": "lean"},
+    "recompute capped": {"alpha": 0.6, "divergence": "reverse_kl", "backend": "recompute", "softcap": 3.0},
+    "recompute jsd": {"alpha": 0.6, "divergence": "jsd", "backend": "recompute"},
 }
 
 

@@ -17,14 +17,14 @@ from incr_ds.sharding.placement import rank_parameters
 from incr_ds.testing.checkpoint import MemoryCheckpoint
 from incr_ds.testing.pico import FAMILIES, pico_architecture
 
-ALONE = TensorRanks(None, 0, 1)
+ONE_RANK = TensorRanks(None, 0, 1)
 
 
 def plain(checkpoint, dtype=torch.float64, attention="sdpa", recompute=False, softcap=None):
     loss = LossSettings(softcap=softcap)
     factory = LayerFactory(
         checkpoint.architecture,
-        ALONE,
+        ONE_RANK,
         CheckpointWeights(checkpoint),
         dtype,
         torch.device("cpu"),

@@ -104,7 +104,12 @@ def test_a_release_is_inspected_grown_and_loaded(tmp_path, capsys, release):
     shown = json.loads(capsys.readouterr().out)
     assert shown["family"] == config["model_type"] and shown["sizes"]["hidden"] == SIZES["hidden"]
     target = target_of(architecture_from_config(config, release))
-    recipe = {"target": target, "width": {"heads": {"new": "copy"}}, "optimizer": "reset", "exact": "required"}
+    recipe = {
+        "target": target,
+        "width": {"heads": {"new": "copy"}},
+        "optimizer": "reset",
+        "function_preserving": "required",
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layout": {"format": "huggingface"}}))
     request = incr_ds.GrowthRequest(source, tmp_path / "recipe.yaml", tmp_path / "grown")
     planned = incr_ds.plan_request(request)

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incr_ds.arch.multipliers import Dynamics
+from incr_ds.arch.multipliers import Multipliers
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.placement import (
     check_layout,
     group_count,
-    group_dynamics,
+    group_multipliers,
     optimizer_groups,
     rank_parameters,
     sharded_dimension,
@@ -96,20 +96,20 @@ def test_every_stage_has_as_many_optimizer_groups():
     """DeepSpeed sums norms over stages group by group; the stage with fewer kinds of tensors halves some groups."""
     architecture = pico_architecture(num_hidden_layers=4)
     layout = ParallelLayout(pipeline_parallel=2)
-    dynamics = {
-        "model.layers.0.mlp.up_proj.weight": Dynamics(0.5, 0.5, 2.0),
-        "lm_head.weight": Dynamics(0.1, 1.0, 10.0),
+    multipliers = {
+        "model.layers.0.mlp.up_proj.weight": Multipliers(0.5, 0.5, 2.0),
+        "lm_head.weight": Multipliers(0.1, 1.0, 10.0),
     }
-    dynamics |= {"model.layers.1.mlp.up_proj.weight": Dynamics(0.25, 0.5, 4.0)}
-    count = group_count(architecture, layout, dynamics)
+    multipliers |= {"model.layers.1.mlp.up_proj.weight": Multipliers(0.25, 0.5, 4.0)}
+    count = group_count(architecture, layout, multipliers)
     assert count == 4
     for stage in range(2):
         shards = rank_parameters(architecture, layout, stage, 0)
-        groups = optimizer_groups(shards, dynamics, count)
+        groups = optimizer_groups(shards, multipliers, count)
         assert len(groups) == 4 and sorted(map(id, sum(groups, ()))) == sorted(map(id, shards))
         for group in groups:
-            assert len({(shard.tensor.is_matrix, group_dynamics((shard,), dynamics)) for shard in group}) == 1
+            assert len({(shard.tensor.is_matrix, group_multipliers((shard,), multipliers)) for shard in group}) == 1
     with pytest.raises(
         LayoutError, match="a pipeline stage trains 3 tensors, and the optimizer has 4 parameter groups"
     ):
-        optimizer_groups(shards[:3], dynamics, 4)
+        optimizer_groups(shards[:3], multipliers, 4)

@@ -143,7 +143,7 @@ def test_any_factors_are_what_the_recipe_grows(folder):
 def test_what_cannot_be_fitted_is_refused(folder, tmp_path, monkeypatch, capsys):
     run = load_settings(folder / "run.yaml", RunSettings)
     cases = [
-        ({"optimizer": "exact"}, "optimizer: exact; moments do not follow fitted operators, set reset"),
+        ({"optimizer": "rescale"}, "optimizer: rescale; moments do not follow fitted operators, set reset"),
         ({"width": {"symmetry_breaking": {"method": "noise"}}}, "symmetry_breaking: noise; set per-element"),
         ({"width": {"copies_from": "next-layer"}}, "copies_from: next-layer; set own-layer"),
     ]

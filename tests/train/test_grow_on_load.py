@@ -68,7 +68,11 @@ def test_a_layout_that_disagrees_is_refused(tmp_path):
     ):
         find_start(run_settings(tmp_path, {"data_parallel": 2, "zero_stage": 1}, "fp32"))
     start = find_start(run_settings(tmp_path, {"pipeline_parallel": 2, "data_parallel": 2}, "fp32"))
-    assert start.with_moments and "weights and optimizer state" in start.account and "grown on load" in start.account
+    assert (
+        start.with_moments
+        and "weights and optimizer state" in start.description
+        and "grown on load" in start.description
+    )
     start = find_start(run_settings(tmp_path, {"pipeline_parallel": 2}, "fp32", load_optimizer=False))
     assert not start.with_moments
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
@@ -110,7 +114,7 @@ def refuse_growth(folder):
 def test_a_source_without_moments(tmp_path):
     drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path / "source")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {"intermediate_size": 260}}))
-    with pytest.raises(GrowthError, match=r"no Adam moments, and optimizer: exact needs them; set optimizer: reset"):
+    with pytest.raises(GrowthError, match=r"no Adam moments, and optimizer: rescale needs them; set optimizer: reset"):
         open_grown(tmp_path / "source", tmp_path / "recipe.yaml")
     recipe = {"target": {"intermediate_size": 260}, "optimizer": "reset"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

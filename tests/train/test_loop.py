@@ -76,7 +76,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(dict(small_architecture("llama").config)))
     world = {"folder": tmp_path, "engines": [], "on_step": lambda step, number: number}
 
-    def build_engine(run, architecture, weights, teacher, dynamics):
+    def build_engine(run, architecture, weights, teacher, multipliers):
         world["engines"].append(OneNumber(run, lambda step, number: world["on_step"](step, number)))
         return world["engines"][-1]
 

@@ -181,7 +181,6 @@ def test_the_end_of_the_deepspeed_command_saves_and_leaves_no_process(material, 
             env=environment,
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
     try:
         wait_for_steps(tmp_path / "run", [])

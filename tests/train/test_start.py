@@ -47,13 +47,13 @@ def test_a_config_is_a_fresh_model(folders):
     folder, _ = folders
     start = find_start(run_settings({"config": str(folder / "hf" / "config.json")}))
     assert start.weights is None and start.checkpoint is None
-    assert start.architecture.sizes["hidden"] == 96 and start.account.startswith("fresh weights")
+    assert start.architecture.sizes["hidden"] == 96 and start.description.startswith("fresh weights")
 
 
 def test_a_hugging_face_folder_gives_its_weights_and_says_so(folders):
     folder, model = folders
     start = find_start(run_settings({"initialize_from": str(folder / "hf")}))
-    assert start.checkpoint is None and "the optimizer starts fresh" in start.account
+    assert start.checkpoint is None and "the optimizer starts fresh" in start.description
     assert torch.equal(start.weights.read("model.norm.weight"), model.model.norm.weight.data)
 
 

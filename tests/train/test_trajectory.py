@@ -6,7 +6,7 @@ import pytest
 import yaml
 from trajectory_engines import AFTER, architecture, follow, resume, train_source
 
-from incr_ds.arch.multipliers import Dynamics, read_dynamics
+from incr_ds.arch.multipliers import Multipliers, read_multipliers
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
@@ -89,7 +89,7 @@ def test_without_multipliers_it_trains_otherwise(sources, tmp_path):
     model = {"initialize_from": beginning(folder, True, "zero2", on_load=False)}
     alike = {"multipliers": "none"}
     ((found, rates, saved), *_) = run_processes(follow, 2, str(tmp_path), model, LAYOUTS["zero2"], alike)
-    assert rates == [1.0] and not read_dynamics(Path(saved))
+    assert rates == [1.0] and not read_multipliers(Path(saved))
     assert abs(found[0] - losses[0]) <= 1e-5 * losses[0], "masters and moments are in place"
     assert largest_difference(losses, found) > 1e-3
 
@@ -101,10 +101,10 @@ def test_a_second_growth_multiplies_the_multipliers(sources, tmp_path):
     recipe = {"target": sizes, "width": EVEN, "layout": LAYOUTS["zero2"]}
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
     grow_checkpoint(plan_request(GrowthRequest(first, tmp_path / "again.yaml", tmp_path / "twice")))
-    once, twice = read_dynamics(first), read_dynamics(tmp_path / "twice")
+    once, twice = read_multipliers(first), read_multipliers(tmp_path / "twice")
     reader, writer = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
-    assert once[reader] == Dynamics(0.5, 0.5, 2.0) and twice[reader] == Dynamics(0.25, 0.25, 4.0)
-    assert once[writer] == Dynamics(1.0, 0.5, 1.0) and twice[writer] == Dynamics(1.0, 0.25, 1.0)
+    assert once[reader] == Multipliers(0.5, 0.5, 2.0) and twice[reader] == Multipliers(0.25, 0.25, 4.0)
+    assert once[writer] == Multipliers(1.0, 0.5, 1.0) and twice[writer] == Multipliers(1.0, 0.25, 1.0)
     # The files have two groups, as engines of other trainers do, with the run file's settings.
     groups = open_source(tmp_path / "twice").facts.metadata["optimizer_groups"]
     assert [(group["lr"], group["weight_decay"], "multipliers" in group) for group in groups] == [
@@ -114,4 +114,4 @@ def test_a_second_growth_multiplies_the_multipliers(sources, tmp_path):
     grown_as_it_is = {"target": {}, "optimizer": "reset", "layout": LAYOUTS["zero2"]}
     (tmp_path / "reset.yaml").write_text(yaml.safe_dump(grown_as_it_is))
     grow_checkpoint(plan_request(GrowthRequest(first, tmp_path / "reset.yaml", tmp_path / "reset")))
-    assert not read_dynamics(tmp_path / "reset")
+    assert not read_multipliers(tmp_path / "reset")

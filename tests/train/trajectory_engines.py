@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.multipliers import read_dynamics
+from incr_ds.arch.multipliers import read_multipliers
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
@@ -71,12 +71,12 @@ def follow(folder, model, layout, optimizer=None):
     """Start as a run does, go half the way, save as a run does; returns the losses and the groups' learning rates."""
     run = run_settings(folder, model, layout, **(optimizer or {}))
     start = find_start(run)
-    engine = build_engine(run, start.architecture, start.weights, None, start.dynamics)
+    engine = build_engine(run, start.architecture, start.weights, None, start.multipliers)
     load_state(engine, run, start, None, Data(None, None, {}))
     losses = train(engine, range(BEFORE, BEFORE + AFTER // 2))
     rates = sorted({group["lr"] / RATE for group in engine._engine.optimizer.param_groups})
     state = TrainingState(position=Position(step=25), evaluated_step=-1, data={}, settings=run.model_dump(mode="json"))
-    saved = save_checkpoint(engine, run, start.architecture, state, start.dynamics)
+    saved = save_checkpoint(engine, run, start.architecture, state, start.multipliers)
     engine.close()
     return losses, rates, str(saved)
 
@@ -85,7 +85,7 @@ def resume(folder, saved, model, layout):
     """Go on from the checkpoint that ``follow`` saved."""
     run = run_settings(folder, model, layout)
     shape = find_start(run).architecture
-    engine = build_engine(run, shape, None, None, read_dynamics(Path(saved)))
+    engine = build_engine(run, shape, None, None, read_multipliers(Path(saved)))
     load_checkpoint(engine, run, Path(saved), {}, shape)
     losses = train(engine, range(BEFORE + AFTER // 2, BEFORE + AFTER))
     engine.close()

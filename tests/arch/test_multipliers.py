@@ -2,21 +2,32 @@
 
 import pytest
 
-from incr_ds.arch.multipliers import FILE, UNCHANGED, Dynamics, dynamics_text, read_dynamics, rounded_dynamics
+from incr_ds.arch.multipliers import (
+    FILE,
+    UNCHANGED,
+    Multipliers,
+    multipliers_text,
+    read_multipliers,
+    rounded_multipliers,
+)
 from incr_ds.errors import CheckpointError, ConfigError
 
 
 def test_the_file_reads_back(tmp_path):
-    dynamics = {"a": Dynamics(0.5, 0.25, 2.0), "b": Dynamics(0.1, 1 / 3, 10.0), "c": Dynamics(0.5, 0.25, 2.0)}
-    (tmp_path / FILE).write_text(dynamics_text({**dynamics, "d": UNCHANGED}))
-    assert read_dynamics(tmp_path) == dynamics
-    assert read_dynamics(tmp_path / "elsewhere") == {}
+    multipliers = {
+        "a": Multipliers(0.5, 0.25, 2.0),
+        "b": Multipliers(0.1, 1 / 3, 10.0),
+        "c": Multipliers(0.5, 0.25, 2.0),
+    }
+    (tmp_path / FILE).write_text(multipliers_text({**multipliers, "d": UNCHANGED}))
+    assert read_multipliers(tmp_path) == multipliers
+    assert read_multipliers(tmp_path / "elsewhere") == {}
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("{", CheckpointError, "optimizer_groups.json: not valid JSON.*or remove it"),
+        ("{", CheckpointError, "multipliers.json: not valid JSON.*or remove it"),
         (
             '{"version": 1, "groups": [{"lr": 0.0, "eps": 1.0, "weight_decay": 1.0, "tensors": ["a"]}]}',
             ConfigError,
@@ -28,18 +39,18 @@ def test_the_file_reads_back(tmp_path):
 def test_what_is_wrong_is_named(tmp_path, text, kind, message):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(kind, match=message):
-        read_dynamics(tmp_path)
+        read_multipliers(tmp_path)
 
 
 def test_two_growths_in_a_row_multiply():
-    third = rounded_dynamics(1 / 3, 1 / 3)
+    third = rounded_multipliers(1 / 3, 1 / 3)
     assert third.weight_decay == pytest.approx(3.0)
-    both = Dynamics(0.5, 2.0, 2.0).after(third)
+    both = Multipliers(0.5, 2.0, 2.0).after(third)
     assert (both.lr, both.eps, both.weight_decay) == pytest.approx((1 / 6, 2 / 3, 6.0))
 
 
 def test_settings_come_back():
     group = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-    dynamics = Dynamics(0.25, 0.5, 4.0)
-    assert dynamics.applied(group) == {"lr": 0.025, "eps": 5e-9, "weight_decay": 0.4, "betas": (0.9, 0.95)}
-    assert dynamics.removed(dynamics.applied(group)) == group
+    multipliers = Multipliers(0.25, 0.5, 4.0)
+    assert multipliers.applied(group) == {"lr": 0.025, "eps": 5e-9, "weight_decay": 0.4, "betas": (0.9, 0.95)}
+    assert multipliers.removed(multipliers.applied(group)) == group

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from incr_ds.kernels import ahead
+from incr_ds.kernels import aot
 
 # 64 registers leave 32 warps a multiprocessor; the kernels of CE and forward KL are the ones that are timed.
 FAST_REGISTERS, MOST_REGISTERS, MOST_SHARED = 64, 80, 256
@@ -17,7 +17,7 @@ FAST = ("statistics_kernel", "KIND=0", "KIND=1", "KIND=4")
 def compiled(tmp_path, *arguments):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET")
-    command = [sys.executable, "-W", "error", "-m", "incr_ds.kernels.ahead", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "incr_ds.kernels.aot", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -46,4 +46,4 @@ def test_every_kernel_compiles_within_its_budgets(tmp_path):
 
 def test_an_interpreting_process_says_that_it_cannot_compile():
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET to compile"):
-        next(ahead.compile_row_kernels())
+        next(aot.compile_row_kernels())

@@ -1,6 +1,6 @@
 """Compiles every Triton row kernel for a GPU that need not be there, and reads what the machine code uses.
 
-    python -m incr_ds.kernels.ahead [bf16] [fp16] [fp32]
+    python -m incr_ds.kernels.aot [bf16] [fp16] [fp32]
 
 prints one JSON object per variant of the kernels, for the named kinds of logits or for all.
 """

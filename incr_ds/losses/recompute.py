@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from incr_ds.losses.planner import LossShape, plan_lean
+from incr_ds.losses.planner import LossShape, plan_recompute
 from incr_ds.losses.problem import DIVERGENCE, Prepared, RowTerms, place_entries, row_numbers, row_terms
 from incr_ds.losses.vocabulary import Totals, combine, merge, picked_logits
 
 
-class LeanWalk:
+class RecomputingWalk:
     """Two passes over the columns, three for reverse KL and JSD. ``parts`` [PARTS, N] as in StoredWalk."""
 
     _hidden_gradient: Tensor | None = None
@@ -26,7 +26,7 @@ class LeanWalk:
         self._prepared, problem = prepared, prepared.problem
         self._rows = slice(0, prepared.hidden.shape[0])
         accumulates = problem.wants_hidden and prepared.hidden.dtype != prepared.dtype
-        columns = plan_lean(prepared.shape, problem.budget_bytes, accumulates=accumulates).columns
+        columns = plan_recompute(prepared.shape, problem.budget_bytes, accumulates=accumulates).columns
         size = problem.part.size
         # A rank without any column takes part in the collectives with an empty block.
         self._blocks = [slice(start, min(start + columns, size)) for start in range(0, max(size, 1), columns)]
