@@ -87,7 +87,7 @@ def test_a_hugging_face_folder_with_such_a_file_is_refused(tmp_path, make, name)
 def test_a_trainer_state_that_cannot_be_read_decides_nothing(tmp_path, make):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11))
     make(tmp_path / "source" / "trainer_state.json")
-    assert "tokens" not in open_source(tmp_path / "source").facts.metadata
+    assert open_source(tmp_path / "source").facts.recorded.tokens is None
 
 
 def test_multipliers_behind_a_pipe_are_not_waited_for(tmp_path):

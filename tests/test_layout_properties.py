@@ -88,7 +88,7 @@ def test_grown_on_load_from_any_layout_and_on_disk_in_any_other(tied, first, sec
         on_load, _ = open_grown(folder / "source", folder / "grow.yaml")
         same(on_load, on_disk)
         for spec in on_disk.architecture.stored:
-            part = slice(begin, end)
+            part = ((min(begin, spec.shape[0]), min(end, spec.shape[0])),)
             assert torch.equal(on_load.read(spec.name, "exp_avg", part), on_disk.read(spec.name, "exp_avg", part))
 
 

@@ -53,8 +53,11 @@ def same(found, expected):
         for state in STATES:
             read = found.read(spec.name, state)
             assert torch.equal(read, expected.read(spec.name, state)), (spec.name, state)
-            part = slice(len(read) // 3, len(read) // 2 + 1)
-            assert torch.equal(found.read(spec.name, state, part), read[part]), (spec.name, state)
+            first, stop = len(read) // 3, len(read) // 2 + 1
+            columns = [(size // 4, size // 2 + 1) for size in read.shape[1:]]
+            part = read[(slice(first, stop), *(slice(*bounds) for bounds in columns))]
+            assert torch.equal(found.read(spec.name, state, ((first, stop),)), read[first:stop]), (spec.name, state)
+            assert torch.equal(found.read(spec.name, state, ((first, stop), *columns)), part), (spec.name, state)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -67,7 +70,7 @@ def test_what_megatron_wrote_is_read(tmp_path, grid, tied):
     assert found.facts.kind == "DeepSpeed ZeRO-1, Megatron-DeepSpeed"
     assert [found.facts.layout[key] for key in ("tensor_parallel", "pipeline_parallel", "data_parallel")] == list(grid)
     padded = 104 if grid[0] == 1 else 112
-    assert f"padded from 101 to {padded} rows, which are left out" in found.facts.metadata["notes"][0]
+    assert f"padded from 101 to {padded} rows, which are left out" in found.facts.notes[0]
     same(found, source)
     list(found.self_check())
 
@@ -78,8 +81,8 @@ def test_trained_padding_can_be_kept(tmp_path):
     write(tmp_path, tensors_of(source), LAYERS, KV_HEADS, 2, 1, 1, False)
     write_config(tmp_path, truth(vocab_size=112))
     found = open_source(tmp_path)
-    assert found.facts.metadata["notes"] == ()
-    assert (found.read("lm_head.weight", rows=slice(101, 112)) == 7).all()
+    assert found.facts.notes == ()
+    assert (found.read("lm_head.weight", bounds=((101, 112),)) == 7).all()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -68,8 +68,11 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "states": list(facts.states),
                 "no_moments": facts.no_moments,
                 "step": facts.step,
-                "metadata": dict(facts.metadata),
-                "notes": list(architecture.notes),
+                "dtype": facts.dtype,
+                "optimizer_groups": [dict(group) for group in facts.optimizer_groups],
+                "frozen": list(facts.frozen),
+                **facts.recorded.known,
+                "notes": [*architecture.notes, *facts.notes],
                 "manifest": manifest,
             }
         )

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from incr_ds.checkpoint.base import State, same_numbers
+from incr_ds.checkpoint.base import State, row_portions, same_numbers
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Block
 
@@ -151,12 +151,11 @@ def check_copies(tensor: Assembled, states: Sequence[State]) -> Iterator[str]:
     """Every copy of a block must be that block, in each of ``states``; CheckpointError names two ranks that disagree."""
     for first, second in tensor.copies:
         block = first.block
-        begin, end = block.bounds[0]
-        rows = max(1, _COMPARED_ELEMENTS // max(1, math.prod(block.shape[1:])))
+        begin = block.bounds[0][0]
         for state in states:
-            for row in range(begin, end, rows):
-                stop = min(row + rows, end)
-                if not same_numbers(first.read(state, row, stop), second.read(state, row, stop)):
+            for ((row, stop),) in row_portions(block.shape, _COMPARED_ELEMENTS):
+                rows = (begin + row, begin + stop)
+                if not same_numbers(first.read(state, *rows), second.read(state, *rows)):
                     raise CheckpointError(
                         f"{first.rank.model_file.parent}: {block.name}: {state} of {first.parameter} on model-parallel rank "
                         f"{first.rank.index} and of {second.parameter} on rank {second.rank.index} differ; they are "

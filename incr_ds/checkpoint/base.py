@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,28 +12,50 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
 
 State = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
+class Counters:
+    """How far a run went, as it recorded it; None for what it did not record. ``tokens`` counts those seen in training."""
+
+    global_steps: int | None = None
+    global_samples: int | None = None
+    skipped_steps: int | None = None
+    tokens: int | None = None
+    ds_version: str | None = None
+
+    @property
+    def known(self) -> dict[str, int | str]:
+        """Those that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class CheckpointFacts:
     """What is known of a checkpoint without reading a tensor.
 
-    ``kind`` names the format for people, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without
-    moments), ``metadata`` what else the trainer recorded (global_steps, consumed_samples, ...), ``files`` the files
-    that make it up. ``no_moments`` says why there are none to use, where an optimizer's state is there.
+    ``kind`` is the format's name, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without moments),
+    ``files`` the files that make it up. ``no_moments`` says why there are none to use, where an optimizer's state is there.
+    ``dtype`` is that of the run's weights (None: the format does not say), ``optimizer_groups`` are the optimizer's
+    hyperparameters group by group, ``frozen`` the tensors that were not trained, ``recorded`` the counters of the run.
     """
 
     path: Path
     kind: str
     states: tuple[State, ...]
     step: int | None
-    layout: Mapping[str, int]
-    metadata: Mapping[str, Any]
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
+    layout: Mapping[str, int] = field(default_factory=dict)
     no_moments: str | None = None
+    dtype: str | None = None
+    optimizer_groups: tuple[Mapping[str, Any], ...] = ()
+    frozen: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    recorded: Counters = Counters()
 
 
 class LogicalCheckpoint(Protocol):
@@ -48,13 +71,26 @@ class LogicalCheckpoint(Protocol):
         """The model that the checkpoint holds."""
         ...
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows (dimension 0) of one tensor, in its stored dtype, in its logical shape."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """The part of one tensor within ``bounds``, in its stored dtype: (start, stop) for each dimension from the first on.
+        Dimensions without bounds are whole."""
         ...
 
     def self_check(self) -> Iterator[str]:
         """Prove what the format allows to prove, yielding each tensor's name; CheckpointError for what does not fit."""
         ...
+
+
+def rows_and_columns(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[int, int, tuple[slice, ...]]:
+    """First and last row (half open) of the part of a tensor of ``shape``, and what to take of those rows."""
+    (first, stop), *columns = bounds or ((0, shape[0]),)
+    return first, stop, (slice(None), *(slice(*part) for part in columns))
+
+
+def row_portions(shape: tuple[int, ...], elements: int) -> Iterator[Bounds]:
+    """The rows of a tensor, so many at a time that they have about ``elements`` elements, one row at least."""
+    rows = max(1, elements // max(1, math.prod(shape[1:])))
+    return (((first, min(first + rows, shape[0])),) for first in range(0, shape[0], rows))
 
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

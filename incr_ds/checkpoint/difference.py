@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State
+from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State, row_portions
 
 _ELEMENTS = 1 << 20  # compared at once
 
@@ -52,10 +52,9 @@ def _state_differences(first: LogicalCheckpoint, second: LogicalCheckpoint, stat
 
 def _compare(first: LogicalCheckpoint, second: LogicalCheckpoint, name: str, state: State) -> Difference | None:
     shape = first.architecture.by_name[name].shape
-    rows = max(1, _ELEMENTS // math.prod(shape[1:]))
     elements, largest = 0, 0.0
-    for begin in range(0, shape[0], rows):
-        pair = [checkpoint.read(name, state, slice(begin, begin + rows)) for checkpoint in (first, second)]
+    for bounds in row_portions(shape, _ELEMENTS):
+        pair = [checkpoint.read(name, state, bounds) for checkpoint in (first, second)]
         dtype = torch.promote_types(torch.promote_types(pair[0].dtype, pair[1].dtype), torch.float32)
         one, other = (part.to(dtype) for part in pair)
         wrong = one != other

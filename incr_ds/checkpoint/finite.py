@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.checkpoint.base import CheckpointFacts, LogicalCheckpoint, State, row_portions
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
 
 _PORTION = 1 << 20  # elements counted at once
 
@@ -35,9 +36,9 @@ class FiniteCheckpoint:
         """The source's."""
         return self._source.architecture
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor. CheckpointError names the tensor, and counts what is not finite in all of it."""
-        tensor = self._source.read(name, state, rows)
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor. CheckpointError names the tensor, and counts what is not finite in all of it."""
+        tensor = self._source.read(name, state, bounds)
         label = f"{name} ({state})"
         if not is_finite(tensor) and label not in self.found:
             count, numel = self._count(name, state), self.architecture.by_name[name].numel
@@ -52,21 +53,19 @@ class FiniteCheckpoint:
     def look_at(self, tensors: Iterable[tuple[str, State]]) -> None:
         """Read the whole of ``tensors``, in portions: ``found`` then covers them. CheckpointError as from ``read``."""
         for name, state in tensors:
-            for rows in self._portions(name):
-                self.read(name, state, rows)
+            for bounds in self._portions(name):
+                self.read(name, state, bounds)
 
     def self_check(self) -> Iterator[str]:
         """The source's."""
         return self._source.self_check()
 
     def _count(self, name: str, state: State) -> int:
-        parts = (self._source.read(name, state, rows) for rows in self._portions(name))
+        parts = (self._source.read(name, state, bounds) for bounds in self._portions(name))
         return sum(int((~torch.isfinite(part)).sum()) for part in parts)
 
-    def _portions(self, name: str) -> Iterator[slice]:
-        shape = self.architecture.by_name[name].shape
-        rows = max(1, _PORTION // math.prod(shape[1:]))
-        return (slice(first, first + rows) for first in range(0, shape[0], rows))
+    def _portions(self, name: str) -> Iterator[Bounds]:
+        return row_portions(self.architecture.by_name[name].shape, _PORTION)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

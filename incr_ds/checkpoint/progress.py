@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from incr_ds.checkpoint.base import Counters
 from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.errors import CheckpointError
 
 _NOTED = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
-def training_facts(model: Mapping[str, object], folder: Path) -> dict[str, Any]:
-    """Steps, samples and DeepSpeed's version from a DeepSpeed model file, and tokens where known."""
-    return {key: model[key] for key in _NOTED if key in model} | tokens_seen(model, folder)
+def counters(model: Mapping[str, Any], folder: Path) -> Counters:
+    """Steps, samples, tokens and DeepSpeed's version from a DeepSpeed model file and the checkpoint's ``folder``."""
+    return Counters(tokens=_tokens_seen(model, folder), **{key: model.get(key) for key in _NOTED})
 
 
-def tokens_seen(model: Mapping[str, object], folder: Path) -> dict[str, int]:
-    """{"tokens": count} from a DeepSpeed model file (``position`` of this package's trainer, ``tokens`` of
-    Megatron-DeepSpeed) or the trainer_state.json of transformers' Trainer in ``folder``; {} where none says."""
+def _tokens_seen(model: Mapping[str, Any], folder: Path) -> int | None:
+    """From a DeepSpeed model file (``position`` of this package's trainer, ``tokens`` of Megatron-DeepSpeed) or the
+    trainer_state.json of transformers' Trainer in ``folder``; None where none says."""
     position = model.get("position")
     noted = [
         position.get("tokens") if isinstance(position, dict) else None,
@@ -28,7 +29,7 @@ def tokens_seen(model: Mapping[str, object], folder: Path) -> dict[str, int]:
         _trainer_tokens(folder),
     ]
     known = [int(count) for count in noted if isinstance(count, int | float) and 0 < count < math.inf]
-    return {"tokens": known[0]} if known else {}
+    return known[0] if known else None
 
 
 def _trainer_tokens(folder: Path) -> Any:

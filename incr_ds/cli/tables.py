@@ -40,7 +40,7 @@ def growth_table(planned: PlannedGrowth) -> Table:
         ratio = active / plan.source.active_parameters
         table.add_row("active a token", f"{plan.source.active_parameters:,}", f"{active:,}", f"x {ratio:.2f}")
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
-    table.add_row("dtype", str(planned.source.facts.metadata.get("dtype", "")), *_dtype_texts(planned))
+    table.add_row("dtype", planned.source.facts.dtype or "", *_dtype_texts(planned))
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
     return table
 
@@ -101,7 +101,9 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "layout": _layout_text(checkpoint),
         "states": ", ".join(facts.states) + (f" ({facts.no_moments})" if facts.no_moments else ""),
         "optimizer step": "none" if facts.step is None else str(facts.step),
-        **{key: str(value) for key, value in facts.metadata.items() if not isinstance(value, tuple)},
+        **({} if facts.dtype is None else {"dtype": facts.dtype}),
+        **({"frozen": ", ".join(facts.frozen)} if facts.frozen else {}),
+        **{name: str(value) for name, value in facts.recorded.known.items()},
         "files": f"{len(facts.files)}, {sum(path.stat().st_size for path in facts.files):,} bytes",
     }
     for name, value in rows.items():

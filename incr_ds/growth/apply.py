@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from incr_ds.arch.tensors import READS, TensorSpec
-from incr_ds.checkpoint.base import LogicalCheckpoint, State
+from incr_ds.checkpoint.base import LogicalCheckpoint, State, row_portions
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.counter import normals, normals_at
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
+from incr_ds.sharding.blocks import Bounds
 
-Bounds = tuple[tuple[int, int], ...]
 BYTES_PER_ELEMENT = 128  # of memory that reading takes at its height, per element of the source's and target's rows
 _MEAN_ROWS_ELEMENTS = 1 << 18  # fixed: a sum in other portions would round differently
 
@@ -56,8 +56,7 @@ class GrownTensors:
 
     def _unchanged(self, source: str, state: State, bounds: Bounds) -> torch.Tensor:
         """The part of a source tensor itself: what all the arithmetic below comes to where nothing grows."""
-        rows, *columns = (slice(*part) for part in bounds)
-        found = self._source.read(source, state, rows)[(slice(None), *columns)]
+        found = self._source.read(source, state, bounds)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _weight(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
@@ -175,7 +174,7 @@ class GrownTensors:
         if len(wanted) > 1 and last - first >= 2 * len(wanted):
             middle = len(wanted) // 2
             return torch.cat([self._rows(name, state, wanted[:middle]), self._rows(name, state, wanted[middle:])])
-        rows = self._source.read(name, state, slice(first, last + 1))
+        rows = self._source.read(name, state, ((first, last + 1),))
         return _picked(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted - first, 0)
 
     def _unlike_copies(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
@@ -320,9 +319,7 @@ class GrownTensors:
     def _portions(self, name: str, state: State) -> Iterator[torch.Tensor]:
         """The rows of a source tensor, so many at a time that a sum over them does not depend on who asks for what."""
         spec = self._source.architecture.by_name[name]
-        rows = max(1, _MEAN_ROWS_ELEMENTS // (spec.numel // spec.shape[0]))
-        for first in range(0, spec.shape[0], rows):
-            yield self._source.read(name, state, slice(first, first + rows))
+        return (self._source.read(name, state, part) for part in row_portions(spec.shape, _MEAN_ROWS_ELEMENTS))
 
 
 def _either(masks: list[np.ndarray]) -> np.ndarray | None:

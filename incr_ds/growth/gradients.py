@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.base import LogicalCheckpoint, row_portions
 from incr_ds.growth.axis import FRESH, Vector
 from incr_ds.growth.plan import GrowthPlan, TensorPlan
 
@@ -55,11 +55,10 @@ def _per_source_position(plan: GrowthPlan, tensor: TensorPlan, dimension: int) -
 def _weighted_sum(source: LogicalCheckpoint, name: str, factors: list[Vector]) -> float:
     """Sum of exp_avg_sq, its rows and columns multiplied by ``factors``."""
     shape = source.architecture.by_name[name].shape
-    rows, total = max(1, _PORTION // math.prod(shape[1:])), 0.0
-    for first in range(0, shape[0], rows):
-        part = slice(first, min(first + rows, shape[0]))
+    total = 0.0
+    for part in row_portions(shape, _PORTION):
         values = source.read(name, "exp_avg_sq", part).double()
         for factor in reversed(factors[1:]):
             values = values @ torch.from_numpy(factor)
-        total += float(values @ torch.from_numpy(factors[0][part]))
+        total += float(values @ torch.from_numpy(factors[0][slice(*part[0])]))
     return total

@@ -39,7 +39,7 @@ class FreshWeights:
 
     def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, fp32."""
-        return self._whole(shard.tensor)[_slices(shard)].clone()
+        return self._whole(shard.tensor)[tuple(slice(*part) for part in shard.bounds)].clone()
 
     def _whole(self, spec: TensorSpec) -> Tensor:
         if not spec.is_matrix:
@@ -61,9 +61,4 @@ class CheckpointWeights:
 
     def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, in the checkpoint's dtype."""
-        rows, *columns = _slices(shard)
-        return self._checkpoint.read(shard.tensor.name, "weight", rows=rows)[(slice(None), *columns)]
-
-
-def _slices(shard: RankParameter) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in shard.bounds)
+        return self._checkpoint.read(shard.tensor.name, "weight", shard.bounds)

@@ -113,7 +113,7 @@ def compare(
 
 def stored_dtype(checkpoint: LogicalCheckpoint) -> torch.dtype | None:
     """The 16-bit dtype of weights that are stored in one, None if all are wider."""
-    dtypes = {checkpoint.read(spec.name, rows=slice(0, 1)).dtype for spec in checkpoint.architecture.stored}
+    dtypes = {checkpoint.read(spec.name, bounds=((0, 1),)).dtype for spec in checkpoint.architecture.stored}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
 
 

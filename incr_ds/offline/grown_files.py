@@ -49,5 +49,5 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
 def source_training(folder: Path, facts: CheckpointFacts) -> Trained:
     """How a source was trained, as its checkpoint and its manifest, if it has one, say."""
     known = read_manifest(folder)["facts"] if (folder / MANIFEST).is_file() else {}
-    groups = [without_multipliers(group) for group in facts.metadata.get("optimizer_groups") or ()]
-    return Trained(known.get("settings", {}), groups if facts.step else (), bool(facts.metadata.get("frozen")))
+    groups = [without_multipliers(group) for group in facts.optimizer_groups]
+    return Trained(known.get("settings", {}), groups if facts.step else (), bool(facts.frozen))

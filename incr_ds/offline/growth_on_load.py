@@ -20,6 +20,7 @@ from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.offline.plan import check_moments
+from incr_ds.sharding.blocks import Bounds
 
 
 class GrownCheckpoint:
@@ -47,12 +48,12 @@ class GrownCheckpoint:
         """The grown model."""
         return self._architecture
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one grown tensor, at least fp32."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one grown tensor, at least fp32."""
         spec = self._architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
-        columns = ((0, size) for size in spec.shape[1:])
-        return self._grown.read(spec.tied_to or name, state, ((first, stop), *columns))
+        stated = bounds or ()
+        rest = tuple((0, size) for size in spec.shape[len(stated) :])
+        return self._grown.read(spec.tied_to or name, state, (*stated, *rest))
 
     def check_finite(self, *, with_moments: bool, share: int = 0, shares: int = 1) -> None:
         """CheckpointError if the source's weights that are grown, or its moments, hold NaN or infinity; naming the tensor.

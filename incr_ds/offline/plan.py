@@ -84,8 +84,8 @@ class PlannedGrowth:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the plan and of the source."""
-        frozen = self.source.facts.metadata.get("frozen") or ()
-        return (*self.plan.notes, *self.source.facts.metadata.get("notes", ()), *_frozen_note(frozen))
+        facts = self.source.facts
+        return (*self.plan.notes, *facts.notes, *_frozen_note(facts.frozen))
 
     @property
     def portion(self) -> int:
@@ -127,7 +127,7 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
     _check_layout(plan, str(request.recipe))
     check_moments(source, recipe)
-    dtype = _dtype(layout.dtype, str(source.facts.metadata.get("dtype", "float32")))
+    dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
     # Only this release was seen to load files without a state.
     has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
@@ -151,14 +151,13 @@ def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFil
 
 
 def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
-    metadata = source.facts.metadata
     step = 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
-    saved = [without_multipliers(group) for group in metadata.get("optimizer_groups") or ()]
+    saved = [without_multipliers(group) for group in source.facts.optimizer_groups]
     groups = tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
     )
-    global_steps = int(metadata.get("global_steps", 0))
+    global_steps = source.facts.recorded.global_steps or 0
     target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
     return _in_modules(target, plan.recipe.layout)
 

@@ -9,6 +9,7 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import CheckpointFacts, State
+from incr_ds.sharding.blocks import Bounds
 
 
 class MemoryCheckpoint:
@@ -19,14 +20,14 @@ class MemoryCheckpoint:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.architecture = architecture
-        self.facts = CheckpointFacts(Path("memory"), "memory", ("weight",), None, {}, {}, ())
+        self.facts = CheckpointFacts(Path("memory"), "memory", ("weight",), None)
         self._tensors = tensors or {
             spec.name: torch.randn(spec.shape, generator=generator) * 0.2 + (not spec.is_matrix)
             for spec in architecture.stored
         }
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor."""
         if state != "weight":
             raise KeyError(f"memory checkpoint has no {state}")
-        return self._tensors[name] if rows is None else self._tensors[name][rows]
+        return self._tensors[name][tuple(slice(*part) for part in bounds or ())]

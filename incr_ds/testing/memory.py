@@ -13,6 +13,7 @@ from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import family_of
 from incr_ds.checkpoint.base import CheckpointFacts, State
 from incr_ds.offline.compare import logical_parts
+from incr_ds.sharding.blocks import Bounds
 
 # A different size on every axis; where a family takes the head's size from hidden / heads, it is 16.
 SMALL = {
@@ -52,12 +53,12 @@ class MemoryCheckpoint:
     ) -> None:
         self.architecture = architecture
         self._tensors = tensors
-        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step, {}, {}, ())
+        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step)
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor."""
         spec = self.architecture.by_name[name]
-        return self._tensors[state][spec.tied_to or name][rows or slice(None)]
+        return self._tensors[state][spec.tied_to or name][tuple(slice(*part) for part in bounds or ())]
 
     def self_check(self) -> Iterator[str]:
         """Nothing to check."""

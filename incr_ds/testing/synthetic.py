@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, State
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, rows_and_columns
+from incr_ds.sharding.blocks import Bounds
 
 _PRIME = 65521  # elements repeat with this period, so two misplaced slices differ
 
@@ -20,19 +21,19 @@ class SyntheticCheckpoint:
 
     def __init__(self, architecture: Architecture, step: int = 100) -> None:
         self.architecture = architecture
-        self.facts = CheckpointFacts(Path("synthetic"), "synthetic", STATES, step, {}, {"global_steps": step}, ())
+        self.facts = CheckpointFacts(Path("synthetic"), "synthetic", STATES, step, recorded=Counters(global_steps=step))
         self._numbers = {spec.name: number for number, spec in enumerate(architecture.stored)}
         self._period = torch.arange(_PRIME, dtype=torch.float32) / _PRIME - 0.5
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor, fp32."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor, fp32."""
         spec = self.architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        first, stop, inside = rows_and_columns(bounds, spec.shape)
         per_row = math.prod(spec.shape[1:])
         start = (first * per_row + 977 * self._numbers[spec.tied_to or name] + 31 * STATES.index(state)) % _PRIME
         count = (stop - first) * per_row
         repeats = math.ceil((start + count) / _PRIME)
-        values = self._period.repeat(repeats)[start : start + count].view(stop - first, *spec.shape[1:])
+        values = self._period.repeat(repeats)[start : start + count].view(stop - first, *spec.shape[1:])[inside]
         return values / 8 if state == "weight" else values if state == "exp_avg" else values + 0.5
 
     def self_check(self) -> Iterator[str]:

@@ -190,7 +190,7 @@ class TrainingEngine:
         parameters = {shard: named[shard.parameter] for shard in self._trained}
         fill_optimizer(self._engine.optimizer, parameters, checkpoint)
         adapt_steps(self._engine.optimizer.optimizer, self._run)
-        self._engine.global_steps = int(checkpoint.facts.metadata.get("global_steps", 0))
+        self._engine.global_steps = checkpoint.facts.recorded.global_steps or 0
 
     def close(self) -> None:
         """End the process groups; the engine is of no use afterwards."""

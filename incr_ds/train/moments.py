@@ -11,7 +11,7 @@ from torch import Tensor
 
 from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State
 from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor
-from incr_ds.sharding.blocks import Bounds, RankParameter
+from incr_ds.sharding.blocks import RankParameter
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], c
     ``optimizer`` is DeepSpeed's, of ZeRO-1, 2 or 3. Where a parameter lies in a partition is taken from DeepSpeed's own
     mapping, so no order of parameters is assumed.
     """
-    step, slices = checkpoint.facts.step or 0, Slices(_reader(checkpoint))
+    step, slices = checkpoint.facts.step or 0, Slices(checkpoint.read)
     flats = [_reset(optimizer.optimizer, master, group, step) for master, group in _masters(optimizer)]
     place_of = _place_scattered if _is_stage3(optimizer) else _place_contiguous
     for shard, parameter in parameters.items():
@@ -89,11 +89,3 @@ def _fill(destination: Tensor, part: Part, slices: Slices) -> None:
     for block in slices.blocks(StreamedTensor((destination.numel(),), torch.float32, (part,))):
         destination[position : position + block.numel()].copy_(block)
         position += block.numel()
-
-
-def _reader(checkpoint: LogicalCheckpoint) -> Any:
-    def read(name: str, state: State, bounds: Bounds) -> Tensor:
-        rows, *columns = (slice(*part) for part in bounds)
-        return checkpoint.read(name, state, rows)[(slice(None), *columns)]
-
-    return read

@@ -148,7 +148,7 @@ def _changes_precision(run: RunSettings, folder: Path) -> bool:
 
 def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:
     """Whether the run freezes more than the checkpoint's did; ConfigError if it trains what has no moments there."""
-    before = set(source.facts.metadata.get("frozen", ()))
+    before = set(source.facts.frozen)
     now = frozen_tensors(source.architecture, run.model.freeze)
     thawed = sorted(before - now)
     if thawed:

@@ -27,7 +27,7 @@ def test_tokens_in_a_model_file(tmp_path, layout, noted, tokens):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), **layout)
     path = min((tmp_path / "source").rglob("*mp_rank_00_model_states.pt"))
     torch.save(torch.load(path, weights_only=False) | noted, path)
-    assert open_source(tmp_path / "source").facts.metadata.get("tokens") == tokens
+    assert open_source(tmp_path / "source").facts.recorded.tokens == tokens
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_tokens_in_a_model_file(tmp_path, layout, noted, tokens):
 def test_tokens_that_the_trainer_counted(tmp_path, content, tokens):
     drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path)
     (tmp_path / "trainer_state.json").write_text(content)
-    assert open_source(tmp_path).facts.metadata.get("tokens") == tokens
+    assert open_source(tmp_path).facts.recorded.tokens == tokens

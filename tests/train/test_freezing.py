@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_whole_one(trained, name):
 def test_the_checkpoint_reads_grows_and_exports(trained, name, tmp_path):
     case, folder = CASES[name], trained[0][name]["saved"]
     checkpoint = open_source(tmp_path / folder)
-    assert checkpoint.facts.metadata["frozen"] == sorted(frozen_of(case))
+    assert checkpoint.facts.frozen == tuple(sorted(frozen_of(case)))
     for tensor, where, value in parts(trained, name, "at_save"):
         assert torch.equal(checkpoint.read(tensor)[where].to(value.dtype), value), tensor
         assert checkpoint.read(tensor, "exp_avg_sq").any() == (tensor not in frozen_of(case))

@@ -52,7 +52,7 @@ def test_equal_to_loading_the_grown_checkpoint(tmp_path, name):
     run_processes(grow_and_save, 2, str(tmp_path), layout, precision)
     loaded, target = open_source(tmp_path / "loaded", "after"), open_source(tmp_path / "target")
     assert loaded.facts.step == target.facts.step == 100
-    assert loaded.facts.metadata["global_steps"] == 100
+    assert loaded.facts.recorded.global_steps == 100
     for spec in target.architecture.stored:
         for state in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(loaded.read(spec.name, state), target.read(spec.name, state)), (spec.name, state)
@@ -86,9 +86,9 @@ MOMENT = "model.layers.2.mlp.up_proj.weight"
 class InfiniteMoment(SyntheticCheckpoint):
     """Two entries of one moment are infinity."""
 
-    def read(self, name, state="weight", rows=None):
-        found = super().read(name, state, rows).clone()
-        if (name, state) == (MOMENT, "exp_avg_sq") and (rows or slice(0, 1)).start == 0:
+    def read(self, name, state="weight", bounds=None):
+        found = super().read(name, state, bounds).clone()
+        if (name, state) == (MOMENT, "exp_avg_sq") and (bounds or ((0, 1),))[0][0] == 0:
             found[0, :2] = torch.inf
         return found
 
@@ -121,5 +121,5 @@ def test_a_source_without_moments(tmp_path):
     grown, _ = open_grown(tmp_path / "source", tmp_path / "recipe.yaml")
     assert grown.facts.step == 0 and grown.architecture.sizes["ffn"] == 260
     name = "model.layers.0.mlp.up_proj.weight"
-    assert grown.read(name).shape == (260, 96) and not grown.read(name, "exp_avg", slice(3, 9)).any()
-    assert torch.equal(grown.read(name, rows=slice(240, 258)), grown.read(name)[240:258])
+    assert grown.read(name).shape == (260, 96) and not grown.read(name, "exp_avg", ((3, 9),)).any()
+    assert torch.equal(grown.read(name, bounds=((240, 258),)), grown.read(name)[240:258])

@@ -106,7 +106,7 @@ def test_a_second_growth_multiplies_the_multipliers(sources, tmp_path):
     assert once[reader] == Multipliers(0.5, 0.5, 2.0) and twice[reader] == Multipliers(0.25, 0.25, 4.0)
     assert once[writer] == Multipliers(1.0, 0.5, 1.0) and twice[writer] == Multipliers(1.0, 0.25, 1.0)
     # The files have two groups, as engines of other trainers do, with the run file's settings.
-    groups = open_source(tmp_path / "twice").facts.metadata["optimizer_groups"]
+    groups = open_source(tmp_path / "twice").facts.optimizer_groups
     assert [(group["lr"], group["weight_decay"], "multipliers" in group) for group in groups] == [
         (pytest.approx(3e-3), pytest.approx(0.1), False),
         (pytest.approx(3e-3), 0.0, False),

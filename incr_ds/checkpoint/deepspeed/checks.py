@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import LogicalCheckpoint, same_numbers
+from incr_ds.checkpoint.base import LogicalCheckpoint, row_portions, same_numbers
 from incr_ds.checkpoint.deepspeed.layer_files import layer_weights
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.checkpoint.huggingface.reader import HuggingFaceCheckpoint, weights_file
@@ -76,10 +75,8 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
         raise CheckpointError(
             f"{rank.model_file}: {parameter}: module weight has shape {list(saved.shape)}, its master {list(flat.shape)}."
         )
-    rows = max(1, _CHECKED_ELEMENTS // math.prod(flat.shape[1:]))
     wrong = 0
-    for first in range(0, flat.shape[0], rows):
-        stop = min(first + rows, flat.shape[0])
+    for ((first, stop),) in row_portions(flat.shape, _CHECKED_ELEMENTS):
         master = rank.shards.read(parameter, "weight", first, stop)
         if not rounds_to(master, saved[first:stop]):
             rounded = master.to(saved.dtype)
@@ -112,9 +109,7 @@ def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceChe
 def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, name: str) -> None:
     """A tensor that the Trainer exported must be the fp32 master, cast to its dtype."""
     spec = checkpoint.architecture.by_name[name]
-    rows = max(1, _CHECKED_ELEMENTS // math.prod(spec.shape[1:]))
-    for first in range(0, spec.shape[0], rows):
-        part = slice(first, first + rows)
+    for part in row_portions(spec.shape, _CHECKED_ELEMENTS):
         saved = exported.read(name, "weight", part)
         if not rounds_to(checkpoint.read(name, "weight", part), saved):
             raise CheckpointError(

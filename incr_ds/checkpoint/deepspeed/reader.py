@@ -9,7 +9,7 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.assembly import check_copies
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, State
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, rows_and_columns
 from incr_ds.checkpoint.deepspeed.checks import (
     check_aliases,
     check_duplicates,
@@ -23,8 +23,9 @@ from incr_ds.checkpoint.deepspeed.holders import assembled_tensors
 from incr_ds.checkpoint.deepspeed.layer_files import with_frozen_layers
 from incr_ds.checkpoint.deepspeed.megatron import is_megatron, megatron_tensors, padding_notes
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank, open_ranks
-from incr_ds.checkpoint.progress import training_facts
+from incr_ds.checkpoint.progress import counters
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
 from incr_ds.sharding.joined import joined_parameters
 
 
@@ -53,13 +54,13 @@ class ZeroCheckpoint:
         """The model that the checkpoint holds."""
         return self._architecture
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
         spec = self._architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        first, stop, inside = rows_and_columns(bounds, spec.shape)
         if state not in self._facts.states:
             raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
-        return self._tensors[spec.tied_to or name].read(state, first, stop)
+        return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
 
     def self_check(self) -> Iterator[str]:
         """Prove that the shards belong together, yielding the name of each parameter checked.
@@ -100,26 +101,28 @@ class ZeroCheckpoint:
             "zero_stage": first.stage,
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
-        metadata = training_facts(first.model, self._folder.parent)
-        metadata["dtype"] = first.dtype
-        no_moments = self._why_no_moments()
-        metadata["optimizer_groups"] = () if no_moments else first.hyperparameters
-        if self._is_megatron:
-            metadata["notes"] = padding_notes(self._ranks, self._architecture, self._tensor_parallel)
-        frozen = self._frozen()
-        if frozen:
-            metadata["frozen"] = frozen
-        kind = f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind
-        if no_moments:
-            return CheckpointFacts(self._folder, kind, ("weight",), None, layout, metadata, files, no_moments)
-        return CheckpointFacts(self._folder, kind, STATES, first.step, layout, metadata, files)
+        no_moments, where = self._why_no_moments(), (self._ranks, self._architecture, self._tensor_parallel)
+        return CheckpointFacts(
+            self._folder,
+            f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind,
+            ("weight",) if no_moments else STATES,
+            None if no_moments else first.step,
+            files,
+            layout,
+            no_moments,
+            dtype=first.dtype,
+            optimizer_groups=() if no_moments else first.hyperparameters,
+            frozen=self._frozen(),
+            notes=padding_notes(*where) if self._is_megatron else (),
+            recorded=counters(first.model, self._folder.parent),
+        )
 
-    def _frozen(self) -> list[str]:
+    def _frozen(self) -> tuple[str, ...]:
         """The tensors that were not trained."""
         joined = joined_parameters(self._architecture)
         parameters = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen}
         members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
-        return sorted({*(parameters - joined.keys()), *members})
+        return tuple(sorted({*(parameters - joined.keys()), *members}))
 
     def _why_no_moments(self) -> str | None:
         """ZeRO-0 matches moments with names on each rank by itself; the partitions of ZeRO have moments on all ranks or none."""

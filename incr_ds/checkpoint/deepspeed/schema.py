@@ -48,6 +48,10 @@ class ModelFile(TypedDict):
     shared_params: NotRequired[dict[str, str] | None]
     buffer_names: NotRequired[list[str] | None]
     dp_world_size: NotRequired[Size | None]
+    global_steps: NotRequired[Size | None]
+    global_samples: NotRequired[Size | None]
+    skipped_steps: NotRequired[Size | None]
+    ds_version: NotRequired[str | None]
     checkpoint_parallel_dimensions: NotRequired[dict[str, Size] | None]
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from incr_ds.checkpoint.base import LogicalCheckpoint, State
+from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.companions import copy_companions
 from incr_ds.checkpoint.finite import FiniteCheckpoint, nonfinite_notes
 from incr_ds.checkpoint.huggingface.writer import huggingface_files, index_text, published_config_text
 from incr_ds.checkpoint.publish import publish, refuse_overlap, write_atomically
 from incr_ds.checkpoint.streaming import Slices, write_file
-from incr_ds.sharding.blocks import Bounds
 
 
 def export_huggingface(
@@ -26,17 +25,12 @@ def export_huggingface(
     returned, and are in the manifest, then count them.
     """
     watched = FiniteCheckpoint(source, otherwise="--allow-nonfinite exports this one as it is", allowed=allow_nonfinite)
-
-    def read(name: str, state: State, bounds: Bounds) -> torch.Tensor:
-        rows = watched.read(name, state, slice(*bounds[0]))
-        return rows[:, slice(*bounds[1])] if len(bounds) > 1 else rows
-
     refuse_overlap(beside, output)
     files = huggingface_files(source.architecture, dtype)
     facts: dict[str, Any] = {"source": str(source.facts.kind), "step": source.facts.step}
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
-            write_file(file, folder, Slices(read))
+            write_file(file, folder, Slices(watched.read))
         write_atomically(folder / "config.json", published_config_text(source.architecture, dtype))
         if (index := index_text(files)) is not None:
             write_atomically(folder / "model.safetensors.index.json", index)
@@ -47,8 +41,8 @@ def export_huggingface(
 
 def own_dtype(source: LogicalCheckpoint) -> torch.dtype:
     """What a model is to be stored in: the precision of the run that saved it; else 16 bits if any of its weights is."""
-    if (name := source.facts.metadata.get("dtype")) is not None:
-        known: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+    if source.facts.dtype is not None:
+        known: torch.dtype = getattr(torch, source.facts.dtype)
         return known
-    stored = {source.read(spec.name, rows=slice(0, 1)).dtype for spec in source.architecture.stored}
+    stored = {source.read(spec.name, bounds=((0, 1),)).dtype for spec in source.architecture.stored}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in stored), torch.float32)

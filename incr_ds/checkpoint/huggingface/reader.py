@@ -10,13 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import CheckpointFacts, State, check_dtype, check_shapes, same_numbers
+from incr_ds.checkpoint.base import CheckpointFacts, State, check_dtype, check_shapes, rows_and_columns, same_numbers
 from incr_ds.checkpoint.naming import is_buffer, plain_names, refuse_adapters
-from incr_ds.checkpoint.progress import tokens_seen
+from incr_ds.checkpoint.progress import counters
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.checkpoint.torch_file.schema import tensors
 from incr_ds.config.json_file import LARGE, read_json, refuse_pointer
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,9 +49,8 @@ class HuggingFaceCheckpoint:
         shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
         check_shapes(architecture, shapes, str(folder))
         kind = "safetensors" if files[0].suffix == ".safetensors" else ".bin"
-        self._facts = CheckpointFacts(
-            folder, f"Hugging Face {kind}", ("weight",), None, {}, tokens_seen({}, folder), files
-        )
+        kind = f"Hugging Face {kind}"
+        self._facts = CheckpointFacts(folder, kind, ("weight",), None, files, recorded=counters({}, folder))
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -62,13 +62,13 @@ class HuggingFaceCheckpoint:
         """The model that the checkpoint holds."""
         return self._architecture
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one weight in its stored dtype."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one weight in its stored dtype."""
         if state != "weight":
             raise CheckpointError(f"{self._facts.path}: a Hugging Face folder has no {state}; use optimizer: reset.")
         spec = self._architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
-        found: torch.Tensor = self._slice(spec.tied_to or name)[first:stop]
+        first, stop, inside = rows_and_columns(bounds, spec.shape)
+        found: torch.Tensor = self._slice(spec.tied_to or name)[first:stop][inside]
         return found
 
     def self_check(self) -> Iterator[str]:

@@ -10,14 +10,15 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.assembly import Assembled, Held, assemble
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, check_dtype, check_shapes
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, check_dtype, check_shapes, rows_and_columns
 from incr_ds.checkpoint.deepspeed.holders import check_joined
 from incr_ds.checkpoint.deepspeed.megatron import fused_tensors, is_megatron
 from incr_ds.checkpoint.deepspeed.schema import ModelFile, counted_steps, model_content
 from incr_ds.checkpoint.naming import logical_names
-from incr_ds.checkpoint.progress import training_facts
+from incr_ds.checkpoint.progress import counters
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
 from incr_ds.sharding.joined import joined_parameters
 
 _FILES: Mapping[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
@@ -65,12 +66,20 @@ class UniversalCheckpoint:
             shapes |= {name: tensor.shape for name, tensor in self._fused.items()}
             check_shapes(architecture, shapes, str(self._folder))
         model = self._model_states()
-        metadata = training_facts(model, folder) | {"dtype": "float32"}
         files = tuple(sorted(path for path in self._folder.rglob("*.pt") if path.is_file()))
         kind = "DeepSpeed universal, Megatron-DeepSpeed" if self._is_megatron else "DeepSpeed universal"
         states, no_moments = self._states()
         step = None if no_moments else self._step()
-        self._facts = CheckpointFacts(self._folder, kind, states, step, {}, metadata, files, no_moments)
+        self._facts = CheckpointFacts(
+            self._folder,
+            kind,
+            states,
+            step,
+            files,
+            no_moments=no_moments,
+            dtype="float32",
+            recorded=counters(model, folder),
+        )
 
     @property
     def facts(self) -> CheckpointFacts:
@@ -82,18 +91,16 @@ class UniversalCheckpoint:
         """The model that the checkpoint holds."""
         return self._architecture
 
-    def read(self, name: str, state: State = "weight", rows: slice | None = None) -> torch.Tensor:
-        """Rows of one tensor, fp32."""
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor, fp32."""
         spec = self._architecture.by_name[name]
-        first, stop, _ = (rows or slice(None)).indices(spec.shape[0])
+        first, stop, inside = rows_and_columns(bounds, spec.shape)
         owner = spec.tied_to or name
         if state not in self._facts.states:
             raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
-        return (
-            self._fused[owner].read(state, first, stop)
-            if owner in self._fused
-            else self._tensor(owner, state)[first:stop]
-        )
+        if owner in self._fused:
+            return self._fused[owner].read(state, first, stop)[inside]
+        return self._tensor(owner, state)[first:stop][inside]
 
     def parameter(self, name: str, state: State) -> torch.Tensor:
         """A whole parameter by its own name, mapped; a joined one as a matrix."""
