@@ -7,7 +7,7 @@ import torch
 
 from incr_ds.checkpoint.difference import Difference, differences
 from incr_ds.cli.tables import component_sizes
-from incr_ds.testing.memory import MemoryCheckpoint
+from incr_ds.testing.checkpoint import MemoryCheckpoint
 from incr_ds.testing.pico import pico_architecture
 
 

@@ -19,7 +19,8 @@ from incr_ds.cli.command import command, console, print_json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
-from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, small_architecture
+from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.memory import drawn_model, small_architecture
 
 SETTINGS = {"lr": 3e-3, "eps": 1e-6, "weight_decay": 0.1}
 BETAS, BEFORE, AFTER = (0.9, 0.95), 20, 40

@@ -19,7 +19,7 @@ SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -
 _COMPARED_ELEMENTS = 1 << 18
 
 
-class Rows(Protocol):
+class ParameterRows(Protocol):
     """Parameters that can be read by rows."""
 
     def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Holder(Protocol):
         ...
 
     @property
-    def shards(self) -> Rows:
+    def shards(self) -> ParameterRows:
         """The parameters."""
         ...
 

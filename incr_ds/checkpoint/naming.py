@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from incr_ds.arch.architecture import Architecture
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.joined import joined_parameters
+from incr_ds.sharding.placement import pipeline_name
 
-_PIPELINE = re.compile(r"(?:tied_modules\.[^.]+|(?P<index>\d+))\.(?:block\.)?(?P<local>.+)")
 # What torch.compile, FSDP and activation checkpointing put around modules; DistributedDataParallel's stands in front.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _OUTER_WRAPPER = "module"
@@ -22,21 +22,12 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 def logical_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:
     """Map each parameter name of a rank to its logical name; an unknown one maps to itself.
 
-    A plain engine's names are logical, or vary as ``plain_names`` says. A pipeline's are ``<pipeline layer>.block.<local>``
-    for decoder layers (layer 0 is the embedding) and ``<pipeline layer>.<local>`` or ``tied_modules.<key>.<local>`` for
-    the others.
+    A plain engine's names are logical, or vary as ``plain_names`` says; a pipeline's are those of ``pipeline_name``.
     """
-    outside = {spec.local_name: spec.name for spec in architecture.stored if spec.layer is None}
-    inside: dict[tuple[int | None, str], str] = {
-        (spec.layer, spec.local_name): spec.name for spec in architecture.stored if spec.layer is not None
-    }
     parameters = list(parameters)
-    named = dict(plain_names(parameters, architecture))
-    for parameter in parameters:
-        if match := _PIPELINE.fullmatch(parameter):
-            layer = int(match["index"]) - 1 if match["index"] else None
-            named[parameter] = inside.get((layer, match["local"]), outside.get(match["local"], parameter))
-    return named
+    in_pipeline = {pipeline_name(spec, architecture): spec.name for spec in architecture.stored}
+    plain = plain_names(parameters, architecture)
+    return {parameter: in_pipeline.get(parameter, plain[parameter]) for parameter in parameters}
 
 
 def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
-
-import torch
 
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.finite import FiniteCheckpoint, nonfinite_notes
@@ -23,7 +20,8 @@ from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.offline.grown_files import write_companions
 from incr_ds.offline.memory_budget import check_disk
 from incr_ds.offline.plan import PlannedGrowth
-from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, StoppedError, agree, shares
+from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, agree, shares
+from incr_ds.offline.stages import Stages, job_threads
 
 FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
 FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
@@ -93,31 +91,30 @@ def _run_jobs(
     Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
     """
     files, inputs, checks = _own_share(planned, space, group)
-    with _pool(planned.request.workers) as pool, _pool(FLUSHING) as flushing, space.recording():
+    total = len(space.done) + len(files)
+    hashes: dict[Path, str] = {}
+    ratios: list[float | None] = []
+    with job_threads(planned.request.workers) as working, job_threads(FLUSHING) as flushing, space.recording():
+        stages = Stages(group.has_failed)
+
+        def written(file: TargetFile, digest: Mapping[str, Any]) -> None:
+            stages.start(flushing, partial(flushed, file, digest), flush, space.folder / file.path)
+
+        def flushed(file: TargetFile, digest: Mapping[str, Any], _: None) -> None:
+            space.record(file.path, digest)
+            report("writing", len(space.done), total)
+
         listed = listed_files(planned.request.source)
-        hashing = {path: pool.submit(check_file, path, listed.get(path)) for path in inputs}
-        checking = [pool.submit(_check_source, planned.source, report)] if checks else []
-        measuring = [] if group.rank else [pool.submit(gradient_norm_ratio, planned.plan, planned.source)]
-        writing = {pool.submit(write_file, file, space.folder, slices): file.path for file in files}
-        finished: SimpleQueue[Future[Any]] = SimpleQueue()
-        for job in (*checking, *measuring, *hashing.values(), *writing):
-            job.add_done_callback(finished.put)
-        flushed: dict[Future[None], tuple[str, Mapping[str, Any]]] = {}
-        total = len(space.done) + len(files)
-        for _ in range(len(checking) + len(measuring) + len(hashing) + 2 * len(files)):
-            job = finished.get()
-            result = job.result()
-            if group.has_failed():
-                raise StoppedError
-            if job in writing:
-                waiting = flushing.submit(flush, space.folder / writing[job])
-                flushed[waiting] = (writing[job], result)
-                waiting.add_done_callback(finished.put)
-            elif job in flushed:
-                space.record(*flushed[job])
-                report("writing", len(space.done), total)
-        ratio = measuring[0].result() if measuring else None
-        return {path: job.result() for path, job in hashing.items()}, ratio
+        for path in inputs:
+            stages.start(working, partial(hashes.__setitem__, path), check_file, path, listed.get(path))
+        if checks:
+            stages.start(working, None, _check_source, planned.source, report)
+        if group.rank == 0:
+            stages.start(working, ratios.append, gradient_norm_ratio, planned.plan, planned.source)
+        for file in files:
+            stages.start(working, partial(written, file), write_file, file, space.folder, slices)
+        stages.finish()
+    return hashes, ratios[0] if ratios else None
 
 
 def _own_share(
@@ -135,17 +132,6 @@ def _own_share(
         [inputs[job - len(files)] for job in own if len(files) <= job < last],
         last in own,
     )
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads, because all that takes time (copies, arithmetic, checksums, writes) runs outside Python's lock, and threads
-    share one process's memory. One thread of torch each; what waits is cancelled when a job fails."""
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -87,14 +87,22 @@ def layer_local_name(spec: TensorSpec) -> str:
     return f"block.{spec.local_name}" if spec.layer is not None else spec.local_name
 
 
+def pipeline_name(spec: TensorSpec, architecture: Architecture) -> str:
+    """A tensor's parameter in a PipelineModule: ``<pipeline layer>.<local name>``, ``tied_modules.embedding.<local name>`` for
+    the modules that are tied."""
+    layer = pipeline_layer(spec, architecture.num_layers)
+    if architecture.tied and layer == 0:
+        return f"tied_modules.{TIED_KEY}.{spec.local_name}"
+    return f"{layer}.{layer_local_name(spec)}"
+
+
 def rank_parameters(
     architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
 ) -> tuple[RankParameter, ...]:
     """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
 
-    With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more, the names are
-    PipelineModule's: ``<pipeline layer>.<local name>``, tied ones ``tied_modules.embedding.<local name>`` and first. Learned
-    positions are part of the embedding's module on the first stage.
+    With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more they are those of
+    ``pipeline_name``, tied ones first. Learned positions are part of the embedding's module on the first stage.
     """
     if layout.pipeline_parallel == 1:
         return tuple(
@@ -107,9 +115,9 @@ def rank_parameters(
         layer = pipeline_layer(spec, num_layers)
         if architecture.tied and layer == 0:
             if 0 in layers or (num_layers + 2 in layers and spec.role == "embedding"):
-                tied.append(_shard(spec, f"tied_modules.{TIED_KEY}.{spec.local_name}", layout, tensor_rank, num_layers))
+                tied.append(_shard(spec, pipeline_name(spec, architecture), layout, tensor_rank, num_layers))
         elif layer in layers:
-            own.append(_shard(spec, f"{layer}.{layer_local_name(spec)}", layout, tensor_rank, num_layers))
+            own.append(_shard(spec, pipeline_name(spec, architecture), layout, tensor_rank, num_layers))
     return (*tied, *own)
 
 

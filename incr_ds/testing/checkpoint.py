@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,21 +13,30 @@ from incr_ds.sharding.blocks import Bounds
 
 
 class MemoryCheckpoint:
-    """Weights by name as a LogicalCheckpoint; without ``tensors``, normal(0, 0.2) values drawn from ``seed``."""
+    """Tensors by state and name as a logical checkpoint."""
 
     def __init__(
-        self, architecture: Architecture, tensors: Mapping[str, torch.Tensor] | None = None, *, seed: int = 0
+        self, architecture: Architecture, tensors: Mapping[State, Mapping[str, torch.Tensor]], step: int | None = None
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
         self.architecture = architecture
-        self.facts = CheckpointFacts(Path("memory"), "memory", ("weight",), None)
-        self._tensors = tensors or {
-            spec.name: torch.randn(spec.shape, generator=generator) * 0.2 + (not spec.is_matrix)
-            for spec in architecture.stored
-        }
+        self._tensors = tensors
+        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor."""
-        if state != "weight":
-            raise KeyError(f"memory checkpoint has no {state}")
-        return self._tensors[name][tuple(slice(*part) for part in bounds or ())]
+        spec = self.architecture.by_name[name]
+        return self._tensors[state][spec.tied_to or name][tuple(slice(*part) for part in bounds or ())]
+
+    def self_check(self) -> Iterator[str]:
+        """Nothing to check."""
+        yield from self._tensors["weight"]
+
+
+def drawn_checkpoint(architecture: Architecture, seed: int = 0) -> MemoryCheckpoint:
+    """Weights drawn from ``seed``: normal with deviation 0.2, around 1 where they are vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        spec.name: torch.randn(spec.shape, generator=generator) * 0.2 + (not spec.is_matrix)
+        for spec in architecture.stored
+    }
+    return MemoryCheckpoint(architecture, {"weight": weights})

@@ -1,9 +1,8 @@
-"""Checkpoints in memory, and models whose every parameter is drawn, so that no tensor hides behind ones or zeros."""
+"""Small models whose every parameter is drawn, so that no tensor hides behind ones or zeros."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.family import family_of
-from incr_ds.checkpoint.base import CheckpointFacts, State
 from incr_ds.offline.compare import logical_parts
-from incr_ds.sharding.blocks import Bounds
+from incr_ds.testing.checkpoint import MemoryCheckpoint
 
 # A different size on every axis; where a family takes the head's size from hidden / heads, it is 16.
 SMALL = {
@@ -43,26 +41,6 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {"num_experts_per_tok": 2, "norm_topk_prob": True},
     "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window": 9, "sliding_window_pattern": 2},
 }
-
-
-class MemoryCheckpoint:
-    """Tensors by state and name as a logical checkpoint."""
-
-    def __init__(
-        self, architecture: Architecture, tensors: Mapping[State, Mapping[str, torch.Tensor]], step: int | None = None
-    ) -> None:
-        self.architecture = architecture
-        self._tensors = tensors
-        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step)
-
-    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
-        """Part of one tensor."""
-        spec = self.architecture.by_name[name]
-        return self._tensors[state][spec.tied_to or name][tuple(slice(*part) for part in bounds or ())]
-
-    def self_check(self) -> Iterator[str]:
-        """Nothing to check."""
-        yield from self._tensors["weight"]
 
 
 def small_architecture(model_type: str, **changes: Any) -> Architecture:

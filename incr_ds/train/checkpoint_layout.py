@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from incr_ds.checkpoint.deepspeed.names import tag_files
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import CheckpointError, LayoutError
-
-_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_ZERO_3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_LAYER = re.compile(r"layer_\d+-model_(\d+)-model_states\.pt")
 
 
 def check_checkpoint_layout(folder: Path, layout: ParallelLayout) -> None:
@@ -38,22 +33,19 @@ def checkpoint_layout(names: list[str], where: str) -> dict[str, int | str]:
 
     Without ZeRO the files do not tell the data-parallel degree; it is given as 1.
     """
-    model = {int(match[1]) for name in names if (match := _MODEL.fullmatch(name))}
-    zero_3 = {(int(match[1]), int(match[2])) for name in names if (match := _ZERO_3_MODEL.fullmatch(name))}
-    shards = {(int(match[1]), int(match[2])) for name in names if (match := _OPTIMIZER.fullmatch(name))}
-    layers = {int(match[1]) for name in names if (match := _LAYER.fullmatch(name))}
-    if not model and not zero_3:
+    found = tag_files(names)
+    if not found.models and not found.zero_3_models:
         raise CheckpointError(
             f"{where}: no mp_rank_*_model_states.pt in it; expected a checkpoint that DeepSpeed or "
             "tools/grow_checkpoint.py wrote"
         )
-    model_ranks = len(model or {rank for _, rank in zero_3})
-    tensor = len(layers) if layers else model_ranks
+    model_ranks = len(found.models or {rank for rank, _ in found.zero_3_models})
+    tensor = found.tensor_ranks or model_ranks
     return {
         "tensor_parallel": tensor,
-        "pipeline_parallel": model_ranks // tensor if layers else 1,
-        "data_parallel": max(1, len({rank for rank, _ in shards})),
-        "zero_format": _zero_format(3 if zero_3 else int(bool(shards))),
+        "pipeline_parallel": model_ranks // tensor if found.layers else 1,
+        "data_parallel": max(1, len({data for _, data in found.optimizers})),
+        "zero_format": _zero_format(3 if found.zero_3_models else int(bool(found.optimizers))),
     }
 
 

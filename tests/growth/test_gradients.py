@@ -5,7 +5,8 @@ import torch
 from grown import grown_model, grown_tensors, recipe_of
 
 from incr_ds.growth.gradients import gradient_norm_ratio
-from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
+from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 EVEN = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}
 DOUBLE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 500}

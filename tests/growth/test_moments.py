@@ -9,7 +9,8 @@ from incr_ds.arch.family import families, mixtures
 from incr_ds.growth.axis import FRESH
 from incr_ds.growth.plan import Multipliers
 from incr_ds.offline.compare import logical_parts
-from incr_ds.testing.memory import MemoryCheckpoint, drawn_model, model_checkpoint, small_architecture
+from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 LR, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-6, 0.1
 

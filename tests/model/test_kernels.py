@@ -11,7 +11,7 @@ from torch.backends.cuda import cudnn_sdp_enabled
 from incr_ds.errors import ConfigError
 from incr_ds.model.attention import check_attention, preferred_kernels, transformers_attention
 from incr_ds.model.liger import use_liger
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import FAMILIES, pico_architecture
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +42,7 @@ def test_cudnn_without_a_cuda_device_is_refused():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_preference_changes_no_number_where_cudnn_is_not(recompute):
-    checkpoint = MemoryCheckpoint(pico_architecture("mistral"))
+    checkpoint = drawn_checkpoint(pico_architecture("mistral"))
     losses = [
         plain(checkpoint, attention=attention, recompute=recompute)(*batch()).loss for attention in ("sdpa", "cudnn")
     ]
@@ -104,11 +104,11 @@ from incr_ds.model.liger import use_liger
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import pico_architecture
 
 cuda = torch.device("cuda")
-checkpoint = MemoryCheckpoint(pico_architecture("qwen3"))
+checkpoint = drawn_checkpoint(pico_architecture("qwen3"))
 ids = torch.randint(0, 101, (2, 13), generator=torch.Generator().manual_seed(0)).cuda()
 
 def result():

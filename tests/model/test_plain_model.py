@@ -14,7 +14,7 @@ from incr_ds.model.teacher import check_vocabularies
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.placement import rank_parameters
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import FAMILIES, pico_architecture
 
 ONE_RANK = TensorRanks(None, 0, 1)
@@ -53,7 +53,7 @@ def batch():
 # With Mistral's sliding window of 5, shorter than the sequence, the masks matter.
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_loss_and_gradients_equal_transformers(family, tied, attention):
-    checkpoint = MemoryCheckpoint(pico_architecture(family, tied=tied))
+    checkpoint = drawn_checkpoint(pico_architecture(family, tied=tied))
     ours, theirs = plain(checkpoint, attention=attention), transformers_model(checkpoint)
     input_ids, labels = batch()
     loss = ours(input_ids, labels).loss
@@ -73,18 +73,18 @@ def test_loss_and_gradients_equal_transformers(family, tied, attention):
 def test_a_layer_may_alternate_between_window_and_full_attention():
     types = ["full_attention", "sliding_attention", "full_attention"]
     changes = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": types}
-    checkpoint = MemoryCheckpoint(pico_architecture("qwen3", **changes))
+    checkpoint = drawn_checkpoint(pico_architecture("qwen3", **changes))
     input_ids, labels = batch()
     expected = torch.nn.functional.cross_entropy(
         transformers_model(checkpoint)(input_ids).logits.flatten(0, 1), labels.flatten()
     )
     torch.testing.assert_close(plain(checkpoint)(input_ids, labels).loss, expected, rtol=1e-9, atol=0)
-    full = MemoryCheckpoint(pico_architecture("qwen3"))
+    full = drawn_checkpoint(pico_architecture("qwen3"))
     assert (plain(full)(input_ids, labels).loss - expected).abs() > 1e-4, "the window must have an effect"
 
 
 def test_recomputed_activations_give_the_same_gradients():
-    checkpoint = MemoryCheckpoint(pico_architecture("qwen3"))
+    checkpoint = drawn_checkpoint(pico_architecture("qwen3"))
     gradients = []
     for recompute in (False, True):
         model = plain(checkpoint, recompute=recompute)
@@ -94,7 +94,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
 
 def test_inverse_frequencies_stay_fp32_in_a_bf16_model():
-    checkpoint = MemoryCheckpoint(pico_architecture(max_position_embeddings=4096))
+    checkpoint = drawn_checkpoint(pico_architecture(max_position_embeddings=4096))
     model = plain(checkpoint, torch.bfloat16).to(torch.bfloat16)
     hidden = torch.zeros(1, 3000, 24, dtype=torch.bfloat16)
     cos, sin = model._positions.arguments(hidden, 0)["position_embeddings"]
@@ -143,7 +143,7 @@ class TestFreshWeights:
 
 
 def test_a_module_unlike_its_declaration_is_refused():
-    checkpoint = MemoryCheckpoint(pico_architecture())
+    checkpoint = drawn_checkpoint(pico_architecture())
     other = rank_parameters(pico_architecture(intermediate_size=51), ParallelLayout(), 0, 0)
     with pytest.raises(
         LayoutError, match=r"(?s)not those that the placement declares.*mlp.gate_proj.weight', \(51, 24\)"

@@ -10,7 +10,7 @@ from incr_ds.model.attention import check_capped_scores
 from incr_ds.model.build import _check_training_supported
 from incr_ds.model.weights import FreshWeights
 from incr_ds.sharding.placement import check_layout, rank_parameters
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import TRAINED_BESIDE
 
@@ -45,7 +45,7 @@ VARIANTS = {
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "variant"], ids=str)
 @pytest.mark.parametrize("family", TRAINED_BESIDE)
 def test_loss_and_gradients_equal_transformers(family, changes):
-    checkpoint = MemoryCheckpoint(small_architecture(family, **(VARIANTS[family] if changes == "variant" else changes)))
+    checkpoint = drawn_checkpoint(small_architecture(family, **(VARIANTS[family] if changes == "variant" else changes)))
     # Gemma 2 caps its scores, which only the eager attention does, with a softmax in fp32.
     eager = family == "gemma2"
     ours = plain(
@@ -90,7 +90,7 @@ def transformers_fresh(architecture):
 @pytest.mark.parametrize(("family", "field"), [("gpt2", "embd_pdrop"), ("gpt_neox", "hidden_dropout")])
 def test_the_embedding_is_dropped_out_as_transformers_does(family, field):
     others = {"resid_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {"attention_dropout": 0.0}
-    checkpoint = MemoryCheckpoint(small_architecture(family, **others, **{field: 0.5}))
+    checkpoint = drawn_checkpoint(small_architecture(family, **others, **{field: 0.5}))
     losses = []
     input_ids, labels = batch()
     for model in (plain(checkpoint), transformers_model(checkpoint)):

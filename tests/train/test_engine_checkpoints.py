@@ -7,7 +7,7 @@ import torch
 
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import CheckpointError, IncrError, LayoutError
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
@@ -29,7 +29,7 @@ def start(layout, **sections):
 
     run = pico_run(layout=layout, distillation={"teacher": "pico", "anneal_steps": 4}, **sections)
     architecture = pico_architecture("qwen3", tied=True, num_key_value_heads=2)
-    guide = MemoryCheckpoint(pico_architecture("llama", num_hidden_layers=2, num_key_value_heads=2))
+    guide = drawn_checkpoint(pico_architecture("llama", num_hidden_layers=2, num_key_value_heads=2))
     return run, build_engine(run, architecture, None, guide)
 
 
@@ -111,7 +111,7 @@ def refuse(folder, layout, changes):
     from incr_ds.train.engine import build_engine
 
     run = pico_run(layout=layout, **changes)
-    guide = MemoryCheckpoint(pico_architecture("llama", vocab_size=99))
+    guide = drawn_checkpoint(pico_architecture("llama", vocab_size=99))
     try:
         engine = build_engine(run, pico_architecture("qwen3"), None, guide if run.distillation else None)
         engine.load(folder, "step_2")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import TRAINED_BESIDE, pico_architecture
 from incr_ds.testing.processes import run_processes
@@ -80,19 +80,19 @@ CHANGES = {
 def student(case):
     if case.family in TRAINED_BESIDE:
         changes = {"tie_word_embeddings": case.tied, **CHANGES.get(case.family, {})}
-        return MemoryCheckpoint(small_architecture(case.family, **changes), seed=1)
+        return drawn_checkpoint(small_architecture(case.family, **changes), seed=1)
     # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
     architecture = pico_architecture(case.family, tied=case.tied, num_key_value_heads=2)
-    return MemoryCheckpoint(architecture, seed=1)
+    return drawn_checkpoint(architecture, seed=1)
 
 
 def teacher(case=None):
     if case is not None and case.family in TRAINED_BESIDE:
-        return MemoryCheckpoint(
+        return drawn_checkpoint(
             small_architecture(case.family, tie_word_embeddings=True, **CHANGES.get(case.family, {})), seed=2
         )
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    return MemoryCheckpoint(pico_architecture("llama", **sizes), seed=2)
+    return drawn_checkpoint(pico_architecture("llama", **sizes), seed=2)
 
 
 def micro_batches(count, seed):

@@ -7,7 +7,7 @@ import torch
 
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
@@ -73,7 +73,7 @@ def wrong_teacher():
 
     run = pico_run(distillation={"teacher": "pico", "anneal_steps": 2})
     try:
-        build_engine(run, pico_architecture(), None, MemoryCheckpoint(pico_architecture(vocab_size=99)))
+        build_engine(run, pico_architecture(), None, drawn_checkpoint(pico_architecture(vocab_size=99)))
     except ConfigError as error:
         return str(error)
     return None

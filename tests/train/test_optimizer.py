@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from incr_ds.errors import ConfigError
-from incr_ds.testing.checkpoint import MemoryCheckpoint
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
@@ -47,7 +47,7 @@ def steps(engine, numbers):
 def engine_of(settings):
     from incr_ds.train.engine import build_engine
 
-    weights = MemoryCheckpoint(pico_architecture("llama"), seed=1)
+    weights = drawn_checkpoint(pico_architecture("llama"), seed=1)
     return build_engine(pico_run(optimizer=settings), weights.architecture, weights, None)
 
 

@@ -11,6 +11,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import LogicalCheckpoint, row_portions, same_numbers
 from incr_ds.checkpoint.deepspeed.layer_files import layer_weights
+from incr_ds.checkpoint.deepspeed.names import tag_files
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.checkpoint.huggingface.reader import HuggingFaceCheckpoint, weights_file
 from incr_ds.checkpoint.naming import plain_names
@@ -51,7 +52,7 @@ def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
     if module is not None:
         return {name: tensor for name, tensor in module.items() if name in rank.names}
     layers = {int(name.split(".")[0]) for name in rank.names if name[0].isdigit()}
-    tensor_rank = rank.index % max(1, len(list(folder.glob("layer_01-model_*-model_states.pt"))))
+    tensor_rank = rank.index % max(1, tag_files(path.name for path in folder.iterdir()).tensor_ranks)
     return {name: tensor for name, tensor in layer_weights(folder, tensor_rank, layers) if name in rank.names}
 
 

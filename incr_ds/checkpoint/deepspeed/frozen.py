@@ -10,7 +10,7 @@ import torch
 
 from incr_ds.checkpoint.base import State, check_dtype
 from incr_ds.checkpoint.deepspeed.partition import FlatParameter, Piece, scattered_parameters
-from incr_ds.checkpoint.deepspeed.schema import ModelFile, model_content
+from incr_ds.checkpoint.deepspeed.schema import ModelStates, model_content
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def add_frozen(
     parameters: dict[str, FlatParameter],
     flats: Flats,
     model_file: Path,
-    model: ModelFile,
+    model: ModelStates,
     stage: int,
     trust: bool,
 ) -> frozenset[str]:

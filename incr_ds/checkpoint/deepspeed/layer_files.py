@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +11,18 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import check_dtype
+from incr_ds.checkpoint.deepspeed.names import layer_file, tag_files
 from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.checkpoint.naming import logical_names
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.checkpoint.torch_file.schema import tensors
 
-_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-
 
 def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights of pipeline layers as ``<layer>.<name inside>``, in the model's dtype."""
     for layer in sorted(layers):
-        path = folder / f"layer_{layer:02d}-model_{tensor_rank:02d}-model_states.pt"
+        path = folder / layer_file(layer, tensor_rank)
         for name, tensor in tensors(load_pt(path), path).items():
             check_dtype(tensor.dtype, name, str(path))
             yield f"{layer}.{name}", tensor
@@ -34,7 +32,7 @@ def with_frozen_layers(
     folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
 ) -> list[ModelRank]:
     """``ranks`` with the parameters that no optimizer file holds, because they were not trained, on the first stage."""
-    layers = {int(match[1]) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
+    layers = {layer for layer, _ in tag_files(path.name for path in folder.iterdir()).layers}
     if not layers:
         return list(ranks)
     return [

@@ -93,6 +93,20 @@ def contiguous_parameters(
     return parameters
 
 
+ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
+
+
+def partition_size(numel: int, num_ranks: int) -> int:
+    """ZeRO-1/2: elements of a group of ``numel`` on each rank, padding included."""
+    unit = ALIGNMENT * num_ranks
+    return math.ceil(numel / unit) * unit // num_ranks
+
+
+def share_size(numel: int, num_ranks: int) -> int:
+    """ZeRO-3: elements of a parameter on each rank, padding included."""
+    return math.ceil(numel / num_ranks)
+
+
 def scattered_parameters(
     group_shapes: Sequence[Mapping[str, tuple[int, ...]]], num_ranks: int
 ) -> dict[str, FlatParameter]:
@@ -102,7 +116,7 @@ def scattered_parameters(
         start = 0
         for name, shape in shapes.items():
             numel = math.prod(shape)
-            share = math.ceil(numel / num_ranks)
+            share = share_size(numel, num_ranks)
             lengths = [max(0, min(share, numel - rank * share)) for rank in range(num_ranks)]
             pieces = tuple(Piece(rank, group, start, length) for rank, length in enumerate(lengths) if length)
             parameters[name] = FlatParameter(tuple(shape), pieces)

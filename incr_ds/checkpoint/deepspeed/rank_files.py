@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,13 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import STATES, State, check_dtype
 from incr_ds.checkpoint.deepspeed.frozen import Flats, add_frozen
+from incr_ds.checkpoint.deepspeed.names import (
+    ANY_MODEL_FILE,
+    OPTIMIZER_PREFIXES,
+    model_file,
+    optimizer_file,
+    tag_files,
+)
 from incr_ds.checkpoint.deepspeed.partition import (
     FlatParameter,
     FlatShards,
@@ -22,7 +28,7 @@ from incr_ds.checkpoint.deepspeed.partition import (
 )
 from incr_ds.checkpoint.deepspeed.schema import (
     AdamState,
-    ModelFile,
+    ModelStates,
     Moments,
     MomentsError,
     model_content,
@@ -36,8 +42,6 @@ from incr_ds.checkpoint.naming import logical_names, plain_names, refuse_adapter
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
 
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 BF16_OPTIMIZER = 1  # writes ZeRO-1's partitions, but no zero_stage
 
 
@@ -52,7 +56,7 @@ class ModelRank:
     index: int
     model_file: Path
     files: tuple[Path, ...]
-    model: ModelFile
+    model: ModelStates
     shards: FlatShards
     stage: int
     kind: str
@@ -74,40 +78,32 @@ def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     names = sorted(path.name for path in folder.iterdir())
     if any(name.startswith("expp_rank_") or "_expert_" in name for name in names):
         raise CheckpointError(f"{folder}: a mixture-of-experts checkpoint; only dense models are supported.")
-    optimizer: dict[int, dict[int, Path]] = {}
-    for name in names:
-        if match := _OPTIMIZER_FILE.fullmatch(name):
-            optimizer.setdefault(int(match[2]), {})[int(match[1])] = folder / name
-    models = {int(match[1]): folder / name for name in names if (match := _MODEL_FILE.fullmatch(name))}
-    if not optimizer and not models:
-        raise CheckpointError(
-            f"{folder}: no file mp_rank_XX_model_states.pt; not the folder of a DeepSpeed checkpoint's tag."
-        )
-    ranks = range(max([*optimizer, *models]) + 1)
-    if not optimizer:
-        missing = [f"mp_rank_{rank:02d}_model_states.pt" for rank in ranks if rank not in models]
-        if missing:
-            raise CheckpointError(f"{folder}: missing {', '.join(missing)}. Copy the files back or use another tag.")
-        return [(rank, models[rank], ()) for rank in ranks]
-    num_data = max(max(files) for files in optimizer.values()) + 1
-    prefix = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
+    found = tag_files(names)
+    # ZeRO-3 has a model file for each data-parallel rank; the first one says all that is needed.
+    models = {rank: name for (rank, data), name in found.zero_3_models.items() if data == 0} | dict(found.models)
+    if not found.optimizers and not models:
+        raise CheckpointError(f"{folder}: no file {ANY_MODEL_FILE}; not the folder of a DeepSpeed checkpoint's tag.")
+    ranks = range(max(*(rank for rank, _ in found.optimizers), *models, -1) + 1)
+    num_data = max((data for _, data in found.optimizers), default=-1) + 1
+    dtype = "bfloat16" if any(name.startswith(OPTIMIZER_PREFIXES["bfloat16"]) for name in names) else "float32"
     missing = [
-        f"{prefix}zero_pp_rank_{data}_mp_rank_{rank:02d}_optim_states.pt"
+        optimizer_file(rank, data, dtype)
         for rank in ranks
         for data in range(num_data)
-        if data not in optimizer.get(rank, {})
+        if (rank, data) not in found.optimizers
     ]
-    missing += [f"mp_rank_{rank:02d}_model_states.pt" for rank in ranks if rank not in models]
+    missing += [model_file(rank) for rank in ranks if rank not in models]
     if missing:
-        raise CheckpointError(
-            f"{folder}: missing {', '.join(missing)} of a grid of {len(ranks)} model-parallel x {num_data} "
-            "data-parallel ranks. Copy the files back or use another tag."
-        )
-    return [(rank, models[rank], tuple(optimizer[rank][data] for data in range(num_data))) for rank in ranks]
+        grid = f" of a grid of {len(ranks)} model-parallel x {num_data} data-parallel ranks" if num_data else ""
+        raise CheckpointError(f"{folder}: missing {', '.join(missing)}{grid}. Copy the files back or use another tag.")
+    return [
+        (rank, folder / models[rank], tuple(folder / found.optimizers[rank, data] for data in range(num_data)))
+        for rank in ranks
+    ]
 
 
 @dataclass(frozen=True)
-class _OptimizerFile:
+class _RankOptimizer:
     """One data-parallel rank's optimizer file, its two forms (ZeRO-1/2 and ZeRO-3) made one."""
 
     path: Path
@@ -143,7 +139,7 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     model = model_content(load_pt(model_path, trust=trust), model_path)
     if not files:
         return _unpartitioned_rank(index, model_path, model, architecture)
-    states = [_optimizer_file(load_pt(path, trust=trust), path) for path in files]
+    states = [_rank_optimizer(load_pt(path, trust=trust), path) for path in files]
     _check_partition_count(states, model, model_path)
     first = states[0]
     no_moments = _why_no_moments(states)
@@ -157,7 +153,7 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     refuse_adapters(parameters, str(model_path))
     names = logical_names(parameters, architecture)
     kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
-    dtype = "bfloat16" if files[0].name.startswith("bf16_") else "float32"
+    dtype = "bfloat16" if files[0].name.startswith(OPTIMIZER_PREFIXES["bfloat16"]) else "float32"
     info = first.universal_info or model.get("universal_checkpoint_info")
     groups = _hyperparameters(first)
     found = (shards, first.stage, kind, dtype, step, names, groups, info, no_moments)
@@ -165,7 +161,7 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
 
 
 def _parameters(
-    model_path: Path, group_shapes: Sequence[Mapping[str, tuple[int, ...]]], first: _OptimizerFile, flats: Flats
+    model_path: Path, group_shapes: Sequence[Mapping[str, tuple[int, ...]]], first: _RankOptimizer, flats: Flats
 ) -> dict[str, FlatParameter]:
     """Where each trained parameter lies in the flat tensors of the ranks."""
     if any(len(tensors["weight"]) != len(group_shapes) for tensors in flats):
@@ -180,7 +176,7 @@ def _parameters(
     return contiguous_parameters(group_shapes, _paddings(first, group_shapes), sizes)
 
 
-def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architecture: Architecture) -> ModelRank:
+def _unpartitioned_rank(index: int, model_path: Path, model: ModelStates, architecture: Architecture) -> ModelRank:
     """A rank of ZeRO-0: one file holds the module and its optimizer."""
     found = unpartitioned(model_path, model, architecture)
     info = model.get("universal_checkpoint_info")
@@ -191,7 +187,7 @@ def _unpartitioned_rank(index: int, model_path: Path, model: ModelFile, architec
     return ModelRank(index, model_path, files, model, found.shards, 0, *more)
 
 
-def _optimizer_file(content: Any, path: Path) -> _OptimizerFile:
+def _rank_optimizer(content: Any, path: Path) -> _RankOptimizer:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: no key optimizer_state_dict; not a DeepSpeed optimizer file.")
@@ -204,14 +200,14 @@ def _optimizer_file(content: Any, path: Path) -> _OptimizerFile:
     if stage == 3:
         third = stage3_partitions(state, path)
         adam, masters, paddings = third["optimizer_state_dict"], third["fp32_flat_groups"], None
-        return _OptimizerFile(path, stage, says_stage, third["partition_count"], adam, masters, paddings, info)
+        return _RankOptimizer(path, stage, says_stage, third["partition_count"], adam, masters, paddings, info)
     found = partitions(state, path)
     adam, masters = found["base_optimizer_state"], found["single_partition_of_fp32_groups"]
     paddings = found.get("param_alignment_paddings")
-    return _OptimizerFile(path, stage, says_stage, found["partition_count"], adam, masters, paddings, info)
+    return _RankOptimizer(path, stage, says_stage, found["partition_count"], adam, masters, paddings, info)
 
 
-def _check_partition_count(states: Sequence[_OptimizerFile], model: ModelFile, model_path: Path) -> None:
+def _check_partition_count(states: Sequence[_RankOptimizer], model: ModelStates, model_path: Path) -> None:
     expected = model.get("dp_world_size")
     if expected != len(states):
         raise CheckpointError(
@@ -225,7 +221,7 @@ def _check_partition_count(states: Sequence[_OptimizerFile], model: ModelFile, m
             )
 
 
-def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+def _paddings(first: _RankOptimizer, group_shapes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     saved = first.paddings or [None] * len(group_shapes)
     lengths = [len(shapes) for shapes in group_shapes]
     if [len(paddings or range(length)) for paddings, length in zip(saved, lengths, strict=False)] != lengths:
@@ -236,7 +232,7 @@ def _paddings(first: _OptimizerFile, group_shapes: Sequence[Mapping[str, Any]]) 
     return [list(paddings or [0] * length) for paddings, length in zip(saved, lengths, strict=True)]
 
 
-def _why_no_moments(states: Sequence[_OptimizerFile]) -> str | None:
+def _why_no_moments(states: Sequence[_RankOptimizer]) -> str | None:
     """The first file's reason if no file has Adam's moments; CheckpointError if some have them: those others are damaged."""
     reasons = {}
     for state in states:
@@ -253,7 +249,7 @@ def _why_no_moments(states: Sequence[_OptimizerFile]) -> str | None:
     return next(iter(reasons.values()), None)
 
 
-def _common_step(states: Sequence[_OptimizerFile]) -> int:
+def _common_step(states: Sequence[_RankOptimizer]) -> int:
     steps = {
         group["step"]: f"{state.path.name} group {index}"
         for state in states
@@ -265,6 +261,6 @@ def _common_step(states: Sequence[_OptimizerFile]) -> int:
     return next(iter(steps))
 
 
-def _hyperparameters(first: _OptimizerFile) -> tuple[Mapping[str, Any], ...]:
+def _hyperparameters(first: _RankOptimizer) -> tuple[Mapping[str, Any], ...]:
     groups = first.adam["param_groups"]
     return tuple({key: value for key, value in group.items() if key != "params"} for group in groups)

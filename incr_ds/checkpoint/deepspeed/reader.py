@@ -22,6 +22,7 @@ from incr_ds.checkpoint.deepspeed.checks import (
 from incr_ds.checkpoint.deepspeed.holders import assembled_tensors
 from incr_ds.checkpoint.deepspeed.layer_files import with_frozen_layers
 from incr_ds.checkpoint.deepspeed.megatron import is_megatron, megatron_tensors, padding_notes
+from incr_ds.checkpoint.deepspeed.names import tag_files
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank, open_ranks
 from incr_ds.checkpoint.progress import counters
 from incr_ds.errors import CheckpointError
@@ -138,10 +139,8 @@ class ZeroCheckpoint:
 
 def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:
     degrees = ranks[0].model.get("checkpoint_parallel_dimensions") or {}
-    has_layers = any(folder.glob("layer_*-model_*-model_states.pt"))
-    # Layer 1 is the first decoder layer here, the embedding in Megatron: every checkpoint has it, of every tensor rank.
-    first_layer = len(list(folder.glob("layer_01-model_*-model_states.pt")))
-    tensor = degrees.get("tp_degree") or (first_layer if has_layers else len(ranks))
+    found = tag_files(path.name for path in folder.iterdir())
+    tensor = degrees.get("tp_degree") or (found.tensor_ranks if found.layers else len(ranks))
     if not tensor or len(ranks) % tensor:
         raise CheckpointError(
             f"{folder}: {len(ranks)} model-parallel ranks do not divide into tensor_parallel {tensor}."

@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[Size, ...]]
 _OPEN = ConfigDict(extra="allow", arbitrary_types_allowed=True)
 
 
-class ModelFile(TypedDict):
+class ModelStates(TypedDict):
     """mp_rank_XX_model_states.pt, and zero_pp_rank_D_ before it under ZeRO-3."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
@@ -118,7 +118,7 @@ class AffineParameter(TypedDict):
     ranks: dict[int, AffineShard]
 
 
-_MODEL = TypeAdapter(ModelFile)
+_MODEL = TypeAdapter(ModelStates)
 _ADAM = TypeAdapter(AdamState)
 _MOMENTS = TypeAdapter(Moments)
 _PARTITIONS = TypeAdapter(Partitions)
@@ -128,7 +128,7 @@ _AFFINE = TypeAdapter(dict[str, AffineParameter])
 _MASTERS = TypeAdapter(list[list[torch.Tensor]], config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def model_content(content: Any, path: Path) -> ModelFile:
+def model_content(content: Any, path: Path) -> ModelStates:
     """Raises CheckpointError, as the others here do, naming the first entry that is not what DeepSpeed writes."""
     return checked(_MODEL, content, path)
 

@@ -7,7 +7,6 @@ runtime/zero/stage_1_and_2.py, runtime/pipe/module.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import State
+from incr_ds.checkpoint.deepspeed.names import layer_file, model_file, optimizer_file
+from incr_ds.checkpoint.deepspeed.partition import FlatParameter, contiguous_parameters, partition_size
 from incr_ds.checkpoint.deepspeed.releases import TESTED
 from incr_ds.checkpoint.sink import Sink
 from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile, block_parts, parameter_tensor
@@ -34,7 +35,6 @@ from incr_ds.sharding.placement import (
 )
 
 FORMAT_VERSION = TESTED
-ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
 ADAMW_DEFAULTS: Mapping[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
@@ -73,6 +73,11 @@ class NativeTarget:
     has_moments: bool = True
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype of the model's weights, as file names have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def has_layer_files(self) -> bool:
         """Whether a pipeline module keeps the weights, one file a layer."""
         return self.layout.pipeline_parallel > 1 or self.modules is not None
@@ -103,7 +108,7 @@ class ModelFile:
     @property
     def path(self) -> str:
         """Path inside the target folder."""
-        return f"{self.target.tag}/mp_rank_{self.model_rank:02d}_model_states.pt"
+        return f"{self.target.tag}/{model_file(self.model_rank)}"
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
@@ -167,7 +172,7 @@ class LayerFile:
     @property
     def path(self) -> str:
         """Path inside the target folder."""
-        return f"{self.target.tag}/layer_{self.layer:02d}-model_{self.tensor_rank:02d}-model_states.pt"
+        return f"{self.target.tag}/{layer_file(self.layer, self.tensor_rank)}"
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
@@ -194,9 +199,7 @@ class OptimizerFile:
     @property
     def path(self) -> str:
         """Path inside the target folder."""
-        prefix = "bf16_" if self.target.dtype == torch.bfloat16 else ""
-        name = f"zero_pp_rank_{self.data_rank}_mp_rank_{self.model_rank:02d}_optim_states.pt"
-        return f"{self.target.tag}/{prefix}{name}"
+        return f"{self.target.tag}/{optimizer_file(self.model_rank, self.data_rank, self.target.dtype_name)}"
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
@@ -211,7 +214,7 @@ class OptimizerFile:
         """What the file holds."""
         num_data = self.target.layout.data_parallel
         groups = optimizer_groups(self.target.shards(self.model_rank))
-        sizes = [_partition_size(group, num_data) for group in groups]
+        sizes = [partition_size(sum(shard.numel for shard in group), num_data) for group in groups]
         paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
         masters: list[StreamedTensor] = []
         moments: dict[int, dict[str, Any]] = {}
@@ -247,14 +250,21 @@ class OptimizerFile:
 
     def _partition(self, group: tuple[RankParameter, ...], size: int, state: State, length: int) -> StreamedTensor:
         """The first ``length`` elements of this rank's partition of ``size`` elements."""
-        first, position = self.data_rank * size, 0
-        parts: list[Part] = []
-        for shard in group:
-            begin, end = max(first, position), min(first + size, position + shard.numel)
-            if begin < end:
-                parts += block_parts(shard.blocks, shard.shape, state, begin - position, end - position)
-            position += shard.numel
+        shapes = {shard.parameter: shard.shape for shard in group}
+        placed = contiguous_parameters([shapes], [[0] * len(group)], [size])
+        parts = [part for shard in group for part in held_parts(shard, placed[shard.parameter], self.data_rank, state)]
         return StreamedTensor((length,), torch.float32, tuple(parts))
+
+
+def held_parts(shard: RankParameter, placed: FlatParameter, data_rank: int, state: State) -> tuple[Part, ...]:
+    """What ``data_rank`` holds of a parameter."""
+    found: list[Part] = []
+    position = 0
+    for piece in placed.pieces:
+        if piece.rank == data_rank:
+            found += block_parts(shard.blocks, shard.shape, state, position, position + piece.length)
+        position += piece.length
+    return tuple(found)
 
 
 def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
@@ -304,8 +314,3 @@ def stage_parameters(
 
 def _weight(shard: RankParameter, dtype: torch.dtype) -> StreamedTensor:
     return parameter_tensor(shard.blocks, shard.shape, "weight", dtype)
-
-
-def _partition_size(group: tuple[RankParameter, ...], num_data: int) -> int:
-    unit, total = ALIGNMENT * num_data, int(sum(shard.numel for shard in group))
-    return math.ceil(total / unit) * unit // num_data

@@ -14,7 +14,7 @@ from incr_ds.checkpoint.base import State, check_dtype
 from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
 from incr_ds.checkpoint.deepspeed.schema import (
     AdamState,
-    ModelFile,
+    ModelStates,
     Moments,
     MomentsError,
     adam_state,
@@ -57,7 +57,7 @@ class _Slot:
         return torch.equal(probe.to(weight.dtype), weight.flatten()[:_PROBED])
 
 
-def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> Unpartitioned:
+def unpartitioned(path: Path, model: ModelStates, architecture: Architecture) -> Unpartitioned:
     """The module's weights and, matched with their names, the optimizer's numbered parameters.
 
     Within a parameter group the optimizer keeps the module's order; with shapes (and masters' values, in reduced
@@ -86,7 +86,7 @@ def unpartitioned(path: Path, model: ModelFile, architecture: Architecture) -> U
 
 
 def _with_moments(
-    path: Path, model: ModelFile, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+    path: Path, model: ModelStates, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Unpartitioned:
     optimizer = model.get("optimizer")
     if not isinstance(optimizer, dict) or not optimizer:

@@ -5,7 +5,6 @@ Format facts were read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, runtime/engi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 
 from incr_ds.checkpoint.base import State
-from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, ModelFile, NativeTarget
+from incr_ds.checkpoint.deepspeed.names import model_file, optimizer_file
+from incr_ds.checkpoint.deepspeed.partition import scattered_parameters, share_size
+from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, ModelFile, NativeTarget, held_parts
 from incr_ds.checkpoint.sink import Sink
-from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile, block_parts
+from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile
 from incr_ds.checkpoint.torch_file.write import LossScaler, archive_of
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.placement import optimizer_groups
@@ -43,7 +44,7 @@ def sub_groups(target: NativeTarget, model_rank: int, sub_group_size: int) -> li
 
 
 def _cut(group: tuple[RankParameter, ...], num_data: int, sub_group_size: int) -> Groups:
-    shares = [math.ceil(shard.numel / num_data) for shard in group]
+    shares = [share_size(shard.numel, num_data) for shard in group]
     if sub_group_size >= sum(shares):
         return (group,)
     found: list[tuple[RankParameter, ...]] = []
@@ -70,7 +71,7 @@ class ShareModelFile:
     @property
     def path(self) -> str:
         """Path inside the target folder."""
-        return f"{self.target.tag}/zero_pp_rank_{self.data_rank}_mp_rank_{self.model_rank:02d}_model_states.pt"
+        return f"{self.target.tag}/{model_file(self.model_rank, self.data_rank)}"
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
@@ -99,9 +100,7 @@ class ShareOptimizerFile:
     @property
     def path(self) -> str:
         """Path inside the target folder."""
-        prefix = "bf16_" if self.target.dtype == torch.bfloat16 else ""
-        name = f"zero_pp_rank_{self.data_rank}_mp_rank_{self.model_rank:02d}_optim_states.pt"
-        return f"{self.target.tag}/{prefix}{name}"
+        return f"{self.target.tag}/{optimizer_file(self.model_rank, self.data_rank, self.target.dtype_name)}"
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
@@ -143,11 +142,10 @@ class ShareOptimizerFile:
         parts: list[Part] = []
         length = 0
         for shard in group:
-            share = math.ceil(shard.numel / self.target.layout.data_parallel)
-            begin = min(self.data_rank * share, shard.numel)
-            end = min(begin + share, shard.numel)
-            parts += block_parts(shard.blocks, shard.shape, state, begin, end)
-            if end - begin < share:
-                parts.append(Part("", state, (), 0, share - (end - begin)))
+            share = share_size(shard.numel, self.target.layout.data_parallel)
+            placed = scattered_parameters([{shard.parameter: shard.shape}], self.target.layout.data_parallel)
+            held = held_parts(shard, placed[shard.parameter], self.data_rank, state)
+            padding = share - sum(part.stop - part.first for part in held)
+            parts += [*held, *([Part("", state, (), 0, padding)] if padding else [])]
             length += share
         return StreamedTensor((length,), torch.float32, tuple(parts))

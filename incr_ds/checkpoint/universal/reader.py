@@ -13,7 +13,7 @@ from incr_ds.checkpoint.assembly import Assembled, Held, assemble
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, check_dtype, check_shapes, rows_and_columns
 from incr_ds.checkpoint.deepspeed.holders import check_joined
 from incr_ds.checkpoint.deepspeed.megatron import fused_tensors, is_megatron
-from incr_ds.checkpoint.deepspeed.schema import ModelFile, counted_steps, model_content
+from incr_ds.checkpoint.deepspeed.schema import ModelStates, counted_steps, model_content
 from incr_ds.checkpoint.naming import logical_names
 from incr_ds.checkpoint.progress import counters
 from incr_ds.checkpoint.torch_file.load import load_pt
@@ -173,7 +173,7 @@ class UniversalCheckpoint:
             return ("weight",), "the folders of the parameters hold no exp_avg.pt and exp_avg_sq.pt"
         return STATES, None
 
-    def _model_states(self) -> ModelFile:
+    def _model_states(self) -> ModelStates:
         files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))
         if not files:
             raise CheckpointError(f"{self._folder}: no mp_rank_*_model_states.pt; the checkpoint is incomplete.")

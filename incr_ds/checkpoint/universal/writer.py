@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from incr_ds.checkpoint.base import STATES, State
+from incr_ds.checkpoint.deepspeed.names import model_file
 from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, NativeTarget
 from incr_ds.checkpoint.sink import Sink
 from incr_ds.checkpoint.streaming import Slices, StreamedTensor, TargetFile, parameter_tensor
@@ -142,9 +143,7 @@ def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
     layout = target.layout
     files: list[TargetFile] = [GlobalStateFile(target, "zero/optimizer_state.pt")]
     for rank in range(layout.tensor_parallel * layout.pipeline_parallel):
-        files += [
-            MetadataFile(target, f"{prefix}mp_rank_{rank:02d}_model_states.pt") for prefix in ("", "zero_pp_rank_0_")
-        ]
+        files += [MetadataFile(target, name) for name in (model_file(rank), model_file(rank, 0))]
     for parameter, tensor in _parameters(target).items():
         files += [StateFile(target, f"zero/{parameter}/{FILES[state]}", tensor, state) for state in STATES]
         files.append(StepFile(target, f"zero/{parameter}/step.pt"))
