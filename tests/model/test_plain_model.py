@@ -38,7 +38,7 @@ def plain(checkpoint, dtype=torch.float64, attention="sdpa", recompute=False, so
 def transformers_model(checkpoint, dtype=torch.float64):
     config = dict(checkpoint.architecture.config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config), dtype=dtype)
-    state = {name: checkpoint.read(name).to(dtype) for name in checkpoint._tensors}
+    state = {name: checkpoint.read(name).to(dtype) for name in (spec.name for spec in checkpoint.architecture.stored)}
     assert set(model.load_state_dict(state, strict=False).missing_keys) <= {"lm_head.weight"}
     return model
 
