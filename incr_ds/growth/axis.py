@@ -22,9 +22,10 @@ padding with zeros once every writer's mean over the positions is 0, which Layer
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,20 @@ FRESH = -1
 Vector = npt.NDArray[np.float64]
 AxisUse = Literal["out", "in", "raw", "scale", "tied scale", "shift", "tied shift", "post", "lookup"]
 Fill = Literal["random", "zero", "mean", "constant"]
+
+
+# A weight's factor for each use, from amplitudes s, shares w and kappa: arrays of numpy, or torch tensors that learn.
+VALUE_RULES: Mapping[str, Callable[[Any, Any, float], Any]] = {
+    "out": lambda s, w, kappa: s,
+    "in": lambda s, w, kappa: w,
+    "raw": lambda s, w, kappa: w / s,
+    "scale": lambda s, w, kappa: kappa / s,
+    "tied scale": lambda s, w, kappa: kappa * w / s**2,
+    "shift": lambda s, w, kappa: s**0,
+    "tied shift": lambda s, w, kappa: w / s,
+    "post": lambda s, w, kappa: kappa * s**0,
+    "lookup": lambda s, w, kappa: s**0,
+}
 
 
 @dataclass(frozen=True)
@@ -87,18 +102,7 @@ class AxisGrowth:
         s, w = self._amplitudes, self._shares
         fresh = self.positions == FRESH
         safe = np.where(s == 0, 1.0, s)
-        vectors: dict[str, Vector] = {
-            "out": s,
-            "in": w,
-            "raw": w / safe,
-            "scale": self.kappa / safe,
-            "tied scale": self.kappa * w / safe**2,
-            "shift": np.ones(self.new),
-            "tied shift": w / safe,
-            "post": np.full(self.new, self.kappa),
-            "lookup": np.ones(self.new),
-        }
-        return np.where(fresh, 0.0, vectors[use])
+        return np.where(fresh, 0.0, VALUE_RULES[use](safe, w, self.kappa))
 
     def gradient_factor(self, use: AxisUse) -> Vector:
         """Factor of the gradient (so of exp_avg) along this axis; squared it is exp_avg_sq's."""

@@ -27,7 +27,7 @@ from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.samples import Samples, batches, held_out_batches
 from incr_ds.errors import ConfigError
 from incr_ds.growth.apply import GrownTensors
-from incr_ds.growth.axis import FRESH
+from incr_ds.growth.axis import FRESH, VALUE_RULES
 from incr_ds.growth.fitted import FITTED_AXES, check_fittable
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
@@ -211,15 +211,8 @@ class _Operators(nn.Module):
             size = int(name) if name.isdigit() else self.plan.axes[name].new
             return torch.ones(size, device=self._weights.device)
         s, w = self._factors[f"{name}_amplitude"], self._factors[f"{name}_share"]
-        rules: dict[str, Callable[[], Tensor]] = {
-            "out": lambda: s,
-            "in": lambda: w,
-            "raw": lambda: w / s,
-            "scale": lambda: 1 / s,
-            "tied scale": lambda: w / s**2,
-            "tied shift": lambda: w / s,
-        }
-        return rules.get(use, lambda: torch.ones_like(s))()
+        factor: Tensor = VALUE_RULES[use](s, w, 1.0)  # kappa stays what the recipe's own operator has
+        return factor
 
 
 def _shifted(plan: GrowthPlan, offset: int) -> GrowthPlan:
