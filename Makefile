@@ -28,7 +28,7 @@ test-deepspeed: $(READY)
 	for version in 0.16.9 0.18.4; do \
 	  test -d build/deepspeed-$$version || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
 	    --target build/deepspeed-$$version deepspeed==$$version; \
-	  PYTHONPATH=build/deepspeed-$$version $(BIN)/python -m pytest tests/source/test_zero.py tests/train/test_installed_release.py \
+	  PYTHONPATH=build/deepspeed-$$version $(BIN)/python -m pytest tests/checkpoint/deepspeed/test_zero.py tests/train/test_installed_release.py \
 	    -m "slow or not slow" -W ignore::DeprecationWarning || exit 1; \
 	done
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from incr_ds.arch.architecture import Architecture
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.joined import joined_parameters
-from incr_ds.sharding.placement import pipeline_name
+from incr_ds.sharding.placement import names_in_pipelines
 
 # What torch.compile, FSDP and activation checkpointing put around modules; DistributedDataParallel's stands in front.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -22,10 +22,10 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 def logical_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:
     """Map each parameter name of a rank to its logical name; an unknown one maps to itself.
 
-    A plain engine's names are logical, or vary as ``plain_names`` says; a pipeline's are those of ``pipeline_name``.
+    A plain engine's names are logical, or vary as ``plain_names`` says; a pipeline's are ``names_in_pipelines``.
     """
     parameters = list(parameters)
-    in_pipeline = {pipeline_name(spec, architecture): spec.name for spec in architecture.stored}
+    in_pipeline = names_in_pipelines(architecture)
     plain = plain_names(parameters, architecture)
     return {parameter: in_pipeline.get(parameter, plain[parameter]) for parameter in parameters}
 

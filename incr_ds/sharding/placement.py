@@ -96,6 +96,19 @@ def pipeline_name(spec: TensorSpec, architecture: Architecture) -> str:
     return f"{layer}.{layer_local_name(spec)}"
 
 
+def names_in_pipelines(architecture: Architecture) -> dict[str, str]:
+    """The tensor for each name that a pipeline may have for it: its parameter's, and ``<layer>.<name in the layer's file>``.
+    The last stage saves a tied embedding once more, in the head's layer."""
+    head, found = architecture.num_layers + 2, {}
+    for spec in architecture.stored:
+        layers = [pipeline_layer(spec, architecture.num_layers)]
+        if architecture.tied and spec.role == "embedding":
+            layers.append(head)
+        found |= {f"{layer}.{layer_local_name(spec)}": spec.name for layer in layers}
+        found[pipeline_name(spec, architecture)] = spec.name
+    return found
+
+
 def rank_parameters(
     architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
 ) -> tuple[RankParameter, ...]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engine_cases import Case, reference
 from saving_engines import load_grown, train_cases
-from test_engine_layouts import Case, reference
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.offline.plan import GrowthRequest, plan_request

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engine_cases import Case, reference, student
 from saving_engines import train_cases
-from test_engine_layouts import Case, reference, student
 from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.architecture import saved_architecture

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import pytest
-from test_universal import same, truth
+from truths import same, truth
 from universal_engines import load_in_plain_engines
 
 from incr_ds.checkpoint.opening import open_source

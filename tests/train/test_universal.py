@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from truths import STATES, same, truth
 from universal_engines import load_in_layout, load_in_plain_engines
 
 from incr_ds.checkpoint.opening import open_source
@@ -17,7 +18,6 @@ from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 
-STATES = ("weight", "exp_avg", "exp_avg_sq")
 ENGINES = {
     "zero1": {"stage": 1, "bf16": False},
     "zero2-bf16": {"stage": 2, "bf16": True},
@@ -29,24 +29,12 @@ ENGINES = {
 MIXTURE_ENGINES = {"mixture-zero1": {"stage": 1, "bf16": False}, "mixture-zero3": {"stage": 3, "bf16": True}}
 
 
-def truth(**changes):
-    return SyntheticCheckpoint(small_architecture("llama", **changes))
-
-
 def write_universal(folder, source, **layout):
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text("target: {}\n")
     recipe = parse_settings({"target": {}, "layout": {"format": "universal", **layout}}, GrowthRecipe, "test")
     grow_checkpoint(plan_files(GrowthRequest(folder, recipe_file, folder / "universal"), source, recipe))
     return folder / "universal"
-
-
-def same(found, expected):
-    assert found.facts.step == expected.facts.step == 100
-    for spec in expected.architecture.stored:
-        for state in STATES:
-            read = found.read(spec.name, state)
-            assert torch.equal(read, expected.read(spec.name, state)), (spec.name, state)
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2, "tensor_parallel": 3}])

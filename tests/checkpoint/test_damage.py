@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_grow_limits import write_synthetic
+from sources import write_synthetic
 
 from incr_ds.checkpoint.integrity import check_file
 from incr_ds.checkpoint.opening import open_source

@@ -1,20 +1,16 @@
 """The offline story through its command line: a real ZeRO source, every target, and what happens on bad input."""
 
-import importlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 
 import pytest
 import torch
 import yaml
+from commands import run_tool
 from limits import grow_until
 from native import check_loads_in_deepspeed, write_source
 from transformers import AutoModelForCausalLM
@@ -49,26 +45,6 @@ def recipe(tmp_path):
         return path
 
     return write
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run_tool(name, *arguments):
-    """Run a tool as its command line does, in this process: starting Python and torch costs seconds."""
-    out, err = StringIO(), StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            importlib.import_module(name).main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 def grow(source, recipe, output, *more):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import xxhash
-from test_grow_limits import write_synthetic
+from sources import write_synthetic
 
 from incr_ds.arch.multipliers import read_multipliers
 from incr_ds.checkpoint.manifest import journal_entry

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from writers import write_cases
+from zero_engines import write_cases
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.processes import run_processes

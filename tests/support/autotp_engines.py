@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from writers import _code_moments
+from zero_engines import _code_moments
 
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import write_atomically

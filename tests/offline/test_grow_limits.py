@@ -13,27 +13,16 @@ import pytest
 import torch
 import yaml
 from limits import POINTS, grow_until
+from sources import TARGET, contents, hidden, write_synthetic
 
 from incr_ds.checkpoint import sink, workspace
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.checkpoint.publish import read_manifest, verify_manifest
-from incr_ds.config.fields import parse_settings
-from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, ConfigError
-from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
-
-TARGET = {"hidden_size": 42, "num_hidden_layers": 5, "intermediate_size": 77}
-
-
-def write_synthetic(folder, architecture, **layout):
-    """A native checkpoint of ``architecture`` at folder/source."""
-    (folder / "same.yaml").write_text("target: {}\n")
-    recipe = parse_settings({"target": {}, "layout": layout}, GrowthRecipe, "test")
-    request = GrowthRequest(folder, folder / "same.yaml", folder / "source")
-    grow_checkpoint(plan_files(request, SyntheticCheckpoint(architecture), recipe))
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +34,6 @@ def home(tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     grow_checkpoint(plan_request(GrowthRequest(folder / "source", folder / "recipe.yaml", folder / "target")))
     return folder
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def hidden(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def request(home, output, **options):
@@ -125,7 +106,7 @@ def peak_of_growth(folder, *options):
     """Largest anonymous memory of the tool while it grows folder/source into folder/out."""
     command = [sys.executable, "tools/grow_checkpoint.py", "--source", folder / "source", "--output", folder / "out"]
     command += ["--recipe", folder / "recipe.yaml", *options]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes_of(process.pid))

@@ -175,10 +175,8 @@ def test_the_share_that_is_held_out_is_the_one_asked_for():
 def test_training_a_tokenizer_repeats_where_it_samples(tmp_path):
     """More text than the trainer looks at: which part it looks at must not differ from process to process."""
     train_sentencepiece(many_texts(), 700, tmp_path / "first")
-    program = (
-        f"from train.test_corpus import *; train_sentencepiece(many_texts(), 700, Path({str(tmp_path)!r}) / 'second')"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent, timeout=120)
+    program = f"from test_corpus import *; train_sentencepiece(many_texts(), 700, Path({str(tmp_path)!r}) / 'second')"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent, timeout=120)
     train_sentencepiece(many_texts()[:-2000], 700, tmp_path / "less")
     first, second, less = ((tmp_path / name / "tokenizer.model").read_bytes() for name in ("first", "second", "less"))
     assert first == second

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tensor_parallel import case_model, write_autotp
+from autotp_engines import case_model, write_autotp
 
 from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
 from incr_ds.checkpoint.opening import open_source

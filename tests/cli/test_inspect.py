@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from test_grow import run_tool
+from commands import run_tool
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grow_limits import TARGET, contents, hidden, write_synthetic
+from sources import TARGET, contents, hidden, write_synthetic
 
 from incr_ds.errors import ConfigError
 from incr_ds.offline.launcher import join_process_group
@@ -21,7 +21,7 @@ from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from safetensors.torch import save_file
-from writers import write_cases
+from zero_engines import write_cases
 
 from incr_ds.checkpoint.deepspeed.checks import rounds_to
 from incr_ds.checkpoint.finite import FiniteCheckpoint

@@ -15,7 +15,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.sharding.placement import check_layout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
 RUN_FILES = sorted((CONFIGS / "runs").glob("*.yaml"))
 # What the run file states; a DeepSpeed JSON that states it too would be a second truth.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_grow_limits import write_synthetic
+from sources import write_synthetic
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.memory import drawn_model, small_architecture

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 import yaml
+from commands import run_tool
 from safetensors import safe_open
-from test_grow import run_tool
-from test_grow_limits import write_synthetic
+from sources import write_synthetic
 
 from incr_ds.checkpoint.huggingface.export import own_dtype
 from incr_ds.checkpoint.opening import open_source

@@ -1,7 +1,7 @@
 """The tensor files of grown checkpoints keep their bytes: every layout, source and optimizer mode, against bytes.json.
 
 A change of code that is meant to change no byte leaves this test green. One that is meant to change bytes says so in
-CHANGELOG.md and writes the file anew: ``python tests/test_stable_bytes.py``.
+CHANGELOG.md and writes the file anew: ``python tests/offline/test_stable_bytes.py``.
 """
 
 import json

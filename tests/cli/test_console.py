@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from test_grow import run_tool
-from test_grow_limits import write_synthetic
-from test_study import write_run
+from commands import run_tool
+from curves import write_run
+from sources import write_synthetic
 
 from incr_ds.checkpoint.publish import check_writable
 from incr_ds.cli.command import MOST_LINES, told
@@ -158,7 +159,7 @@ def test_a_recipe_that_could_not_be_written_is_said_before_the_fit(home, tmp_pat
 
 def test_a_full_disk_behind_the_output_is_said_once():
     """As `tool > /full/disk/file`; Python would add a second complaint at its end."""
-    tool = os.path.join(os.path.dirname(__file__), "..", "tools", "grow_checkpoint.py")
+    tool = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, tool, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from test_grow import run_tool
+from commands import run_tool
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.data.tokenizer import train_sentencepiece

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import deepspeed
-from test_engine_layouts import RATE, SCHEDULE, Case, micro_batches, student, teacher
+from engine_cases import RATE, SCHEDULE, Case, micro_batches, student, teacher
 
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint

@@ -4,23 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from curves import write_run
 
 from incr_ds.errors import CheckpointError
 from incr_ds.study.comparison import compare_curves, merge_metrics, read_curve, summary, table_rows, thinned
 from incr_ds.study.report import draw_study, write_report
-from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, read_metrics, row
+from incr_ds.train.metrics import MetricsFile, read_metrics
 
-TOOL = Path(__file__).parents[1] / "tools" / "growth_study.py"
-
-
-def write_run(folder, losses, flops_per_step, interval=10):
-    metrics = MetricsFile(folder, None)
-    for index, loss in enumerate(losses):
-        step = index * interval
-        position = Position(step=step, tokens=step * 100, flops=step * flops_per_step)
-        metrics.append(row(position, EvaluationRow(loss=loss, perplexity=1.0, bits_per_byte=loss / 2, seconds=0.1)))
-    metrics.close()
-    return folder
+TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 
 
 @pytest.fixture

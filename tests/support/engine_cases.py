@@ -1,0 +1,191 @@
+"""Cases of training over processes, and the same training in one process without this package's engine."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.testing.checkpoint import drawn_checkpoint
+from incr_ds.testing.memory import small_architecture
+from incr_ds.testing.pico import TRAINED_BESIDE, pico_architecture
+from incr_ds.testing.runs import pico_run
+
+ROWS, LENGTH, STEPS, RATE = 2, 12, 4, 0.05
+
+
+# The teacher runs, at two temperatures, then fades out: the stages stop sending its hidden states.
+SCHEDULE = [(0.6, 2.0), (0.3, 1.0), (0.0, 1.0), (0.5, 1.5)]
+
+
+# A large eps keeps AdamW's step a smooth function of the gradient: a wrong gradient shows, rounding does not.
+OPTIMIZER = {"eps": 0.03, "gradient_clipping": 0.5, "weight_decay": 0.2}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    tied: bool
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    accumulation: int = 1
+    recompute: bool = False
+    divergence: str = "forward_kl"
+    z_loss: float = 0.0
+    precision: str = "fp32"
+    freeze: tuple[str, ...] = ()
+
+    @property
+    def world(self):
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def micro_batches(self):
+        return self.accumulation * self.data
+
+    def run(self):
+        attention = "eager" if self.family == "gemma2" else "sdpa"
+        layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline}
+        return pico_run(
+            layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
+            batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
+            optimizer=OPTIMIZER,
+            precision=self.precision,
+            model={
+                "config": "pico",
+                "activation_checkpointing": self.recompute,
+                "freeze": list(self.freeze),
+                "attention": attention,
+            },
+            distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
+            loss={"z_loss": self.z_loss},
+        )
+
+
+# Dropout would draw other numbers in another layout; two tensor ranks need an even number of heads.
+CHANGES = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+    "gemma3_text": {"num_key_value_heads": 2},
+    "smollm3": {"num_key_value_heads": 2},
+    "ministral3": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 2},
+    "starcoder2": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+}
+
+
+def student(case):
+    if case.family in TRAINED_BESIDE:
+        changes = {"tie_word_embeddings": case.tied, **CHANGES.get(case.family, {})}
+        return drawn_checkpoint(small_architecture(case.family, **changes), seed=1)
+    # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
+    architecture = pico_architecture(case.family, tied=case.tied, num_key_value_heads=2)
+    return drawn_checkpoint(architecture, seed=1)
+
+
+def teacher(case=None):
+    if case is not None and case.family in TRAINED_BESIDE:
+        return drawn_checkpoint(
+            small_architecture(case.family, tie_word_embeddings=True, **CHANGES.get(case.family, {})), seed=2
+        )
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return drawn_checkpoint(pico_architecture("llama", **sizes), seed=2)
+
+
+def micro_batches(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for index in range(count):
+        ids = torch.randint(0, 101, (ROWS, LENGTH + 1), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[0, : index % 5] = -100  # micro-batches with unlike numbers of valid tokens
+        batches.append((ids[:, :-1].contiguous(), labels))
+    return batches
+
+
+def train(case):
+    """What one rank sees: step results, evaluations between the steps, and its final weights with their bounds."""
+    import deepspeed
+
+    from incr_ds.train.engine import build_engine
+
+    weights = student(case)
+    engine = build_engine(case.run(), weights.architecture, weights, teacher(case))
+    steps, evaluations = [], []
+    for step, (alpha, temperature) in enumerate(SCHEDULE):
+        mine = micro_batches(case.micro_batches, step)[engine.data_parallel_rank :: case.data]
+        # A middle stage of a pipeline would get None.
+        batches = iter(mine) if engine.reads_data else None
+        steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
+        held_out = micro_batches(3 * case.data, 100)[engine.data_parallel_rank :: case.data]
+        evaluations.append(engine.evaluate(iter(held_out), 3))
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
+        values = {
+            (shard.tensor.name, shard.bounds): parameter.detach().clone()
+            for shard, parameter in zip(engine.shards, parameters, strict=True)
+        }
+    engine.close()
+    return steps, evaluations, values
+
+
+def reference(case):
+    """The same training by transformers and torch alone."""
+    model, guide = transformers_model(student(case)), transformers_model(teacher(case))
+    frozen = frozen_tensors(student(case).architecture, case.freeze)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() > 1]
+    rest = [p for p in trained if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=OPTIMIZER["eps"])
+    steps, evaluations = [], []
+    for step, (alpha, temperature) in enumerate(SCHEDULE):
+        parts = [
+            losses(case, model, guide, *batch, alpha, temperature) for batch in micro_batches(case.micro_batches, step)
+        ]
+        loss, ce, divergence = (torch.stack(part).mean() for part in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["gradient_clipping"])
+        optimizer.step()
+        steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
+        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100)))
+    return steps, evaluations, dict(model.named_parameters())
+
+
+def transformers_model(checkpoint):
+    config = dict(checkpoint.architecture.config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.load_state_dict(
+        {spec.name: checkpoint.read(spec.name) for spec in checkpoint.architecture.stored}, strict=False
+    )
+    return model
+
+
+def losses(case, model, guide, input_ids, labels, alpha, temperature):
+    valid = labels.flatten() != -100
+    logits = model(input_ids).logits.flatten(0, 1)[valid]
+    with torch.no_grad():
+        target = guide(input_ids).logits.flatten(0, 1)[valid]
+    ce = F.cross_entropy(logits, labels.flatten()[valid])
+    log_p, log_q = F.log_softmax(logits / temperature, 1), F.log_softmax(target / temperature, 1)
+    if case.divergence == "reverse_kl":
+        log_p, log_q = log_q, log_p
+    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    z = logits.logsumexp(1).square().mean()
+    return (1 - alpha) * ce + alpha * temperature**2 * divergence + case.z_loss * z, ce, divergence
+
+
+@torch.no_grad()
+def token_mean(model, batches):
+    total = sum(
+        F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in batches
+    )
+    return (total / sum((labels != -100).sum() for _, labels in batches)).item()
