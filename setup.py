@@ -30,6 +30,7 @@ DEV = [
     "ruff",
     "mypy",
     "types-PyYAML",
+    "types-psutil",
     "accelerate",
     "triton",
     LIGER,

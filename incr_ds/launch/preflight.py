@@ -73,8 +73,9 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
         partial(_check_folders, run),
         partial(_check_output, run.output),
         partial(deepspeed_config, run),
+        *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),
     ]
-    for check in [*checks, *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes))]:
+    for check in checks:
         try:
             check()
         except IncrError as error:

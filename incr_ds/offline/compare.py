@@ -65,10 +65,11 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     # transformers' grouped products of experts refuse some sizes.
     eager = {"experts_implementation": "eager"} if architecture.family.joined else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
         part.data.copy_(checkpoint.read(name))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,7 +98,8 @@ def compare(
     for checkpoint in (source, target):
         check_context(checkpoint.architecture, max(batch.shape[-1] for batch in batches), str(checkpoint.facts.path))
     first, second = load_model(source, dtype), load_model(target, dtype)
-    seen, kept = _Seen(), []
+    seen = _Seen()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             old, whole = first(batch).logits, second(batch).logits
