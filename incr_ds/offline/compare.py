@@ -15,6 +15,7 @@ from incr_ds.arch.architecture import Architecture, check_context
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.offline.sentences import has_tokenizer, sentence_batches
+from incr_ds.offline.tolerance import EXACT, ROUNDING_FACTOR
 from incr_ds.sharding.joined import joined_parameters
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 LENGTH, SAMPLES = 128, 8
 
-
-EXACT = 1e-4  # of the largest logit: what fp32 arithmetic in another order leaves
-# A growth multiplies and rounds each weight once, as the measure does; its largest effect on a logit was up to 1.5 times as
-# large (docs/exactness.md).
-ROUNDING_FACTOR = 3.0
 # Rounding at two scales: weights that are in 16 bits already stay as they are at the first, a growth's factors move them.
 _SCALES = (1.0, 1.37)
 _KEPT_LOGITS = 1 << 26  # numbers of the source's logits that are kept to measure rounding against
