@@ -3,10 +3,9 @@
 from setuptools import find_packages, setup
 
 REQUIRES = [
-    "deepspeed>=0.19.8,<0.20",
     "torch>=2.10",
     "transformers>=5.0,<6",
-    "sentencepiece",
+    "sentencepiece",  # tokenizer.model files of published models, for generate and verify
     "numpy",
     "safetensors",
     "pydantic>=2.10",
@@ -17,6 +16,10 @@ REQUIRES = [
     "xxhash",
     "psutil",
     "isal",
+]
+# What a training run, data preparation and figures need beyond it; named in incr_ds/launch/packages.py, too.
+TRAIN = [
+    "deepspeed>=0.19.8,<0.20",
     "megatron-core==0.16.1",
     "matplotlib",
     "tensorboard",
@@ -30,10 +33,24 @@ DEV = [
     "ruff",
     "mypy",
     "types-PyYAML",
+    "types-psutil",
     "accelerate",
     "triton",
     LIGER,
 ]
+
+# Each runs incr_ds.cli.MODULE; tools/MODULE.py is the same command, by its path.
+COMMANDS = {
+    "incr-prepare-data": "prepare_data",
+    "incr-inspect": "inspect_checkpoint",
+    "incr-grow": "grow_checkpoint",
+    "incr-fit-growth": "fit_growth",
+    "incr-verify": "verify_checkpoint",
+    "incr-export": "export_huggingface",
+    "incr-generate": "generate",
+    "incr-evaluate": "evaluate",
+    "incr-growth-study": "growth_study",
+}
 
 setup(
     name="incr_ds",
@@ -52,5 +69,6 @@ setup(
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "liger": [LIGER]},
+    extras_require={"train": TRAIN, "dev": DEV, "liger": [LIGER]},
+    entry_points={"console_scripts": [f"{name} = incr_ds.cli.{module}:main" for name, module in COMMANDS.items()]},
 )

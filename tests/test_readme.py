@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_commands_parse(line):
 def test_every_tool_is_shown():
     shown = {line.split()[1].removeprefix("tools/") for line in commands()}
     assert {path.name for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("bench_")} <= shown
+
+
+def test_every_command_is_named():
+    commands = [entry.name for entry in distribution("incr_ds").entry_points if entry.group == "console_scripts"]
+    assert set(commands) == set(re.findall(r"`(incr-[\w-]+)`", README))
 
 
 def test_make_targets():

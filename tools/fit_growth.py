@@ -1,48 +1,6 @@
-"""Fit the operators of a growth on a few hundred batches, before the growth; writes a recipe that grow_checkpoint.py takes."""
+"""The command incr-fit-growth, by its path."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from incr_ds.checkpoint.publish import check_writable, write_atomically
-from incr_ds.cli.command import command, console, print_json, progress_bar
-from incr_ds.config.fields import load_settings
-from incr_ds.config.training import RunSettings
-from incr_ds.config.yaml_file import yaml_text
-from incr_ds.errors import ConfigError
-from incr_ds.train.fitting import fit_growth
-
-
-@command
-def main(
-    config: Annotated[Path, typer.Option(help="Run file whose model.initialize_from names source and recipe.")],
-    output: Annotated[Path, typer.Option(help="Recipe to write (YAML).")],
-    override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
-) -> None:
-    """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW, the source frozen."""
-    if output.exists():
-        raise ConfigError(f"{output}: exists already; choose another name.")
-    check_writable(output.parent)
-    run = load_settings(config, RunSettings, override)
-    steps = run.schedule.train_steps
-    with progress_bar(quiet=json) as progress:
-        fit = fit_growth(run, lambda step, loss: progress("fitting", step + 1, steps) if progress else None)
-    write_atomically(output, yaml_text(fit.recipe.model_dump(exclude_unset=True)))
-    found = {"recipe": str(output), "steps": steps, "loss_before": fit.before, "loss_after": fit.after}
-    if json:
-        print_json(found)
-        return
-    console.print(
-        f"held-out loss {fit.before:.4f} with the recipe's own operators, {fit.after:.4f} with the fitted ones"
-    )
-    if fit.after >= fit.before:
-        console.print("the fit did not help: more steps, another learning rate, or the recipe as it was")
-    console.print(f"wrote {output}")
-
+from incr_ds.cli.fit_growth import main
 
 if __name__ == "__main__":
     main()

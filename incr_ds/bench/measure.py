@@ -145,7 +145,7 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     step()
     end.record()

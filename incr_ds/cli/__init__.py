@@ -1,1 +1,1 @@
-"""Command lines: errors, tables, and what the thin scripts in tools/ call."""
+"""Command lines: one module for each command, which tools/ and the console scripts run; errors, tables."""

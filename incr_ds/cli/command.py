@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from incr_ds.errors import ConfigError, IncrError
+from incr_ds.launch.packages import missing_training_package
 
 USER_MISTAKE = 2
 
@@ -61,10 +62,11 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
         try:
             _check_arguments(sys.argv[1:])
             _check_repeats(sys.argv[1:], app)
-            try:
-                app()
-            finally:
-                sys.stdout.flush()  # to a full disk, say
+            with _training_packages():
+                try:
+                    app()
+                finally:
+                    sys.stdout.flush()  # to a full disk, say
         except (IncrError, OSError) as error:
             _forget_output()
             errors.print(f"error: {told(error)}", markup=False)
@@ -73,6 +75,17 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
             gc.freeze()
 
     return program
+
+
+@contextmanager
+def _training_packages() -> Iterator[None]:
+    """ConfigError for an import of what only the extra ``train`` installs; anything else that is missing is a defect."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (missing := missing_training_package(error)) is None:
+            raise
+        raise missing from error
 
 
 def told(error: IncrError | OSError) -> str:

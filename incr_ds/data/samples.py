@@ -74,7 +74,7 @@ class Blend:
 
     def tokens(self, number: int) -> np.ndarray:
         """Sample ``number``: int64 [sequence_length + 1]."""
-        return self._corpora[self._corpus[number]].tokens(int(self._number[number]))
+        return self._corpora[int(self._corpus[number])].tokens(int(self._number[number]))
 
 
 def open_corpus(data: DataSet, sequence_length: int, seed: int, cache: Path, *, builds_index: bool = True) -> Corpus:

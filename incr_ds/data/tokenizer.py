@@ -54,7 +54,12 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
         raise ConfigError(f"--tokenizer train:sentencepiece: {_reason(error)}; try a smaller --vocab-size.") from error
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    unprefixed = {"add_prefix_space": False, "add_bos_token": False, "add_eos_token": False, "legacy": False}
+    unprefixed: dict[str, Any] = {
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "legacy": False,
+    }
     LlamaTokenizer.from_pretrained(folder, **unprefixed).save_pretrained(folder)
 
 
@@ -74,7 +79,7 @@ def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
 
 def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens; a text that spells </s> is not a special token."""
-    return tokenizer(
+    encoded: list[list[int]] = tokenizer(
         texts,
         add_special_tokens=False,
         split_special_tokens=True,
@@ -82,6 +87,7 @@ def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
+    return encoded
 
 
 def _sample(chunks: Iterable[str], size: int) -> list[str]:

@@ -16,6 +16,7 @@ from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.launch.deepspeed_config import deepspeed_config
+from incr_ds.launch.packages import require
 from incr_ds.sharding.placement import check_layout
 
 # What every launcher tells its ranks.
@@ -69,12 +70,14 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
     prefixes = [corpus.prefix for corpus in run.data.train]
     prefixes += [str(run.data.validation)] if run.evaluation else []
     checks: list[Callable[[], object]] = [
+        partial(require, "deepspeed", "megatron.core", "tensorboard"),
         partial(check_model, run),
         partial(_check_folders, run),
         partial(_check_output, run.output),
         partial(deepspeed_config, run),
+        *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),
     ]
-    for check in [*checks, *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes))]:
+    for check in checks:
         try:
             check()
         except IncrError as error:

@@ -83,13 +83,14 @@ class LayerFactory:
         shard = self._shards[self.architecture.by_name[HEAD].tied_to or HEAD]
         weight = shared if shared is not None else self._parameter(shard)
         # The name that DeepSpeed's gradient norm looks for, to count a cut tensor on every tensor rank.
-        weight.tensor_model_parallel = self.ranks.group is not None
+        vars(weight)["tensor_model_parallel"] = self.ranks.group is not None
         return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
 
     @cached_property
     def _outline(self) -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+            outline: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        return outline
 
     @cached_property
     def _shards(self) -> Mapping[str, RankParameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
@@ -33,7 +33,8 @@ class EmbeddingLayer(nn.Module):
         if with_positions and "positions" in architecture.sizes:
             roles.append("positions")
         modules = [_add(self, factory, role) for role in roles]
-        self._embedding = InputEmbedding(architecture, modules[0], modules[1] if len(modules) > 1 else None)
+        positions = cast(nn.Embedding, modules[1]) if len(modules) > 1 else None
+        self._embedding = InputEmbedding(architecture, modules[0], positions)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, H]."""
@@ -136,24 +137,29 @@ class StagedLanguageModel(PipelineModule):
         """Run this stage; see the class."""
         student, taught = stream if isinstance(stream, tuple) else (stream, stream)
         if not self.teaching:
-            return super().forward(student)
-        return super().forward(student), pack(self._teacher.forward(taught))
+            return self._own_layers(student)
+        return self._own_layers(student), pack(self._teacher.forward(taught))
 
     def loss(self, outputs: Stream, labels: Tensor) -> Tensor:
         """Loss of the last stage's ``outputs`` against ``labels`` [B, S]."""
         student, taught = outputs if isinstance(outputs, tuple) else (outputs, None)
         teacher = (None, None) if taught is None else (self._teacher.unpack(taught), self._teacher.head)
-        parts = self._head(student, labels, *teacher, alpha=self.alpha, temperature=self.temperature)
+        parts: DistillationLoss = self._head(student, labels, *teacher, alpha=self.alpha, temperature=self.temperature)
         self._observe(parts)
         return parts.loss
+
+    def _own_layers(self, student: Tensor) -> Tensor:
+        hidden: Tensor = super().forward(student)
+        return hidden
 
     def _find_head(self, factory: LayerFactory) -> DistillationHead | None:
         if self.stage_id != self.num_stages - 1:
             return None
         if factory.architecture.tied:
             embedding = self.tied_modules[TIED_KEY].get_submodule(_local(factory, "embedding"))
-            return factory.head(embedding.weight)
-        return self.forward_funcs[-1].lm_head
+            return factory.head(embedding.get_parameter("weight"))
+        head: DistillationHead = self.forward_funcs[-1].lm_head
+        return head
 
     def _partition_layers(self, method: Any = None) -> None:
         stages = stage_layers(self._num_layers - 3, self.num_stages)

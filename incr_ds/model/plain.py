@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -39,9 +39,12 @@ class LanguageModel(nn.Module):
                 self._ends[spec.role] = module
         tokens = self._ends.get("embedding")
         self._architecture = architecture
-        self._embedding = None if tokens is None else InputEmbedding(architecture, tokens, self._ends.get("positions"))
+        positions = cast(nn.Embedding | None, self._ends.get("positions"))
+        self._embedding = None if tokens is None else InputEmbedding(architecture, tokens, positions)
         if architecture.num_layers + 2 in layers:
-            self.lm_head = factory.head(None if tokens is None or not architecture.tied else tokens.weight)
+            self.lm_head = factory.head(
+                None if tokens is None or not architecture.tied else tokens.get_parameter("weight")
+            )
         self._positions = factory.positions
         self._recompute = factory.activation_checkpointing
         self._attention = factory.attention
@@ -57,7 +60,9 @@ class LanguageModel(nn.Module):
     ) -> DistillationLoss:
         """Loss of the whole model: ``labels`` [B, S] holds the token after each of ``input_ids`` [B, S]."""
         hidden = self.hidden_states(input_ids)
-        return self.lm_head(hidden, labels, teacher_hidden, teacher_head, alpha=alpha, temperature=temperature)
+        teacher = (teacher_hidden, teacher_head)
+        parts: DistillationLoss = self.lm_head(hidden, labels, *teacher, alpha=alpha, temperature=temperature)
+        return parts
 
     def hidden_states(self, stream: Tensor) -> Tensor:
         """Run the layers up to the head: ``stream`` is input_ids [B, S] at the embedding, else hidden [B, S, H]."""
@@ -97,6 +102,7 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool,
 
     def run(stream: Tensor) -> Tensor:
         with preferred_kernels(attention):
-            return block(stream, **arguments)
+            output: Tensor = block(stream, **arguments)
+        return output
 
     return checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)

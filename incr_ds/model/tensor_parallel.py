@@ -47,7 +47,8 @@ def _cut(layer: nn.Linear | nn.Embedding, spec: TensorSpec, ranks: TensorRanks) 
     kind = kinds.get((type(layer), dimension))
     if kind is None:
         raise LayoutError(f"{spec.name}: a {type(layer).__name__} cut along dimension {dimension} is not supported")
-    return kind(layer, ranks.group)
+    cut: nn.Module = kind(layer, ranks.group)
+    return cut
 
 
 def sum_partial_gradients(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:

@@ -15,6 +15,7 @@ from incr_ds.arch.architecture import Architecture, check_context
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.offline.sentences import has_tokenizer, sentence_batches
+from incr_ds.offline.tolerance import EXACT, ROUNDING_FACTOR
 from incr_ds.sharding.joined import joined_parameters
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 LENGTH, SAMPLES = 128, 8
 
-
-EXACT = 1e-4  # of the largest logit: what fp32 arithmetic in another order leaves
-# A growth multiplies and rounds each weight once, as the measure does; its largest effect on a logit was up to 1.5 times as
-# large (docs/exactness.md).
-ROUNDING_FACTOR = 3.0
 # Rounding at two scales: weights that are in 16 bits already stay as they are at the first, a growth's factors move them.
 _SCALES = (1.0, 1.37)
 _KEPT_LOGITS = 1 << 26  # numbers of the source's logits that are kept to measure rounding against
@@ -65,10 +61,11 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     # transformers' grouped products of experts refuse some sizes.
     eager = {"experts_implementation": "eager"} if architecture.family.joined else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
         part.data.copy_(checkpoint.read(name))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,7 +94,8 @@ def compare(
     for checkpoint in (source, target):
         check_context(checkpoint.architecture, max(batch.shape[-1] for batch in batches), str(checkpoint.facts.path))
     first, second = load_model(source, dtype), load_model(target, dtype)
-    seen, kept = _Seen(), []
+    seen = _Seen()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         for batch in batches:
             old, whole = first(batch).logits, second(batch).logits

@@ -49,9 +49,8 @@ def generate_text(
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     end = codec.eos_token_id
-    made = load_model(checkpoint).generate(
-        **inputs, **options, max_new_tokens=num_tokens, eos_token_id=end, pad_token_id=end
-    )
+    model: Any = load_model(checkpoint)  # transformers mixes generate into its classes, not into their base
+    made = model.generate(**inputs, **options, max_new_tokens=num_tokens, eos_token_id=end, pad_token_id=end)
     return str(codec.decode(made[0], skip_special_tokens=True))
 
 

@@ -60,13 +60,15 @@ class _GlooProcessGroup:
 
     def __init__(self, rank: int, size: int) -> None:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(size))
         self.rank, self.size, self._dist = rank, size, dist
-        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=JOINING))
-        self._store = dist.PrefixStore("incr_ds", store)
-        group = dist.PrefixStore("gloo", store)
+        store, *_ = next(rendezvous("env://", rank, size, timeout=JOINING))
+        self._store = PrefixStore("incr_ds", store)
+        group = PrefixStore("gloo", store)
         dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=PATIENCE)
 
     def gather(self, value: Any) -> list[Any]:

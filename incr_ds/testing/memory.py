@@ -58,7 +58,8 @@ def drawn_model(architecture: Architecture, dtype: torch.dtype = torch.float64, 
     """transformers' model with every parameter drawn: matrices at their usual scale, norms around 1, biases around 0."""
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
     eager = {"experts_implementation": "eager"} if architecture.family.joined else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in logical_parts(architecture, dict(model.named_parameters())).items():
         spec = architecture.by_name[name]

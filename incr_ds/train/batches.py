@@ -64,7 +64,7 @@ class PlainRunner:
         self._engine.train()
         for _ in range(self._engine.gradient_accumulation_steps()):
             input_ids, labels = self._next(batches)
-            taught = (None, None)
+            taught: tuple[Tensor | None, Tensor | None] = (None, None)
             if self._teacher is not None and alpha > 0:
                 taught = (self._teacher.forward(input_ids), self._teacher.head)
             parts = self._engine(input_ids, labels, *taught, alpha, temperature)

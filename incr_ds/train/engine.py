@@ -126,7 +126,8 @@ class TrainingEngine:
     @property
     def module(self) -> torch.nn.Module:
         """This rank's part of the model."""
-        return self._engine.module
+        module: torch.nn.Module = self._engine.module
+        return module
 
     @property
     def shards(self) -> tuple[RankParameter, ...]:
@@ -157,7 +158,7 @@ class TrainingEngine:
         """Mean cross entropy in nats per token over ``num_micro_batches`` of each data-parallel rank."""
         self._runner.evaluate(batches, num_micro_batches)
         *_, total, tokens = self._over_ranks().tolist()
-        return total / max(tokens, 1.0)
+        return float(total / max(tokens, 1.0))
 
     def save(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
         """Write DeepSpeed's checkpoint files into folder/tag; no ``latest`` file is written."""

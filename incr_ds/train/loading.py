@@ -42,7 +42,7 @@ def safe_loading() -> Iterator[None]:
     """
     unsafe = torch.load
 
-    def load(f: Any, map_location: Any = None, **_: Any) -> Any:
+    def load(f: Any, *_: Any, **__: Any) -> Any:
         return load_pt_of(Path(os.fspath(f)), DEEPSPEED_TYPES)
 
     torch.load = load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,26 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 
 
-def build_adamw(groups: Sequence[Mapping[str, Any]], run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
+def build_adamw(groups: Sequence[dict[str, Any]], run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over parameter ``groups`` with the run's settings.
 
     DeepSpeed compiles its FusedAdam when it is first used. Raises ConfigError with its reason if that fails.
     """
     settings = run.optimizer
-    options = {"lr": run.schedule.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    options: dict[str, Any] = {"lr": run.schedule.learning_rate, "betas": settings.betas, "eps": settings.eps}
     if settings.implementation == "torch":
         return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
     from deepspeed.ops.adam import FusedAdam
 
     try:
-        return FusedAdam(groups, **options, adam_w_mode=True)
+        fused: torch.optim.Optimizer = FusedAdam(groups, **options, adam_w_mode=True)
     # Whatever goes wrong between ninja, the compiler and the loader.
     except Exception as error:
         raise ConfigError(
             f"optimizer.implementation: deepspeed: FusedAdam could not be built ({type(error).__name__}: {error}). See "
             "DeepSpeed's ds_report for its compiler, or set torch."
         ) from error
+    return fused
 
 
 def adapt_steps(optimizer: torch.optim.Optimizer, run: RunSettings) -> None:

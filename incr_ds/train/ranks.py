@@ -50,7 +50,8 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]
+    result: Result = outcome[0]
+    return result
 
 
 def on_every_rank(work: Callable[[], Result], what: str, remedy: str) -> Result:

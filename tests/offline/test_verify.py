@@ -9,8 +9,9 @@ from commands import run_tool
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.data.tokenizer import train_sentencepiece
-from incr_ds.offline.compare import EXACT, ROUNDING_FACTOR, compare, random_batches, stored_dtype, usual_tokens
+from incr_ds.offline.compare import compare, random_batches, stored_dtype, usual_tokens
 from incr_ds.offline.sentences import has_tokenizer, sentence_batches
+from incr_ds.offline.tolerance import EXACT, ROUNDING_FACTOR
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 
 WIDER = {"hidden_size": 132, "num_hidden_layers": 5, "intermediate_size": 331}

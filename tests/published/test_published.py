@@ -7,7 +7,6 @@ import json
 import warnings
 from pathlib import Path
 
-import inspect_checkpoint
 import pytest
 import torch
 import yaml
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import incr_ds
 from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.arch.family import families, mixtures
+from incr_ds.cli import inspect_checkpoint
 
 COMPARED, RELEASES = yaml.safe_load_all(Path(__file__).with_name("configs.yaml").read_text())
 # A default run takes the releases with the most unusual fields of each family, `make test-slow` all.
