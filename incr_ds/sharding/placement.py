@@ -99,7 +99,8 @@ def pipeline_name(spec: TensorSpec, architecture: Architecture) -> str:
 def names_in_pipelines(architecture: Architecture) -> dict[str, str]:
     """The tensor for each name that a pipeline may have for it: its parameter's, and ``<layer>.<name in the layer's file>``.
     The last stage saves a tied embedding once more, in the head's layer."""
-    head, found = architecture.num_layers + 2, {}
+    head = architecture.num_layers + 2
+    found: dict[str, str] = {}
     for spec in architecture.stored:
         layers = [pipeline_layer(spec, architecture.num_layers)]
         if architecture.tied and spec.role == "embedding":

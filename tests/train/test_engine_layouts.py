@@ -1,6 +1,5 @@
 """Training cut over processes equals training in one process without DeepSpeed, losses and weights."""
 
-
 import pytest
 import torch
 from engine_cases import (
