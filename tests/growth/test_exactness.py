@@ -567,7 +567,10 @@ def test_any_shape_is_exact_or_refused(
     try:
         found = difference(family, target, tied, width=width, depth={"method": depth})
     except IncrError as refusal:
-        assert any(reason in str(refusal) for reason in ("work", "can be", "Nearest", "use width.hidden: zero", "set num_attention_heads:"))
+        assert any(
+            reason in str(refusal)
+            for reason in ("work", "can be", "Nearest", "use width.hidden: zero", "set num_attention_heads:")
+        )
         return
     assert found <= 1e-12
 
