@@ -22,7 +22,9 @@ SUPPORT = Path(__file__).parents[1] / "support"
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("deepspeed", "megatron", "tensorboard", "matplotlib")
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-PRELUDE = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); from absent import make_absent; make_absent(*{PACKAGES})\n"
+PRELUDE = (
+    f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); from absent import make_absent; make_absent(*{PACKAGES})\n"
+)
 IN_TURN = """
 import importlib, json
 for name, *arguments in json.loads(sys.argv[1]):

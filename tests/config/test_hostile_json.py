@@ -36,7 +36,7 @@ def large(path):
 KINDS = {
     pipe: r"cannot be read \(a pipe, not a regular file\)",
     device: r"cannot be read \(a device, not a regular file\)",
-    large: r"cannot be read \(more than 16,777,216 bytes, the largest that is read\)",
+    large: r"cannot be read \(more than 16,777,216 bytes, the most that is read\)",
     lambda path: path.mkdir(): r"cannot be read \(a folder, not a regular file\)",
     lambda path: path.write_bytes(b"\xff"): r"cannot be read \('utf-8' codec can't decode byte 0xff",
     lambda path: path.write_text(DEEP): r"nested more than 64 levels deep",
@@ -145,7 +145,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("path", "value", "message"), MALFORMED, ids=lambda value: str(value)[:30])
 def test_a_malformed_manifest_whose_checksum_fits_is_one_message(published, tmp_path, path, value, message):
     resealed(published, tmp_path, path, value)
-    with pytest.raises(CheckpointError, match=rf"manifest\.json: .*{message}.*though the checksum fits"):
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: .*{message}.*although the checksum matches"):
         read_manifest(tmp_path)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         source_training(tmp_path, SyntheticCheckpoint(pico_architecture()).facts)

@@ -182,7 +182,7 @@ def test_verify_and_export(source, recipe, tmp_path):
     assert same_function(open_source(source["zero"]), open_source(tmp_path / "exported")) <= 1e-5
     assert run_tool("export_huggingface", out, tmp_path / "rounded").returncode == 0
     done = run_tool("verify_checkpoint", tmp_path / "rounded", "--against", out, "--samples", 2, "--length", 12)
-    assert done.returncode == 0 and "times what rounding its weights to 16 bits does" in done.stdout, done.stdout
+    assert done.returncode == 0 and "times the effect of rounding its weights to 16 bits" in done.stdout, done.stdout
     done = run_tool(
         "verify_checkpoint", tmp_path / "rounded", "--tolerance", 0, "--against", out, "--samples", 1, "--length", 8
     )
@@ -228,7 +228,7 @@ BAD = [
     ({"layout": {"tensor_parallel": 3}}, ".yaml: layout: the model cannot be cut this way"),
     ({"layout": {"pipeline_parallel": 6}}, "pipeline_parallel can be 1 to 5"),
     ({"layout": {"pipeline_parallel": 2, "zero_stage": 2}}, "DeepSpeed's pipeline supports zero_stage 0 and 1"),
-    ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use 1, 2 or 3"),
+    ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use the engine's stage 1, 2 or 3"),
 ]
 
 
@@ -293,7 +293,7 @@ def test_what_describes_a_published_source_must_match_its_manifest(source, recip
         "evaluate": [first, "--data", tmp_path / "nowhere"],
         "export_huggingface": [first, tmp_path / "second"],
     }
-    for expected in (r"notes.txt: not in the manifest", r"config.json: .* the manifest says"):
+    for expected in (r"notes.txt: not in the manifest", r"config.json: .* the manifest lists"):
         for tool, arguments in attempts.items():
             done = run_tool(tool, *arguments)
             assert done.returncode == 2 and re.search(expected, done.stderr), (tool, done.stderr)
@@ -323,9 +323,9 @@ def test_an_output_in_its_source_is_refused(source, recipe, tmp_path, output, ov
     path = recipe()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = grow(folder, path, folder / output, *overwrite)
-    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    assert done.returncode == 2 and "the source must not change; choose an output beside it" in done.stderr
     done = run_tool("export_huggingface", folder, folder / output)
-    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    assert done.returncode == 2 and "the source must not change; choose an output beside it" in done.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -70,7 +70,7 @@ def test_what_megatron_wrote_is_read(tmp_path, grid, tied):
     assert found.facts.kind == "DeepSpeed ZeRO-1, Megatron-DeepSpeed"
     assert [found.facts.layout[key] for key in ("tensor_parallel", "pipeline_parallel", "data_parallel")] == list(grid)
     padded = 104 if grid[0] == 1 else 112
-    assert f"padded from 101 to {padded} rows, which are left out" in found.facts.notes[0]
+    assert f"padded from 101 to {padded} rows, and the padding is left out" in found.facts.notes[0]
     same(found, source)
     list(found.self_check())
 
@@ -185,11 +185,11 @@ def test_what_does_not_fit(tmp_path):
     ):
         lay_out(tmp_path, truth(intermediate_size=253), tensor_parallel=2)
     with pytest.raises(
-        LayoutError, match=r"layout\.modules: megatron-deepspeed: no modules for qwen3 there; it has llama"
+        LayoutError, match=r"layout\.modules: megatron-deepspeed: it has no modules for qwen3; supported: llama"
     ):
         lay_out(tmp_path, SyntheticCheckpoint(small_architecture("qwen3")))
     with pytest.raises(
-        ConfigError, match=r"modules: megatron-deepspeed with format: huggingface .*written as format: deepspeed or"
+        ConfigError, match=r"modules: megatron-deepspeed with format: huggingface .*use format: deepspeed or"
     ):
         lay_out(tmp_path, source, format="huggingface")
 

@@ -282,7 +282,7 @@ def test_tag_folder_and_unknown_tag(written):
     folder = written["z1", 1][0]
     with pytest.raises(CheckpointError, match=r"this is a tag folder; give its parent and --tag step"):
         open_source(folder / "step")
-    with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; folders there: step"):
+    with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; existing folders: step"):
         open_source(folder, "other")
 
 
@@ -419,12 +419,12 @@ def test_frozen_parameters_that_were_left_out(damaged, case):
 
     for path in (folder / "step").glob("*model_states.pt"):
         rewrite(path, leave_out)
-    message = r"2 tensor\(s\) do not fit the config; .*saved with exclude_frozen_parameters=True: save it again"
+    message = r"2 tensor\(s\) do not match the config; .*saved with exclude_frozen_parameters=True: save it again"
     with pytest.raises(CheckpointError, match=message):
         open_source(folder)
 
 
-def test_zero_0_whose_order_cannot_be_told(damaged):
+def test_zero_0_whose_order_is_ambiguous(damaged):
     """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
     folder = damaged("z0")
 
@@ -457,7 +457,7 @@ def only_weights(folder, message, live=None):
 def test_zero_0_in_an_order_of_its_own(damaged):
     folder = damaged("z0")
     rewrite(model_file(folder), lambda content: content["optimizer"]["param_groups"][0]["params"].reverse())
-    only_weights(folder, r"without names, and none of the module's orders fits \(save with ZeRO-1\)")
+    only_weights(folder, r"without names, and none of the module's orders matches \(save with ZeRO-1\)")
 
 
 # What other optimizers, or none, leave of each parameter's state.
@@ -580,7 +580,7 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masters_are_compared_as_numbers(dtype):
-    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is no case of swapped shards."""
+    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is not a case of swapped shards."""
     masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masters[0, :2] = torch.tensor([0.0, float("inf")])
     saved = masters.to(dtype, copy=True)
