@@ -1,8 +1,8 @@
-"""The errors that a user can cause. Each message says where, what was expected, what was found and what to do."""
+"""Errors that a user can cause. Each message says where, what was expected, what was found and what to do."""
 
 
 class IncrError(Exception):
-    """A mistake in the user's input; the command line prints its text and exits with 2."""
+    """A mistake in the user's input. The command line prints its text and exits with code 2."""
 
 
 class ConfigError(IncrError):

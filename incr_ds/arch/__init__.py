@@ -1,1 +1,1 @@
-"""What tensors a model has: named axes, one declaration per tensor, and the logical view of a checkpoint."""
+"""What tensors a model has: named axes, and one declaration per tensor."""

@@ -1,4 +1,4 @@
-"""A concrete model: a family with its sizes, and every tensor that follows."""
+"""A concrete model: a family with its sizes, and every tensor that follows from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from incr_ds.arch.tensors import Dimension, TensorSpec
 from incr_ds.config.json_file import read_json
 from incr_ds.errors import ConfigError
 
-# A plan holds every position of an axis and names every tensor; beyond these a config is damaged, or a number a slip.
+# A plan holds every position of an axis and names every tensor. Above these sizes the config is damaged or mistyped.
 _MOST = {"layers": 1 << 14, "experts": 1 << 12}
 _MOST_POSITIONS = 1 << 22
 
 
 def max_axis_size(axis: str) -> int:
-    """The largest size of an axis that is taken for one."""
+    """The largest plausible size of an axis."""
     return _MOST.get(axis, _MOST_POSITIONS)
 
 
@@ -32,7 +32,7 @@ def max_axis_size(axis: str) -> int:
 class Architecture:
     """A family, its full Hugging Face config, and the size of every named axis.
 
-    ``stated`` is the config as its file has it, without what transformers fills in, and with what it does not read.
+    ``stated`` is the config as in its file: without transformers' defaults, and with fields that it does not read.
     """
 
     family: Family
@@ -42,21 +42,21 @@ class Architecture:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Fields of the config that no code of the model reads."""
+        """Config fields that none of the model's code reads."""
         return tuple(sorted(set(self.stated) - self.family.known_fields))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the config."""
+        """What a user should know about the config."""
         checks = [
             (
                 bool(self.unread),
                 f"config.json: {', '.join(self.unread)}: transformers {installed_version()} does not read this for a "
-                f"{self.family.model_type}, so it changes nothing; it is carried along unchanged",
+                f"{self.family.model_type}, so it has no effect; it is copied unchanged",
             ),
             (
                 bool(self.stated.get("auto_map")),
-                f"config.json: auto_map names code that the checkpoint brings; it is not run: the model is transformers' own "
+                f"config.json: auto_map names code that comes with the checkpoint; it is not run: the model is transformers' own "
                 f"{self.family.class_name}",
             ),
         ]
@@ -64,19 +64,19 @@ class Architecture:
 
     @property
     def tied(self) -> bool:
-        """True when the output projection shares the embedding's storage."""
+        """True if the output head shares the embedding's storage."""
         return bool(self.config["tie_word_embeddings"])
 
     @property
     def logit_softcap(self) -> float | None:
-        """The c of logits c tanh(z / c), or None where they are the product z itself."""
+        """The c in logits c tanh(z / c) (the soft cap), or None if the logits are the product z itself."""
         field = self.family.logit_softcap
         cap = None if field is None else self.config[field]
         return None if cap is None else float(cap)
 
     @property
     def logit_factor(self) -> float:
-        """What the model multiplies the product of hidden states and head by."""
+        """The factor on the product of hidden states and output head."""
         over, under = self.family.logit_multiplier, self.family.logit_divisor
         return (float(self.config[over]) if over else 1.0) / (float(self.config[under]) if under else 1.0)
 
@@ -87,7 +87,7 @@ class Architecture:
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor in the order of the module's parameters; a tied alias is listed with its ``tied_to``."""
+        """Every tensor in the order of the module's parameters. A tied alias is listed too, with ``tied_to`` set."""
         specs: list[TensorSpec] = []
         present = [item for item in self.family.tensors if item.when is None or self.config.get(item.when)]
         in_layers = [item for item in present if "{layer}" in item.name]
@@ -99,7 +99,7 @@ class Architecture:
 
     @cached_property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """The tensors that have storage of their own."""
+        """The tensors that have their own storage."""
         return tuple(spec for spec in self.tensors if spec.tied_to is None)
 
     @cached_property
@@ -114,7 +114,7 @@ class Architecture:
 
     @property
     def active_parameters(self) -> int:
-        """Stored elements that a token passes through: of a mixture's experts, only as many as the router picks."""
+        """Stored elements that one token uses: of a mixture's experts, only as many as the router picks."""
         experts = sum(spec.numel for spec in self.stored if spec.expert is not None)
         if not experts:
             return self.num_parameters
@@ -122,7 +122,7 @@ class Architecture:
         return self.num_parameters - experts + experts * picked // self.sizes["experts"]
 
     def _layer(self, items: list[TensorDeclaration], layer: int) -> Iterator[TensorSpec]:
-        """The tensors of one layer; those of a mixture's experts expert by expert."""
+        """The tensors of one layer. Those of a mixture's experts come expert by expert."""
         for several, group in groupby(items, key=lambda item: "{expert}" in item.name):
             members = list(group)
             for expert in range(self.sizes["experts"]) if several else (None,):
@@ -146,7 +146,7 @@ class Architecture:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a Hugging Face config.json; ConfigError if it is missing or not a JSON object."""
+    """Read a Hugging Face config.json. Raises ConfigError if it is missing or not a JSON object."""
     hint = (
         ". The architecture comes from the Hugging Face config.json in the checkpoint folder; copy it there or name one with "
         "--config FILE."
@@ -155,20 +155,20 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that a Hugging Face config describes.
+    """Build the architecture that a Hugging Face config describes.
 
-    transformers fills the defaults and validates. Raises ConfigError for an unsupported family, an unknown field, a
-    field at an unsupported value, and whatever transformers refuses; ``where`` names the config's origin.
+    transformers fills in defaults and validates. Raises ConfigError for an unsupported family, an unknown field, a
+    field with an unsupported value, and everything that transformers refuses. ``where`` names the config's origin.
     """
     family = _known_family(config, where)
     return _architecture(family, filled_config(config, where), config, where)
 
 
 def saved_architecture(path: Path) -> Architecture:
-    """The architecture of a checkpoint's config.json.
+    """Build the architecture of a checkpoint's config.json.
 
-    One that has every field of its family, as transformers and this package write them, is taken as it is: starting
-    transformers costs seconds, and would fill nothing in. Raises ConfigError as ``architecture_from_config`` does.
+    A config that has every field of its family, as transformers and this package write it, is used as it is. Starting
+    transformers takes seconds and would add nothing to it. Raises ConfigError as ``architecture_from_config`` does.
     """
     config, where = read_config(path), str(path)
     family = _known_family(config, where)
@@ -178,17 +178,17 @@ def saved_architecture(path: Path) -> Architecture:
 
 
 def check_context(architecture: Architecture, length: int, where: str) -> None:
-    """ConfigError if a table of learned positions ends before ``length`` tokens do; ``where`` names what asks for them."""
+    """Raise ConfigError if the learned positions end before ``length`` tokens. ``where`` names what asks for them."""
     most = architecture.sizes.get("positions")
     if most is not None and length > most:
         raise ConfigError(
-            f"{where}: {length} tokens a sample, but this {architecture.family.model_type} has {most} learned positions "
-            f"({architecture.family.axes['positions']}); ask for at most {most}."
+            f"{where}: {length} tokens per sample, but this {architecture.family.model_type} has {most} learned positions "
+            f"({architecture.family.axes['positions']}); use at most {most}."
         )
 
 
 def _known_family(config: Mapping[str, Any], where: str) -> Family:
-    """The family, which knows every field of the config that can change what the model computes."""
+    """Find the family, and refuse config fields that it does not know and that can change what the model computes."""
     family = family_of(config.get("model_type"), where)
     _refuse_quantized(config, where)
     unknown = [
@@ -201,8 +201,8 @@ def _known_family(config: Mapping[str, Any], where: str) -> Family:
         raise ConfigError(
             f"{where}: {', '.join(f'{name} ({json.dumps(config[name])[:40]})' for name in unknown)}: transformers "
             f"{installed_version()} reads this for a {family.model_type} ({', '.join(files)}), and no family file says what "
-            "growth must do with it; nothing was done. If the model does without it, name a config.json without it with --config "
-            f"FILE; else say in incr_ds/arch/families/{family.model_type}.yaml what it is."
+            "growth must do with it; nothing was done. If the model works without it, pass a config.json without it with "
+            f"--config FILE; otherwise declare it in incr_ds/arch/families/{family.model_type}.yaml."
         )
     return family
 
@@ -228,8 +228,8 @@ def _architecture(family: Family, full: Mapping[str, Any], stated: Mapping[str, 
     for field, axis in family.config.follows.items():
         if full[field] != sizes[axis]:
             raise ConfigError(
-                f"{where}: {field} is {full[field]}; {family.model_type} is supported with {family.axes[axis]}'s "
-                f"{sizes[axis]} only."
+                f"{where}: {field} is {full[field]}; {family.model_type} is supported only with the value of "
+                f"{family.axes[axis]}, {sizes[axis]}."
             )
     _check_heads(sizes, where)
     _check_numbers(family, full, where)
@@ -237,12 +237,12 @@ def _architecture(family: Family, full: Mapping[str, Any], stated: Mapping[str, 
 
 
 def _check_numbers(family: Family, full: Mapping[str, Any], where: str) -> None:
-    """eps and rotary frequencies, which growth computes with."""
+    """Check eps and the rotary frequencies, with which growth computes."""
     rope = full.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: rope_parameters: expected a mapping, found {rope!r}.")
     found = {f"rope_parameters.{key}": value for key, value in rope.items() if key == "rope_theta"}
-    for kind, inner in rope.items():  # of one kind of layer, where a family has several
+    for kind, inner in rope.items():  # some families state them per kind of layer
         if isinstance(inner, dict) and "rope_theta" in inner:
             found[f"rope_parameters.{kind}.rope_theta"] = inner["rope_theta"]
     if family.config.eps is not None:
@@ -253,7 +253,7 @@ def _check_numbers(family: Family, full: Mapping[str, Any], where: str) -> None:
 
 
 def axis_sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str, int]:
-    """The size of every axis: its config field, or where the config has none, the family's rule."""
+    """The size of every axis: its config field, or the family's rule if the config has none."""
     stated = {axis: (field, full[field]) for axis, field in family.axes.items() if full.get(field) is not None}
     for axis, (field, value) in stated.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -264,7 +264,7 @@ def axis_sizes(family: Family, full: Mapping[str, Any], where: str) -> dict[str,
             )
     sizes = {axis: value for axis, (_, value) in stated.items()}
     if missing := [field for axis, field in family.axes.items() if axis not in sizes and axis not in family.derived]:
-        raise ConfigError(f"{where}: {missing[0]}: missing; a {family.model_type} config states it.")
+        raise ConfigError(f"{where}: {missing[0]}: missing; a {family.model_type} config must state it.")
     for axis, rule in family.derived.items():
         if axis not in sizes:
             sizes[axis] = _derive(rule, sizes, where)
@@ -280,11 +280,11 @@ def _derive(rule: str, sizes: Mapping[str, int], where: str) -> int:
 
 
 def filled_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``config`` with every field that transformers gives it; ConfigError for what it refuses."""
+    """Add every default of transformers to ``config``. Raises ConfigError for what transformers refuses."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    # transformers writes into the mappings that it is given.
+    # transformers modifies the mappings that it is given.
     given = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
     try:
         filled = AutoConfig.for_model(config["model_type"], **given).to_dict()

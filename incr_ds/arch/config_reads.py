@@ -1,4 +1,4 @@
-"""Which config fields the installed transformers reads for a model, found in its source text: nothing of it is imported."""
+"""Finds which config fields the installed transformers reads for a model. It parses source text and imports none of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# What every model's code goes through, beside its own two files. Generation is not among them: it changes no logits.
+# Code that every model uses besides its own two files. Generation is not among them: it changes no logits.
 SHARED_CONFIG = ("configuration_utils.py", "modeling_rope_utils.py", "utils/generic.py", "integrations/heterogeneity")
 SHARED_MODEL = (
     "modeling_utils.py",
@@ -29,13 +29,12 @@ SHARED_MODEL = (
     "integrations/flex_attention.py",
     "integrations/moe.py",
 )
-_ANY = object()  # the default of a read that has none
+_ANY = object()  # stands for "no default"
 
 
 @dataclass(frozen=True)
 class Read:
-    """Where a field is read: the file, whether it is the model's own, and the value that an absent field has there, if it
-    may be absent."""
+    """A place that reads a field: the file, whether it is the model's own, and the default for an absent field, if any."""
 
     file: str
     is_own: bool
@@ -43,15 +42,17 @@ class Read:
 
 
 def installed_version() -> str:
-    """The release of transformers that the answers hold for."""
+    """The installed release of transformers, for which the answers hold."""
     return version("transformers")
 
 
 def changes_nothing(field: str, value: Any, module: str) -> bool:
-    """Whether a model of transformers' folder ``module`` computes the same with ``field`` at ``value`` as without it:
-    its code does not read the field, or takes a missing one for ``value``."""
+    """Whether a model in transformers' folder ``module`` computes the same with and without ``field`` at ``value``.
+
+    That is so if its code does not read the field, or if ``value`` is the default for a missing one.
+    """
     defaults = [read.default for read in reads_of(field, module)]
-    # What has no default in code that all models share, most of which lack the field, is read behind a test for null.
+    # Shared code reads fields that most models lack. Without a default, it tests for null before it uses them.
     own = any(read.is_own for read in reads_of(field, module))
     optional = [default for default in defaults if default is not _ANY] if value is None and not own else defaults
     return all(default is not _ANY and default == value and type(default) is type(value) for default in optional)
@@ -59,15 +60,15 @@ def changes_nothing(field: str, value: Any, module: str) -> bool:
 
 @cache
 def reads_of(field: str, module: str) -> tuple[Read, ...]:
-    """Every place that may read ``field`` of a config: too many rather than too few.
+    """Every place that may read ``field`` of a config. It rather lists too many than too few.
 
-    In config classes, and in what goes through lists of fields, that is every mention: a declaration, an attribute of self, a
-    string. In models it is an attribute of something called config, or a name that getattr and its like are given.
+    In config classes, and in code that iterates over lists of fields, every mention counts: a declaration, an attribute
+    of self, a string. In models, it is an attribute of a variable called config, or a name passed to getattr and the like.
     """
     found = []
     for path, is_config in _files(module):
         text, is_own = path.read_text(encoding="utf-8"), path.parent.name == module
-        if field in text:  # most files do not have the word, and parsing takes longer than all the rest
+        if field in text:  # few files contain the word, and parsing takes longer than everything else
             found += [Read(path.name, is_own, default) for default in _named(path, is_config).get(field, ())]
     return tuple(found)
 
@@ -90,7 +91,7 @@ def _root() -> Path:
 
 @cache
 def _named(path: Path, is_config: bool) -> Mapping[str, list[Any]]:
-    """The defaults of every read in a module, by name."""
+    """The defaults of every read in a module, by field name."""
     found: dict[str, list[Any]] = {}
     for name, default in _names(path.read_text(encoding="utf-8"), is_config):
         found.setdefault(name, []).append(default)
@@ -98,7 +99,7 @@ def _named(path: Path, is_config: bool) -> Mapping[str, list[Any]]:
 
 
 def _names(text: str, is_config: bool) -> Iterator[tuple[str, Any]]:
-    """Names that a module may read from a config, each with the default of the read."""
+    """Field names that a module may read from a config, each with the default of the read."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and _is_config(node.value, is_config):
             yield node.attr, _ANY
@@ -123,7 +124,7 @@ def _constant(node: ast.expr, default: Any = _ANY) -> Iterator[tuple[str, Any]]:
 
 
 def _named_in_call(node: ast.Call, is_config: bool) -> Iterator[tuple[str, Any]]:
-    """getattr(config, "field", default), hasattr, and config.get("field")."""
+    """Reads by getattr(config, "field", default), hasattr, and config.get("field")."""
     function, arguments = node.func, node.args
     if isinstance(function, ast.Name) and function.id in ("getattr", "hasattr", "setattr") and len(arguments) > 1:
         given = arguments[2] if function.id == "getattr" and len(arguments) > 2 else None

@@ -1,4 +1,4 @@
-"""Model families as data: families/*.yaml, read strictly, every key used."""
+"""Model families as data: families/*.yaml, parsed strictly so that every key is used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 class DimensionDeclaration(Settings):
-    """``out heads*head_dim``: a use, and products of axes or numbers, joined by + where they lie one after another."""
+    """One dimension, like ``out heads*head_dim``: a use, and products of axes or numbers, joined by + if concatenated."""
 
     use: Use
     parts: tuple[tuple[str, ...], ...]
@@ -54,11 +54,11 @@ class TensorDeclaration(Settings):
 class ConfigDeclaration(Settings):
     """Which Hugging Face config fields the family knows, and what growth does with them.
 
-    ``eps`` names the norms' eps (None: not in the config), ``initializer`` the standard deviation of fresh weights;
-    ``keeps`` stay as they are, ``per_layer`` lists follow the layer map, ``follows`` have an axis' size, ``only`` are
-    supported at one value, ``without_effect`` change nothing for a causal language model. ``older`` are those that older
-    versions of transformers wrote and newer ones translate into others. ``foreign`` are those of other libraries, which
-    transformers does not read: at these values they say what its model computes anyway.
+    ``eps`` names the norms' eps (None: not in the config) and ``initializer`` the standard deviation of fresh weights.
+    ``keeps`` stay as they are, ``per_layer`` lists follow the layer map, ``follows`` equal an axis' size, ``only`` are
+    supported at one value, and ``without_effect`` change nothing for a causal language model. ``older`` are fields of
+    older versions of transformers, which newer ones translate into others. ``foreign`` are fields of other libraries that
+    transformers does not read. Only values that match what transformers computes are accepted.
     """
 
     eps: str | None
@@ -73,8 +73,10 @@ class ConfigDeclaration(Settings):
 
 
 class DenseOrigin(Settings):
-    """A dense family that a mixture is made from: its config fields that the mixture lacks, ``only`` supported at one value
-    each, or there ``without_effect``."""
+    """A dense family that a mixture is made from, and those of its config fields that the mixture lacks.
+
+    ``only`` fields are supported at one value each; ``without_effect`` fields do not matter.
+    """
 
     only: dict[str, Any] = Field(default_factory=dict)
     without_effect: list[str] = Field(default_factory=list)
@@ -83,19 +85,23 @@ class DenseOrigin(Settings):
 class Family(Settings):
     """A model family: its axes (name -> config field), tensors and config fields.
 
-    ``derived`` sizes axes that the config leaves out: a product or quotient like ``hidden/heads``. ``norm`` is the kind of
-    the residual stream's norms; ``equal_copies`` are axes that keep the function only if all units are copied equally
-    often, ``under_norm`` those with one norm over all units, which nothing but that norm reads; ``embedding_scale`` is what
-    the model multiplies the embedding's output by. ``upcycles`` are the dense families that a mixture of experts is made
-    from, ``joined`` parameters of transformers' modules that hold tensors of all experts. ``buffers`` are endings of names
-    that old checkpoints hold and that follow from the config. ``class_name`` is transformers' causal language model, which
-    a config.json names, and ``folder`` where transformers has it below models/, if not under its model_type.
-    ``training_supported``: this package builds the family's modules, and cuts them into pipeline stages. ``uncut`` says why
-    it does not cut them over tensor ranks, if so; ``training_requires`` are config fields that a model has these values of
-    to be trained. ``embedding_dropout`` is the config field of the dropout on the embedding's output,
-    ``embedding_multiplier`` that of a factor on it, ``logit_softcap`` that of the cap on the logits, ``logit_multiplier``
-    or ``logit_divisor`` that of their factor; ``scores_scale`` is the config field that sets the scale of attention scores,
-    where that is not the head's size; ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
+    Axes: ``derived`` gives a rule for axes that the config leaves out, a product or quotient like ``hidden/heads``.
+    ``equal_copies`` are axes that keep the function only if all units are copied equally often. ``under_norm`` are axes
+    with one norm over all units that only this norm reads. ``norm`` is the kind of norm on the residual stream.
+
+    Names: ``buffers`` are endings of names that old checkpoints hold and that follow from the config. ``class_name`` is
+    transformers' causal language model, as in config.json. ``folder`` is its folder below transformers' models/, if that
+    is not its model_type. ``joined`` are parameters of transformers' modules that hold tensors of all experts.
+    ``upcycles`` are the dense families that a mixture of experts is made from.
+
+    Training: ``training_supported`` says that this package builds the family's modules and cuts them into pipeline
+    stages. ``uncut`` is the reason why it does not cut them over tensor ranks, if so. ``training_requires`` are values
+    that config fields must have for training.
+
+    Numbers, each named by its config field: ``embedding_dropout`` and ``embedding_multiplier`` apply to the embedding's
+    output, ``embedding_scale`` says how that output is scaled, ``logit_softcap`` is the cap on the logits,
+    ``logit_multiplier`` or ``logit_divisor`` their factor, and ``scores_scale`` sets the scale of attention scores if the
+    head's size does not. ``fresh_writers: scaled`` divides the deviation of fresh writers by sqrt(2 layers).
     """
 
     model_type: str
@@ -130,7 +136,7 @@ class Family(Settings):
 
     @property
     def base(self) -> str:
-        """The module that holds the layers, and beside them the embedding and the final norm."""
+        """The module that holds the layers, the embedding and the final norm."""
         return self.layers_path.rpartition(".")[0]
 
     @property
@@ -140,12 +146,12 @@ class Family(Settings):
 
     @property
     def module(self) -> str:
-        """The folder of transformers' models that has the family's code."""
+        """The folder in transformers' models that holds the family's code."""
         return self.folder or self.model_type
 
     @property
     def effective_fields(self) -> frozenset[str]:
-        """Config fields that change what the model computes, as today's transformers writes them."""
+        """Config fields that change what the model computes, by their names in today's transformers."""
         config = self.config
         return frozenset({*self.axes.values(), *config.keeps, *config.per_layer, *config.only, *config.follows})
 
@@ -157,7 +163,7 @@ class Family(Settings):
 
 @cache
 def _shipped() -> dict[str, Path]:
-    """A family's file has the name of its model_type."""
+    """Path of every family file by model_type, which is the file's name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
@@ -177,12 +183,12 @@ def families() -> dict[str, Family]:
 
 
 def mixtures() -> dict[str, Family]:
-    """Every family of mixtures of experts, by model_type: dense models are grown into them."""
+    """Every family of mixtures of experts, by model_type. Dense models can be grown into them."""
     return {name: _read(path) for name, path in _mixtures().items()}
 
 
 def family_of(model_type: Any, where: str) -> Family:
-    """The family of a config's model_type; ConfigError with the known ones otherwise."""
+    """The family of a config's model_type. Raises ConfigError that lists the known ones if there is none."""
     known = {**_shipped(), **_mixtures()}
     if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which tensors a run leaves as they are: patterns of names, read as gitignore reads them."""
+"""Which tensors a run freezes: patterns of names with the rules of .gitignore."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ KEY = "model.freeze"
 def frozen_tensors(architecture: Architecture, patterns: Sequence[str]) -> frozenset[str]:
     """Names of the stored tensors that ``patterns`` freeze.
 
-    A tensor is frozen if the last pattern that matches its name does not begin with ``!``; * stands for any characters,
-    dots included. Raises ConfigError for a pattern without effect (that matches no tensor, or with ``!`` none that is
-    frozen), and if nothing is left to train.
+    A tensor is frozen if the last pattern that matches its name does not begin with ``!``. * stands for any characters,
+    including dots. Raises ConfigError for a pattern without effect (it matches no tensor or, with ``!``, no frozen one)
+    and if nothing is left to train.
     """
     names = [spec.name for spec in architecture.stored]
     frozen: set[str] = set()
@@ -47,6 +47,6 @@ def _check_frees(pattern: str, found: set[str], frozen: set[str]) -> None:
 def _hint(architecture: Architecture, pattern: str) -> str:
     aliases = [spec for spec in architecture.tensors if spec.tied_to and fnmatchcase(spec.name, pattern)]
     if aliases:
-        return f"{aliases[0].name} is {aliases[0].tied_to} here (tie_word_embeddings): name that."
+        return f"{aliases[0].name} is tied to {aliases[0].tied_to} here (tie_word_embeddings): use that name."
     shown = ", ".join(spec.name for spec in (*architecture.stored[:2], architecture.stored[-1]))
-    return f"names are the Hugging Face model's, like {shown}."
+    return f"names are those of the Hugging Face model, like {shown}."

@@ -1,7 +1,7 @@
-"""How single tensors train beside the run's AdamW settings: multipliers, and the file of a checkpoint that holds them.
+"""Learning-rate multipliers per tensor, and the file of a checkpoint that holds them.
 
-A grown tensor whose entries are a times the source's, and whose gradient is g times, trains as the source's did with the
-learning rate times a, eps times g and decoupled weight decay divided by a.
+Suppose that a grown tensor's entries are a times its source's, and its gradient is g times. It then trains as the source
+did if the learning rate is multiplied by a, eps by g, and decoupled weight decay is divided by a.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.errors import CheckpointError
 
 FILE = "multipliers.json"
-_OLD_FILE = "optimizer_groups.json"  # of the versions before 2026-11-25
-_DIGITS = 14  # of a multiplier: rounding in its last bits must not make two groups of one
+_OLD_FILE = "optimizer_groups.json"  # the name before 2026-11-25
+_DIGITS = 14  # of a multiplier: differences in the last bits must not split a group in two
 
 
 @dataclass(frozen=True, order=True)
 class Multipliers:
-    """AdamW multipliers of a tensor: of the learning rate, of eps, and of the weight decay."""
+    """AdamW multipliers of a tensor: for the learning rate, eps and weight decay."""
 
     lr: float
     eps: float
     weight_decay: float
 
     def after(self, earlier: Multipliers) -> Multipliers:
-        """Both in a row, as when a grown model is grown again."""
+        """Combine two growths: first ``earlier``, then these."""
         return Multipliers(*(_rounded(a * b) for a, b in zip(astuple(self), astuple(earlier), strict=True)))
 
     def applied(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The hyperparameters of an AdamW group under these multipliers."""
+        """The hyperparameters of an AdamW group after these multipliers."""
         return {**group, **{key: group[key] * factor for key, factor in vars(self).items() if key in group}}
 
     def removed(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The hyperparameters that ``applied`` was given."""
+        """The hyperparameters before these multipliers; the inverse of ``applied``."""
         return {**group, **{key: group[key] / factor for key, factor in vars(self).items() if key in group}}
 
 
@@ -48,7 +48,7 @@ UNCHANGED = Multipliers(1.0, 1.0, 1.0)
 
 
 def without_multipliers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The AdamW settings of a saved parameter group as the run file had them."""
+    """The AdamW settings of a saved parameter group as the run file states them."""
     multipliers = Multipliers(**group["multipliers"]) if "multipliers" in group else UNCHANGED
     return {key: value for key, value in multipliers.removed(group).items() if key != "multipliers"}
 
@@ -66,16 +66,16 @@ class _Content(Settings):
 
 
 def read_multipliers(folder: Path) -> Mapping[str, Multipliers]:
-    """The multipliers that a checkpoint folder declares, by tensor; tensors it does not name train unchanged.
+    """The multipliers that a checkpoint folder declares, by tensor. Tensors that it does not name train unchanged.
 
-    {} without the file; CheckpointError, or ConfigError naming the key, for one that cannot be read.
+    Returns {} without the file. Raises CheckpointError, or ConfigError that names the key, if it cannot be read.
     """
     path = folder / FILE
     if (folder / _OLD_FILE).is_file():
         raise CheckpointError(f"{folder / _OLD_FILE}: this file is {FILE} now; grow or train the checkpoint again.")
     if not path.is_file():
         return {}
-    hint = "; expected the JSON that a growth wrote. Copy it from there, or remove it to train every tensor alike."
+    hint = "; expected the JSON that a growth wrote. Copy it from the grown folder, or remove it to train all tensors alike."
     groups = parse_settings(read_json(path, CheckpointError, hint, LARGE), _Content, str(path)).groups
     return {name: Multipliers(group.lr, group.eps, group.weight_decay) for group in groups for name in group.tensors}
 
@@ -88,7 +88,7 @@ def multipliers_text(multipliers: Mapping[str, Multipliers]) -> str:
 
 
 def rounded_multipliers(lr: float, eps: float) -> Multipliers:
-    """Multipliers for values grown by ``lr`` and gradients by ``eps``, rounded to 14 digits."""
+    """Multipliers for values scaled by ``lr`` and gradients scaled by ``eps``, rounded to 14 digits."""
     return Multipliers(_rounded(lr), _rounded(eps), _rounded(1.0 / lr))
 
 

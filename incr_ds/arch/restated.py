@@ -1,4 +1,4 @@
-"""The config.json of a grown model: its source's, with what changed and what transformers would fill in differently."""
+"""The config.json of a grown model: its source's, plus what changed and what transformers would default differently."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ ROTARY = "rope_parameters"
 
 
 def restated(target: Architecture, source: Architecture, where: str) -> Architecture:
-    """``target``, of the family of ``source``, stated by the config of ``source`` with as few changes as mean the target."""
+    """State ``target`` by the config of ``source``, with as few changes as possible. Both are of one family."""
     changed = {name for name, value in target.config.items() if source.config.get(name) != value}
     stated = _with(source.stated, target, changed & set(source.stated))
     try:
         unlike = _unlike(target, stated, where)
-    except ConfigError:  # what is missing keeps it from being a config at all
+    except ConfigError:  # a field is missing, without which it is not a valid config
         unlike = changed
     return replace(target, stated=_with(stated, target, unlike))
 
 
 def _unlike(target: Architecture, stated: Mapping[str, Any], where: str) -> set[str]:
-    """Fields that say something else of the model that ``stated`` describes than of the target."""
+    """Config fields whose values in the model that ``stated`` describes differ from the target's."""
     family, filled = target.family, filled_config(stated, where)
     sizes, axes = axis_sizes(family, filled, where), set(family.axes.values())
     fields = {name for name in family.effective_fields - axes if filled.get(name) != target.config.get(name)}
@@ -32,7 +32,7 @@ def _unlike(target: Architecture, stated: Mapping[str, Any], where: str) -> set[
 
 
 def _with(stated: Mapping[str, Any], target: Architecture, changed: set[str]) -> dict[str, Any]:
-    """``stated`` with ``changed`` fields of the target, without the older spellings that would contradict them."""
+    """Set the ``changed`` fields to the target's values, and drop older names of them that would contradict."""
     family, older = target.family, set(target.family.config.older) & set(stated)
     sizes = {field for axis, field in family.axes.items() if axis not in family.derived}
     if not older or not changed & ({ROTARY} | (sizes - set(stated))):

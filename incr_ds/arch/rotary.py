@@ -1,4 +1,4 @@
-"""How fast each pair of a head's rotary positions turns, as transformers computes it."""
+"""How fast each rotary pair of a head rotates, as transformers computes it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy.typing as npt
 # Their frequencies depend on the config alone, not on the length of a sequence.
 STEADY = ("default", "linear", "llama3", "yarn")
 ROPE_TYPES = (*STEADY, "dynamic", "longrope")
-BASIC = ("rope_theta", "partial_rotary_factor")  # of every kind of rope_parameters
+BASIC = ("rope_theta", "partial_rotary_factor")  # that every kind of rope_parameters has
 
 
 def rotary_kinds(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rope_parameters of every kind of layer; one entry where all layers have the same."""
+    """The rope_parameters of every kind of layer; a single entry if all layers share them."""
     rope = config.get("rope_parameters") or {}
     return [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
 
 
 def rotary_frequencies(config: Mapping[str, Any]) -> tuple[npt.NDArray[np.float64], float]:
-    """Radians per position of each pair, [head_dim / 2], and the factor on sine and cosine, of one of the STEADY kinds."""
+    """Radians per position of each pair, [head_dim / 2], and the factor on sine and cosine, for a STEADY kind."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

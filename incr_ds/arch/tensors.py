@@ -1,4 +1,4 @@
-"""One declaration per tensor: name, named axes, how each dimension uses its axis, role, and what it is tied to."""
+"""One declaration per tensor: its name, its role, how each dimension uses its axes, and what it is tied to."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ READS = ("in", "raw")
 class Dimension:
     """One dimension of a tensor.
 
-    ``use`` is what the tensor does with the axis: ``out`` produces it, ``in`` consumes it behind a norm, ``raw`` without
-    one, ``scale`` multiplies and ``shift`` adds along it inside a norm, ``post`` multiplies inside a norm that itself
-    writes to the residual stream, ``lookup`` is indexed by it. ``parts`` lie one after another; each is a product of
+    ``use`` is what the tensor does with the axis. ``out`` produces it. ``in`` consumes it after a norm, and ``raw``
+    without one. ``scale`` multiplies and ``shift`` adds along it inside a norm. ``post`` multiplies inside a norm that
+    itself writes to the residual stream. ``lookup`` is indexed by it. ``parts`` are concatenated; each is a product of
     named axes (or of a number), outermost first.
     """
 
@@ -29,12 +29,12 @@ class Dimension:
 
     @property
     def named_axes(self) -> tuple[str, ...]:
-        """Every axis that the dimension is made of."""
+        """Every axis that the dimension consists of."""
         return tuple(axis for part in self.parts for axis in part if not axis.isdigit())
 
     @property
     def outer_axis(self) -> str:
-        """The outermost axis of the dimension if it is one product, else ""."""
+        """The outermost axis if the dimension is a single product, otherwise ""."""
         return self.parts[0][0] if len(self.parts) == 1 else ""
 
 
@@ -42,10 +42,10 @@ class Dimension:
 class TensorSpec:
     """A tensor of a concrete model.
 
-    ``name`` is the Hugging Face name, ``local_name`` the name inside its own layer, ``layer`` the decoder layer it
-    belongs to (None outside the decoder), ``tied_to`` the name of the tensor that it shares its storage with. A norm's
-    weight is used as ``offset`` + weight. ``saved_as`` is the name in a Hugging Face folder where it is not ``name``.
-    ``expert`` is the one of a mixture that it belongs to, ``grown_from`` the dense model's tensor that it is made of.
+    ``name`` is the Hugging Face name, ``local_name`` the name inside its layer, ``layer`` its decoder layer (None outside
+    the decoder), and ``tied_to`` the name of the tensor whose storage it shares. A norm's weight is used as ``offset`` +
+    weight. ``saved_as`` is the name in a Hugging Face folder if it differs from ``name``. ``expert`` is its expert in a
+    mixture, and ``grown_from`` the dense model's tensor that it is made from.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""Typed settings: one file per stage, read by load_settings."""
+"""Typed settings: the recipe, the run file and the files that others wrote."""

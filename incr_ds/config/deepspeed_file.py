@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON file, checked without importing DeepSpeed: it passes over keys that it does not know."""
+"""Checks DeepSpeed's JSON file without importing DeepSpeed, which ignores unknown keys."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from incr_ds.errors import ConfigError
 
 
 def read_deepspeed_file(path: Path) -> Mapping[str, Any]:
-    """The content of a DeepSpeed JSON file.
+    """Read a DeepSpeed JSON file.
 
-    ConfigError, listing every problem, if it has a key that DeepSpeed does not know or a value of another kind.
+    Raises ConfigError that lists every key that DeepSpeed does not know and every value of the wrong type.
     """
     content = read_json(path, ConfigError, "; the run file names it as deepspeed.")
     problems = list(_misfits(content, known_keys()))
@@ -28,18 +28,18 @@ def read_deepspeed_file(path: Path) -> Mapping[str, Any]:
 
 @cache
 def known_keys() -> Mapping[str, Any]:
-    """Kinds of values by key, as deepspeed_keys.yaml says."""
+    """The type of value that each key takes, from deepspeed_keys.yaml."""
     return read_yaml(Path(__file__).with_name("deepspeed_keys.yaml"))
 
 
 def _misfits(section: Mapping[str, Any], known: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    """What DeepSpeed would pass over, or refuse long after the imports."""
+    """Keys that DeepSpeed would ignore, and values that it would refuse only after the slow imports."""
     for key, value in section.items():
         kind = known.get(key)
         if kind is None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"  {at}{key:.80}: not a key of DeepSpeed's{hint}"
+            yield f"  {at}{key:.80}: not a DeepSpeed key{hint}"
         elif isinstance(kind, Mapping):
             # An offload section may be null.
             if isinstance(value, Mapping):

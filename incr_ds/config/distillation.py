@@ -1,4 +1,4 @@
-"""Settings of the distillation term: who teaches, how strongly, and for how long."""
+"""Settings of the distillation term: the teacher, its weight, and for how long it counts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class DistillationSettings(Settings):
 
     D is KL(teacher || student), KL(student || teacher) for ``divergence: reverse_kl``, or their Jensen-Shannon mean.
 
-    ``teacher`` is a folder that any source reader opens (DeepSpeed or Hugging Face); ``anneal_steps`` counts
-    optimizer steps from the run's start.
+    ``teacher`` is a folder in any supported checkpoint format. ``anneal_steps`` counts optimizer steps from the
+    start of the run.
     """
 
     teacher: str

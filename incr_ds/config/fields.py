@@ -1,4 +1,4 @@
-"""Reading of settings files: strict types, no unknown key, every mistake reported at once with its key path."""
+"""Reads settings files with strict types and no unknown keys. All mistakes are reported at once, with key paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from incr_ds.config.yaml_file import parse_yaml, read_yaml
 from incr_ds.errors import ConfigError
 
-MOST_PROBLEMS = 20  # of a settings file that are told at once: a screen
-# numpy and torch take no others.
+MOST_PROBLEMS = 20  # of a settings file that are reported at once: about one screen
+# The range that both numpy and torch accept.
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Settings(BaseModel):
-    """Base of every settings section: frozen, strictly typed, unknown keys and numbers that are not finite refused."""
+    """Base of every settings section. It is frozen and strictly typed; unknown keys, inf and nan are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -31,8 +31,8 @@ def load_settings(
 ) -> SettingsType:
     """Read ``path``, apply ``a.b=value`` overrides (values are YAML), and validate against ``kind``.
 
-    Of several files the later ones win, section by section. Raises ConfigError that lists every mistake with its key path,
-    and near names for unknown keys.
+    If there are several files, later ones override earlier ones section by section. Raises ConfigError that lists
+    every mistake with its key path, and suggests a similar name for an unknown key.
     """
     paths = [path] if isinstance(path, Path) else path
     content: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def load_settings(
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, section by section."""
+    """Merge two mappings section by section; ``above`` overrides ``below``."""
     joined = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -53,7 +53,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_settings(content: dict[str, Any], kind: type[SettingsType], where: str) -> SettingsType:
-    """Validate ``content`` against ``kind``; ``where`` names its origin in the error."""
+    """Validate ``content`` against ``kind``. Errors name ``where`` as its origin."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

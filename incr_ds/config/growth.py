@@ -1,4 +1,4 @@
-"""The growth recipe: what the target is, by which operators it is reached, and how it is laid out on disk."""
+"""The growth recipe: the target, the operators that lead to it, and its layout on disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from incr_ds.config.yaml_file import read_yaml
 
 
 class UnitRecipe(Settings):
-    """New FFN neurons or attention heads: ``zero-output`` (random inputs, zero outputs) or ``copy`` (shares split), which keep
-    the function; ``random`` or ``constant`` (filled as ``hidden`` is, outputs too), which do not."""
+    """How new FFN neurons or attention heads start.
+
+    ``zero-output`` (random inputs, zero outputs) and ``copy`` (copies that divide the shares) keep the function.
+    ``random`` and ``constant`` (inputs and outputs filled as under ``hidden``) do not.
+    """
 
     new: Literal["zero-output", "copy", "random", "constant"] = "zero-output"
 
@@ -23,10 +26,10 @@ class UnitRecipe(Settings):
 class SymmetryBreaking(Settings):
     """How copies of a residual dimension, neuron or head are made to differ without changing the function.
 
-    ``per-element``: each weight that reads c copies gives copy j the share (1 + scale * z_j) / c, with z_j of mean 0 over
-    the copies and variance 1, drawn per element; the shares of the copies sum to 1. ``noise``: even shares plus noise that
-    cancels over the copies, ``snr_db`` decibels below the tensor's root mean square. ``diagonal``: where rows and
-    columns are copied equally often, the rows of copy j read copy j alone. ``none``: even shares; training then never
+    ``per-element``: a weight that reads c copies gives copy j the share (1 + scale * z_j) / c. The z_j are drawn per
+    element and have mean 0 and variance 1 over the copies, so the shares sum to 1. ``noise``: equal shares plus noise
+    that cancels over the copies, ``snr_db`` decibels below the tensor's root mean square. ``diagonal``: where rows and
+    columns are copied equally often, the rows of copy j read copy j alone. ``none``: equal shares. Training then never
     leaves the copied subspace.
     """
 
@@ -44,22 +47,29 @@ HiddenMethod = Literal[
 class WidthRecipe(Settings):
     """Operators for the width axes.
 
-    ``hidden``: ``integer`` copies (a multiple of the old size), ``isometric`` copies (any larger size), ``zero`` padding
-    with writers scaled so that eps stays, ``zero-scaled-eps`` padding with eps scaled in the config, ``mean`` padding for
-    LayerNorm, ``centred``: zero padding for LayerNorm, with writers from which their mean was taken, ``lemon``: as many
-    whole copies as fit, and padding for the rest, or ``auto``: integer where it divides, elsewhere isometric (RMSNorm) or
-    mean (LayerNorm). These keep the function. These do not: ``fpi``, whole and some more randomly chosen copies, norms
-    unchanged; ``random`` and ``constant``, new positions filled with normal numbers of deviation ``std`` (None: the
-    config's) or with ``constant``, as new FFN neurons and heads may be.
+    ``hidden`` is how the residual stream grows. These keep the function:
 
-    ``order`` is that of copies: the whole old axis again and again (0 1 2 0 1 2), each residual position and FFN neuron
-    beside its copies (0 0 1 1 2 2), or ``drawn``: the old axis once, and then any of it (0 1 2 2 0 2), of heads too, as
-    Net2Net and bert2BERT have it. Residual positions are drawn under ``isometric``, and always under ``fpi``; the equal
-    copies of ``integer`` are those of ``tile``.
+    - ``integer``: copies, to a multiple of the old size.
+    - ``isometric``: copies, to any larger size.
+    - ``zero``: padding, with writers scaled so that eps stays.
+    - ``zero-scaled-eps``: padding, with eps scaled in the config.
+    - ``mean``: padding for LayerNorm.
+    - ``centred``: zero padding for LayerNorm. The mean is subtracted from the writers.
+    - ``lemon``: as many whole copies as fit, and padding for the rest.
+    - ``auto``: integer where it divides, otherwise isometric (RMSNorm) or mean (LayerNorm).
 
-    ``copies_from`` says which layer the copies beyond the first of FFN units, heads and residual positions are of, in what
-    a layer's matrices produce: its own, or the next one (bert2BERT's advanced knowledge initialization; the last layer
-    copies itself). The latter does not keep the function.
+    These do not keep it: ``fpi`` adds randomly chosen copies to the whole ones and leaves norms unchanged. ``random``
+    and ``constant`` fill new positions with normal numbers of standard deviation ``std`` (None: the config's) or with
+    ``constant``. The same values fill new FFN neurons and heads that are ``random`` or ``constant``.
+
+    ``order`` is the order of copies. ``tile`` repeats the whole old axis (0 1 2 0 1 2). ``interleave`` puts each
+    residual position and FFN neuron beside its copies (0 0 1 1 2 2). ``drawn`` takes the old axis once and then draws
+    from it (0 1 2 2 0 2), for heads too, as in Net2Net and bert2BERT. Residual positions are drawn under ``isometric``,
+    and always under ``fpi``. With equal copies, as under ``integer``, they are in the order of ``tile``.
+
+    ``copies_from`` is the layer from which a layer's matrices take the outputs of further copies of FFN units, heads
+    and residual positions. It is the layer itself (``own-layer``), or the next one (``next-layer``, bert2BERT's advanced
+    knowledge initialization, where the last layer copies itself). The latter does not keep the function.
     """
 
     hidden: HiddenMethod = "auto"
@@ -75,14 +85,14 @@ class WidthRecipe(Settings):
 class DepthRecipe(Settings):
     """Where new layers go and what they hold.
 
-    ``interleave`` spreads them evenly, each after the layer it copies; ``stack`` puts copies of the whole stack on top;
-    ``append`` and ``prepend`` add copies of the last or first layers at that end; ``solar`` joins two overlapping
-    copies; ``midas`` repeats the middle; ``expand`` adds a layer after each of equal groups; ``map`` takes the source
-    layer of every target layer from the list ``map``.
+    ``interleave`` spreads them evenly, each after the layer that it copies. ``stack`` puts copies of the whole stack on
+    top. ``append`` and ``prepend`` add copies of the last or first layers at that end. ``solar`` joins two overlapping
+    copies. ``midas`` repeats the middle. ``expand`` adds a layer after each of several equal groups. ``map`` reads the
+    source layer of every target layer from the list ``map``.
 
-    New layers that are ``zero-output`` (copies with zero output projections) or ``identity`` (zero norms, matrices of
-    ones on the diagonal) write nothing at first, which keeps the function. ``copy`` does not keep it, nor does
-    ``halved``: copies, with the outputs of all layers that share a source divided by their number.
+    New layers that are ``zero-output`` (copies with zero output projections) or ``identity`` (zero norms, matrices with
+    ones on the diagonal) write nothing at first, which keeps the function. ``copy`` does not keep it. Neither does
+    ``halved``, which copies and divides the outputs of all layers that share a source by their number.
     """
 
     method: Literal["interleave", "stack", "append", "prepend", "solar", "midas", "expand", "map"] = "interleave"
@@ -93,7 +103,7 @@ class DepthRecipe(Settings):
     def _map_belongs_to_its_method(self) -> Self:
         if (self.map is not None) != (self.method == "map"):
             raise ValueError(
-                f"method: {self.method} and map do not fit; give the list map with method: map, and only then"
+                f"method: {self.method} and map do not go together; give the list map with method: map, and only then"
             )
         return self
 
@@ -101,11 +111,11 @@ class DepthRecipe(Settings):
 class ExpertsRecipe(Settings):
     """How a dense FFN becomes the experts of a mixture (``target.model_type`` mixtral or qwen3_moe).
 
-    ``copy``: every expert is the FFN (sparse upcycling). ``virtual-groups``: each expert is one of several equal parts of
-    it, its output multiplied by their number, and the router scores the parts of a whole alike, so that it picks them
-    together. Both keep the function, since the shares of the chosen experts sum to 1. ``drop``: copies, in each of which a
-    share ``ratio`` of the neurons, drawn anew for each, starts from normal numbers of the mean and deviation of what it
-    replaces (drop-upcycling); it does not keep the function.
+    ``copy``: every expert is the FFN (sparse upcycling). ``virtual-groups``: each expert is one of several equal parts
+    of the FFN, with its output multiplied by the number of parts. The router scores the parts of one whole alike, so
+    that it picks them together. Both keep the function, since the shares of the chosen experts sum to 1. ``drop``:
+    copies in which a share ``ratio`` of the neurons starts anew (drop-upcycling). Each copy draws its own neurons, and
+    their new values are normal numbers with the mean and deviation of the old ones. It does not keep the function.
     """
 
     new: Literal["copy", "virtual-groups", "drop"] = "copy"
@@ -113,17 +123,17 @@ class ExpertsRecipe(Settings):
 
 
 class FittedAxis(Settings):
-    """Factors per new position of a width axis: on what is written there, and on how it is read."""
+    """Factors per new position of a width axis: one on what is written there, one on how it is read."""
 
     amplitude: list[float]
     share: list[float]
 
 
 class FittedOperators(Settings):
-    """What tools/fit_growth.py found, on top of the recipe's own operators (after LiGO, Wang et al., arXiv 2303.00980).
+    """What tools/fit_growth.py learned, on top of the recipe's own operators (after LiGO, Wang et al., arXiv 2303.00980).
 
-    ``axes`` holds factors of the axes that grow. ``layers`` lists for each target layer the source layers that its tensors
-    are a sum of, with their weights; empty: as the layer map has them.
+    ``axes`` holds factors of the axes that grow. ``layers`` lists, for each target layer, the source layers whose
+    weighted sum its tensors are, with the weights. If it is empty, the layer map applies.
     """
 
     axes: dict[str, FittedAxis] = Field(default_factory=dict)
@@ -131,13 +141,16 @@ class FittedOperators(Settings):
 
 
 class TargetLayout(ParallelLayout):
-    """The layout on disk: ``deepspeed`` (its own ZeRO files for this very layout, moments included), ``universal``
-    (DeepSpeed's one folder for every data-parallel size and ZeRO stage, moments included) or ``huggingface`` (weights only).
+    """The layout on disk, and its format.
+
+    ``deepspeed`` is DeepSpeed's own ZeRO files for exactly this layout, with moments. ``universal`` is DeepSpeed's
+    folder for every data-parallel size and ZeRO stage, with moments. ``huggingface`` has weights only.
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
-    for a Hugging Face folder and the source's precision for DeepSpeed. ``modules`` names the training code that will load it:
-    this package's and transformers' own, or ``megatron-deepspeed`` with its vocabulary padded to a multiple of
-    ``vocabulary_multiple`` times tensor_parallel. ``sub_group_size`` must be that of the engine's zero_optimization under ZeRO-3.
+    for a Hugging Face folder and the source's precision for DeepSpeed. ``modules`` names the training code that will
+    load it: ``transformers`` (also this package's trainer), or ``megatron-deepspeed``, with its vocabulary padded to a
+    multiple of ``vocabulary_multiple`` times tensor_parallel. Under ZeRO-3, ``sub_group_size`` must be the one in the
+    engine's zero_optimization section.
     """
 
     format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
@@ -150,14 +163,14 @@ class TargetLayout(ParallelLayout):
     def _modules_need_a_pipeline_module(self) -> Self:
         if self.modules != "own" and (self.format == "huggingface" or self.zero_stage > 1):
             raise ValueError(
-                f"modules: {self.modules} with format: {self.format} and zero_stage: {self.zero_stage}; its models are pipeline "
-                "modules, written as format: deepspeed or universal with zero_stage: 1"
+                f"modules: {self.modules} with format: {self.format} and zero_stage: {self.zero_stage}; models with these "
+                "modules are pipelines; use format: deepspeed or universal with zero_stage: 1"
             )
         return self
 
 
 class Method(Settings):
-    """A published method: where, what it grows, how far ``recipe`` is it, and the recipe's keys."""
+    """A published method: where it was published, what it grows, how close ``recipe`` comes, and the recipe's keys."""
 
     grows: list[Literal["width", "depth"]]
     published: str
@@ -178,7 +191,7 @@ _RENAMED_MODES = {"exact": "rescale", "keep": "copy"}
 class GrowthRecipe(Settings):
     """A whole recipe. ``target`` lists the fields of the source's Hugging Face config that change.
 
-    ``recipe`` names a published method (methods.yaml), whose keys hold where the file does not state them itself.
+    ``recipe`` names a published method (methods.yaml). Its keys apply unless the file states them itself.
     """
 
     recipe: str | None = None
@@ -209,5 +222,5 @@ class GrowthRecipe(Settings):
         if not isinstance(name, str):
             return content
         if name not in methods():
-            raise ValueError(f"recipe: {name!r} is not a method; known: {', '.join(methods())}")
+            raise ValueError(f"recipe: {name!r} is not a known method; known: {', '.join(methods())}")
         return merged(methods()[name].recipe, content)

@@ -1,4 +1,4 @@
-"""Files that others wrote: small ones whole, within bounds; large ones in blocks, at the speed of memory."""
+"""Reads files that others wrote: small ones at once and within limits, large ones in blocks at memory speed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 from incr_ds.errors import CheckpointError, IncrError
 
-SMALL, LARGE = 16 << 20, 256 << 20  # bytes: of a config; of a file that lists every tensor, or every logged step
-DEEPEST = 64  # containers within containers; no format that is read here has more than ten
+SMALL, LARGE = 16 << 20, 256 << 20  # bytes: for a config; for a file that lists every tensor or every logged step
+DEEPEST = 64  # nested containers; no format that is read here has more than ten
 _BLOCK = 1 << 20
 _POINTER = b"version https://git-lfs"
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
 
 
 def read_text(path: Path, kind: type[IncrError], hint: str = ".", most: int = SMALL) -> str:
-    """The UTF-8 text of a regular file of at most ``most`` bytes.
+    """Read the UTF-8 text of a regular file of at most ``most`` bytes.
 
-    Raises ``kind`` for anything else, a pipe or a device included: the path, what is wrong, and ``hint``, the rest of the
-    message.
+    Raises ``kind`` for anything else, including a pipe or a device. The message has the path, what is wrong, and
+    ``hint`` at its end.
     """
     try:
         return regular_bytes(path, most).decode("utf-8")
@@ -38,10 +38,10 @@ def read_text(path: Path, kind: type[IncrError], hint: str = ".", most: int = SM
 def read_json(
     path: Path, kind: type[IncrError], hint: str = ".", most: int = SMALL, *, finite: bool = True
 ) -> dict[str, Any]:
-    """The JSON object in a file, as ``read_text`` reads it.
+    """Read a file that holds a JSON object, within the limits of ``read_text``.
 
-    Raises ``kind`` also for text that is not JSON, for keys that appear twice, for more than DEEPEST levels, and unless
-    ``finite`` is False, for numbers that are not finite.
+    Also raises ``kind`` for text that is not JSON, for duplicate keys, for more than DEEPEST levels, and for numbers
+    that are not finite unless ``finite`` is False.
     """
     content = parse_json(read_text(path, kind, hint, most), kind, str(path), hint, finite=finite)
     if not isinstance(content, dict):
@@ -50,7 +50,7 @@ def read_json(
 
 
 def parse_json(text: str, kind: type[IncrError], where: str, hint: str = ".", *, finite: bool = True) -> Any:
-    """JSON text under the rules of ``read_json``; ``where`` names its origin."""
+    """Parse JSON text under the rules of ``read_json``. Errors name ``where`` as its origin."""
     too_deep = f"{where}: not valid JSON here: nested more than {DEEPEST} levels deep{hint}"
     rules: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
     try:
@@ -65,7 +65,7 @@ def parse_json(text: str, kind: type[IncrError], where: str, hint: str = ".", *,
 
 
 def refuse_pointer(path: Path) -> None:
-    """CheckpointError if a file is what git-lfs leaves in place of one that was not fetched."""
+    """Raise CheckpointError if git-lfs left a pointer in place of the file."""
     with open(path, "rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
@@ -75,10 +75,10 @@ def refuse_pointer(path: Path) -> None:
 
 
 def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
-    """A file's content, or ``length`` bytes of it from ``offset``, in order. Each block is valid until the next is asked for.
+    """Yield a file's content in order, or ``length`` bytes of it from ``offset``. A block is valid until the next one.
 
-    The buffer begins on a page. One that ``bytearray`` makes begins 16 bytes behind one, and where source and target of a
-    copy lie so in their pages, the kernel's copy took four times as long on an AMD EPYC (see docs/DECISIONS.md).
+    The buffer starts at a page boundary. A ``bytearray`` starts 16 bytes behind one, and when source and target of a
+    copy are offset like that, the kernel's copy took four times as long on an AMD EPYC (see docs/DECISIONS.md).
     """
     buffer = memoryview(mmap.mmap(-1, _BLOCK))
     left = path.stat().st_size - offset if length is None else length
@@ -90,8 +90,8 @@ def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
 
 
 def regular_bytes(path: Path, most: int | None = None) -> bytes:
-    """A regular file's content. ValueError if the file is of another kind, or has more than ``most`` bytes; OSError."""
-    # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
+    """Read a regular file. Raises ValueError for any other kind of file or more than ``most`` bytes, and OSError."""
+    # Without O_NONBLOCK, opening a pipe blocks until another process opens it for writing.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -101,7 +101,7 @@ def regular_bytes(path: Path, most: int | None = None) -> bytes:
         while block := os.read(descriptor, _BLOCK):
             content += block
             if most is not None and len(content) > most:
-                raise ValueError(f"more than {most:,} bytes, the largest that is read")
+                raise ValueError(f"more than {most:,} bytes, the most that is read")
     finally:
         os.close(descriptor)
     return bytes(content)

@@ -1,4 +1,4 @@
-"""How a model is spread over processes: the one declaration that growth, checkpoints and training share."""
+"""How a model is distributed over processes. Growth, checkpoints and training share this declaration."""
 
 from __future__ import annotations
 

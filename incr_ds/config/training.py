@@ -1,6 +1,6 @@
-"""The run file: one YAML file that states everything about a training run, once.
+"""The run file: one YAML file that states a whole training run.
 
-DeepSpeed's own JSON (key ``deepspeed``) holds only what DeepSpeed alone owns; batch sizes, precision, the ZeRO stage,
+DeepSpeed's own JSON (key ``deepspeed``) holds only what no key here covers. Batch sizes, precision, the ZeRO stage,
 clipping and the optimizer are stated here and derived for DeepSpeed. A JSON that states one of them differently is an
 error.
 """
@@ -32,12 +32,12 @@ class ModelSettings(Settings):
     """What to train: a fresh model of a Hugging Face config.json (``config``), or the weights of a checkpoint folder.
 
     ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout, grown
-    or not, or a source of any layout with a recipe to grow it by, in memory. Optimizer state is kept unless
-    ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
+    or not, or a source in any layout together with a recipe, by which it is grown in memory. Optimizer state is kept
+    unless ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
 
-    ``attention`` cudnn is sdpa that tries cuDNN's kernel first; ``layer_kernels`` liger has norms, gated FFNs and rotary
-    positions computed by Liger's kernels. ``freeze`` lists patterns of tensor names that do not train, of which the last
-    that matches decides and ``!`` means that it does (arch/freezing.py).
+    ``attention: cudnn`` is sdpa that tries cuDNN's kernel first. With ``layer_kernels: liger``, Liger's kernels compute
+    norms, gated FFNs and rotary positions. ``freeze`` lists patterns of tensor names that do not train. The last pattern
+    that matches decides, and one that starts with ``!`` lets the tensor train (arch/freezing.py).
     """
 
     config: str | None = None
@@ -57,9 +57,9 @@ class ModelSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The training loss beside its distillation part: z_loss * (log sum exp of the logits)^2 is added to it.
+    """The training loss beside its distillation part. z_loss * (log sum exp of the logits)^2 is added to it.
 
-    ``backend`` names the row kernels; auto takes what is known to be fastest on the device. recompute stores no logits.
+    ``backend`` names the row kernels. auto picks the one known to be fastest on the device. recompute stores no logits.
     """
 
     z_loss: float = Field(default=0.0, ge=0.0)
@@ -74,7 +74,7 @@ class ObjectiveSettings(Settings):
 
 
 class BatchSettings(Settings):
-    """Sizes in samples and tokens; the number of micro-batches per step follows."""
+    """Sizes in samples and tokens. The number of micro-batches per step follows from them."""
 
     sequence_length: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
@@ -82,11 +82,11 @@ class BatchSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """Learning rate over optimizer steps of this run.
+    """The learning rate over the optimizer steps of this run.
 
-    Linear warm-up from ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth), then
-    ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
-    ``constant``. ``warmup_steps`` and ``decay_steps`` may be shares of ``train_steps``, like 1%.
+    Linear warm-up starts at ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth). Then
+    comes ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
+    ``constant``. ``warmup_steps`` and ``decay_steps`` may be percentages of ``train_steps``, like 1%.
     """
 
     train_steps: int = Field(ge=1)
@@ -100,7 +100,7 @@ class ScheduleSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _in_steps(cls, content: Any) -> Any:
-        """Shares of train_steps as steps, rounded up."""
+        """Convert percentages of train_steps to steps, rounded up."""
         if not isinstance(content, dict) or not isinstance(content.get("train_steps"), int):
             return content
         shares = {key: _SHARE.fullmatch(str(content.get(key))) for key in ("warmup_steps", "decay_steps")}
@@ -126,10 +126,10 @@ class ScheduleSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW, torch's own or DeepSpeed's FusedAdam (built when first used); norms and biases do not decay.
+    """AdamW, torch's own or DeepSpeed's FusedAdam (built on first use). Norms and biases do not decay.
 
-    ``multipliers: checkpoint`` multiplies learning rate, eps and weight decay of single tensors as the checkpoint that the
-    run starts from declares (multipliers.json); with ``none`` every tensor trains alike.
+    ``multipliers: checkpoint`` applies the checkpoint's learning-rate multipliers per tensor (multipliers.json) to
+    learning rate, eps and weight decay. With ``none`` all tensors train with the same settings.
     """
 
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
@@ -141,7 +141,7 @@ class OptimizerSettings(Settings):
 
 
 class CorpusSettings(Settings):
-    """One Megatron data set: the path of its .bin and .idx without the ending, and its share of the mix."""
+    """One Megatron data set: the path of its .bin and .idx without the extension, and its share of the mix."""
 
     prefix: str
     weight: float = Field(default=1.0, gt=0.0)
@@ -164,7 +164,7 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Saving every ``interval`` steps and at the end; the newest ``keep_last`` are kept (0 keeps all)."""
+    """Saving every ``interval`` steps and at the end. The newest ``keep_last`` are kept (0 keeps all)."""
 
     interval: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=0)
@@ -173,9 +173,9 @@ class CheckpointSettings(Settings):
 class DivergenceSettings(Settings):
     """When a run counts as diverged and ends with an error.
 
-    After ``max_skipped_steps`` steps in a row whose gradients were not finite; or once the cross entropy, averaged over about
-    ten steps, has been more than ``max_loss_rise`` nats above its lowest for ``rise_steps`` steps in a row, or is so at the last
-    step (null: never).
+    It does after ``max_skipped_steps`` steps in a row whose gradients were not finite. It also does once the cross
+    entropy, averaged over about ten steps, was more than ``max_loss_rise`` nats above its lowest value for
+    ``rise_steps`` steps in a row or at the last step. With ``max_loss_rise: null`` it never does for the latter reason.
     """
 
     max_skipped_steps: int = Field(default=10, ge=1)
@@ -184,7 +184,7 @@ class DivergenceSettings(Settings):
 
 
 class RunSettings(Settings):
-    """A training run. ``peak_flops`` is what one device can do in a second, for ``mfu``; null takes the GPU's data sheet."""
+    """A training run. ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet."""
 
     output: str
     seed: Seed = 0

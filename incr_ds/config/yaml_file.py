@@ -1,5 +1,7 @@
-"""YAML settings as plain values: mappings, lists, text, numbers, true and false. No tag makes anything else, and nothing is
-guessed: dates, yes and no, numbers with a leading 0 or a colon are text."""
+"""Reads YAML settings as plain values: mappings, lists, text, numbers, true and false.
+
+No tag creates anything else, and nothing is guessed: dates, yes and no, and numbers with a leading 0 or a colon are text.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ import yaml
 from incr_ds.config.json_file import DEEPEST, read_text
 from incr_ds.errors import ConfigError
 
-_MOST_VALUES = 1 << 22  # what references unfold to is counted; a fitted recipe of a large model has a million numbers
+_MOST_VALUES = 1 << 22  # after references are expanded; a fitted recipe of a large model has a million numbers
 _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, and no silently repeated key."""
+    """YAML 1.2's core schema. Duplicate keys are errors."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -64,7 +66,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; raise ConfigError naming file and line if it is not one."""
+    """Read a YAML file that holds a mapping. Raises ConfigError that names file and line if it is not one."""
     content = parse_yaml(read_text(path, ConfigError, "; expected a YAML settings file."), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top, found {type(content).__name__}.")
@@ -72,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value of a YAML text. Raises ConfigError, naming ``where`` and the line, for anything else."""
+    """Parse YAML text into plain values. Raises ConfigError that names ``where`` and the line for anything else."""
     loader = None
     try:
         loader = _Loader(text)
@@ -82,25 +84,25 @@ def parse_yaml(text: str, where: str) -> Any:
         raise
     except RecursionError as error:
         raise ConfigError(f"{where}: not valid YAML here: nested more than {DEEPEST} levels deep.") from error
-    except Exception as error:  # PyYAML's constructors raise anything for text that does not fit its tag
+    except Exception as error:  # PyYAML's constructors raise many kinds of errors for text that does not match its tag
         raise ConfigError(f"{where}: not valid YAML: {error or type(error).__name__}") from error
     _check_plain(content, where)
     return content
 
 
 def _check_plain(content: Any, where: str) -> None:
-    """ConfigError for numbers that are not finite, text with a NUL, and more depth or values than settings have."""
+    """Raise ConfigError for numbers that are not finite, text with a NUL, and more levels or values than settings have."""
     waiting, count = [(content, where, 0)], 0
     while waiting:
         value, at, depth = waiting.pop()
         count += 1
         if depth > DEEPEST or count > _MOST_VALUES:
             what = f"{DEEPEST} levels deep" if depth > DEEPEST else f"{_MOST_VALUES:,} values"
-            raise ConfigError(f"{where}: not settings: more than {what}.")
+            raise ConfigError(f"{where}: not a settings file: more than {what}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{at}: {value}: expected a finite number.")
         if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{at}: {value!r:.80}: text must not hold a NUL character.")
+            raise ConfigError(f"{at}: {value!r:.80}: text must not contain a NUL character.")
         if isinstance(value, dict | list):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += (
@@ -109,7 +111,7 @@ def _check_plain(content: Any, where: str) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around text that read_yaml, or a reader of YAML 1.1, would take for something else."""
+    """Puts quotes around text that read_yaml, or a YAML 1.1 reader, would read as another type."""
 
 
 for _first_letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
@@ -118,5 +120,5 @@ for _first_letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
 
 
 def yaml_text(content: Mapping[str, Any]) -> str:
-    """Plain values as YAML that ``read_yaml`` reads back unchanged, keys in their order."""
+    """Format plain values as YAML that ``read_yaml`` reads back unchanged, with keys in their order."""
     return str(yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False))

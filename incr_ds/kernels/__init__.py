@@ -1,1 +1,1 @@
-"""Row kernels of the distillation loss: what they compute, in torch and in Triton, and which one is used."""
+"""Row kernels of the distillation loss in torch, Triton and CUDA, and the choice between them."""

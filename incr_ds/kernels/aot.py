@@ -1,8 +1,8 @@
-"""Compiles every Triton row kernel for a GPU that need not be there, and reads what the machine code uses.
+"""Compiles every Triton row kernel ahead of time, without the GPU, and reads the resources that its machine code uses.
 
     python -m incr_ds.kernels.aot [bf16] [fp16] [fp32]
 
-prints one JSON object per variant of the kernels, for the named kinds of logits or for all.
+prints one JSON object per kernel variant, for the named dtypes of logits or for all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIZES = {"student_stride": "i32", "teacher_stride": "i32", "count": "i32", "col
 
 @dataclass(frozen=True)
 class KernelUsage:
-    """One compiled variant: registers per thread, bytes of stack (spills) per thread and shared memory per program."""
+    """One compiled variant: registers per thread, bytes of stack (spills) per thread, and shared memory per program."""
 
     kernel: str
     logits: str
@@ -60,9 +60,9 @@ class _Variant:
 
 
 def compile_row_kernels(logits: Sequence[str] = LOGITS, capability: int = HOPPER) -> Iterator[KernelUsage]:
-    """Compile every variant that the loss launches on ``logits``, for NVIDIA compute ``capability`` times ten.
+    """Compile every variant that the loss launches on ``logits``. ``capability`` is NVIDIA's compute capability times 10.
 
-    Raises RuntimeError where Triton interprets instead of compiling (TRITON_INTERPRET=1).
+    Raises RuntimeError if Triton interprets instead of compiling (TRITON_INTERPRET=1).
     """
     if triton_rows.INTERPRETED:
         raise RuntimeError("Triton interprets its kernels in this process; unset TRITON_INTERPRET to compile them")

@@ -1,4 +1,4 @@
-"""The row kernels in CUDA C++ for sm_90a, called through ctypes: row_kernels.cu, whose arithmetic is row_arithmetic.cuh."""
+"""The row kernels in CUDA C++ for sm_90a (row_kernels.cu, row_arithmetic.cuh), called through ctypes."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _KINDS: dict[Kind, int] = {"none": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3
 _POINTERS = ("student", "teacher", "result", "normalizers", "factors", "labels", "live", "centres",
              "inverse_temperature", "stream")  # fmt: skip
 _NUMBERS = ("student_stride", "teacher_stride", "count", "columns", "logits", "kind", "unit", "write")
-# What one access of a lane moves; rows must begin at multiples of it.
+# Bytes that a lane moves at once. Rows must start at multiples of it.
 _ALIGNMENT = 16
 
 
 class _RowCall(ctypes.Structure):
-    """RowCall of row_arithmetic.cuh."""
+    """Mirrors RowCall in row_arithmetic.cuh."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_longlong) for name in _NUMBERS]
 
 
 @functools.cache
 def open_library(path: Path) -> ctypes.CDLL:
-    """The library in ``path`` with its functions declared; raises KernelError if it is not one of ours."""
+    """Open the library at ``path`` and declare its functions. Raises KernelError if it is not one of ours."""
     library = ctypes.CDLL(str(path))
     for name in ("statistics", "centre", "gradient"):
         getattr(library, f"incr_ds_{name}").argtypes = [ctypes.POINTER(_RowCall)]
     library.incr_ds_error.restype = ctypes.c_char_p
     if library.incr_ds_call_bytes() != ctypes.sizeof(_RowCall):
-        raise KernelError(f"{path} was built from other sources than these; delete it")
+        raise KernelError(f"{path} was built from different sources; delete it")
     return library
 
 
 class CudaRows:
-    """Row kernels of the ``cuda`` backend; see RowKernels. ``library`` is what open_library returns.
+    """Row kernels of the ``cuda`` backend; see RowKernels. ``library`` comes from open_library.
 
-    Rows of logits begin at multiples of 16 bytes.
+    Rows of logits must start at multiples of 16 bytes.
     """
 
     name = "cuda"
@@ -53,17 +53,17 @@ class CudaRows:
         self._library = library
 
     def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
-        """Logits are kept in the dtype of the products' operands."""
+        """Logits have the dtype of the products' operands."""
         return operand
 
     def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
-        """[STATISTICS, C]."""
+        """See RowKernels. Returns [STATISTICS, C]."""
         result = torch.empty((STATISTICS, student.shape[0]), dtype=torch.float32, device=student.device)
         self._run("statistics", _call(student, teacher, result, tempering), student)
         return result
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
-        """[2, C]."""
+        """See RowKernels. Returns [2, C]."""
         result = torch.empty((2, student.shape[0]), dtype=torch.float32, device=student.device)
         call = _call(student, teacher, result, rows.tempering)
         call.normalizers, call.kind = rows.normalizers.data_ptr(), _KINDS[rows.kind]
@@ -71,7 +71,7 @@ class CudaRows:
         return result
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
-        """[C]; ``student`` holds the gradient afterwards."""
+        """See RowKernels. Returns [C]; ``student`` then holds the gradient."""
         result = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
         call = _call(student, teacher, result, rows.tempering)
         call.normalizers, call.factors = rows.normalizers.data_ptr(), rows.factors.data_ptr()
@@ -83,7 +83,7 @@ class CudaRows:
 
     def _run(self, name: str, call: _RowCall, student: Tensor) -> None:
         with torch.cuda.device_of(student):
-            # Tensors of the host are for the same library built for the host.
+            # CPU tensors are for the same library built for the host, which tests use.
             call.stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else None
             error = getattr(self._library, f"incr_ds_{name}")(ctypes.byref(call))
         if error:
@@ -91,14 +91,14 @@ class CudaRows:
 
 
 def cuda_rows() -> CudaRows:
-    """The kernels of the library for the device, which is built if need be."""
+    """The kernels of the library for the device. The library is built if needed."""
     return CudaRows(open_library(build_library()))
 
 
 def _call(student: Tensor, teacher: Tensor | None, result: Tensor, tempering: Tempering) -> _RowCall:
     for logits in (student, teacher):
         if logits is not None and (logits.data_ptr() | logits.stride(0) * logits.itemsize) % _ALIGNMENT:
-            raise ValueError(f"rows of logits must begin at multiples of {_ALIGNMENT} bytes")
+            raise ValueError(f"rows of logits must start at multiples of {_ALIGNMENT} bytes")
     return _RowCall(
         student=student.data_ptr(),
         teacher=None if teacher is None else teacher.data_ptr(),

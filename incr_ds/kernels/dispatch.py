@@ -1,4 +1,4 @@
-"""Which row kernels run: the best for the device, or the ones that were asked for, or an error that says why not."""
+"""Chooses the row kernels: the best for the device, or the requested ones, or an error that explains why not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 def row_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowKernels:
     """The row kernels of ``backend`` for logits on ``device`` whose products take operands of ``dtype``.
 
-    ``auto`` takes Triton on a CUDA device that has it, else torch, and logs the choice once; so does ``recompute``, which says
-    how logits are walked and not how rows are. Raises ValueError for an unknown backend and for one that cannot run
-    here, with the reason, and KernelError if nvcc fails.
+    ``auto`` picks Triton on a CUDA device that supports it, otherwise torch, and logs the choice once. So does
+    ``recompute``, which determines the order in which logits are computed and not the row kernels. Raises ValueError for
+    an unknown backend or one that cannot run here, with the reason, and KernelError if nvcc fails.
     """
     if backend in ("auto", "recompute"):
         return TorchRows() if dtype == torch.float64 else _automatic(device.type)
@@ -40,8 +40,8 @@ def row_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> R
 
 @functools.cache
 def _automatic(device: str) -> RowKernels:
-    """Chosen and logged once per kind of device."""
-    # Never the cuda backend: nothing has been timed that would say when it is the faster one.
+    """Choose once per type of device, and log the choice."""
+    # Never the cuda backend: no measurement shows yet when it is faster.
     reason = "the device is not CUDA" if device != "cuda" else _triton_obstacle(device, torch.float32)
     kernels = TorchRows() if reason is not None else _triton_rows()
     _log.info("distillation loss on %s: row kernels %s%s", device, kernels.name, f" ({reason})" if reason else "")
@@ -50,7 +50,7 @@ def _automatic(device: str) -> RowKernels:
 
 def _triton_obstacle(device: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
-        return "its kernels compute in fp32 and the tensors are float64"
+        return "its kernels compute in fp32, but the tensors are float64"
     try:
         from incr_ds.kernels import triton_rows
     except ImportError as error:
@@ -66,7 +66,7 @@ def _triton_obstacle(device: str, dtype: torch.dtype) -> str | None:
 
 def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
-        return "its kernels compute in fp32 and the tensors are float64"
+        return "its kernels compute in fp32, but the tensors are float64"
     if device.type != "cuda":
         return f"the tensors are on {device.type!r}, not on a CUDA device"
     if not library_path().exists() and find_nvcc() is None:

@@ -1,9 +1,9 @@
-"""What a row kernel computes: the seam between the loss's matrix products and its softmax arithmetic.
+"""What a row kernel computes: the interface between the loss's matrix products and its softmax arithmetic.
 
-A row is one token's logits z over the V real entries of this rank's vocabulary, and u the teacher's. With
-p = softmax(z), p_T = softmax(z / T) and q_T = softmax(u / T), a kernel makes two passes over a chunk of C rows:
+A row holds one token's logits z over the V real entries of this rank's vocabulary, and u are the teacher's. Let
+p = softmax(z), p_T = softmax(z / T) and q_T = softmax(u / T). A kernel makes two passes over a chunk of C rows:
 ``statistics``, whose results are combined over the ranks, and ``gradient``, which overwrites z with the loss's gradient.
-Reverse KL and JSD need ``centre`` between them.
+Reverse KL and JSD need ``centre`` in between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
 MAXIMUM, TOTAL, TEMPERED, LOGITS, WEIGHTED, TEACHER_MAXIMUM, TEACHER_TEMPERED = range(7)
 STATISTICS = 7
 
-# Stands for minus infinity where 0 * infinity would follow.
+# Stands for minus infinity where 0 * infinity would be NaN.
 FAR = 1e30
 # Below this distance between two log-probabilities the termwise divergence is a polynomial or expm1.
 NEAR = 0.5
@@ -39,10 +39,10 @@ class Tempering:
 
 @dataclass(frozen=True)
 class Rows:
-    """Everything about C rows that their logits alone do not say.
+    """Everything about C rows that is not in their logits.
 
     ``normalizers`` [5, C] over the whole vocabulary: max z, log sum exp(z - max z), log sum exp((z - max z) / T), max u,
-    log sum exp((u - max u) / T). ``label`` [C] is the label's column, -1 where another rank holds it. A row's
+    log sum exp((u - max u) / T). ``label`` [C] is the label's column, or -1 if another rank holds it. A row's
     gradient is
 
         on_p * p + on_divergence * D - on_label * onehot(label) - everywhere
@@ -63,22 +63,22 @@ class Rows:
 
 
 class RowKernels(Protocol):
-    """The typed function that each backend implements.
+    """The functions that each backend implements.
 
-    ``student`` [C, V] and ``teacher`` [C, V] (None without a dense teacher) may be wider in memory than V; everything
-    else is contiguous.
-    ``temporaries`` counts the [C, V] buffers in the accumulation dtype that a call needs besides its arguments.
+    ``student`` [C, V] and ``teacher`` [C, V] (None without a dense teacher) may have rows that are longer than V in
+    memory. Everything else is contiguous. ``temporaries`` counts the [C, V] buffers in the accumulation dtype that a call
+    needs besides its arguments.
     """
 
     name: str
     temporaries: int
 
     def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
-        """In what precision logits are kept when the products' operands are ``operand``."""
+        """The dtype of logits for products whose operands are ``operand``."""
         ...
 
     def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
-        """[STATISTICS, C] over this rank's columns; the teacher's mean nothing without one."""
+        """[STATISTICS, C] over this rank's columns. The teacher's rows have no meaning without a teacher."""
         ...
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
@@ -86,7 +86,7 @@ class RowKernels(Protocol):
         ...
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
-        """Overwrite ``student`` with the gradient; returns this rank's part of forward KL, [C], else zeros."""
+        """Overwrite ``student`` with the gradient. Returns this rank's part of forward KL, [C], or zeros without it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The row kernels in plain torch: any device, fp32 or fp64."""
+"""The row kernels in plain torch, for any device, in fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class TorchRows:
     temporaries = 7
 
     def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
-        """Logits are kept in the accumulation dtype."""
+        """Logits have the accumulation dtype."""
         return accumulation_dtype(operand)
 
     def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
-        """[STATISTICS, C]."""
+        """See RowKernels. Returns [STATISTICS, C]."""
         result = student.new_zeros((STATISTICS, student.shape[0]), dtype=accumulation_dtype(student.dtype))
         maximum, total, tempered, logits, weighted, teacher_maximum, teacher_tempered = result
         logits.copy_(student.sum(dim=1))
@@ -35,7 +35,7 @@ class TorchRows:
         return result
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
-        """[2, C]."""
+        """See RowKernels. Returns [2, C]."""
         log_p, log_q = _log_probabilities(student, teacher, rows)
         p, q = log_p.exp(), log_q.exp()
         if rows.kind == "reverse_kl":
@@ -47,7 +47,7 @@ class TorchRows:
         return torch.stack([(centre + termwise(q, mixture, over_q).sum(dim=1)) / 2, centre])
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
-        """[C]; ``student`` holds the gradient afterwards."""
+        """See RowKernels. Returns [C]; ``student`` then holds the gradient."""
         divergence = student.new_zeros(student.shape[0], dtype=rows.factors.dtype)
         towards = None
         if teacher is not None:
@@ -67,7 +67,7 @@ class TorchRows:
 def termwise(q: Tensor, p: Tensor, distance: Tensor) -> Tensor:
     """Terms that sum to KL(q || p) over a whole vocabulary: q * (d + expm1(-d)), ``distance`` d = log q - log p.
 
-    They are non-negative, and accurate where sums of q * d cancel. Where d is large the same term is written
+    They are non-negative, and accurate where sums of q * d cancel. For large d the same term is computed as
     q * d + p - q, which cannot overflow.
     """
     near = q * (distance + torch.expm1(-distance))
@@ -76,7 +76,7 @@ def termwise(q: Tensor, p: Tensor, distance: Tensor) -> Tensor:
 
 
 def _shifted(logits: Tensor, maximum: Tensor) -> Tensor:
-    """Logits minus their row's maximum, which goes into ``maximum``; a rank without columns has none."""
+    """Logits minus their row's maximum, which is stored in ``maximum``. A rank without columns has no maximum."""
     maximum.fill_(-FAR)
     if logits.shape[1]:
         maximum.copy_(logits.amax(dim=1).clamp_min(-FAR))
@@ -102,7 +102,7 @@ def _log_probabilities(student: Tensor, teacher: Tensor, rows: Rows) -> tuple[Te
 
 def _over_mixture(distance: Tensor) -> tuple[Tensor, Tensor]:
     """(log(p / m), log(q / m)) with m = (p + q) / 2 and ``distance`` = log q - log p."""
-    # Near 0, log m lies log cosh(distance / 2) above the mean of log p and log q, and cosh x - 1 = 2 sinh(x / 2)^2.
+    # Near 0, log m exceeds the mean of log p and log q by log cosh(distance / 2), and cosh x - 1 = 2 sinh(x / 2)^2.
     rise = torch.log1p(2 * torch.sinh(distance / 4).square())
     near = distance.abs() < NEAR
     zero = torch.zeros_like(distance)
@@ -111,7 +111,7 @@ def _over_mixture(distance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _direction(p: Tensor, q: Tensor, distance: Tensor, rows: Rows) -> Tensor:
-    """D of the class Rows, with ``distance`` = log q - log p."""
+    """D as defined in Rows, with ``distance`` = log q - log p."""
     if rows.kind == "forward_kl":
         return p.sub_(q)
     assert rows.centre is not None

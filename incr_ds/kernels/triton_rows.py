@@ -1,8 +1,8 @@
 """The row kernels in Triton: one program per row, logits read in blocks and overwritten with their gradient.
 
-Every lane of a program keeps its own running statistics, so that the loop over blocks has no reduction across threads and one
-exponential per element and softmax. No atomics: results are the same bits every time. Imported only when it is used;
-``import incr_ds`` needs no Triton.
+Every lane of a program keeps its own running statistics. So the loop over blocks has no reduction across threads and only
+one exponential per element and softmax. There are no atomics, so results are bitwise reproducible. This module is imported
+only when it is used; ``import incr_ds`` does not need Triton.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from incr_ds.kernels.rows import STATISTICS, Kind, Rows, Tempering
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# What the kernels share with incr_ds.kernels.rows; Triton reads module constants only in this form.
+# Constants shared with incr_ds.kernels.rows. Triton can read module constants only in this form.
 _FAR = tl.constexpr(1e30)
 _NEAR = tl.constexpr(0.5)
 _LOG_2 = tl.constexpr(0.6931471805599453)
@@ -37,8 +37,8 @@ class RowLaunch:
     warps: int
 
 
-# The widest blocks that leave a thread of the kernels of CE and forward KL at most 64 registers, so that an sm_90
-# multiprocessor holds 32 warps or more; incr_ds.kernels.aot prints what each variant uses.
+# The widest blocks with which a thread of the CE and forward KL kernels needs at most 64 registers, so that an sm_90
+# multiprocessor holds 32 warps or more. incr_ds.kernels.aot prints what each variant uses.
 STATISTICS_LAUNCH = RowLaunch(block=1024, warps=8)
 GRADIENT_LAUNCH = RowLaunch(block=2048, warps=8)
 
@@ -50,11 +50,11 @@ class TritonRows:
     temporaries = 0
 
     def logits_dtype(self, operand: torch.dtype) -> torch.dtype:
-        """Logits are kept in the dtype of the products' operands."""
+        """Logits have the dtype of the products' operands."""
         return operand
 
     def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
-        """[STATISTICS, C]."""
+        """See RowKernels. Returns [STATISTICS, C]."""
         count, columns = student.shape
         result = torch.empty((STATISTICS, count), dtype=torch.float32, device=student.device)
         given = student if teacher is None else teacher
@@ -68,7 +68,7 @@ class TritonRows:
         return result
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
-        """[2, C]."""
+        """See RowKernels. Returns [2, C]."""
         count, columns = student.shape
         result = torch.empty((2, count), dtype=torch.float32, device=student.device)
         launch = GRADIENT_LAUNCH
@@ -81,10 +81,10 @@ class TritonRows:
         return result
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
-        """[C]; ``student`` holds the gradient afterwards."""
+        """See RowKernels. Returns [C]; ``student`` then holds the gradient."""
         count, columns = student.shape
         result = torch.empty(count, dtype=torch.float32, device=student.device)
-        # Stand-ins are never read for their values; one that is also written would be restored by the interpreter.
+        # Values of placeholders are never read. The interpreter would restore one that is also written.
         given = rows.normalizers if teacher is None else teacher
         centre = rows.normalizers if rows.centre is None else rows.centre
         launch = GRADIENT_LAUNCH
@@ -100,7 +100,7 @@ class TritonRows:
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1]: below 0.1 by its series, above it the sum's rounding no longer matters."""
+    """log(1 + x) for x in [0, 1]: by its series below 0.1; above, the sum's rounding no longer matters."""
     series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x * (1 / 7)))))))
     return tl.where(x < 0.1, series, tl.log(1 + x))
 
@@ -122,7 +122,7 @@ def _termwise(q, p, d):
 @triton.jit
 def _over_mixture(d):
     """(log(p / m), log(q / m)) with m = (p + q) / 2 and d = log q - log p."""
-    # cosh(x) - 1 by its series, x = d / 2; log cosh x is what log m lies above the mean of log p and log q.
+    # cosh(x) - 1 by its series, x = d / 2. log m exceeds the mean of log p and log q by log cosh x.
     square = d * d / 4
     rise = _log1p(square * (1 / 2 + square * (1 / 24 + square * (1 / 720 + square * (1 / 40320)))))
     near = tl.abs(d) < _NEAR
@@ -149,7 +149,7 @@ def statistics_kernel(
     student, teacher, result, inverse_temperature, student_stride, teacher_stride, count, columns,
     HAS_TEACHER: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of row ``program_id`` of ``count``, as incr_ds.kernels.rows lists them."""
+    """Compute the statistics of row ``program_id`` of ``count``, as incr_ds.kernels.rows lists them."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -161,7 +161,7 @@ def statistics_kernel(
     for start in range(0, columns, BLOCK):
         z = _load(student, start + lanes, columns)
         logits += tl.where(start + lanes < columns, z, 0.0)
-        # Of exp(z - new maximum) and exp(old - new maximum) one is 1; the other is this.
+        # One of exp(z - new maximum) and exp(old - new maximum) is 1; this is the other.
         step = tl.maximum(z - high, -_FAR)
         decay = tl.exp(-tl.abs(step))
         rises = step > 0
@@ -210,7 +210,7 @@ def centre_kernel(
     student, teacher, result, normalizers, inverse_temperature, student_stride, teacher_stride, count, columns,
     KIND: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Divergence and centre of row ``program_id`` of ``count`` over this rank's columns, for reverse KL and JSD."""
+    """Compute divergence and centre of row ``program_id`` of ``count`` over this rank's columns (reverse KL, JSD)."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -246,14 +246,14 @@ def gradient_kernel(
     student_stride, teacher_stride, count, columns,
     KIND: tl.constexpr, UNIT: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite row ``program_id`` of ``count`` with its gradient (if WRITE); forward KL into ``result``."""
+    """Overwrite row ``program_id`` of ``count`` with its gradient (if WRITE), and store forward KL in ``result``."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     inverse = tl.load(inverse_temperature).to(tl.float32)
     maximum, log_total = tl.load(normalizers + row), tl.load(normalizers + count + row)
     log_tempered = tl.load(normalizers + 2 * count + row)
-    # Read by every kind, used by some: each is a number per row.
+    # Loaded for every kind and used by some; each is one number per row.
     teacher_maximum = tl.load(normalizers + 3 * count + row)
     teacher_log_tempered = tl.load(normalizers + 4 * count + row)
     centre = tl.load(centres + row)

@@ -1,1 +1,1 @@
-"""The distillation loss."""
+"""The distillation loss, fused with the output projections."""

@@ -1,4 +1,4 @@
-"""The arguments of the loss: what is wrong with them, and what the missing ones stand for."""
+"""Checks the loss's arguments and fills in defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Scalar = float | Tensor
 def resolve_teacher(
     teacher: Teacher | None, hidden: Tensor | None, head: Tensor | None, softcap: float | None, alpha: Scalar
 ) -> Teacher | None:
-    """The one teacher that counts: None with the float alpha 0. ``softcap`` belongs to ``hidden`` and ``head``."""
+    """The teacher that is used, or None if alpha is the float 0. ``softcap`` belongs to ``hidden`` and ``head``."""
     if (hidden is None) != (head is None):
         raise ValueError("teacher_hidden and teacher_head belong together; one of them is missing")
     if hidden is not None and head is not None:
@@ -39,7 +39,7 @@ def check_numbers(
     teacher: Teacher | None,
     softcap: float | None,
 ) -> None:
-    """Refuse numbers outside their ranges; tensors are not looked into, which would synchronise."""
+    """Refuse numbers outside their ranges. Tensors are not checked, since reading them would synchronise."""
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, expected a number from 0 to 1")
     if not isinstance(temperature, Tensor) and not temperature > 0:
@@ -59,7 +59,7 @@ def check_numbers(
 
 
 def check_shapes(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Teacher | None) -> None:
-    """Refuse tensors that do not fit together."""
+    """Refuse tensors whose shapes do not match."""
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
             f"student_hidden {list(hidden.shape)} and student_head {list(head.shape)}: expected [N, Hs], [V, Hs]"
@@ -84,11 +84,11 @@ def check_shapes(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Teacher 
 def vocabulary_part(
     head: Tensor, teacher: Teacher | None, group: dist.ProcessGroup | None, start: int | None, whole: int | None
 ) -> VocabularyPart:
-    """Which entries this rank's rows of the heads are; ``start`` and ``whole`` as vocab_start and vocab_size."""
+    """Which vocabulary entries this rank's head rows are. ``start`` and ``whole`` are vocab_start and vocab_size."""
     rows, stated = head.shape[0], whole is not None
     if group is None or dist.get_world_size(group) == 1:
         if start:
-            raise ValueError(f"vocab_start is {start}, but without a group of several ranks the heads begin at entry 0")
+            raise ValueError(f"vocab_start is {start}, but without a group of several ranks the heads start at entry 0")
         group, start, whole = None, 0, rows if whole is None else whole
     elif start is None and whole is None:
         start, whole = dist.get_rank(group) * rows, dist.get_world_size(group) * rows
@@ -103,17 +103,17 @@ def vocabulary_part(
 
 
 def _check_teacher_rows(rows: int, teacher_rows: int, part: VocabularyPart, stated: bool) -> None:
-    """The two heads may differ behind the vocabulary's stated end, and nowhere else."""
+    """Refuse heads of different sizes, unless they differ only beyond the stated end of the vocabulary."""
     holds_end = part.start + part.size >= part.whole
     if teacher_rows != rows and not (stated and holds_end and teacher_rows >= part.size):
         raise ValueError(
             f"teacher_head has {teacher_rows} rows, student_head {rows}: vocabularies differ. If only their padding does, "
-            "say how many entries are real with vocab_size, and cut both heads at the same entries"
+            "pass the number of real entries as vocab_size, and cut both heads at the same entries"
         )
 
 
 def check_reference(part: VocabularyPart, head_gradient: Tensor | None) -> None:
-    """The reference backend has one process and autograd's gradients."""
+    """Refuse what the reference backend does not support: a process group, and gradients that are not autograd's."""
     if part.group is not None:
         raise ValueError("backend 'reference' needs the whole vocabulary in one process; use another with a group")
     if head_gradient is not None:
@@ -121,7 +121,7 @@ def check_reference(part: VocabularyPart, head_gradient: Tensor | None) -> None:
 
 
 def checked_buffer(buffer: Tensor | None, head: Tensor, scale: Tensor | None) -> Tensor | None:
-    """``buffer`` if the head's gradient can be added to it."""
+    """Check that the head's gradient can be added to ``buffer``, and return it."""
     if buffer is None:
         if scale is not None:
             raise ValueError("gradient_scale belongs to head_gradient, which is missing")

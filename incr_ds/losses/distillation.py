@@ -32,11 +32,12 @@ from incr_ds.losses.vocabulary import VocabularyPart
 
 
 class DistillationLoss(NamedTuple):
-    """Means over the valid tokens, all 0-d, and what they are means of.
+    """Means over the valid tokens, all 0-d, and the parts that they are means of.
 
-    ``loss`` has a gradient, everything else is detached: ``ce`` (cross entropy, smoothed if so asked), ``divergence`` (at
-    the temperature, without T^2), ``z`` (squared log-sum-exp, without its factor), ``entropy`` of the student, ``tokens``
-    (how many were valid), and ``per_token`` [4, N]: ce, divergence, z and entropy of each token, 0 where it is ignored.
+    ``loss`` has a gradient; everything else is detached. ``ce`` is the cross entropy (smoothed if requested),
+    ``divergence`` is at the temperature and without T^2, ``z`` is the squared log-sum-exp without its factor, ``entropy``
+    is the student's, and ``tokens`` counts the valid ones. ``per_token`` [4, N] holds ce, divergence, z and entropy of
+    each token, 0 where it is ignored.
     """
 
     loss: Tensor
@@ -75,23 +76,25 @@ def distillation_loss(
 ) -> DistillationLoss:
     """(1 - alpha) CE + alpha temperature^2 divergence + z_loss lse^2, mean over the labels != ``ignore_index``.
 
-    ``student_hidden`` [N, Hs], ``student_head`` [V, Hs], ``labels`` [N], ``teacher_hidden`` [N, Ht], ``teacher_head`` [V, Ht];
-    the logits z are hidden @ head.T, with ``softcap`` c (the teacher's: ``teacher_softcap``) c tanh(z / c). ``teacher`` instead
-    of the two names another kind of teacher. ``alpha`` in [0, 1] and ``temperature`` > 0 may be 0-d tensors, so that a
-    schedule recompiles and synchronises nothing. Without a teacher alpha must be the float 0.0, and then the loss is the
-    cross entropy (and z-loss) alone. ``divergence`` is KL(teacher || student), KL(student || teacher), or their
-    Jensen-Shannon mean; sparse teachers have the first only.
+    ``student_hidden`` [N, Hs], ``student_head`` [V, Hs], ``labels`` [N], ``teacher_hidden`` [N, Ht], ``teacher_head`` [V, Ht].
+    The logits are z = hidden @ head.T, or c tanh(z / c) with ``softcap`` c (``teacher_softcap`` for the teacher).
+    ``teacher`` replaces the two teacher arguments by another kind of teacher. ``alpha`` in [0, 1] and ``temperature`` > 0
+    may be 0-d tensors, so that a schedule neither recompiles nor synchronises anything. Without a teacher alpha must be the
+    float 0.0, and the loss is the cross entropy (and z-loss) alone. ``divergence`` is KL(teacher || student),
+    KL(student || teacher), or their Jensen-Shannon mean; sparse teachers support only the first.
 
-    Head rows from ``vocab_size`` entries on are padding: outside every sum, with no gradient; the two heads may be padded
-    differently. With ``group`` the vocabulary is cut over its ranks: hidden states and labels are the same on all of them,
-    each holds the rows of both heads from ``vocab_start`` on (default: equal parts), every rank gets the same loss and the
-    whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With ``sequence_parallel`` each rank
-    brings an equal part of the tokens instead (hidden states, labels, sparse entries) and gets the gradient of its own.
+    Head rows from ``vocab_size`` on are padding: they count in no sum and get no gradient. The two heads may be padded
+    differently. With ``group`` the vocabulary is cut over its ranks. Hidden states and labels are then the same on all of
+    them, and each holds the rows of both heads from ``vocab_start`` on (default: equal parts). Every rank gets the same
+    loss, the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With
+    ``sequence_parallel`` each rank passes an equal part of the tokens instead (hidden states, labels, sparse entries) and
+    gets the gradient of that part.
 
-    ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32 [V, Hs] (fp64
-    for fp64), the head's gradient is added to that buffer during this call, times ``gradient_scale`` (0-d, default 1), and
-    autograd gets none for the head; a backward with another scale makes the hidden gradient not a number. Wrong arguments
-    raise ValueError; a second derivative or backward, and inputs changed before the backward, raise RuntimeError.
+    ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32 [V, Hs]
+    (fp64 for fp64), the head's gradient, times ``gradient_scale`` (0-d, default 1), is added to that buffer during this
+    call, and autograd gets no gradient for the head. A backward with another scale then makes the hidden gradient NaN.
+    Wrong arguments raise ValueError. A second derivative, a second backward, and inputs that changed before the backward
+    raise RuntimeError.
     """
     teacher = resolve_teacher(teacher, teacher_hidden, teacher_head, teacher_softcap, alpha)
     check_shapes(student_hidden, student_head, labels, teacher)
@@ -113,7 +116,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments that were checked."""
+    """The arguments after all checks."""
 
     hidden: Tensor
     head: Tensor
@@ -194,7 +197,7 @@ def _objective(
 
 
 def _scalar(value: Scalar, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``value`` as a 0-d tensor; a number is filled in on the device, which does not synchronise."""
+    """``value`` as a 0-d tensor. A number is filled in on the device, which does not synchronise."""
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype).reshape(())
     return torch.full((), value, device=device, dtype=dtype)

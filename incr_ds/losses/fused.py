@@ -1,4 +1,4 @@
-"""The loss and its gradients in one forward pass, and their place in autograd."""
+"""Computes the loss and its gradients in one forward pass, and hands them to autograd."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and, in the same pass, its gradients."""
-        prepared = prepare(hidden, head, problem)  # takes the products' dtype from autocast, which then stays out of it
+        """Compute the loss and, in the same pass, its gradients."""
+        prepared = prepare(hidden, head, problem)  # picks the products' dtype from autocast, which then has no effect
         with torch.autocast(hidden.device.type, enabled=False):
             walk = RecomputingWalk(prepared) if problem.recompute else StoredWalk(prepared)
             walk.run()
             loss = problem.objective.total(*means(walk.parts, prepared.tokens)[:ENTROPY])
-        # Saved for autograd's own check: it names an input that was changed in place before the backward pass.
+        # Saved for autograd's own check, which names an input that was changed in place before the backward pass.
         ctx.save_for_backward(hidden, head)
         ctx.gradients, ctx.scale = walk.gradients(), problem.gradient_scale
         ctx.mark_non_differentiable(walk.parts, prepared.tokens)
@@ -31,12 +31,12 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        """Hand the gradients out, scaled in place: once."""
+        """Return the gradients, scaled in place. This works once."""
         if torch.is_grad_enabled():
             raise RuntimeError("distillation_loss has no second derivative; call backward without create_graph=True")
         if ctx.gradients is None:
             raise RuntimeError(
-                "distillation_loss: a second backward through the same call; its gradients were handed out by the first. "
+                "distillation_loss: a second backward through the same call; the first one already used its gradients. "
                 "Add the losses and call backward once, or compute the loss again"
             )
         ctx.saved_tensors  # noqa: B018 - runs the check
@@ -50,5 +50,5 @@ class FusedLoss(torch.autograd.Function):
 
 
 def _kept_promise(grad_loss: Tensor, promised: Tensor) -> Tensor:
-    """1, or not a number when backward arrives with another scale than the head's gradient was made with."""
+    """1, or NaN if backward arrives with another scale than the one used for the head's gradient."""
     return torch.where(grad_loss == promised, torch.ones_like(grad_loss), torch.nan)

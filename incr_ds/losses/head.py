@@ -16,7 +16,7 @@ from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, Teacher, TopK
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What stays the same over a run; see ``distillation_loss``."""
+    """Settings that are the same for a whole run; see ``distillation_loss``."""
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -29,7 +29,7 @@ class LossSettings:
 
 
 class DistillationHead(nn.Module):
-    """The rank's rows [V, H] of the output projection, from vocabulary entry ``vocab_start`` on, of ``vocab_size``.
+    """A rank's rows [V, H] of the output projection, from vocabulary entry ``vocab_start`` on, of ``vocab_size``.
 
     The weight is only touched inside ``forward``, so ZeRO-3's hooks gather it in training and in evaluation.
     """
@@ -62,7 +62,7 @@ class DistillationHead(nn.Module):
     ) -> DistillationLoss:
         """Loss of ``hidden`` [..., H] against ``labels`` [...] and ``teacher_hidden`` [..., Ht].
 
-        ``teacher`` instead of the two teacher arguments has the same leading dimensions.
+        ``teacher`` replaces the two teacher arguments and has the same leading dimensions.
         """
         return distillation_loss(
             hidden.flatten(0, -2),
@@ -88,7 +88,7 @@ class DistillationHead(nn.Module):
 
 
 def _flattened(teacher: Teacher) -> Teacher:
-    """``teacher`` with one token per row."""
+    """Reshape ``teacher`` to one token per row."""
     if isinstance(teacher, HiddenTeacher):
         return HiddenTeacher(teacher.hidden.flatten(0, -2), teacher.head, teacher.softcap)
     if isinstance(teacher, TopKTeacher):

@@ -1,7 +1,7 @@
-"""How many tokens' logits are in memory at once: a plan made from a byte budget, printable before anything runs.
+"""Plans how many tokens' logits are in memory at once, from a byte budget. The plan can be printed before anything runs.
 
-Every chunk of tokens reads and writes the fp32 gradient of the head once more, so few large chunks are fast. The
-teacher's logits are only needed while a row is worked on and are walked in smaller slabs inside the chunk.
+Every chunk of tokens reads and writes the head's fp32 gradient once, so few large chunks are fast. The teacher's logits
+are only needed while a row is processed, so they are computed in smaller slabs inside the chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAN_CUDA_BUDGET_BYTES = 360 * 2**20
 
 
 def default_budget(cuda: bool, *, recompute: bool) -> int:
-    """Bytes for logits where the caller names none."""
+    """Bytes for logits if the caller states none."""
     if recompute:
         return LEAN_CUDA_BUDGET_BYTES if cuda else LEAN_CPU_BUDGET_BYTES
     return CUDA_BUDGET_BYTES if cuda else CPU_BUDGET_BYTES
@@ -27,7 +27,7 @@ def default_budget(cuda: bool, *, recompute: bool) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds that a prediction is made for: matrix products in TFLOP/s, memory in GB/s (10^9 bytes)."""
+    """Speeds that a prediction assumes: matrix products in TFLOP/s, memory in GB/s (10^9 bytes)."""
 
     tflops: float
     gigabytes_per_second: float
@@ -44,9 +44,9 @@ class Machine:
 class LossShape:
     """Sizes of one call on one rank: tokens N, real columns V, widths Hs and Ht (0 without a dense teacher).
 
-    ``logits_bytes`` and ``accumulation_bytes`` are bytes per element, ``copy_bytes`` those of a copy of the logits'
-    gradient that the products need (0: they take it as it is); ``temporaries`` counts the row kernels' [rows, V] buffers
-    in the accumulation dtype.
+    ``logits_bytes`` and ``accumulation_bytes`` are bytes per element. ``copy_bytes`` are those of a copy of the logits'
+    gradient that the products need (0 if they need no copy). ``temporaries`` counts the row kernels' [rows, V] buffers in
+    the accumulation dtype.
     """
 
     tokens: int
@@ -65,19 +65,19 @@ class LossShape:
 
     @property
     def student_row_bytes(self) -> int:
-        """Memory of a token while its chunk is worked on."""
+        """Memory per token while its chunk is processed."""
         return self.stride * self.logits_bytes + self.vocabulary * self.copy_bytes
 
     @property
     def slab_row_bytes(self) -> int:
-        """Further memory of a token while its slab is worked on."""
+        """Additional memory per token while its slab is processed."""
         teacher = self.stride * self.logits_bytes if self.teacher_width else 0
         return teacher + self.temporaries * self.vocabulary * self.accumulation_bytes
 
 
 @dataclass(frozen=True)
 class LossPlan:
-    """``chunk_rows`` tokens of student logits at a time, inside them ``slab_rows`` tokens of teacher logits."""
+    """Student logits of ``chunk_rows`` tokens at a time, and within them teacher logits of ``slab_rows`` tokens."""
 
     shape: LossShape
     chunk_rows: int
@@ -85,7 +85,7 @@ class LossPlan:
 
     @property
     def chunks(self) -> int:
-        """How many chunks the tokens make."""
+        """Number of chunks."""
         return -(-self.shape.tokens // self.chunk_rows)
 
     @property
@@ -101,7 +101,7 @@ class LossPlan:
 
     @property
     def moved_bytes(self) -> int:
-        """Memory traffic beside the products: two row passes, and the head's gradient once more per further chunk."""
+        """Memory traffic besides the products: two row passes, and the head's gradient once per further chunk."""
         shape = self.shape
         passes = (3 + (2 if shape.teacher_width else 0)) * shape.logits_bytes
         again = 2 * shape.accumulation_bytes * shape.vocabulary * shape.student_width
@@ -112,7 +112,7 @@ class LossPlan:
         return machine.milliseconds(self.flops, self.moved_bytes)
 
     def describe(self, machine: Machine) -> str:
-        """One line for people."""
+        """The plan in one readable line."""
         return (
             f"{self.chunks} chunks of {self.chunk_rows} tokens, slabs of {self.slab_rows}: "
             f"{self.buffer_bytes / 1e9:.2f} GB of logits, {self.milliseconds(machine):.1f} ms predicted at {machine}"
@@ -121,9 +121,9 @@ class LossPlan:
 
 @dataclass(frozen=True)
 class LeanPlan:
-    """``columns`` of the vocabulary at a time, logits of all tokens, in ``walks`` passes over the vocabulary.
+    """Logits of all tokens for ``columns`` of the vocabulary at a time, in ``walks`` passes over the vocabulary.
 
-    With ``accumulates`` the gradient of the hidden states is summed in a buffer of its own, wider than its dtype.
+    With ``accumulates`` the hidden states' gradient is summed in a separate buffer of higher precision.
     """
 
     shape: LossShape
@@ -133,31 +133,31 @@ class LeanPlan:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the vocabulary makes."""
+        """Number of blocks of the vocabulary."""
         return -(-self.shape.vocabulary // self.columns)
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of a block's logits, of the row kernels' temporaries and of the hidden states' gradient."""
+        """Memory of a block's logits, the row kernels' temporaries and the hidden states' gradient."""
         block = replace(self.shape, vocabulary=self.columns)
         return self.shape.tokens * (block.student_row_bytes + block.slab_row_bytes) + self.fixed_bytes
 
     @property
     def fixed_bytes(self) -> int:
-        """Memory that no size of a block changes."""
+        """Memory that does not depend on the size of a block."""
         shape = self.shape
         return shape.tokens * shape.student_width * shape.accumulation_bytes if self.accumulates else 0
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the products: every walk computes the logits of both models again."""
+        """Floating-point operations of the products. Every pass computes the logits of both models again."""
         shape = self.shape
         widths = self.walks * (shape.student_width + shape.teacher_width) + 2 * shape.student_width
         return 2 * shape.tokens * shape.vocabulary * widths
 
     @property
     def moved_bytes(self) -> int:
-        """Memory traffic beside the products: the row passes, and the hidden states' gradient once more per further block."""
+        """Memory traffic besides the products: the row passes, and the hidden states' gradient once per further block."""
         shape = self.shape
         passes = (self.walks * (2 if shape.teacher_width else 1) + 1) * shape.logits_bytes
         again = 2 * shape.accumulation_bytes * shape.tokens * shape.student_width
@@ -168,7 +168,7 @@ class LeanPlan:
         return machine.milliseconds(self.flops, self.moved_bytes)
 
     def describe(self, machine: Machine) -> str:
-        """One line for people."""
+        """The plan in one readable line."""
         return (
             f"{self.blocks} blocks of {self.columns} columns, {self.walks} walks: {self.buffer_bytes / 1e9:.2f} GB, "
             f"{self.milliseconds(machine):.1f} ms predicted at {machine}"
@@ -176,7 +176,7 @@ class LeanPlan:
 
 
 def plan_recompute(shape: LossShape, budget_bytes: int, *, accumulates: bool, walks: int = 2) -> LeanPlan:
-    """The widest blocks whose buffers fit into ``budget_bytes``, all of nearly the same size; else COLUMN_QUANTUM columns."""
+    """The widest blocks, of nearly equal size, whose buffers fit ``budget_bytes``; COLUMN_QUANTUM columns if none do."""
     quantum = COLUMN_QUANTUM
     plan = LeanPlan(shape, quantum, walks, accumulates)
     spare = (budget_bytes - plan.buffer_bytes) // max(
@@ -188,10 +188,10 @@ def plan_recompute(shape: LossShape, budget_bytes: int, *, accumulates: bool, wa
 
 
 def plan_loss(shape: LossShape, budget_bytes: int) -> LossPlan:
-    """The fastest plan whose buffers fit into ``budget_bytes``; one token at a time if nothing does.
+    """The fastest plan whose buffers fit ``budget_bytes``, or one token at a time if none fit.
 
-    The largest chunk that leaves room for a slab of SLAB_ROWS tokens; chunks then of nearly the same size. A budget
-    too small for that makes slabs of whole chunks.
+    It takes the largest chunk that leaves room for a slab of SLAB_ROWS tokens, and then makes chunks of nearly equal size.
+    If the budget is too small for that, slabs are whole chunks.
     """
     slab = min(shape.tokens, SLAB_ROWS)
     rows = (budget_bytes - slab * shape.slab_row_bytes) // shape.student_row_bytes

@@ -1,7 +1,7 @@
-"""What one call of the loss works on, and the arithmetic per token that does not depend on how its logits are walked.
+"""The inputs of one loss call, and the arithmetic per token that does not depend on the order of computing logits.
 
-Shapes: N tokens, C of a part of them, Hs and Ht the widths of student and teacher, V this rank's real columns, K entries of a
-sparse teacher.
+Shapes: N tokens, C tokens of a part of them, Hs and Ht the widths of student and teacher, V this rank's real columns, K
+entries of a sparse teacher.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PARTS = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """What one call works on, apart from the tensors that may need a gradient.
+    """The inputs of one call, except the tensors that may need a gradient.
 
-    ``head_gradient``, if given, is the buffer that the head's gradient is added to, times ``gradient_scale``. With
+    ``head_gradient``, if given, is the buffer to which the head's gradient, times ``gradient_scale``, is added. With
     ``recompute`` no logits are stored. ``softcap`` caps the student's logits.
     """
 
@@ -46,16 +46,17 @@ class Problem:
 
     @property
     def writes(self) -> bool:
-        """Whether any gradient is wanted."""
+        """Whether any gradient is needed."""
         return self.wants_hidden or self.wants_head
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A problem with its products opened: what a walk over the logits needs.
+    """A problem whose projections are set up: what a pass over the logits needs.
 
-    ``tokens`` (0-d) counts the valid ones, ``live`` [N] marks them, ``weights`` [N] are what they count with in the
-    gradient, ``picks`` [N, 1 + K] the columns whose logits are needed one by one: the label's, then the sparse teacher's.
+    ``tokens`` (0-d) counts the valid tokens, ``live`` [N] marks them, and ``weights`` [N] are their weights in the
+    gradient. ``picks`` [N, 1 + K] are the columns whose logits are needed individually: the label's, then the sparse
+    teacher's.
     """
 
     problem: Problem
@@ -72,12 +73,12 @@ class Prepared:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which sums are taken."""
+        """The dtype of sums."""
         return self.student.dtype
 
     @property
     def shape(self) -> LossShape:
-        """Sizes for the planner, the same on every rank, since every part of a walk is a collective."""
+        """Sizes for the planner. They are the same on every rank, since every part of a pass is a collective."""
         problem, operand = self.problem, self.student.operand_dtype
         copied = self.logits_dtype != operand and self.hidden.is_cuda
         return LossShape(
@@ -88,17 +89,17 @@ class Prepared:
             logits_bytes=self.logits_dtype.itemsize,
             accumulation_bytes=self.dtype.itemsize,
             copy_bytes=operand.itemsize if copied else 0,
-            # The slope of a cap is kept while the row kernels overwrite the logits.
+            # The slope of a cap is stored while the row kernels overwrite the logits.
             temporaries=problem.kernels.temporaries + (problem.softcap is not None),
         )
 
     def empty_parts(self) -> Tensor:
-        """[PARTS, N] for the losses of each token."""
+        """A buffer [PARTS, N] for the losses of each token."""
         return self.hidden.new_zeros((PARTS, self.hidden.shape[0]), dtype=self.dtype)
 
 
 def prepare(hidden: Tensor, head: Tensor, problem: Problem) -> Prepared:
-    """Open the products of student and teacher in the dtype that autocast or the tensors give."""
+    """Set up the projections of student and teacher in the dtype of autocast or of the tensors."""
     student = Projection(hidden, head[: problem.part.size], problem.softcap)
     teacher, entries = _open_teacher(problem, student.dtype)
     live = problem.labels != problem.ignore_index
@@ -133,14 +134,14 @@ def _open_teacher(problem: Problem, dtype: torch.dtype) -> tuple[Projection | No
 
 @dataclass(frozen=True)
 class RowTerms:
-    """What the statistics of C tokens give for their gradient: ``factors`` as Rows has them, and at sparse entries [C, K]."""
+    """Terms that follow from the statistics of C tokens: ``factors`` as in Rows, and the gradient at sparse entries [C, K]."""
 
     factors: Tensor
     at_entries: Tensor | None
 
 
 def row_terms(prepared: Prepared, rows: slice, totals: Totals, parts: Tensor) -> RowTerms:
-    """Terms of the tokens ``rows``; puts into ``parts`` [PARTS, N] the losses that follow from statistics alone."""
+    """Terms of the tokens ``rows``. Stores in ``parts`` [PARTS, N] the losses that follow from statistics alone."""
     objective = prepared.problem.objective
     labels = label_terms(totals, prepared.weights[rows], objective, prepared.problem.part.whole)
     parts[CE, rows], parts[Z, rows], parts[ENTROPY, rows] = labels.ce, labels.z, totals.entropy
@@ -150,14 +151,15 @@ def row_terms(prepared: Prepared, rows: slice, totals: Totals, parts: Tensor) ->
     chosen = SparseEntries(entries.indices[rows], entries.probabilities[rows], entries.bucket)
     sparse = sparse_terms(totals, labels.factors, chosen, prepared.problem.labels[rows], objective.tempering)
     parts[DIVERGENCE, rows] = sparse.divergence
-    on_p, _, on_label, everywhere = labels.factors
+    # Outside its entries a sparse teacher's gradient is a multiple of p_T, so it only replaces that factor.
+    on_p, _, on_label, everywhere = labels.factors  # [C] each
     return RowTerms(torch.stack([on_p, sparse.on_tempered, on_label, everywhere]), sparse.at_entries)
 
 
 def row_numbers(
     prepared: Prepared, rows: slice, totals: Totals, terms: RowTerms, label: Tensor, centre: Tensor | None = None
 ) -> Rows:
-    """The row kernels' argument for the tokens ``rows``, whose labels stand in the columns ``label`` [C]."""
+    """The row kernels' argument for the tokens ``rows`` with their labels in the columns ``label`` [C]."""
     return Rows(
         normalizers=totals.normalizers,
         label=label.contiguous(),
@@ -171,9 +173,9 @@ def row_numbers(
 
 
 def place_entries(padded: Tensor, width: int, columns: Tensor, values: Tensor, live: Tensor) -> None:
-    """Put exact gradients ``values`` [C, K] at a sparse teacher's ``columns`` [C, K] of ``padded`` [C, > width].
+    """Store the exact gradients ``values`` [C, K] at a sparse teacher's ``columns`` [C, K] of ``padded`` [C, > width].
 
-    Those of no column here (-1) go into the one after the last.
+    Entries without a column here (-1) are stored in the column after the last.
     """
     kept = torch.where(live[:, None], values, 0).to(padded.dtype)
     padded.scatter_(1, torch.where(columns >= 0, columns, width), kept)

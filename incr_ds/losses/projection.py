@@ -1,4 +1,4 @@
-"""hidden @ head.T and the two products of its gradient, with operands in one dtype and sums in another.
+"""hidden @ head.T and the two products of its gradient, with operands and sums in separate dtypes.
 
 Shapes: N tokens, C of a chunk, H width, V real rows of the head.
 """
@@ -17,8 +17,8 @@ class Projection:
     """``hidden`` [N, H] and ``head`` [V, H].
 
     On CUDA the products take low-precision operands and sum in fp32. Elsewhere the operands are converted first, because
-    only CUDA's ``mm`` gives fp32 results of other operands. With ``softcap`` c the logits are c tanh(z / c) of the product z
-    (Gemma 2, arXiv 2408.00118, section 2).
+    only CUDA's ``mm`` returns fp32 for low-precision operands. With ``softcap`` c the logits are c tanh(z / c) of the
+    product z (Gemma 2, arXiv 2408.00118, section 2).
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, softcap: float | None = None) -> None:
@@ -32,32 +32,32 @@ class Projection:
         self._softcap = softcap
 
     def of_columns(self, columns: slice) -> Projection:
-        """The same tokens against the rows ``columns`` of the head."""
+        """The same tokens with only the rows ``columns`` of the head."""
         part = copy.copy(self)
         part._head = self._head[columns]
         return part
 
     def logits(self, rows: slice, out: Tensor) -> None:
-        """Logits of the tokens ``rows`` into ``out`` [C, V]."""
+        """Compute the logits of the tokens ``rows`` into ``out`` [C, V]."""
         self._product(self._operand(self._hidden[rows]), self._head.t(), out)
         if self._softcap is not None:
             out.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def slope(self, logits: Tensor) -> Tensor | None:
-        """What the gradient of capped ``logits`` [C, V] is multiplied by to be that of the product: 1 - (logits / c)^2.
+        """The factor from the gradient of capped ``logits`` [C, V] to that of the product: 1 - (logits / c)^2.
 
-        None where there is no cap.
+        None without a cap.
         """
         if self._softcap is None:
             return None
         return logits.to(self.dtype, copy=True).div_(self._softcap).square_().neg_().add_(1.0)
 
     def through_head(self, gradient: Tensor, out: Tensor, *, add: bool) -> None:
-        """Gradient of the hidden states into ``out`` [C, H], or added to it, from that of the logits [C, V]."""
+        """Compute the hidden states' gradient into ``out`` [C, H], or add it, from the logits' [C, V]."""
         self._sum(self._operand(gradient), self._head, out, add)
 
     def through_hidden(self, gradient: Tensor, rows: slice, out: Tensor, *, add: bool) -> None:
-        """Gradient of the head into ``out`` [V, H], or added to it, from that of the logits [C, V] of ``rows``."""
+        """Compute the head's gradient into ``out`` [V, H], or add it, from the logits' [C, V] of ``rows``."""
         self._sum(self._operand(gradient).t(), self._operand(self._hidden[rows]), out, add)
 
     def _sum(self, left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
@@ -83,7 +83,7 @@ class Projection:
 
 
 def operand_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
-    """As F.linear would have it: autocast's dtype where that is on, else the wider of the two."""
+    """The dtype that F.linear would use: autocast's if it is on, otherwise the wider of the two."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

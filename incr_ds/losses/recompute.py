@@ -1,9 +1,8 @@
-"""The walk over blocks of the vocabulary that stores no logits: they are computed once for the statistics, and again for
-the gradient.
+"""Computes the loss over blocks of the vocabulary and stores no logits. They are computed again for the gradient.
 
-A block of columns of all tokens is in memory at a time, and what all blocks add up to for a token is put together like the
-parts of a vocabulary that is cut over ranks. Against the walk over tokens it costs 2 N V (Hs + Ht) further operations;
-in return each row of the head's gradient is written once, however many tokens there are. Experimental.
+One block of columns, for all tokens, is in memory at a time. The statistics of all blocks are combined like those of a
+vocabulary that is cut over ranks. Compared with the pass over tokens it costs 2 N V (Hs + Ht) more operations. In return
+each row of the head's gradient is written only once, for any number of tokens. Experimental.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from incr_ds.losses.vocabulary import Totals, combine, merge, picked_logits
 
 
 class RecomputingWalk:
-    """Two passes over the columns, three for reverse KL and JSD. ``parts`` [PARTS, N] as in StoredWalk."""
+    """Two passes over the columns, three for reverse KL and JSD. ``parts`` [PARTS, N] are as in StoredWalk."""
 
     _hidden_gradient: Tensor | None = None
     _head_gradient: Tensor | None = None
@@ -28,7 +27,7 @@ class RecomputingWalk:
         accumulates = problem.wants_hidden and prepared.hidden.dtype != prepared.dtype
         columns = plan_recompute(prepared.shape, problem.budget_bytes, accumulates=accumulates).columns
         size = problem.part.size
-        # A rank without any column takes part in the collectives with an empty block.
+        # A rank without any columns joins the collectives with an empty block.
         self._blocks = [slice(start, min(start + columns, size)) for start in range(0, max(size, 1), columns)]
         stride = LossShape(0, min(columns, size), 0).stride
         self._logits = self._buffer(stride)
@@ -36,7 +35,7 @@ class RecomputingWalk:
         self.parts = prepared.empty_parts()
 
     def run(self) -> None:
-        """Walk over the columns; afterwards everything is final."""
+        """Process all columns. Afterwards all results are final."""
         self._allocate()
         if self._prepared.hidden.shape[0]:
             totals = self._totals()
@@ -51,7 +50,7 @@ class RecomputingWalk:
         del self._logits, self._teacher_logits
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """As StoredWalk's."""
+        """Gradients of hidden and head; see StoredWalk."""
         hidden = self._hidden_gradient
         if hidden is not None:
             hidden = hidden.to(self._prepared.hidden.dtype)
@@ -63,7 +62,7 @@ class RecomputingWalk:
     def _allocate(self) -> None:
         prepared, problem = self._prepared, self._prepared.problem
         if problem.wants_hidden:
-            # Every block adds to it.
+            # Every block adds to it, so it starts at zero.
             self._hidden_gradient = prepared.hidden.new_zeros(prepared.hidden.shape, dtype=prepared.dtype)
         self._head_gradient = problem.head_gradient
         if problem.wants_head and problem.head_gradient is None:
@@ -71,8 +70,9 @@ class RecomputingWalk:
             self._head_gradient[problem.part.size if prepared.hidden.shape[0] else 0 :] = 0
 
     def _block(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits of student and teacher in ``columns``, the student's as the first columns of its buffer."""
+        """Logits [N, width] of student and teacher in ``columns``. The student's are views of its buffer's first columns."""
         prepared, width = self._prepared, columns.stop - columns.start
+        # student, teacher: [N, width]
         student, teacher = self._logits[:, :width], None
         prepared.student.of_columns(columns).logits(self._rows, student)
         if prepared.teacher is not None and self._teacher_logits is not None:
@@ -81,7 +81,7 @@ class RecomputingWalk:
         return student, teacher
 
     def _picks(self, columns: slice) -> Tensor:
-        """Where in the block the picked columns [N, 1 + K] stand, -1 if not in it."""
+        """Positions of the picked columns within the block, [N, 1 + K]; -1 for columns outside it."""
         picks = self._prepared.picks
         return torch.where((picks >= columns.start) & (picks < columns.stop), picks - columns.start, -1)
 
@@ -131,7 +131,7 @@ class RecomputingWalk:
             self._multiply(columns, student)
 
     def _multiply(self, columns: slice, gradient: Tensor) -> None:
-        """The two products of the block's gradient [N, width]."""
+        """Compute the two products of the block's gradient [N, width]."""
         problem = self._prepared.problem
         student = self._prepared.student.of_columns(columns)
         if self._hidden_gradient is not None:

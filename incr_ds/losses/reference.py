@@ -1,4 +1,4 @@
-"""The loss written down as its formula: whole logits, autograd, no cut vocabulary. What every backend is tested against."""
+"""The loss as its plain formula, against which every backend is tested: full logits, autograd, the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reference_parts(
 ) -> Tensor:
     """Cross entropy, divergence, squared log-sum-exp and entropy of every token, [4, N]; 0 where it is ignored.
 
-    Computed in fp64 for fp64 inputs, else in fp32; differentiable. Arguments as in ``distillation_loss``.
+    Computed in fp64 for fp64 inputs, otherwise in fp32; differentiable. Arguments as in ``distillation_loss``.
     """
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, head.dtype))
     live = labels != ignore_index

@@ -1,4 +1,4 @@
-"""Sequence-parallel inputs: every rank of the vocabulary's group brings its own part of the tokens."""
+"""Sequence-parallel inputs: every rank of the vocabulary's group has its own part of the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, Teacher, TopK
 
 
 class _GatherTokens(torch.autograd.Function):
-    """[N / ranks, ...] on each rank -> [N, ...] on all; the gradient, whole and equal on all ranks, is cut again."""
+    """[N / ranks, ...] on each rank -> [N, ...] on all. The gradient, whole and equal on all ranks, is sliced again."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -28,7 +28,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 def gather_tokens(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' equal parts of the tokens in the order of the ranks; what follows must give every rank the whole gradient."""
+    """Gather all ranks' equal parts of the tokens in rank order. Later code must give every rank the whole gradient."""
     if group is None:
         return part
     whole: Tensor = _GatherTokens.apply(part, group)  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ def gather_tokens(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def gather_teacher(teacher: Teacher | None, group: dist.ProcessGroup | None) -> Teacher | None:
-    """``teacher`` with all ranks' tokens."""
+    """Gather all ranks' tokens of ``teacher``."""
     if teacher is None or group is None:
         return teacher
     if isinstance(teacher, HiddenTeacher):

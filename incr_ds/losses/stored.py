@@ -1,6 +1,6 @@
-"""The walk over chunks of tokens: the logits of a chunk are stored and overwritten with their gradient.
+"""Computes the loss over chunks of tokens. A chunk's logits are stored and overwritten with their gradient.
 
-Nothing of size tokens x vocabulary outlives a chunk. The teacher's logits exist for a slab of a chunk.
+Nothing of size tokens x vocabulary outlives a chunk. The teacher's logits exist for one slab of a chunk at a time.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class StoredWalk:
         self._allocate()
 
     def run(self) -> None:
-        """Walk over the chunks; afterwards everything is final."""
+        """Process all chunks. Afterwards all results are final."""
         tokens, plan = self._prepared.hidden.shape[0], self._plan
         for start in range(0, tokens, plan.chunk_rows):
             self._chunk(slice(start, min(start + plan.chunk_rows, tokens)))
         if self._prepared.teacher is not None:
             self._prepared.problem.part.all_reduce(self.parts[DIVERGENCE])
         self.parts.masked_fill_(~self._prepared.live, 0)
-        # Not kept while the gradients are rounded.
+        # Freed before the gradients are rounded.
         del self._logits, self._teacher_logits
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden and head in the dtypes of those; None for the head when they went into a given buffer."""
+        """Gradients of hidden and head in their dtypes. The head's is None if it was added to a given buffer."""
         prepared = self._prepared
         if self._hidden_gradient is not None:
             for reduction in self._reductions:
@@ -57,42 +57,42 @@ class StoredWalk:
             self._teacher_logits = hidden.new_empty((plan.slab_rows, stride), dtype=prepared.logits_dtype)
         self._reductions: list[dist.Work] = []
         self._hidden_gradient, self._head_gradient = None, problem.head_gradient
-        # Whether the head's gradient is to be added to: its own buffer is first written by the first chunk.
+        # Whether to add to the head's gradient. The first chunk overwrites a buffer that was allocated here.
         self._started = problem.head_gradient is not None
         if problem.wants_hidden:
-            # Parts of it are summed over the ranks, and rounded after that.
+            # With several ranks, partial gradients are summed first and rounded afterwards.
             dtype = hidden.dtype if problem.part.group is None else prepared.dtype
             self._hidden_gradient = hidden.new_empty(hidden.shape, dtype=dtype)
         if problem.wants_head and problem.head_gradient is None:
-            # A single chunk's product is rounded once, whatever it is stored in.
+            # The product of a single chunk is rounded only once in any dtype.
             self._head_gradient = head.new_empty(head.shape, dtype=prepared.dtype if plan.chunks > 1 else head.dtype)
             self._head_gradient[problem.part.size if hidden.shape[0] else 0 :] = 0
 
     def _chunk(self, rows: slice) -> None:
         prepared, problem, size = self._prepared, self._prepared.problem, self._prepared.problem.part.size
-        padded = self._logits[: rows.stop - rows.start]
-        logits = padded[:, :size]
+        padded = self._logits[: rows.stop - rows.start]  # [C, stride]
+        logits = padded[:, :size]  # [C, V]
         prepared.student.logits(rows, logits)
         for start in range(rows.start, rows.stop, self._plan.slab_rows):
             slab = slice(start, min(start + self._plan.slab_rows, rows.stop))
             self._slab(slab, padded[slab.start - rows.start : slab.stop - rows.start])
         if problem.wants_hidden and self._hidden_gradient is not None:
             prepared.student.through_head(logits, self._hidden_gradient[rows], add=False)
-            # The ranks exchange it while the next product runs.
+            # The ranks exchange it during the next product.
             self._reductions += problem.part.begin_all_reduce(self._hidden_gradient[rows])
         if problem.wants_head and self._head_gradient is not None:
             prepared.student.through_hidden(logits, rows, self._head_gradient[:size], add=self._started)
             self._started = True
 
     def _slab(self, rows: slice, padded: Tensor) -> None:
-        """Losses of the tokens ``rows``, and their gradient over their logits, the first columns of ``padded``."""
+        """Losses of the tokens ``rows``, and their gradient in place of their logits, the first columns of ``padded``."""
         prepared, problem = self._prepared, self._prepared.problem
         tempering, part = problem.objective.tempering, problem.part
-        student, teacher = padded[:, : part.size], None
+        student, teacher = padded[:, : part.size], None  # [C, V]
         if prepared.teacher is not None and self._teacher_logits is not None:
-            teacher = self._teacher_logits[: student.shape[0], : part.size]
+            teacher = self._teacher_logits[: student.shape[0], : part.size]  # [C, V]
             prepared.teacher.logits(rows, teacher)
-        statistics = problem.kernels.statistics(student, teacher, tempering)
+        statistics = problem.kernels.statistics(student, teacher, tempering)  # [STATISTICS, C]
         totals = combine(statistics, picked_logits(student, prepared.picks[rows].t()), tempering, part)
         terms = row_terms(prepared, rows, totals, self.parts)
         slope = prepared.student.slope(student) if problem.writes else None

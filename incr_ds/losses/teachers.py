@@ -1,4 +1,4 @@
-"""Who teaches: a model's hidden states and head, its cached top entries, or entries sampled from it.
+"""Kinds of teachers: a model's hidden states and head, its cached top entries, or entries sampled from it.
 
 Shapes: N tokens, V the rank's rows of the vocabulary, K entries kept per token.
 """
@@ -28,9 +28,9 @@ class HiddenTeacher:
 class TopKTeacher:
     """The K most probable entries of each token's distribution.
 
-    ``indices`` [N, K] into the whole vocabulary, distinct in a row, -1 for none; ``log_probs`` [N, K] are
-    log-probabilities at the loss's temperature. With ``tail`` "bucket" the rest of the vocabulary is one more entry, with
-    what the K leave of the probability, and the divergence is at most the full one; with "none" the rest does not count.
+    ``indices`` [N, K] into the whole vocabulary are distinct within a row, -1 for none. ``log_probs`` [N, K] are
+    log-probabilities at the loss's temperature. With ``tail`` "bucket" the rest of the vocabulary is one more entry with
+    the remaining probability, and the divergence is at most the full one. With "none" the rest is ignored.
     """
 
     indices: Tensor
@@ -42,8 +42,8 @@ class TopKTeacher:
 class SampledTeacher:
     """Entries drawn from the teacher: ``weights`` [N, K] estimate probabilities at the loss's temperature.
 
-    ``indices`` [N, K] into the whole vocabulary, -1 for none; an entry that is drawn twice is one index with the sum of
-    its weights. With weights count / draws the gradient is that of the full forward KL in expectation
+    ``indices`` [N, K] into the whole vocabulary, -1 for none. An entry that is drawn twice is one index with the sum of
+    its weights. With weights count / draws, the expected gradient is that of the full forward KL
     (random sampling distillation, arXiv 2503.16870).
     """
 
@@ -56,7 +56,7 @@ Teacher = HiddenTeacher | TopKTeacher | SampledTeacher
 
 @dataclass(frozen=True)
 class SparseEntries:
-    """What top-k and sampled teachers share: ``probabilities`` [N, K], 0 where ``indices`` [N, K] is -1."""
+    """Entries of a top-k or sampled teacher: ``probabilities`` [N, K], 0 where ``indices`` [N, K] is -1."""
 
     indices: Tensor
     probabilities: Tensor

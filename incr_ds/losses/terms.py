@@ -1,4 +1,4 @@
-"""From the statistics of a row to its losses and to the factors of its gradient.
+"""Computes a row's losses, and the factors of its gradient, from the row's statistics.
 
 Shapes: C rows (tokens), K sparse teacher entries per row. All functions are elementwise over rows.
 """
@@ -15,7 +15,7 @@ from incr_ds.kernels.torch_rows import termwise
 from incr_ds.losses.teachers import SparseEntries
 from incr_ds.losses.vocabulary import Totals
 
-# What the student leaves outside the kept entries is at least this, so that its logarithm stays finite.
+# The smallest probability of the student's tail outside the kept entries, so that its logarithm stays finite.
 SMALLEST_TAIL = 1e-8
 
 
@@ -31,7 +31,7 @@ class Objective:
     kind: Kind
 
     def total(self, ce: Tensor, divergence: Tensor, z: Tensor) -> Tensor:
-        """The loss of its parts."""
+        """Combine the parts of the loss."""
         loss = ce
         if self.kind != "none":
             loss = (1 - self.alpha) * ce + self.alpha * self.temperature**2 * divergence
@@ -40,7 +40,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class LabelTerms:
-    """Cross entropy (smoothed) and squared log-sum-exp of each row, [C]; ``factors`` as Rows has them, [4, C]."""
+    """Cross entropy (smoothed) and squared log-sum-exp of each row, [C]; ``factors`` [4, C] are as in Rows."""
 
     ce: Tensor
     z: Tensor
@@ -48,10 +48,10 @@ class LabelTerms:
 
 
 def label_terms(totals: Totals, weights: Tensor, objective: Objective, vocabulary: int) -> LabelTerms:
-    """Terms of the labels, and factors for rows that count with ``weights`` [C]; the label is the first pick."""
+    """Terms of the labels, and the factors of rows with ``weights`` [C]. The label is the first pick."""
     maximum, log_total = totals.normalizers[:2]
     log_sum = maximum + log_total
-    # In this order the difference of two large logits comes first and loses nothing.
+    # maximum - picked is exact for two large logits of similar size, so it is computed first.
     target_ce = (maximum - totals.picked[0]) + log_total
     smoothing, hard = objective.label_smoothing, weights
     ce = target_ce
@@ -60,7 +60,7 @@ def label_terms(totals: Totals, weights: Tensor, objective: Objective, vocabular
     if objective.kind != "none":
         hard = weights * (1 - objective.alpha)
     on_p = hard + 2 * objective.z_loss * weights * log_sum if objective.z_loss else hard
-    # A label outside the vocabulary must stop the step, not vanish from its gradient.
+    # A label outside the vocabulary must stop the step instead of losing its gradient silently.
     on_p = torch.where((weights != 0) & target_ce.isinf(), torch.nan, on_p)
     on_divergence = weights * objective.alpha * objective.temperature
     factors = torch.stack([on_p, on_divergence, (1 - smoothing) * hard, smoothing / vocabulary * hard])
@@ -69,7 +69,7 @@ def label_terms(totals: Totals, weights: Tensor, objective: Objective, vocabular
 
 @dataclass(frozen=True)
 class SparseTerms:
-    """The divergence to a sparse teacher [C], the factor of p_T in the gradient [C], the gradient at its entries [C, K]."""
+    """The divergence to a sparse teacher [C], the factor of p_T in the gradient [C], and the gradient at its entries [C, K]."""
 
     divergence: Tensor
     on_tempered: Tensor

@@ -1,4 +1,4 @@
-"""A vocabulary that is cut over the ranks of a process group: who holds what, and statistics over all of it.
+"""A vocabulary that is cut over the ranks of a process group: which rank holds which part, and global statistics.
 
 Shapes: C rows (tokens), V the rank's real columns.
 """
@@ -27,7 +27,7 @@ from incr_ds.kernels.rows import (
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rank holds entries [start, start + size) of ``whole``; ``group`` is None where it holds all of them."""
+    """A rank's entries [start, start + size) of ``whole``. ``group`` is None if the rank holds all of them."""
 
     group: dist.ProcessGroup | None
     start: int
@@ -36,16 +36,16 @@ class VocabularyPart:
 
     @property
     def largest(self) -> int:
-        """Columns that every rank plans its memory for: the same number on all of them."""
+        """Number of columns, equal on all ranks, for which every rank plans its memory."""
         return self.whole if self.group is None else -(-self.whole // dist.get_world_size(self.group))
 
     def columns(self, entries: Tensor) -> Tensor:
-        """Local columns of vocabulary ``entries``, -1 where another rank (or none) holds them."""
+        """Local columns of vocabulary ``entries``, or -1 if another rank (or none) holds them."""
         owned = (entries >= self.start) & (entries < self.start + self.size)
         return torch.where(owned, entries - self.start, -1)
 
     def begin_all_reduce(self, values: Tensor) -> list[dist.Work]:
-        """Begin to sum ``values`` over the ranks in place; done when all of the returned are waited for."""
+        """Start summing ``values`` over the ranks in place. It is done once all returned handles were waited for."""
         if self.group is None:
             return []
         return [dist.all_reduce(values, group=self.group, async_op=True)]
@@ -60,7 +60,7 @@ class VocabularyPart:
 class Totals:
     """Statistics of C rows over the whole vocabulary, each [C]; ``picked`` [P, C] are the logits of chosen entries.
 
-    ``normalizers`` [5, C] is what Rows calls so; ``logits`` the sum of z; ``entropy`` that of softmax(z).
+    ``normalizers`` [5, C] are as in Rows, ``logits`` is the sum of z, and ``entropy`` that of softmax(z).
     """
 
     normalizers: Tensor
@@ -70,9 +70,9 @@ class Totals:
 
 
 def picked_logits(logits: Tensor, columns: Tensor) -> Tensor:
-    """Logits [P, C] in the columns [P, C] of ``logits`` [C, V], -inf where the column is -1.
+    """Logits [P, C] in the columns [P, C] of ``logits`` [C, V], or -inf where the column is -1.
 
-    An entry that no rank holds therefore ends as an infinite cross entropy instead of a plausible number.
+    So an entry that no rank holds gives an infinite cross entropy instead of a plausible number.
     """
     if not logits.shape[1]:
         return logits.new_full(columns.shape, -torch.inf)
@@ -81,7 +81,7 @@ def picked_logits(logits: Tensor, columns: Tensor) -> Tensor:
 
 
 def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: VocabularyPart) -> Totals:
-    """Finish the ``local`` statistics [STATISTICS, C] over the ranks with one collective; the same bits on every rank."""
+    """Combine the ``local`` statistics [STATISTICS, C] over the ranks with one collective. All ranks get the same bits."""
     merged, picked = local, picked.to(local.dtype)
     if part.group is not None:
         packed = torch.cat([local, picked])
@@ -99,7 +99,7 @@ def combine(local: Tensor, picked: Tensor, tempering: Tempering, part: Vocabular
 
 
 def merge(parts: Tensor, tempering: Tempering) -> Tensor:
-    """Statistics [STATISTICS, C] of all columns from those of each part of them, [parts, STATISTICS, C]."""
+    """Statistics [STATISTICS, C] of all columns from those of their parts, [parts, STATISTICS, C]."""
     merged = parts[0].clone()
     merged[MAXIMUM], merged[TEACHER_MAXIMUM] = (parts[:, row].amax(dim=0) for row in (MAXIMUM, TEACHER_MAXIMUM))
     below = (parts[:, MAXIMUM] - merged[MAXIMUM]).clamp_min(-FAR)

@@ -1,4 +1,4 @@
-"""Models for training: transformers' layers, DeepSpeed's tensor parallelism and pipeline, the teacher."""
+"""Models for training: transformers' layers with DeepSpeed's tensor parallelism and pipeline, and the teacher."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 
 def choose_accelerator() -> None:
-    """Name DeepSpeed's device before it is imported; otherwise it guesses, and warns where there is no GPU."""
+    """Name DeepSpeed's device before DeepSpeed is imported. Otherwise it guesses, with a warning if there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

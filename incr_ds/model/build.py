@@ -1,4 +1,4 @@
-"""From an architecture and a layout to this rank's module and teacher."""
+"""Builds this rank's module and teacher from an architecture and a layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from incr_ds.sharding.placement import check_layout, rank_parameters
 
 @dataclass(frozen=True)
 class RankModel:
-    """What one rank trains. ``shards`` are its parameters in order; ``grid`` holds the process groups."""
+    """What one rank trains. ``shards`` are its parameters in order, and ``grid`` holds the process groups."""
 
     module: LanguageModel | StagedLanguageModel
     teacher: Teacher | None
@@ -43,9 +43,9 @@ class RankModel:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What to build: the student and its initial weights, a teacher or none, how they are laid out and computed.
+    """What to build: the student, its initial weights, an optional teacher, their layout and how they compute.
 
-    ``dtype`` is that of parameters and activations; the teacher is put on ``device``, the engine moves the student.
+    ``dtype`` is the dtype of parameters and activations. The teacher is put on ``device``; the engine moves the student.
     """
 
     architecture: Architecture
@@ -59,10 +59,10 @@ class ModelRequest:
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
-    """Build this rank's part; torch.distributed must be initialized with layout.world_size processes.
+    """Build this rank's part. torch.distributed must be initialized with layout.world_size processes.
 
-    Raises LayoutError when the model cannot be cut this way or the module differs from the declared placement, and
-    ConfigError when the teacher's vocabulary differs. A pipeline gives ``observe`` the loss parts of each micro-batch.
+    Raises LayoutError if the model cannot be cut this way or the module differs from the declared placement, and
+    ConfigError if the teacher's vocabulary differs. A pipeline calls ``observe`` with the loss of each micro-batch.
     """
     check_layout(request.architecture, request.layout)
     _check_training_supported(request.architecture)
@@ -94,7 +94,7 @@ def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> No
     raise LayoutError(
         "\n".join(
             [
-                f"the module's parameters are not those that the placement declares ({len(expected)} declared, "
+                f"the module's parameters differ from the declared placement ({len(expected)} declared, "
                 f"{len(found)} found); is this transformers version supported?",
                 *unlike[:5],
             ]
@@ -106,7 +106,7 @@ def _check_training_supported(architecture: Architecture) -> None:
     if not architecture.family.training_supported:
         known = ", ".join(name for name, family in families().items() if family.training_supported)
         raise LayoutError(
-            f"{architecture.family.model_type} can be grown and exported, but not trained here; trained are: {known}."
+            f"{architecture.family.model_type} can be grown and exported, but not trained here; supported for training: {known}."
         )
     for field, value in architecture.family.training_requires.items():
         if architecture.config[field] != value:
@@ -117,7 +117,7 @@ def _check_training_supported(architecture: Architecture) -> None:
 
 
 def _choose_kernels(request: ModelRequest) -> None:
-    """See that attention and layers can run as asked, before the first layer is built."""
+    """Check that attention and layers can run as requested, before the first layer is built."""
     check_attention(request.settings.attention, request.device)
     for architecture in [request.architecture, *([] if request.teacher is None else [request.teacher.architecture])]:
         check_capped_scores(request.settings.attention, architecture)

@@ -1,4 +1,4 @@
-"""What a model makes of token ids before its first layer, and of hidden states before its head."""
+"""The model's input, from token ids to hidden states, and the input of its output head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from incr_ds.arch.architecture import Architecture
 
 @dataclass(frozen=True)
 class InputEmbedding:
-    """Token embeddings times a scale, plus learned positions, with dropout, as the family declares them.
+    """Token embeddings times a scale, plus learned positions, with dropout, as the family declares.
 
     Not an nn.Module: the modules that own ``tokens`` and ``positions`` differ between plain engines and pipelines.
     """
@@ -25,9 +25,9 @@ class InputEmbedding:
 
     def hidden_states(self, input_ids: Tensor, *, training: bool) -> Tensor:
         """[B, S] -> [B, S, H]."""
-        hidden = self.tokens(input_ids)
+        hidden = self.tokens(input_ids)  # [B, S, H]
         if self.architecture.family.embedding_scale is not None:
-            # In the model's dtype, as transformers has it.
+            # Rounded to the model's dtype, as in transformers.
             scale = torch.tensor(math.sqrt(self.architecture.sizes["hidden"]), dtype=hidden.dtype)
             hidden = hidden * scale.item()
         if self.architecture.family.embedding_multiplier is not None:
@@ -35,7 +35,8 @@ class InputEmbedding:
         if self.positions is not None:
             # OPT's table has rows before the first position.
             first = self.positions.num_embeddings - self.architecture.sizes["positions"]
-            hidden = hidden + self.positions(torch.arange(first, first + input_ids.shape[1], device=hidden.device))
+            positions = torch.arange(first, first + input_ids.shape[1], device=hidden.device)  # [S]
+            hidden = hidden + self.positions(positions)  # [B, S, H] + [S, H]
         dropout = self._dropout
         return F.dropout(hidden, dropout) if training and dropout else hidden
 
@@ -46,7 +47,9 @@ class InputEmbedding:
 
 
 def head_input(architecture: Architecture, normed: Tensor) -> Tensor:
-    """``normed`` hidden states [B, S, H] times the factor of the logits, which are linear in them: so the loss and the teacher
-    need not know of it."""
+    """Scale ``normed`` hidden states [B, S, H] by the factor of the logits, which are linear in them.
+
+    So neither the loss nor the teacher needs to know the factor.
+    """
     factor = architecture.logit_factor
     return normed if factor == 1.0 else normed * factor

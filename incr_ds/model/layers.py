@@ -1,4 +1,4 @@
-"""Builds the layers of a model one by one: transformers' own, cut over tensor ranks, filled with initial values."""
+"""Builds the layers of a model one by one: transformers' layers, cut over tensor ranks, with initial values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ HEAD = "lm_head.weight"
 
 
 def module_path(architecture: Architecture, spec: TensorSpec) -> str:
-    """Where transformers' model has the module that holds a tensor: its decoder layer, or one outside of them."""
+    """Path, in transformers' model, of the module that holds a tensor: its decoder layer, or a module outside of them."""
     return spec.name.rpartition(".")[0] if spec.layer is None else f"{architecture.family.layers_path}.{spec.layer}"
 
 
 @dataclass(frozen=True)
 class LayerFactory:
-    """Makes fresh layers of one model for one rank, in ``dtype`` on ``device``."""
+    """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``."""
 
     architecture: Architecture
     ranks: TensorRanks
@@ -58,7 +58,7 @@ class LayerFactory:
         return Positions(self.config, None if meta is None else type(meta)(self.config))
 
     def path(self, role: Role) -> str:
-        """Where transformers' model has the module that holds the tensors of ``role``, which is outside of the layers."""
+        """Path, in transformers' model, of the module outside of the layers that holds the tensors of ``role``."""
         return module_path(self.architecture, next(spec for spec in self.architecture.tensors if spec.role == role))
 
     def module(self, role: Role) -> nn.Module:
@@ -66,7 +66,7 @@ class LayerFactory:
         given = self._outline.get_submodule(self.path(role))
         with torch.device("meta"):
             if isinstance(given, nn.Embedding):
-                # A plain one: what a family's own class does beside it is in InputEmbedding.
+                # A plain embedding: InputEmbedding does what a family's own class adds.
                 given = nn.Embedding(given.num_embeddings, given.embedding_dim, given.padding_idx)
             holder = nn.ModuleDict({"module": copy.deepcopy(given)})
         return self._finish(holder, {"module": self.path(role)})["module"]
@@ -79,10 +79,10 @@ class LayerFactory:
         return self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
 
     def head(self, shared: nn.Parameter | None = None) -> DistillationHead:
-        """The output projection with its loss; ``shared`` is the embedding's parameter when the two are tied."""
+        """The output projection with its loss. ``shared`` is the embedding's parameter if the two are tied."""
         shard = self._shards[self.architecture.by_name[HEAD].tied_to or HEAD]
         weight = shared if shared is not None else self._parameter(shard)
-        # The name that DeepSpeed's gradient norm looks for, to count a cut tensor on every tensor rank.
+        # DeepSpeed's gradient norm reads this attribute, to count a cut tensor on every tensor rank.
         vars(weight)["tensor_model_parallel"] = self.ranks.group is not None
         return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
 
@@ -102,7 +102,7 @@ class LayerFactory:
         return self._outline.get_submodule(self.architecture.family.base)
 
     def _finish(self, holder: nn.ModuleDict, paths: Mapping[str, str]) -> nn.ModuleDict:
-        """Cut and fill the modules in ``holder``; ``paths`` are theirs in transformers' model."""
+        """Cut and fill the modules in ``holder``. ``paths`` are their paths in transformers' model."""
         names = {
             f"{key}.{name}": f"{path}.{name}"
             for key, path in paths.items()
@@ -113,7 +113,7 @@ class LayerFactory:
         for inside, empty in list(holder.named_parameters()):
             owner, _, attribute = inside.rpartition(".")
             filled = self._parameter(self._shards[names[inside]])
-            # DeepSpeed's layers leave marks on the parameter that its optimizer reads.
+            # DeepSpeed's layers set attributes on the parameter that its optimizer reads.
             filled.__dict__.update(empty.__dict__)
             setattr(holder.get_submodule(owner), attribute, filled)
         sum_partial_gradients(holder, specs, self.ranks)

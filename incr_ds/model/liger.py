@@ -13,10 +13,10 @@ WHERE = "model.layer_kernels: liger"
 
 
 def use_liger(model_type: str, device: torch.device) -> None:
-    """From now on transformers builds the layers of ``model_type`` with Liger's modules, of the same parameter names.
+    """Make transformers build the layers of ``model_type`` with Liger's modules, which have the same parameter names.
 
-    Liger replaces the classes in transformers' module, so it is decided once for a process. Raises ConfigError where the
-    package is not installed, has nothing for the family, or ``device`` is not CUDA.
+    Liger replaces the classes in transformers' module, so the choice holds for the whole process. Raises ConfigError if the
+    package is not installed, does not support the family, or ``device`` is not CUDA.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as APPLY
@@ -26,20 +26,20 @@ def use_liger(model_type: str, device: torch.device) -> None:
         ) from error
     if model_type not in APPLY:
         raise ConfigError(
-            f"{WHERE}: liger-kernel has none for {model_type}; it has them for {', '.join(sorted(APPLY))}."
+            f"{WHERE}: liger-kernel does not support {model_type}; it supports {', '.join(sorted(APPLY))}."
         )
     if device.type != "cuda":
         raise ConfigError(
-            f"{WHERE}: its kernels need a CUDA device and this run is on {device.type!r}; set transformers."
+            f"{WHERE}: its kernels need a CUDA device, but this run is on {device.type!r}; set transformers."
         )
     apply_liger(model_type)
 
 
 def apply_liger(model_type: str) -> None:
-    """Replace the classes; the loss stays this project's own."""
+    """Replace the classes. The loss stays this project's own."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
-    # Which of them a family has shows in the parameters of its function.
+    # The parameters of a family's function show which kernels it has.
     kernels = [name for name in KERNELS if name in inspect.signature(apply).parameters]
     apply(**dict.fromkeys(kernels, True), cross_entropy=False, fused_linear_cross_entropy=False)

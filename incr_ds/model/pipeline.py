@@ -24,7 +24,7 @@ Stream = Tensor | tuple[Tensor, Tensor]
 
 
 class EmbeddingLayer(nn.Module):
-    """Pipeline layer 0. Where it is tied to the head, the last stage has one too, ``with_positions`` false."""
+    """Pipeline layer 0. If it is tied to the head, the last stage has one too, with ``with_positions`` false."""
 
     def __init__(self, factory: LayerFactory, with_positions: bool = True) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class NormLayer(nn.Module):
 
     def __init__(self, factory: LayerFactory) -> None:
         super().__init__()
-        # In a tuple, so that it is registered once, under transformers' name.
+        # In a tuple, which torch does not search for modules: it is registered once, under transformers' name.
         self._norm = (_add(self, factory, "final_norm"),)
         self._architecture = factory.architecture
 
@@ -73,19 +73,19 @@ class NormLayer(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """Pipeline layer L + 2: owns the head; the loss function, which gets the labels, applies it."""
+    """Pipeline layer L + 2. It owns the head; the loss function, which gets the labels, applies it."""
 
     def __init__(self, factory: LayerFactory) -> None:
         super().__init__()
         self.lm_head = factory.head()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hands ``hidden`` on."""
+        """Return ``hidden`` unchanged."""
         return hidden
 
 
 def _add(owner: nn.Module, factory: LayerFactory, role: Role) -> nn.Module:
-    """The module of ``role``, registered in ``owner`` under its name beside transformers' decoder layers."""
+    """Build the module of ``role`` and register it in ``owner`` under the name that it has beside transformers' layers."""
     module = factory.module(role)
     owner.add_module(_local(factory, role), module)
     return module
@@ -100,10 +100,10 @@ def _hand_on(module: nn.Module, hidden: Tensor) -> Tensor:
 
 
 class StagedLanguageModel(PipelineModule):
-    """One rank's stage. Stages exchange the student's hidden states, and the teacher's beside them when it runs.
+    """One rank's stage. Stages exchange the student's hidden states and, if the teacher runs, also the teacher's.
 
-    ``observe`` is called with the loss parts of every micro-batch on the last stage; ``alpha`` and ``temperature`` are
-    set before each step, on every rank alike; ``teaching`` says whether the teacher runs.
+    ``observe`` is called with the loss of every micro-batch on the last stage. ``alpha`` and ``temperature`` are set
+    before each step to the same values on every rank. ``teaching`` says whether the teacher runs.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StagedLanguageModel(PipelineModule):
         architecture = factory.architecture
         blocks = [LayerSpec(BlockLayer, factory, layer) for layer in range(architecture.num_layers)]
         first, last = _ends(factory)
-        # DeepSpeed prints its partition on rank 0's standard output.
+        # DeepSpeed prints its partition to rank 0's standard output.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
                 [first, *blocks, LayerSpec(NormLayer, factory), last], topology=topology, loss_fn=self.loss
@@ -124,17 +124,20 @@ class StagedLanguageModel(PipelineModule):
         self.alpha: float = 0.0
         self.temperature: float = 1.0
         self.teaching = False
+        # Set without nn.Module's registration: the head's parameter belongs to its pipeline layer and must not get a
+        # second name, and the teacher is not part of the student.
         object.__setattr__(self, "_teacher", teacher)
         object.__setattr__(self, "_head", self._find_head(factory))
         self._observe = observe
 
     @property
     def has_teacher(self) -> bool:
-        """True when there is a teacher, on this stage as on every other."""
+        """True if there is a teacher. All stages have one or none has."""
         return self._teacher is not None
 
     def forward(self, stream: Stream) -> Stream:
-        """Run this stage; see the class."""
+        """Run this stage on the student's hidden states, and on the teacher's beside them while ``teaching``."""
+        # student: input_ids [B, S] or hidden states [B, S, Hs]; taught: input_ids or packed bytes, see pack
         student, taught = stream if isinstance(stream, tuple) else (stream, stream)
         if not self.teaching:
             return self._own_layers(student)

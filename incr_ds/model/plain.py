@@ -1,4 +1,4 @@
-"""The model without a pipeline: Hugging Face parameter names, so that its ZeRO checkpoint is a transformers one."""
+"""The model without a pipeline. It has Hugging Face parameter names, so transformers can use its ZeRO checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from incr_ds.sharding.placement import pipeline_layer
 class LanguageModel(nn.Module):
     """Pipeline layers ``layers`` of a model: 0 is the embedding, 1..L the decoder, L+1 the final norm, L+2 the head.
 
-    With all of them it is the whole model; a teacher in a pipeline has a part on each stage.
+    With all of them it is the whole model. A teacher in a pipeline has a part on each stage.
     """
 
     def __init__(self, factory: LayerFactory, layers: range) -> None:
         super().__init__()
         architecture = factory.architecture
-        # Dictionaries are no modules: what they hold is registered once, where transformers has it.
+        # nn.Module does not search dictionaries, so the modules are registered once, at transformers' paths.
         self._ends: dict[Role, nn.Module] = {}
         self._blocks: dict[int, nn.Module] = {}
         for path, spec in _places(architecture, layers):
@@ -58,16 +58,16 @@ class LanguageModel(nn.Module):
         alpha: Scalar = 0.0,
         temperature: Scalar = 1.0,
     ) -> DistillationLoss:
-        """Loss of the whole model: ``labels`` [B, S] holds the token after each of ``input_ids`` [B, S]."""
-        hidden = self.hidden_states(input_ids)
+        """Loss of the whole model. ``labels`` [B, S] holds the token after each of ``input_ids`` [B, S]."""
+        hidden = self.hidden_states(input_ids)  # [B, S, H]
         teacher = (teacher_hidden, teacher_head)
         parts: DistillationLoss = self.lm_head(hidden, labels, *teacher, alpha=alpha, temperature=temperature)
         return parts
 
     def hidden_states(self, stream: Tensor) -> Tensor:
-        """Run the layers up to the head: ``stream`` is input_ids [B, S] at the embedding, else hidden [B, S, H]."""
+        """Run the layers up to the head. ``stream`` is input_ids [B, S] on the first stage, otherwise hidden [B, S, H]."""
         if self._embedding is not None:
-            stream = self._embedding.hidden_states(stream, training=self.training)
+            stream = self._embedding.hidden_states(stream, training=self.training)  # [B, S] -> [B, S, H]
         for layer, block in self._blocks.items():
             arguments = self._positions.arguments(stream, layer)
             stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)
@@ -77,8 +77,10 @@ class LanguageModel(nn.Module):
 
 
 def _places(architecture: Architecture, layers: range) -> Iterator[tuple[str, TensorSpec]]:
-    """Where transformers' model has the modules of pipeline ``layers`` up to the head, in the order of its parameters, each
-    with a tensor that it holds."""
+    """Paths, in transformers' model, of the modules of pipeline ``layers`` up to the head.
+
+    They come in the order of the parameters, each with a tensor that the module holds.
+    """
     seen = set()
     for spec in architecture.tensors:
         layer = pipeline_layer(spec, architecture.num_layers)
@@ -98,7 +100,7 @@ def _attach(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool, attention: Attention) -> Tensor:
-    """One decoder layer; with ``recompute`` its activations are computed again in the backward pass."""
+    """Run one decoder layer. With ``recompute`` its activations are computed again in the backward pass."""
 
     def run(stream: Tensor) -> Tensor:
         with preferred_kernels(attention):

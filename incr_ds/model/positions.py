@@ -16,9 +16,9 @@ SLIDING = "sliding_attention"
 class Positions:
     """Arguments of transformers' decoder layers for whole sequences, positions 0, 1, ...
 
-    ``rotary`` is None for models whose layers know nothing of positions. Not an nn.Module: the engine casts modules to
-    bf16, and inverse frequencies must stay fp32. The arguments of the last shape are kept, since every layer of every step
-    asks for the same.
+    ``rotary`` is None for models whose layers do not use positions. Not an nn.Module: the engine casts modules to bf16,
+    but inverse frequencies must stay fp32. The arguments for the last shape are cached, since every layer of every step
+    needs the same ones.
     """
 
     def __init__(self, config: PretrainedConfig, rotary: nn.Module | None) -> None:
@@ -48,11 +48,11 @@ class Positions:
     def _build(self, hidden: Tensor, kind: str) -> Mapping[str, Any]:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
-        # None where scaled_dot_product_attention's own causal mask is enough.
+        # None if scaled_dot_product_attention's own causal mask is enough.
         mask = make_mask(config=self._config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
         arguments = {"attention_mask": mask, "position_ids": position_ids}
         if self._rotary is not None:
-            # Gemma 3 has frequencies of their own for each kind of layer.
+            # Gemma 3 has different frequencies for each kind of layer.
             kinds = (kind,) if hasattr(self._rotary, "layer_types") else ()
             arguments["position_embeddings"] = self._rotary(hidden, position_ids, *kinds)
         return arguments

@@ -1,4 +1,4 @@
-"""The frozen teacher, laid out like the student: tensor-parallel, its layers spread over the pipeline stages."""
+"""The frozen teacher, laid out like the student: tensor-parallel, with its layers spread over the pipeline stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from incr_ds.sharding.placement import stage_layers
 
 
 class Teacher:
-    """The teacher's part on one pipeline stage. Not an nn.Module, so no student's parameters ever include it."""
+    """The teacher's part on one pipeline stage. Not an nn.Module, so that the student's parameters never include it."""
 
     def __init__(self, factory: LayerFactory, layout: ParallelLayout, stage: int) -> None:
         layers = stage_layers(factory.architecture.num_layers, layout.pipeline_parallel)[stage]
@@ -26,7 +26,7 @@ class Teacher:
 
     @property
     def head(self) -> Tensor | None:
-        """The rank's rows [V, Ht] of the teacher's output projection; None before the last stage."""
+        """This rank's rows [V, Ht] of the teacher's output projection, or None before the last stage."""
         head = getattr(self._model, "lm_head", None)
         return None if head is None else head.weight
 
@@ -37,12 +37,15 @@ class Teacher:
         return self._model.hidden_states(hidden)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The hidden states that ``pack`` made bytes of."""
+        """Turn the bytes of ``pack`` back into hidden states: uint8 [B, S, Ht * itemsize] -> [B, S, Ht]."""
         return packed.view(self._dtype)
 
 
 def pack(hidden: Tensor) -> Tensor:
-    """Hidden states as bytes: DeepSpeed's pipeline expects a gradient for every floating tensor that it sends."""
+    """Hidden states as bytes, uint8 [B, S, Ht * itemsize].
+
+    DeepSpeed's pipeline expects a gradient for every floating-point tensor that it sends, and the teacher has none.
+    """
     return hidden.contiguous().view(torch.uint8)
 
 

@@ -16,7 +16,7 @@ from incr_ds.sharding.placement import sharded_dimension
 
 @dataclass(frozen=True)
 class TensorRanks:
-    """This rank's place among the ranks that share one model; ``group`` is None when it is alone."""
+    """This rank's position among the ranks that share one model. ``group`` is None for a single rank."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -26,12 +26,12 @@ class TensorRanks:
 def cut_linears(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:
     """Replace, in place, the linear and embedding layers inside ``module`` that the placement cuts.
 
-    ``specs`` declares the module's parameters by their name inside ``module``. The layer slices the weight of the
-    module it is given, so ``module`` must be built for this call only.
+    ``specs`` declares the module's parameters by their names inside ``module``. DeepSpeed's layers slice the weight that
+    they are given, so ``module`` must be built for this call only.
     """
     if ranks.group is None:
         return
-    # DeepSpeed's layers would otherwise be built for inference, without gradients.
+    # Otherwise DeepSpeed's layers are built for inference, without gradients.
     set_autotp_mode(training=True)
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear | nn.Embedding):
@@ -52,10 +52,10 @@ def _cut(layer: nn.Linear | nn.Embedding, spec: TensorSpec, ranks: TensorRanks) 
 
 
 def sum_partial_gradients(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:
-    """Sum over the tensor ranks the gradients of whole tensors that sit inside a cut region.
+    """Sum the gradients of whole tensors inside a cut region over the tensor ranks.
 
-    A norm over each head (role ``inner_norm``) is the same tensor on every rank, but every rank applies it to its own
-    heads only.
+    A norm over each head (role ``inner_norm``) is the same tensor on every rank, but every rank applies it only to its
+    own heads.
     """
     if ranks.group is None:
         return

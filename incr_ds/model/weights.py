@@ -1,4 +1,4 @@
-"""Initial values of a model's tensors: fresh ones, the same for every layout, or those of a checkpoint."""
+"""Initial values of a model's tensors: fresh ones that are the same for every layout, or a checkpoint's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from incr_ds.sharding.blocks import RankParameter
 
 
 class Weights(Protocol):
-    """Where a rank's initial values come from."""
+    """A source of a rank's initial values."""
 
     def read(self, shard: RankParameter) -> Tensor:
-        """The values of ``shard``, in its shape, in any floating dtype."""
+        """The values of ``shard``, in its shape and in any floating-point dtype."""
         ...
 
 
 class FreshWeights:
-    """transformers' initialization: normal(0, deviation of the config) matrices, norms that multiply by one, biases of zero.
+    """transformers' initialization: matrices of normal(0, the config's deviation), norms of one, biases of zero.
 
     Each tensor is drawn whole from a generator seeded by (seed, name) and then sliced, so every layout starts from
     the same model.
@@ -54,7 +54,7 @@ class FreshWeights:
 
 
 class CheckpointWeights:
-    """The weights of a logical checkpoint; only a rank's own rows are read."""
+    """The weights of a logical checkpoint. Only a rank's own rows are read."""
 
     def __init__(self, checkpoint: LogicalCheckpoint) -> None:
         self._checkpoint = checkpoint

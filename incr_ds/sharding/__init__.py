@@ -1,1 +1,1 @@
-"""Who holds which slice: placement over ranks, blocks, parameter groups, the modules of training codes."""
+"""Which rank holds which slice: placement over ranks, slices, parameter groups, the modules of other training codes."""

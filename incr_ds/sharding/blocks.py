@@ -1,4 +1,4 @@
-"""How a parameter of a training module is made of logical tensors: rectangles, and nothing else."""
+"""How a parameter of a training module is composed of rectangular slices of logical tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Bounds = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of the logical tensor ``name``, which a parameter holds from its row ``row`` and column ``column`` on.
+    """A rectangle of the logical tensor ``name``, and where it lies in a parameter: from ``row`` and ``column`` on.
 
-    ``bounds`` is one (start, stop) per dimension of the logical tensor. What is stored is the tensor times ``scale``.
+    ``bounds`` is one (start, stop) per dimension of the logical tensor. The parameter stores the tensor times ``scale``.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the rectangle."""
+        """Size of each dimension of the rectangle."""
         return tuple(stop - start for start, stop in self.bounds)
 
 
@@ -33,9 +33,9 @@ class Block:
 class RankParameter:
     """A parameter of one model-parallel rank's module.
 
-    ``tensor`` is the first tensor in it, ``blocks`` are all parts of tensors that it holds; rows that no block covers are
-    padding (``padded``). ``local_name`` is its name inside pipeline layer ``pipeline_layer``. ``cut`` is the dimension that
-    tensor parallelism cuts (None: every tensor rank holds it whole), ``sub_parameters`` how many parts it cuts separately.
+    ``tensor`` is the first tensor in it, and ``blocks`` are all slices of tensors that it holds. Rows that no block covers
+    are padding (``padded``). ``local_name`` is its name inside pipeline layer ``pipeline_layer``. ``cut`` is the dimension
+    that tensor parallelism cuts (None: every tensor rank holds it whole), in ``sub_parameters`` separate parts.
     """
 
     parameter: str
@@ -55,6 +55,6 @@ class RankParameter:
 
     @property
     def bounds(self) -> Bounds:
-        """Of a parameter that is one slice of one tensor: the slice."""
+        """The slice of the tensor, for a parameter that is one slice of one tensor."""
         (block,) = self.blocks
         return block.bounds

@@ -1,4 +1,4 @@
-"""Parameters of transformers' modules that hold one tensor of every expert of a mixture, as the checkpoint files name them."""
+"""Parameters of transformers' modules that hold a mixture's experts together; checkpoint files name each expert."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from incr_ds.sharding.blocks import Block
 
 @dataclass(frozen=True)
 class JoinedParameter:
-    """A parameter [experts, rows, columns]: of each expert in turn, the tensors of ``members`` one below the other.
+    """A parameter [experts, rows, columns] that holds, for each expert, the tensors of ``members`` stacked by rows.
 
-    As a matrix [experts * rows, columns] it is ``blocks``. An optimizer and tensor parallelism treat all of it alike, as its
-    first tensor.
+    As a matrix [experts * rows, columns] it consists of ``blocks``. An optimizer and tensor parallelism treat all of it
+    like its first tensor.
     """
 
     parameter: str
@@ -48,7 +48,7 @@ class JoinedParameter:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Every tensor, from its first row in the matrix on."""
+        """Every tensor, placed at its first row in the matrix."""
         found, row = [], 0
         for spec in self.members:
             found.append(Block(spec.name, ((0, spec.shape[0]), (0, spec.shape[1])), row))
@@ -57,7 +57,7 @@ class JoinedParameter:
 
 
 def joined_parameters(architecture: Architecture) -> Mapping[str, JoinedParameter]:
-    """The parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
+    """Parameters of transformers' module that hold tensors of all experts, by name; {} for a dense model."""
     found, num_experts = {}, architecture.sizes.get("experts", 0)
     for layer in range(architecture.num_layers):
         for template, names in architecture.family.joined.items():

@@ -1,4 +1,4 @@
-"""Training codes that name and fuse parameters their own way, as data: frameworks/*.yaml, and what a rank of theirs holds."""
+"""Training codes with their own parameter names and fused parameters, declared in frameworks/*.yaml."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ParameterDeclaration(Settings):
 
 
 class Modules(Settings):
-    """The modules of a training code: which families they build, where they stand in its pipeline, their parameters."""
+    """The modules of a training code: the families it supports, its pipeline layers and its parameters."""
 
     families: list[str]
     embedding: int
@@ -46,13 +46,13 @@ class Modules(Settings):
 
 @cache
 def modules_of(name: str) -> Modules:
-    """The modules file ``name``."""
+    """Read the modules file ``name``."""
     path = FOLDER / f"{name}.yaml"
     return parse_settings(read_yaml(path), Modules, str(path))
 
 
 def num_pipeline_layers(modules: Modules, architecture: Architecture) -> int:
-    """Pipeline layers up to the head."""
+    """Number of pipeline layers up to the head."""
     return modules.first_decoder + architecture.num_layers + 2
 
 
@@ -63,10 +63,12 @@ def padded_vocabulary(vocab: int, multiple: int, tensor_parallel: int) -> int:
 
 
 def check_modules(modules: Modules, architecture: Architecture, tensor_parallel: int, where: str) -> None:
-    """Raise LayoutError if the training code has no such model, or cannot cut it like that."""
+    """Raise LayoutError if the training code does not have this model, or cannot cut it over the tensor ranks."""
     family, sizes = architecture.family, architecture.sizes
     if family.model_type not in modules.families:
-        raise LayoutError(f"{where}: no modules for {family.model_type} there; it has {', '.join(modules.families)}.")
+        raise LayoutError(
+            f"{where}: it has no modules for {family.model_type}; supported: {', '.join(modules.families)}."
+        )
     evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn")}
     undivided = [f"{field} {size}" for field, size in evenly.items() if size % tensor_parallel]
     if undivided:
@@ -81,9 +83,9 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
 def module_parameters(
     modules: Modules, architecture: Architecture, tensor_parallel: int, tensor_rank: int, vocabulary: int
 ) -> Mapping[int, tuple[RankParameter, ...]]:
-    """What a tensor rank holds, by pipeline layer, in the order of each module's parameters.
+    """The parameters of a tensor rank by pipeline layer, in the order of each module.
 
-    ``vocabulary`` is the number of rows of embedding and head over all ranks, padding included. A tied head has no entry.
+    ``vocabulary`` is the number of rows of embedding and head over all ranks, including padding. A tied head has no entry.
     """
     specs = {(spec.layer, spec.local_name): spec for spec in architecture.stored}
     found: dict[int, list[RankParameter]] = {}
@@ -98,7 +100,7 @@ def module_parameters(
 def _occurrences(
     modules: Modules, architecture: Architecture
 ) -> Iterator[tuple[int, int | None, ParameterDeclaration]]:
-    """(pipeline layer, decoder layer, declaration) of everything declared."""
+    """Yield (pipeline layer, decoder layer, declaration) for every parameter."""
     after = modules.first_decoder + architecture.num_layers
     fixed = {"embedding": modules.embedding, "norm": after, "head": after + 1}
     for declared in modules.parameters:
@@ -154,7 +156,7 @@ def _even_cut(spec: TensorSpec, cut: int | None, ranks: int, rank: int) -> tuple
 
 
 def _interleaved(held: list[TensorSpec], units: int, chosen: range) -> tuple[Block, ...]:
-    """Of every chosen unit, the rows of each tensor in turn."""
+    """Rows of every chosen unit, tensor after tensor within the unit."""
     blocks, row = [], 0
     for unit in chosen:
         for spec in held:

@@ -1,7 +1,7 @@
 """Which rank holds which slice of which tensor, under which parameter name. Pure: no process, no file, no device.
 
-Training modules and checkpoint writers both follow this declaration, so a grown checkpoint fits the engine that loads
-it. Ranks are laid out as DeepSpeed's PipeModelDataParallelTopology does: pipe outermost, then data, then tensor.
+Training modules and checkpoint writers follow the same declaration, so a grown checkpoint matches the engine that loads
+it. Ranks are numbered as in DeepSpeed's PipeModelDataParallelTopology: pipe outermost, then data, then tensor.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ TIED_KEY = "embedding"
 
 
 def split_bounds(total: int, parts: int) -> tuple[tuple[int, int], ...]:
-    """Cut ``total`` into nearly even parts, larger ones first (DeepSpeed's rule): split_bounds(5, 2) -> (0,3),(3,5)."""
+    """Split ``total`` into nearly even parts, larger ones first (DeepSpeed's rule): split_bounds(5, 2) -> (0,3),(3,5)."""
     base, extra = divmod(total, parts)
     stops = list(accumulate(base + (part < extra) for part in range(parts)))
     return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def check_layout(architecture: Architecture, layout: ParallelLayout, where: str = "layout") -> None:
-    """Raise LayoutError if the model cannot be cut this way; every problem at once, with what would work.
+    """Raise LayoutError if the model cannot be cut this way. It lists every problem and what would work.
 
-    ``where`` is what states the layout.
+    ``where`` names what states the layout.
     """
     problems, family = [], architecture.family
     if not family.training_supported and layout.tensor_parallel * layout.pipeline_parallel > 1:
         raise LayoutError(
-            f"{where}: {family.model_type} has no tensor- or pipeline-parallel form here; use tensor_parallel: 1 "
+            f"{where}: {family.model_type} does not support tensor or pipeline parallelism here; use tensor_parallel: 1 "
             "and pipeline_parallel: 1, or format: huggingface."
         )
     if family.uncut and layout.tensor_parallel > 1:
@@ -113,9 +113,9 @@ def names_in_pipelines(architecture: Architecture) -> dict[str, str]:
 def rank_parameters(
     architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
 ) -> tuple[RankParameter, ...]:
-    """What the ranks of (stage, tensor_rank) hold, in the order of their module's ``named_parameters``.
+    """The parameters of the ranks of (stage, tensor_rank), in the order of their module's ``named_parameters``.
 
-    With pipeline_parallel 1 the module is the Hugging Face one and the names are its names. With more they are those of
+    With pipeline_parallel 1 the module is the Hugging Face one, with its names. Otherwise the names are those of
     ``pipeline_name``, tied ones first. Learned positions are part of the embedding's module on the first stage.
     """
     if layout.pipeline_parallel == 1:
@@ -136,7 +136,7 @@ def rank_parameters(
 
 
 def with_joined(shards: tuple[RankParameter, ...], joined: Mapping[str, JoinedParameter]) -> tuple[RankParameter, ...]:
-    """``shards`` with the joined parameters of a mixture in the place of the first tensor of each."""
+    """Replace the tensors of each joined parameter of a mixture by the parameter, at the place of its first tensor."""
     first = {parameter.members[0].name: parameter for parameter in joined.values()}
     inside = {spec.name for parameter in joined.values() for spec in parameter.members} - set(first)
     kept = [shard for shard in shards if shard.tensor.name not in inside]
@@ -144,7 +144,7 @@ def with_joined(shards: tuple[RankParameter, ...], joined: Mapping[str, JoinedPa
 
 
 def _join(shard: RankParameter, joined: JoinedParameter) -> RankParameter:
-    # No tensor rank cuts it.
+    # Tensor parallelism does not cut it.
     return replace(shard, parameter=joined.parameter, shape=joined.shape, blocks=joined.blocks, cut=None)
 
 
@@ -153,9 +153,9 @@ def optimizer_groups(
 ) -> tuple[tuple[RankParameter, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
-    Tensors that ``multipliers`` gives other multipliers are groups of their own, in the order of their multipliers. Groups are
-    halved until there are ``at_least`` so many. ZeRO's flat buffers follow this order, so an engine and a checkpoint that it
-    loads must be given the same arguments. LayoutError if there are fewer tensors than groups.
+    Tensors with the same ``multipliers`` share a group, and groups are ordered by multipliers. Groups are halved until
+    there are ``at_least`` that many. ZeRO's flat buffers follow this order, so an engine and the checkpoint that it loads
+    need the same arguments. Raises LayoutError if there are fewer tensors than groups.
     """
     found: dict[tuple[bool, Multipliers], list[RankParameter]] = {}
     for shard in shards:
@@ -165,8 +165,8 @@ def optimizer_groups(
     if len(shards) < at_least:
         raise LayoutError(
             f"layout: a pipeline stage trains {len(shards)} tensors, and the optimizer has {at_least} parameter groups "
-            "elsewhere; DeepSpeed needs as many on every stage. Train more of its layers, use fewer stages, or set "
-            "optimizer.multipliers: none."
+            "on another stage; DeepSpeed needs the same number on every stage. Train more of its layers, use fewer stages, or "
+            "set optimizer.multipliers: none."
         )
     while len(groups) < at_least:
         largest = max(range(len(groups)), key=lambda index: len(groups[index]))
@@ -181,8 +181,11 @@ def group_count(
     multipliers: Mapping[str, Multipliers] | None,
     frozen: Collection[str] = (),
 ) -> int:
-    """Parameter groups on every rank of a layout: DeepSpeed sums gradient norms over pipeline stages group by group, so all
-    stages must have as many as the one with the most. LayoutError for a stage whose tensors are all ``frozen``."""
+    """Number of parameter groups on every rank of a layout.
+
+    DeepSpeed sums gradient norms over pipeline stages group by group, so all stages get as many groups as the stage that
+    needs the most. Raises LayoutError if all tensors of a stage are ``frozen``.
+    """
     counts = []
     for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
         trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
@@ -190,25 +193,25 @@ def group_count(
             decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]
             raise LayoutError(
                 f"model.freeze: pipeline stage {stage} of {layout.pipeline_parallel}, with decoder layers {decoder[0]} to "
-                f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train a tensor "
-                "of it (a norm is enough), use fewer stages, or pipeline_parallel: 1."
+                f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train one of "
+                "its tensors (a norm is enough), use fewer stages, or pipeline_parallel: 1."
             )
         counts.append(len(optimizer_groups(trained, multipliers)))
     return max(counts)
 
 
 def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:
-    """Those of ``shards`` whose tensors are not ``frozen``."""
+    """The ``shards`` whose tensors are not ``frozen``."""
     return tuple(shard for shard in shards if shard.tensor.name not in frozen)
 
 
 def group_multipliers(group: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None) -> Multipliers:
-    """The multipliers of one of ``optimizer_groups``."""
+    """The multipliers of one group of ``optimizer_groups``."""
     return (multipliers or {}).get(group[0].tensor.name, UNCHANGED)
 
 
 def sharded_dimension(spec: TensorSpec) -> int | None:
-    """The dimension that tensor parallelism cuts, or None for a tensor that every tensor rank holds whole."""
+    """The dimension that tensor parallelism cuts, or None if every tensor rank holds the whole tensor."""
     cut = [index for index, dim in enumerate(spec.dims) if dim.outer_axis in SHARDED_AXES]
     return cut[0] if cut else None
 

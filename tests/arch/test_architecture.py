@@ -191,7 +191,7 @@ def test_biases_follow_the_config():
         (
             {"attention_chunk_size": 64, "is_causal": False, "logit_softcapping": 30.0},
             r"test: attention_chunk_size \(64\), is_causal \(false\): transformers 5\S+ reads this for a llama "
-            r"\(cache_utils.py, .*\), .* nothing was done.*without it with --config FILE; else say in .*families/llama.yaml",
+            r"\(cache_utils.py, .*\), .* nothing was done.*without it with --config FILE; otherwise declare it in .*families/llama.yaml",
         ),
         ({"rope_interleaved": True}, r"rope_interleaved is True; llama is supported with False only"),
         (
@@ -205,7 +205,7 @@ def test_biases_follow_the_config():
             r"num_attention_heads can be 6 or 9; with 8 query heads, "
             r"num_key_value_heads can be 1, 2, 4, 8",
         ),
-        ({"hidden_size": None}, r"test: hidden_size: missing; a llama config states it|transformers refuses"),
+        ({"hidden_size": None}, r"test: hidden_size: missing; a llama config must state it|transformers refuses"),
         ({"hidden_size": "wide"}, r"transformers refuses this llama config: .*hidden_size"),
     ],
 )

@@ -36,18 +36,18 @@ def test_tools_measure_within_a_short_context(tmp_path, capsys):
     assert "over 504 tokens drawn at random" in " ".join(capsys.readouterr().out.split())  # 8 x 63 predicted tokens
     assert run_tool("verify_checkpoint", output, "--against", source) == 0
     assert run_tool("verify_checkpoint", output, "--against", source, "--length", 65) == 2
-    assert "65 tokens a sample, but this gpt2 has 64 learned positions" in " ".join(capsys.readouterr().err.split())
+    assert "65 tokens per sample, but this gpt2 has 64 learned positions" in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_measurement_checks_it():
     architecture = small_architecture("opt")
     checkpoint = model_checkpoint(architecture, drawn_model(architecture))
     with pytest.raises(
-        ConfigError, match=r"opt has 64 learned positions \(max_position_embeddings\); ask for at most 64"
+        ConfigError, match=r"opt has 64 learned positions \(max_position_embeddings\); use at most 64"
     ):
         compare(checkpoint, checkpoint, random_batches(101, 1, 65))
-    with pytest.raises(ConfigError, match="70 tokens a sample"):
+    with pytest.raises(ConfigError, match="70 tokens per sample"):
         evaluate_checkpoint(checkpoint, "none", 70, 1)
-    with pytest.raises(ConfigError, match=r"batch\.sequence_length: 65 tokens a sample"):
+    with pytest.raises(ConfigError, match=r"batch\.sequence_length: 65 tokens per sample"):
         open_data(SimpleNamespace(batch=SimpleNamespace(sequence_length=65)), architecture)
     check_context(small_architecture("llama"), 10**6, "rotary positions have no end")

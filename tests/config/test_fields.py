@@ -110,13 +110,13 @@ TEXTS = {
         "name: " + "[" * 5000 + "]" * 5000 + "\n",
         r"not valid YAML here: nested more than 64 levels deep",
     ),
-    "some nesting": ("name: " + "[" * 80 + "]" * 80 + "\n", r"not settings: more than 64 levels deep"),
+    "some nesting": ("name: " + "[" * 80 + "]" * 80 + "\n", r"not a settings file: more than 64 levels deep"),
     "a mapping of itself": ("name: &a {b: *a}\n", r"not valid YAML: found unconstructable recursive node"),
     "references that unfold": (
         "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
-        r"not settings: more than 4,194,304 values",
+        r"not a settings file: more than 4,194,304 values",
     ),
-    "a NUL": ('name: "a\\0b"\n', r": name: 'a\\x00b': text must not hold a NUL"),
+    "a NUL": ('name: "a\\0b"\n', r": name: 'a\\x00b': text must not contain a NUL"),
     "infinity": ("name: x\ninner: {rate: .inf}\n", r": inner\.rate: inf: expected a finite number"),
     "a number past all": (
         "name: x\ninner: {rate: 1e999}\n",

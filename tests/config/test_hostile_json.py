@@ -36,7 +36,7 @@ def large(path):
 KINDS = {
     pipe: r"cannot be read \(a pipe, not a regular file\)",
     device: r"cannot be read \(a device, not a regular file\)",
-    large: r"cannot be read \(more than 16,777,216 bytes, the largest that is read\)",
+    large: r"cannot be read \(more than 16,777,216 bytes, the most that is read\)",
     lambda path: path.mkdir(): r"cannot be read \(a folder, not a regular file\)",
     lambda path: path.write_bytes(b"\xff"): r"cannot be read \('utf-8' codec can't decode byte 0xff",
     lambda path: path.write_text(DEEP): r"nested more than 64 levels deep",

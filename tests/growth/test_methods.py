@@ -64,7 +64,7 @@ def test_what_the_file_states_wins():
 
 def test_unknown_method():
     with pytest.raises(
-        ConfigError, match=r"'stacking' is not a method; known: incr-pretrain, hypercloning, g_stack, bert2bert"
+        ConfigError, match=r"'stacking' is not a known method; known: incr-pretrain, hypercloning, g_stack, bert2bert"
     ):
         recipe_of(recipe="stacking", target={})
 

@@ -70,7 +70,7 @@ def test_the_library_loads_and_launches_or_says_why_not(built):
 
 @needs_nvcc
 def test_rows_that_are_not_aligned_are_refused(built):
-    with pytest.raises(ValueError, match="rows of logits must begin at multiples of 16 bytes"):
+    with pytest.raises(ValueError, match="rows of logits must start at multiples of 16 bytes"):
         CudaRows(open_library(built)).statistics(torch.zeros(3, 7), None, Tempering(torch.tensor(1.0), True))
 
 
@@ -94,7 +94,7 @@ def test_changed_sources_are_another_library(monkeypatch):
 
 def test_a_failing_nvcc_is_quoted_and_leaves_nothing_behind(compiler):
     compiler("echo 'Unsupported gpu architecture' >&2; exit 3")
-    with pytest.raises(KernelError, match=r"(?s)nvcc ended with status 3 .*-gencode.*Unsupported gpu architecture"):
+    with pytest.raises(KernelError, match=r"(?s)nvcc failed with status 3 .*-gencode.*Unsupported gpu architecture"):
         build_library()
     assert [path.suffix for path in library_path().parent.iterdir()] == [".lock"]
     compiler("exit 0")
@@ -104,7 +104,7 @@ def test_a_failing_nvcc_is_quoted_and_leaves_nothing_behind(compiler):
 
 def test_without_nvcc_the_build_says_so(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(KernelError, match="must be built and there is no nvcc in CUDA_HOME or on PATH"):
+    with pytest.raises(KernelError, match="must be built, but there is no nvcc in CUDA_HOME or on PATH"):
         build_library()
 
 

@@ -48,7 +48,7 @@ def without_triton(monkeypatch):
 
 def test_a_request_that_cannot_be_met_says_why(monkeypatch):
     with pytest.raises(
-        ValueError, match="'triton' cannot run: its kernels compute in fp32 and the tensors are float64"
+        ValueError, match="'triton' cannot run: its kernels compute in fp32, but the tensors are float64"
     ):
         row_kernels("triton", CPU, torch.float64)
     with pytest.raises(ValueError, match="'triton' cannot run: Triton's interpreter rounds bfloat16 wrongly"):
@@ -62,7 +62,7 @@ def test_a_request_that_cannot_be_met_says_why(monkeypatch):
 
 
 def test_cuda_rows_say_what_is_missing(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="'cuda' cannot run: its kernels compute in fp32 and the tensors are float64"):
+    with pytest.raises(ValueError, match="'cuda' cannot run: its kernels compute in fp32, but the tensors are float64"):
         row_kernels("cuda", CUDA, torch.float64)
     with pytest.raises(ValueError, match="'cuda' cannot run: the tensors are on 'cpu', not on a CUDA device. Use"):
         row_kernels("cuda", CPU, torch.float32)

@@ -69,7 +69,7 @@ def test_more_tokens_than_learned_positions_are_refused(material):
     config = dict(small_architecture("gpt2").config)
     (material / "config.json").write_text(json.dumps(config))
     batch = {"sequence_length": 4096, "micro_batch_size": 1, "global_batch_size": 1}
-    with pytest.raises(ConfigError, match="batch.sequence_length: 4096 tokens a sample, but this gpt2 has"):
+    with pytest.raises(ConfigError, match="batch.sequence_length: 4096 tokens per sample, but this gpt2 has"):
         check_model(run_of(material, batch=batch))
 
 

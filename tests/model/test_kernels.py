@@ -33,7 +33,7 @@ def test_cudnn_is_tried_first_where_it_was_asked_for():
 
 def test_cudnn_without_a_cuda_device_is_refused():
     with pytest.raises(
-        ConfigError, match="model.attention: cudnn needs a CUDA device and this run is on 'cpu'; set sdpa"
+        ConfigError, match="model.attention: cudnn needs a CUDA device, but this run is on 'cpu'; set sdpa"
     ):
         check_attention("cudnn", CPU)
     check_attention("cudnn", CUDA)
@@ -51,10 +51,10 @@ def test_the_preference_changes_no_number_where_cudnn_is_not(recompute):
 
 def test_liger_where_it_cannot_run_is_refused(monkeypatch):
     with pytest.raises(
-        ConfigError, match="liger: its kernels need a CUDA device and this run is on 'cpu'; set transform"
+        ConfigError, match="liger: its kernels need a CUDA device, but this run is on 'cpu'; set transform"
     ):
         use_liger("llama", CPU)
-    with pytest.raises(ConfigError, match="liger-kernel has none for gpt2; it has them for .*llama.*qwen3"):
+    with pytest.raises(ConfigError, match="liger-kernel does not support gpt2; it supports .*llama.*qwen3"):
         use_liger("gpt2", CUDA)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(ConfigError, match=r"liger-kernel cannot be imported .*pip install 'incr_ds\[liger\]'"):

@@ -185,11 +185,11 @@ def test_what_does_not_fit(tmp_path):
     ):
         lay_out(tmp_path, truth(intermediate_size=253), tensor_parallel=2)
     with pytest.raises(
-        LayoutError, match=r"layout\.modules: megatron-deepspeed: no modules for qwen3 there; it has llama"
+        LayoutError, match=r"layout\.modules: megatron-deepspeed: it has no modules for qwen3; supported: llama"
     ):
         lay_out(tmp_path, SyntheticCheckpoint(small_architecture("qwen3")))
     with pytest.raises(
-        ConfigError, match=r"modules: megatron-deepspeed with format: huggingface .*written as format: deepspeed or"
+        ConfigError, match=r"modules: megatron-deepspeed with format: huggingface .*use format: deepspeed or"
     ):
         lay_out(tmp_path, source, format="huggingface")
 
