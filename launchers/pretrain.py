@@ -1,4 +1,4 @@
-"""Pre-train as a run file says: deepspeed launchers/pretrain.py --config RUN.yaml [--set a.b=v ...]."""
+"""Pre-trains from a run file: deepspeed launchers/pretrain.py --config RUN.yaml [--set a.b=v ...]."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def main(
     no_resume: NoResume = False,
     local_rank: LocalRank = -1,
 ) -> None:
-    """Train a run to its last step; started again, it goes on from its newest complete checkpoint.
+    """Train a run to its last step. If started again, it continues from its newest complete checkpoint.
 
-    Ends with 0 when the run is done, 75 when it was stopped and can be started again, 2 when something in the run file or in
-    what it names has to be changed first.
+    Exit codes: 0 if the run is done, 75 if it was stopped and can be started again, 2 if something in the run file or in
+    a file that it names has to be changed first.
     """
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on real text, in minutes on two CPU cores: data, a small source, growth, the grown model taught by its
-# source, the same model from scratch, a report. Run it with `make quickstart`; TEXT=FOLDER takes your own text.
+# The whole path on real text, in minutes on two CPU cores: data, a small source, growth, continued training of the grown
+# model with its source as teacher, the same model from scratch, and a report. Run it with `make quickstart`. TEXT=FOLDER
+# uses your own text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,7 +9,7 @@ runs=runs/quickstart
 source_checkpoint=$runs/source/checkpoints/step_00000300
 text=${TEXT:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')}
 
-# Two processes: on two GPUs if there are two, else on the CPU. One thread each, so that they do not fight for cores.
+# Two processes: on two GPUs if there are two, otherwise on the CPU. One thread each, so that they do not compete for cores.
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ]; then export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -40,10 +41,10 @@ step "1/7 text to tokens" "Name a folder with text: make quickstart TEXT=FOLDER"
     python tools/prepare_data.py --input "$text" --pattern '*.py,*.txt,*.md' --max-bytes 10000000 \
     --tokenizer train:sentencepiece --vocab-size 4096 --output $runs/data/text
 step "2/7 pre-train the small source, 2 ranks, ZeRO-1" "Two free cores and 4 GB of memory are needed; then start again." pretrain source
-step "3/7 grow it, Adam's moments included" "See docs/recipe.md for what a recipe may say." \
+step "3/7 grow it, with Adam's moments" "See docs/recipe.md for the keys of a recipe." \
     python tools/grow_checkpoint.py --source "$source_checkpoint" --recipe ds_configs/growth/quickstart.yaml --output $runs/grown_checkpoint --workers 1
-step "   prove it" "The grown model does not compute what the source does: this is a defect, please report it with the message above." verify_growth
-step "4/7 continue the grown model, taught by the source, pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
+step "   prove it" "The grown model computes something else than its source. This is a defect: please report it with the message above." verify_growth
+step "4/7 continue the grown model, with its source as teacher, in a pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
 step "5/7 pre-train the same model from scratch" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \
     python tools/export_huggingface.py $runs/grown/checkpoints/step_00000200 $runs/huggingface --dtype float32

@@ -1,1 +1,1 @@
-"""Token data on disk: what a data set is, whether it is whole, and a fingerprint of its content."""
+"""Token data on disk: text to tokens, checks of data sets, fingerprints, and samples in a fixed order."""

@@ -1,7 +1,7 @@
-"""From text files to Megatron data sets: documents, tokens, and a held-out split that shares no document.
+"""Turns text files into Megatron data sets: documents, tokens, and a held-out split that shares no document.
 
-Files made for PREFIX: PREFIX_tokenizer/ (when trained), PREFIX_{train,validation}_text_document.{bin,idx}, and last
-PREFIX_facts.json. They are written beside PREFIX under a temporary name and renamed when all are complete.
+Files made for PREFIX: PREFIX_tokenizer/ (if trained), PREFIX_{train,validation}_text_document.{bin,idx}, and last
+PREFIX_facts.json. They are written beside PREFIX under a temporary name and renamed once all are complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Counts(BaseModel):
 
 
 class _StoredFacts(BaseModel):
-    """What is read back of PREFIX_facts.json."""
+    """The part of PREFIX_facts.json that is read again."""
 
     splits: dict[str, _Counts]
 
@@ -45,11 +45,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRequest:
-    """What to prepare: input folders and files, and how they become tokens.
+    """What to prepare: input folders and files, and how to tokenize them.
 
-    ``tokenizer`` is a folder or ``train:sentencepiece``; ``held_out`` the fraction of documents for validation;
-    ``max_bytes`` bounds the text read (None: all); ``exclude`` names folders that are not entered; ``trust`` lets a
-    tokenizer folder run code of its own.
+    ``tokenizer`` is a folder or ``train:sentencepiece``. ``held_out`` is the fraction of documents for validation,
+    ``max_bytes`` bounds the text that is read (None: all), and ``exclude`` names folders that are skipped. ``trust`` lets
+    a tokenizer folder run its own code.
     """
 
     inputs: tuple[Path, ...]
@@ -66,7 +66,7 @@ class CorpusRequest:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Counts of one split; ``tokens`` includes the end-of-text token of each document, ``bytes`` is UTF-8 text."""
+    """Counts of one split. ``tokens`` includes each document's end-of-text token; ``bytes`` is UTF-8 text."""
 
     documents: int
     tokens: int
@@ -75,7 +75,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What was prepared. ``not_text`` lists files that are not UTF-8; ``left_out_*`` count those past max_bytes."""
+    """What was prepared. ``not_text`` lists files that are not UTF-8. ``left_out_*`` count those beyond max_bytes."""
 
     vocabulary_size: int
     end_of_text: int
@@ -90,7 +90,7 @@ class CorpusFacts:
 
 @dataclass(frozen=True)
 class Selection:
-    """Input files in reading order, and what ``max_bytes`` left out."""
+    """Input files in reading order, and what was left out because of ``max_bytes``."""
 
     files: tuple[Path, ...]
     total_bytes: int
@@ -99,9 +99,9 @@ class Selection:
 
 
 def tokens_per_byte(data_prefix: str) -> float | None:
-    """Tokens per byte of text behind a data set made here; None if it was made elsewhere.
+    """Tokens per byte of text in a data set that was prepared here; None if it was prepared elsewhere.
 
-    ``loss / ln 2 * tokens_per_byte`` is bits per byte, which does not depend on the tokenizer.
+    ``loss / ln 2 * tokens_per_byte`` is bits per byte, which makes tokenizers comparable.
     """
     for split in SPLITS:
         ending = f"_{split}_text_document"
@@ -114,17 +114,17 @@ def tokens_per_byte(data_prefix: str) -> float | None:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: decided by its content alone, so equal documents stay together."""
+    """Whether a document belongs to validation. Only its content decides, so equal documents stay together."""
     return xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) < fraction * 2**64
 
 
 def select_files(request: CorpusRequest) -> Selection:
-    """Files of the request in path order; past ``max_bytes`` an even sample (by hash of the name) is left out."""
+    """Files of the request in path order. Beyond ``max_bytes``, only an even sample (by hash of the name) is kept."""
     found = [(root, path) for given in request.inputs for root, path in _walk(given, request)]
     if not found:
         raise ConfigError(
             f"--input {', '.join(map(str, request.inputs))}: no file matches --pattern {','.join(request.patterns)}; "
-            f"folders named {', '.join(request.exclude)} are not entered."
+            f"folders named {', '.join(request.exclude)} are skipped."
         )
     sizes = {path: _size(path) for _, path in found}
     if request.max_bytes is None:
@@ -145,17 +145,17 @@ def select_files(request: CorpusRequest) -> Selection:
 
 
 def prepare_corpus(request: CorpusRequest, progress: Progress | None = None) -> CorpusFacts:
-    """Tokenize the inputs into PREFIX_*; ``progress`` gets (phase, bytes done, bytes in all).
+    """Tokenize the inputs into PREFIX_*. ``progress`` gets (phase, bytes done, bytes in total).
 
-    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, a split left without documents, and for
-    an output that cannot be written. Everything else is checked before the first file is written.
+    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, a split without documents, and an output
+    that cannot be written. Apart from the last two, all is checked before the first file is written.
     """
     _check_request(request)
     selection = select_files(request)
     not_text: list[str] = []
     documents = [item for path in selection.files for item in _documents(path, request, not_text)]
     if not documents:
-        raise ConfigError(f"--input: the {len(selection.files)} file(s) hold no text.")
+        raise ConfigError(f"--input: the {len(selection.files)} file(s) contain no text.")
     _check_splits(documents, request.held_out)
     given = None if _trains(request) else open_tokenizer(Path(request.tokenizer), trust=request.trust)
     try:
@@ -182,7 +182,7 @@ def _prepare_in(
     given: Any,
     progress: Progress | None,
 ) -> CorpusFacts:
-    """Write every file into ``work``. ``given`` is the tokenizer; None: it is to be trained."""
+    """Write every file into ``work``. ``given`` is the tokenizer, or None if it must be trained."""
     selection, documents, not_text = read
     name = request.output.name
     tokenizer, shown = given, request.tokenizer
@@ -241,21 +241,21 @@ def _check_splits(documents: list[str], held_out: float) -> None:
     for split, count in counts.items():
         if not count:
             raise ConfigError(
-                f"--held-out {held_out}: no document of {len(documents)} fell into {split}; give more documents (a .txt "
+                f"--held-out {held_out}: none of {len(documents)} document(s) fell into {split}; give more documents (a .txt "
                 "file is one document, a .jsonl line is one), or change --held-out."
             )
 
 
 def _check_request(request: CorpusRequest) -> None:
     if not 0.0 <= request.held_out < 1.0:
-        raise ConfigError(f"--held-out {request.held_out}: a fraction of the documents, from 0 to below 1.")
+        raise ConfigError(f"--held-out {request.held_out}: expected a fraction of the documents, from 0 to below 1.")
     kind = request.tokenizer.removeprefix(TRAIN_PREFIX)
     if _trains(request) and kind != "sentencepiece":
         raise ConfigError(f"--tokenizer {request.tokenizer}: unknown trainer {kind!r}; known: train:sentencepiece.")
     existing = [str(path) for path in _outputs(request.output) if path.exists()]
     if existing and not request.overwrite:
         raise ConfigError(
-            f"--output {request.output}: already there: {', '.join(existing)}. Pass --overwrite, or name another."
+            f"--output {request.output}: exists already: {', '.join(existing)}. Pass --overwrite, or choose another prefix."
         )
 
 
@@ -266,7 +266,7 @@ def _outputs(output: Path) -> list[Path]:
 
 def _publish(work: Path, request: CorpusRequest) -> None:
     targets = _outputs(request.output)
-    # Facts go first and come last, so a facts file always belongs to the data beside it.
+    # The facts file is removed first and written last, so that it always belongs to the data beside it.
     for target in reversed(targets):
         if target.is_dir():
             shutil.rmtree(target)

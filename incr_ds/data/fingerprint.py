@@ -1,7 +1,7 @@
-"""What a data set holds, found by reading all of it once: a fingerprint of its content, and its smallest and largest token.
+"""Reads a whole data set once, for a fingerprint of its content and its smallest and largest token.
 
-The .bin is read in chunks, so that any number of processes can share the work and get the same answer. The answer is
-recorded, and holds until a file changes: a later start compares size, times and inode of the two files.
+The .bin is read in chunks, so that any number of processes can share the work and get the same result. The result is
+recorded, and is valid until a file changes: later starts compare size, times and inode of the two files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # what pydantic needs before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from incr_ds.config.json_file import file_blocks
 from incr_ds.data.index_file import IndexFile, open_index
@@ -35,7 +35,7 @@ class _Content(TypedDict):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A record's entry of one data set."""
+    """What a record holds about one data set."""
 
     identity: dict[str, list[int]]
     content: _Content
@@ -43,7 +43,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Record:
-    """Entries by path, and a checksum of them."""
+    """Entries by path, and their checksum."""
 
     sets: dict[str, _Entry]
     checksum: str
@@ -54,8 +54,10 @@ _RECORD = TypeAdapter(_Record)
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set whose content is known. ``fingerprint`` is the same wherever the files lie; ``smallest`` and ``largest`` are
-    token ids, ``tokens`` their number (0 tokens: both ids are 0)."""
+    """A data set with known content. ``fingerprint`` does not depend on where the files are.
+
+    ``smallest`` and ``largest`` are token ids, ``tokens`` is the number of tokens. Without tokens both ids are 0.
+    """
 
     prefix: str
     fingerprint: str
@@ -64,15 +66,15 @@ class DataSet:
     largest: int
 
     def check_tokens(self, vocabulary_size: int) -> None:
-        """Raise ConfigError if the data holds a token id that the model has no embedding for."""
+        """Raise ConfigError if the data contains a token id without an embedding in the model."""
         if self.smallest < 0:
             raise ConfigError(
-                f"{self.prefix}.bin: token id {self.smallest} is negative; no token has such an id. Prepare the data again."
+                f"{self.prefix}.bin: token id {self.smallest} is negative, which is not a valid id. Prepare the data again."
             )
         if self.largest >= vocabulary_size:
             raise ConfigError(
-                f"{self.prefix}.bin: token id {self.largest} does not fit the model's vocab_size {vocabulary_size}; prepare the "
-                "data with the model's tokenizer, or give the model a larger vocabulary."
+                f"{self.prefix}.bin: token id {self.largest} exceeds the model's vocab_size {vocabulary_size}; prepare the "
+                "data with the model's tokenizer, or use a model with a larger vocabulary."
             )
 
 
@@ -86,22 +88,22 @@ class Chunk:
 
 
 def num_chunks(index: IndexFile) -> int:
-    """How many chunks the .bin has."""
+    """Number of chunks of the .bin."""
     return math.ceil(index.num_tokens * index.dtype.itemsize / CHUNK_BYTES)
 
 
 def scan_chunk(index: IndexFile, number: int) -> Chunk:
-    """Read one chunk. ConfigError if the file has become shorter."""
+    """Read one chunk. Raises ConfigError if the file has become shorter."""
     path, per_chunk = Path(index.prefix + ".bin"), CHUNK_BYTES // index.dtype.itemsize
     count = min(per_chunk, index.num_tokens - number * per_chunk)
     tokens = np.fromfile(path, index.dtype, count, offset=number * CHUNK_BYTES)
     if len(tokens) != count:
-        raise ConfigError(f"{path}: became shorter while it was read; prepare the data again.")
+        raise ConfigError(f"{path}: became shorter while it was being read; prepare the data again.")
     return Chunk(xxhash.xxh3_128_hexdigest(tokens.data), int(tokens.min()), int(tokens.max()))
 
 
 def combine(index: IndexFile, chunks: Sequence[Chunk]) -> DataSet:
-    """The data set of an index file and all chunks of its .bin, in order. ConfigError if an entry of the index is wrong."""
+    """Build the data set from its index and all chunks of its .bin, in order. Raises ConfigError for a wrong index."""
     index.check()
     digest = xxhash.xxh3_128()
     for block in file_blocks(index.path):
@@ -118,13 +120,13 @@ def combine(index: IndexFile, chunks: Sequence[Chunk]) -> DataSet:
 
 
 def describe(prefix: str) -> DataSet:
-    """The data set PREFIX.bin and .idx, read by this process alone. ConfigError if it is missing or damaged."""
+    """Describe the data set PREFIX.bin and .idx in this process alone. Raises ConfigError if it is missing or damaged."""
     index = open_index(prefix)
     return combine(index, [scan_chunk(index, number) for number in range(num_chunks(index))])
 
 
 def identity(prefix: str) -> dict[str, list[int]]:
-    """What changes when a file of the data set is written, replaced or moved: size, times in ns, inode."""
+    """Values that change if a file of the data set is written, replaced or moved: size, times in ns, inode."""
     states = {ending: os.stat(prefix + ending) for ending in (".bin", ".idx")}
     return {
         ending: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for ending, state in states.items()
@@ -132,7 +134,7 @@ def identity(prefix: str) -> dict[str, list[int]]:
 
 
 def recorded(record: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, DataSet]:
-    """The data sets that a record knows and whose files have not changed since, by prefix; none of a record that is damaged."""
+    """The data sets in a record whose files have not changed since, by prefix. A damaged record gives none."""
     try:
         known = _RECORD.validate_python(record)
     except ValidationError:

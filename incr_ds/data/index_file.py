@@ -1,7 +1,7 @@
-"""The index of a Megatron data set (PREFIX.idx), checked before megatron-core maps it and trusts it.
+"""Checks the index of a Megatron data set (PREFIX.idx) before megatron-core maps it and trusts it.
 
-Header, then for each sequence its length (int32) and its place in PREFIX.bin (int64, bytes), then the number of the first
-sequence of each document and, last, the number of sequences (int64).
+The file holds a header, then the length (int32) and the position in PREFIX.bin (int64, bytes) of each sequence. Last come
+the number of the first sequence of each document and the number of sequences (int64).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from incr_ds.errors import ConfigError
 
 # Magic, version, type code, number of sequences, number of document starts.
 HEADER, MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\0\0"
-# megatron-core's codes of whole numbers; 6 and 7 are floating point.
+# megatron-core's type codes of integers; 6 and 7 are floating point.
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The header of an index file whose size fits it, and whose .bin is as long as a list of whole tokens."""
+    """The header of an index file whose size agrees with it, and whose .bin is a list of whole tokens."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -41,13 +41,13 @@ class IndexFile:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of the .bin file."""
+        """Number of tokens in the .bin file."""
         return os.path.getsize(self.prefix + ".bin") // self.dtype.itemsize
 
     def check(self) -> None:
-        """Check every entry: sequences lie one after another in the .bin, documents are whole runs of sequences.
+        """Check every entry: sequences follow one another in the .bin, and documents consist of whole sequences.
 
-        Raises ConfigError naming the first entry that is wrong.
+        Raises ConfigError that names the first wrong entry.
         """
         lengths = self._array(np.int32, 0, self.num_sequences)
         pointers = self._array(np.int64, 4 * self.num_sequences, self.num_sequences)
@@ -57,22 +57,24 @@ class IndexFile:
             ends = end + np.cumsum(sizes) * self.dtype.itemsize
             self._check_all(sizes >= 0, first, "sequence {} has a negative length")
             self._check_all(pointers[first:stop] == ends - sizes * self.dtype.itemsize, first,
-                            "sequence {} does not begin where the one before it ends")  # fmt: skip
+                            "sequence {} does not start where the one before it ends")  # fmt: skip
             end = int(ends[-1])
         if end != (found := os.path.getsize(self.prefix + ".bin")):
-            raise ConfigError(f"{self.prefix}.bin: {found} bytes, its .idx describes {end}; prepare the data again.")
+            raise ConfigError(
+                f"{self.prefix}.bin: {found} bytes, but its .idx describes {end}; prepare the data again."
+            )
         self._check_documents()
 
     def _check_documents(self) -> None:
         starts = self._array(np.int64, 12 * self.num_sequences, self.num_document_starts)
         if not len(starts) or starts[0] != 0 or starts[-1] != self.num_sequences:
             raise ConfigError(
-                f"{self.path}: its documents do not begin at sequence 0 and end at {self.num_sequences}; the file is damaged. "
+                f"{self.path}: its documents do not start at sequence 0 and end at {self.num_sequences}; the file is damaged. "
                 "Prepare the data again."
             )
         for first, stop in _blocks(len(starts) - 1):
             part = starts[first : stop + 1]
-            self._check_all(part[:-1] <= part[1:], first, "document {} ends before it begins")
+            self._check_all(part[:-1] <= part[1:], first, "document {} ends before it starts")
 
     def _array(self, dtype: Any, offset: int, count: int) -> np.ndarray:
         if count == 0:
@@ -86,12 +88,14 @@ class IndexFile:
 
 
 def open_index(prefix: str) -> IndexFile:
-    """Read the header of PREFIX.idx. ConfigError if a file is missing, is not an index of tokens, or has another size than
-    its header says. The entries are not read: see ``IndexFile.check``."""
+    """Read the header of PREFIX.idx. The entries are not read: see ``IndexFile.check``.
+
+    Raises ConfigError if a file is missing, is not an index of tokens, or has a size that its header does not describe.
+    """
     for ending in (".bin", ".idx"):
         if not Path(prefix + ending).is_file():
             raise ConfigError(
-                f"{prefix}{ending}: no such file; expected the path of a Megatron data set without its ending "
+                f"{prefix}{ending}: no such file; expected the path of a Megatron data set without the extension "
                 "(tools/prepare_data.py makes one)."
             )
     path = Path(prefix + ".idx")
@@ -107,7 +111,7 @@ def open_index(prefix: str) -> IndexFile:
         )
     expected, found = HEADER.size + sequences * (4 + 8) + starts * 8, path.stat().st_size
     if expected != found:
-        raise ConfigError(f"{path}: {found} bytes, its header describes {expected}; prepare the data again.")
+        raise ConfigError(f"{path}: {found} bytes, but its header describes {expected}; prepare the data again.")
     index = IndexFile(prefix, np.dtype(TOKEN_TYPES[code]), sequences, starts)
     if left := os.path.getsize(prefix + ".bin") % index.dtype.itemsize:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""The part of megatron-core that we use, imported without its warnings about GPU libraries that data sets do not need.
+"""Imports the part of megatron-core that is used here, without its warnings about GPU libraries.
 
-The import takes seconds, so callers import this module where they need it.
+The import takes seconds, so callers import this module only where they need it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""megatron-core's shuffled index of a data set's samples, kept on disk with checksums and built again where it is damaged."""
+"""megatron-core's shuffled index of samples, kept on disk with checksums and rebuilt if it is damaged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ KIND = "index of samples"
 
 @dataclass(frozen=True)
 class _Description:
-    """What GPTDataset asks of a tokenizer when documents are not masked: nothing but an identity.
+    """What GPTDataset needs of a tokenizer when documents are not masked: only an identity.
 
-    ``eod`` differs from its padding id, -1, which occurs in no data.
+    ``eod`` differs from the padding id, -1, which occurs in no data.
     """
 
     vocab_size: None = None
@@ -31,7 +31,7 @@ class _Description:
 
 
 def ready_index(prefix: str, sequence_length: int, seed: int, folder: Path) -> None:
-    """Make sure that ``folder`` holds the whole index of one pass over PREFIX.bin, with a manifest of checksums."""
+    """Ensure that ``folder`` holds the whole index of one pass over PREFIX.bin, with a manifest of checksums."""
     if folder.is_dir():
         if _is_whole(folder):
             return
@@ -41,7 +41,7 @@ def ready_index(prefix: str, sequence_length: int, seed: int, folder: Path) -> N
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are those of the manifest, and arrays: megatron-core would unpickle anything else."""
+    """Whether the files match the manifest and are plain arrays. megatron-core would unpickle anything else."""
     try:
         verify_manifest(folder)
         return all(np.load(path, mmap_mode="r", allow_pickle=False).size for path in folder.glob("*.npy"))
@@ -50,7 +50,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def open_samples(prefix: str, sequence_length: int, seed: int, folder: Path) -> Any:
-    """megatron-core's GPTDataset over PREFIX.bin and .idx; its index is read from ``folder``, or written there."""
+    """Open megatron-core's GPTDataset over PREFIX.bin and .idx. Its index is read from ``folder``, or written there."""
     # megatron-core takes seconds to import.
     from incr_ds.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 
@@ -67,5 +67,5 @@ def open_samples(prefix: str, sequence_length: int, seed: int, folder: Path) -> 
     )
     indexed = IndexedDataset(prefix, mmap=True)
     every = np.arange(len(indexed), dtype=np.int32)
-    # The name in place of the path: the stored index belongs to the data, wherever it lies.
+    # A fixed name instead of the path: the stored index stays valid if the data moves.
     return GPTDataset(indexed, Path(prefix).name, every, None, Split.train, config)

@@ -1,9 +1,9 @@
-"""Token batches from Megatron .bin/.idx files, in an order that is a function of the seed and the sample number alone.
+"""Token batches from Megatron .bin/.idx files, in an order that depends only on the seed and the sample number.
 
-Sample i of a run is the same tokens whatever the number of ranks, the micro-batch, the length of the run or where it
-was resumed; step k of a run trains on samples start_sample + [k * G, (k + 1) * G) with G = global_batch_size.
+Sample i of a run is the same for any number of ranks, micro-batch size and run length, resumed or not. Step k of a run
+trains on samples start_sample + [k * G, (k + 1) * G) with G = global_batch_size.
 
-Within one corpus, epoch 0 is megatron-core's own shuffled order of one pass; later epochs go through the same samples
+Within one corpus, epoch 0 is megatron-core's own shuffled order of one pass. Later epochs go through the same samples
 in other permutations. A pass ends with its last whole sample. Corpora are mixed by megatron-core's blending rule.
 """
 
@@ -29,7 +29,7 @@ class Samples(Protocol):
     """Numbered token sequences of one length."""
 
     def tokens(self, number: int) -> np.ndarray:
-        """Sample ``number``: int64 [sequence_length + 1]; inputs are all but the last, labels all but the first."""
+        """Sample ``number``: int64 [sequence_length + 1]. Inputs are all but the last, labels all but the first."""
         ...
 
 
@@ -43,7 +43,7 @@ class Corpus:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Whole samples of one pass."""
+        """Number of whole samples in one pass."""
         return len(self._dataset)
 
     def tokens(self, number: int) -> np.ndarray:
@@ -61,7 +61,7 @@ class Corpus:
 
 
 class Blend:
-    """Corpora mixed by weight: sample i comes from the corpus that is furthest behind its share."""
+    """Corpora mixed by weight. Each sample comes from the corpus that is furthest behind its share."""
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], size: int) -> None:
         from incr_ds.data.megatron import build_blending_indices
@@ -69,7 +69,7 @@ class Blend:
         self._corpora = corpora
         self._corpus, self._number = np.zeros(size, np.int16), np.zeros(size, np.int64)
         shares = [weight / sum(weights) for weight in weights]
-        # The rule is greedy, so a longer run begins with the same samples.
+        # The rule is greedy, so a longer run starts with the same samples.
         build_blending_indices(self._corpus, self._number, np.array(shares), len(corpora), size, False)
 
     def tokens(self, number: int) -> np.ndarray:
@@ -78,10 +78,10 @@ class Blend:
 
 
 def open_corpus(data: DataSet, sequence_length: int, seed: int, cache: Path, *, builds_index: bool = True) -> Corpus:
-    """Open a data set; its shuffled index is kept in ``cache``, under the fingerprint of the content.
+    """Open a data set. Its shuffled index is kept in ``cache``, under the fingerprint of the content.
 
-    One process must call with ``builds_index`` and finish before the others call without; it builds the index where there is
-    none, and again where the stored one is damaged. Raises ConfigError if the data holds less than one sample.
+    One process must call with ``builds_index`` and finish before the others call without it. It builds the index if there
+    is none or the stored one is damaged. Raises ConfigError if the data holds less than one sample.
     """
     folder = cache / data.fingerprint[:16] / f"{sequence_length}-{seed}"
     if builds_index:
@@ -89,7 +89,7 @@ def open_corpus(data: DataSet, sequence_length: int, seed: int, cache: Path, *, 
     dataset = open_samples(data.prefix, sequence_length, seed, folder)
     if len(dataset) < 1:
         raise ConfigError(
-            f"{data.prefix}.bin: {data.tokens} tokens, less than one sample of sequence_length {sequence_length} + 1."
+            f"{data.prefix}.bin: {data.tokens} tokens, fewer than one sample of sequence_length {sequence_length} + 1."
         )
     return Corpus(dataset, seed)
 
@@ -103,8 +103,10 @@ def open_training_data(
     *,
     builds_index: bool = True,
 ) -> Samples:
-    """The training mix of data sets by weight; ``size`` is the number of samples that the run may ask for, its start_sample
-    included."""
+    """The training mix of data sets by weight.
+
+    ``size`` is the number of samples that the run may need, including those before its start_sample.
+    """
     corpora = [open_corpus(data, sequence_length, seed, cache, builds_index=builds_index) for data, _ in train]
     if len(corpora) == 1:
         return corpora[0]
@@ -114,7 +116,7 @@ def open_training_data(
 def open_held_out_data(
     data: DataSet, sequence_length: int, cache: Path, num_samples: int, *, builds_index: bool = True
 ) -> Samples:
-    """Held-out data with at least ``num_samples`` different samples, else ConfigError."""
+    """Held-out data with at least ``num_samples`` different samples. Raises ConfigError if there are fewer."""
     corpus = open_corpus(data, sequence_length, HELD_OUT_SEED, cache, builds_index=builds_index)
     if num_samples > corpus.samples_per_epoch:
         raise ConfigError(
@@ -127,10 +129,10 @@ def open_held_out_data(
 def batches(
     samples: Samples, first_sample: int, batch: BatchSettings, data_parallel_rank: int, data_parallel_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches (input_ids, labels), each int64 [micro_batch_size, sequence_length], without end.
+    """Yield micro-batches (input_ids, labels), each int64 [micro_batch_size, sequence_length], without end.
 
-    ``first_sample`` is a multiple of the global batch past the run's start. Each global batch is cut into one
-    contiguous share per data-parallel rank, each share into micro-batches.
+    ``first_sample`` is a multiple of the global batch size past the run's start. Each global batch is cut into one
+    contiguous share per data-parallel rank, and each share into micro-batches.
     """
     share = batch.global_batch_size // data_parallel_size
     start = first_sample + data_parallel_rank * share
@@ -143,7 +145,7 @@ def batches(
 def held_out_batches(
     samples: Samples, num_samples: int, batch: BatchSettings, data_parallel_rank: int, data_parallel_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same ``num_samples`` first samples at every call, shared over the data-parallel ranks in micro-batches."""
+    """Yield the first ``num_samples`` samples, the same at every call, split over data-parallel ranks and micro-batches."""
     share = num_samples // data_parallel_size
     start = data_parallel_rank * share
     for offset in range(0, share, batch.micro_batch_size):
@@ -151,5 +153,6 @@ def held_out_batches(
 
 
 def _stack(samples: Samples, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    # rows: [B, S + 1]
     rows = torch.from_numpy(np.stack([samples.tokens(number) for number in numbers]).astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # [B, S] each

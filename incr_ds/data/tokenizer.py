@@ -1,4 +1,4 @@
-"""Tokenizers: open a folder that transformers knows, or train sentencepiece and save such a folder."""
+"""Tokenizers: opens a folder that transformers knows, or trains sentencepiece and saves such a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from incr_ds.errors import ConfigError
 from incr_ds.offline.sentences import load_tokenizer
 
 TRAIN_PREFIX = "train:"
-# A piece of text for the trainer; sentencepiece drops longer ones.
+# Length of a piece of text for the trainer; sentencepiece drops longer ones.
 CHUNK_CHARACTERS = 2000
-# More chunks than this change the pieces little and cost minutes.
+# More chunks than this change the vocabulary little and take minutes.
 TRAINING_CHUNKS = 4000
 SMALLEST_VOCABULARY = 320
 
@@ -22,15 +22,15 @@ SMALLEST_VOCABULARY = 320
 def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path) -> None:
     """Train a byte-fallback BPE of exactly ``vocabulary_size`` pieces and save a transformers tokenizer in ``folder``.
 
-    Text is kept as it is: no normalization, white space included, so decoding gives the text back. (The one exception
-    is U+2581, sentencepiece's own sign for a space.) Ids: 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, then pieces.
+    Text is kept as it is, without normalization, so decoding gives the text back with its white space. (The one
+    exception is U+2581, sentencepiece's own sign for a space.) Ids: 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, then pieces.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
 
     if vocabulary_size < SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"--vocab-size {vocabulary_size}: at least {SMALLEST_VOCABULARY} (256 bytes and some pieces)."
+            f"--vocab-size {vocabulary_size}: expected at least {SMALLEST_VOCABULARY} (256 bytes and some pieces)."
         )
     model = io.BytesIO()
     try:
@@ -47,7 +47,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
             split_digits=True,
             character_coverage=0.9999,
             max_sentence_length=4 * CHUNK_CHARACTERS + 1,
-            num_threads=1,  # with more, ties between pieces depend on the number of cores
+            num_threads=1,  # with more threads, ties between pieces depend on the number of cores
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -64,8 +64,10 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
 
 
 def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
-    """The transformers tokenizer of a folder; ConfigError if there is none, it has no end-of-text token, or it needs code of
-    its own and ``trust`` is False."""
+    """Open the transformers tokenizer of a folder.
+
+    Raises ConfigError if there is none, if it has no end-of-text token, or if it needs its own code and ``trust`` is False.
+    """
     if not folder.is_dir():
         raise ConfigError(
             f"--tokenizer {folder}: not a folder; expected a transformers tokenizer folder (tokenizer.json, "
@@ -73,12 +75,12 @@ def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
         )
     tokenizer = load_tokenizer(folder, f"--tokenizer {folder}", trust=trust)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"--tokenizer {folder}: it has no eos_token; documents are separated by it. Set one.")
+        raise ConfigError(f"--tokenizer {folder}: it has no eos_token, which separates documents. Set one.")
     return tokenizer
 
 
 def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens; a text that spells </s> is not a special token."""
+    """Token ids of each text, without special tokens. Text that contains </s> does not become a special token."""
     encoded: list[list[int]] = tokenizer(
         texts,
         add_special_tokens=False,
@@ -91,8 +93,10 @@ def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _sample(chunks: Iterable[str], size: int) -> list[str]:
-    """An even sample of at most ``size`` chunks (Vitter's algorithm R), the same each time: sentencepiece's own sampling
-    differs from run to run, whatever its seed."""
+    """An even sample of at most ``size`` chunks (Vitter's algorithm R), the same each time.
+
+    sentencepiece's own sampling differs from run to run with any seed.
+    """
     generator, kept = random.Random(0), []
     for number, chunk in enumerate(chunks):
         if number < size:
@@ -104,7 +108,7 @@ def _sample(chunks: Iterable[str], size: int) -> list[str]:
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        # NUL ends a sentence inside sentencepiece; byte fallback still encodes it.
+        # NUL ends a sentence in sentencepiece; byte fallback can still encode it.
         clean = text.replace("\0", "")
         for start in range(0, len(clean), CHUNK_CHARACTERS):
             yield clean[start : start + CHUNK_CHARACTERS]

@@ -1,1 +1,1 @@
-"""What a rank does before torch is imported: it heeds requests to stop, and checks what the run file names."""
+"""What a rank does before torch is imported: it handles requests to stop, and checks the run file."""

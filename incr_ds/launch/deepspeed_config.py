@@ -1,4 +1,4 @@
-"""DeepSpeed's config: what the run file states, derived; what DeepSpeed alone owns, from the run's JSON file."""
+"""Builds DeepSpeed's config from the run file and the JSON file that it names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from incr_ds.config.deepspeed_file import read_deepspeed_file
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 
-# Sections of DeepSpeed's that the run file owns as a whole, and the run-file section to write instead.
+# DeepSpeed's sections that the run file replaces, and the run-file section to write instead.
 _OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule", "fp16": "precision", "amp": "precision"}
 
 
 def deepspeed_config(run: RunSettings) -> dict[str, Any]:
-    """The config for deepspeed.initialize.
+    """Build the config for deepspeed.initialize.
 
-    Raises ConfigError, listing every problem, if the JSON has a key that DeepSpeed does not know or a value of another kind, or
-    if it states something differently from the run file, or something that the run file owns.
+    Raises ConfigError that lists every problem: a key that DeepSpeed does not know, a value of the wrong type, a value that
+    contradicts the run file, or a setting that belongs in the run file.
     """
     user = {} if run.deepspeed is None else read_deepspeed_file(Path(run.deepspeed))
     problems = [
@@ -42,7 +42,7 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
 
 
 def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
-    """(path in DeepSpeed's config, value, where the run file states it)."""
+    """Yield (path in DeepSpeed's config, value, where the run file states it)."""
     batch = run.batch
     return [
         (("train_batch_size",), batch.global_batch_size, "batch.global_batch_size"),
@@ -55,7 +55,7 @@ def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
 
 
 def _state(config: dict[str, Any], path: tuple[str, ...], value: Any, origin: str) -> list[str]:
-    """Set ``path`` to ``value``; return the problem if the JSON has another value there."""
+    """Set ``path`` to ``value``, and return the problem if the JSON has another value there."""
     section = config
     for name in path[:-1]:
         section = section.setdefault(name, {})
@@ -69,12 +69,12 @@ def _state(config: dict[str, Any], path: tuple[str, ...], value: Any, origin: st
 
 
 def _fill_defaults(config: dict[str, Any]) -> None:
-    # Progress is ours to report.
+    # This project reports progress itself.
     config.setdefault("steps_per_print", sys.maxsize)
-    # Cutting the activations between stages over tensor ranks does not know of the teacher's, which ride along.
+    # DeepSpeed can slice the activations between stages over tensor ranks, but not the teacher's, which are sent along.
     config.setdefault("pipeline", {}).setdefault("pipe_partitioned", False)
     config["pipeline"].setdefault("grad_partitioned", False)
-    # Optimizer offload works with the AdamW that we pass; DeepSpeed's own would need a compiler.
+    # Optimizer offload works with the AdamW that is passed; DeepSpeed's own would need a compiler.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run before torch is imported: answers in a second, where imports take ten."""
+"""Checks a run before torch is imported, so that mistakes show in one second instead of ten."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.packages import require
 from incr_ds.sharding.placement import check_layout
 
-# What every launcher tells its ranks.
+# Environment variables that every launcher sets for its ranks.
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_LONGEST_NAME = 200  # bytes of one name, leaving room for what is written beside it
+_LONGEST_NAME = 200  # bytes of one name, which leaves room for suffixes
 
 
 def check_model(run: RunSettings) -> None:
-    """Check that the model that ``run`` names fits its layout and sequence length; ConfigError or LayoutError otherwise.
+    """Check that the run's model is valid in its layout and sequence length. Raises ConfigError or LayoutError.
 
-    A model that is grown on load follows from a plan, which needs the source's tensors: of it, the recipe is checked.
+    A model that is grown on load depends on the source's tensors. In that case only the recipe is checked.
     """
     if isinstance(run.model.initialize_from, GrowthStart):
         load_settings(Path(run.model.initialize_from.recipe), GrowthRecipe)
@@ -39,9 +39,9 @@ def check_model(run: RunSettings) -> None:
 
 
 def check_run(run: RunSettings) -> None:
-    """Check that everything that ``run`` names is there and fits together, as far as small files tell.
+    """Check that everything that ``run`` names exists and is consistent, as far as small files show.
 
-    Raises the error that stands alone, or a ConfigError that lists all of them.
+    Raises the original error if there is only one, or a ConfigError that lists all of them.
     """
     problems = list(_problems(run))
     if len(problems) == 1:
@@ -85,7 +85,7 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
 
 
 def _architecture(run: RunSettings) -> Architecture | None:
-    """The run's model; None where only its reader knows where its config lies."""
+    """The run's model, or None if only its reader knows where its config is."""
     if run.model.config is not None:
         return saved_architecture(Path(run.model.config))
     config = Path(str(run.model.initialize_from)) / "config.json"
@@ -95,7 +95,7 @@ def _architecture(run: RunSettings) -> Architecture | None:
 def _check_output(output: str) -> None:
     if not output or "\0" in output or any(len(name.encode()) > _LONGEST_NAME for name in Path(output).parts):
         raise ConfigError(
-            f"output: {output!r:.100}: not a path that can be written: expected names of at most {_LONGEST_NAME} bytes, no NUL."
+            f"output: {output!r:.100}: not a valid path: expected names of at most {_LONGEST_NAME} bytes without NUL."
         )
     check_writable(Path(output))
 

@@ -1,4 +1,4 @@
-"""Requests to stop: signals, and the end of the launcher. Watched from before torch is imported to the end of the process."""
+"""Requests to stop, by signal or by the end of the launcher, from before torch is imported to the end of the process."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Self
 
 import psutil
 
-# The exit code of a run that was asked to stop and can be started again: EX_TEMPFAIL of sysexits.h.
+# The exit code of a run that was stopped on request and can be started again: EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.5
-# Processes that adopt the children of others; a launcher whose parent is one of these has lost the command that started it.
+# Processes that adopt orphans. If a launcher's parent is one of these, the command that started the launcher has ended.
 REAPERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
 
 
 class StopRequest:
     """A context in which a signal, or the end of the launcher, is a request to stop.
 
-    Until ``join`` is called there is nothing to save, and a request ends the process at once with the exit code STOPPED.
-    Afterwards it is noted in ``reason``, for the training loop to act on. A second SIGINT is Python's KeyboardInterrupt. SIGHUP
-    is left alone where it is ignored (nohup).
+    Until ``join`` is called there is nothing to save, and a request ends the process at once with exit code STOPPED.
+    Afterwards the request is kept in ``reason`` for the training loop. A second SIGINT raises Python's KeyboardInterrupt.
+    SIGHUP is not handled if the process ignores it (nohup).
     """
 
     def __init__(self, launchers: tuple[psutil.Process, ...] = ()) -> None:
@@ -50,11 +50,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def join(self) -> None:
-        """From here on this process is one of a group: a request is noted, and the group decides together."""
+        """Mark this process as one of a group: from now on a request is only noted, and the group decides together."""
         self._joined = True
 
     def request(self, reason: str) -> None:
-        """Ask for a stop; ``reason`` is shown to the user."""
+        """Request a stop. ``reason`` is shown to the user."""
         if not self._joined:
             _leave(reason)
         self.reason = self.reason or reason
@@ -72,11 +72,11 @@ class StopRequest:
 
 
 def launchers(started_by_deepspeed: bool) -> tuple[psutil.Process, ...]:
-    """The processes whose end is a stop for this rank: its launcher, and the command that started that one.
+    """The processes whose end stops this rank: its launcher, and the command that started the launcher.
 
     The deepspeed command starts ``deepspeed.launcher.launch``, which starts the ranks; a signal to the command ends only
-    itself. torchrun and Slurm's srun start the ranks directly. Where nothing of the kind started this process, () is
-    returned. Ends the process where its launcher is gone already.
+    the command. torchrun and Slurm's srun start the ranks directly. Returns () if no launcher started this process. Ends
+    the process if its launcher has already ended.
     """
     try:
         parent = psutil.Process().parent()
@@ -92,7 +92,7 @@ def launchers(started_by_deepspeed: bool) -> tuple[psutil.Process, ...]:
             return () if not _is_reaper(parent) else _leave("the end of the launcher")
         command = parent.parent()
         if command is None or _is_reaper(command):
-            # On several nodes a remote shell started the launcher; on one it was the command, which is gone.
+            # On several nodes a remote shell started the launcher. On one node it was the command, which has ended.
             return (parent,) if os.environ.get("CROSS_SIZE", "1") != "1" else _leave("the end of the launcher")
         return parent, command
     except psutil.Error:
@@ -109,13 +109,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _is_reaper(process: psutil.Process) -> bool:
-    """Whether a process adopted the launcher; in a container the deepspeed command itself may be process 1."""
+    """Whether a process is one that adopts orphans. In a container, process 1 may be the deepspeed command itself."""
     adopts = process.pid == 1 or process.name() in REAPERS
     return adopts and "deepspeed" not in " ".join(process.cmdline())
 
 
 def _leave(reason: str) -> Any:
-    """End the process now. Not an exception: whatever is being imported might catch it."""
+    """End the process now. An exception could be caught by whatever is being imported."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"pretrain: stopped by {reason} during start-up; nothing was changed.\n".encode())
     os._exit(STOPPED)

@@ -1,1 +1,1 @@
-"""Growth against training from scratch."""
+"""Compares growth with training from scratch."""

@@ -1,8 +1,8 @@
-"""Growth against scratch: what the curves of a source, a grown and a from-scratch run say, as numbers.
+"""Computes the numbers of a study from the curves of a source, a grown and a from-scratch run.
 
-Everything is computed from metrics.jsonl. FLOPs are what the runs recorded, the teacher's included; the source's own
-pre-training is reported twice, counted and sunk. Where a level is reached is the first held-out evaluation at or below
-it, not an interpolation, so a saving is never overstated by more than one evaluation interval.
+Everything comes from metrics.jsonl. FLOPs are those that the runs recorded, the teacher's included. The source's own
+pre-training is reported twice, counted and sunk. A loss counts as reached at the first held-out evaluation at or below
+it, without interpolation, so a saving is never overstated by more than one evaluation interval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUNS = ("source", "grown", "scratch")
 
 @dataclass(frozen=True)
 class Point:
-    """One held-out evaluation: optimizer steps, tokens and FLOPs of its run so far, loss in nats per token."""
+    """One held-out evaluation: optimizer steps, tokens and FLOPs of its run so far, and the loss in nats per token."""
 
     step: int
     tokens: int
@@ -46,9 +46,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Saving:
-    """Where the grown run first reaches the scratch run's final loss, and what part of its FLOPs is saved.
+    """Where the grown run first reaches the scratch run's final loss, and which share of its FLOPs is saved.
 
-    ``sunk`` leaves the source's pre-training out, ``counted`` adds it to the grown run; negative means a loss.
+    ``sunk`` ignores the source's pre-training; ``counted`` adds it to the grown run. Negative means more FLOPs.
     """
 
     point: Point
@@ -58,9 +58,9 @@ class Saving:
 
 @dataclass(frozen=True)
 class Study:
-    """Three curves and what follows: held-out losses at equal steps (step, grown, scratch), and the saving.
+    """Three curves, their held-out losses at equal steps (step, grown, scratch), and the saving.
 
-    ``saving`` is None when the grown run never reaches the scratch run's final loss.
+    ``saving`` is None if the grown run never reaches the scratch run's final loss.
     """
 
     source: Curve
@@ -71,7 +71,7 @@ class Study:
 
 
 def read_curve(run: str, folder: Path) -> Curve:
-    """The held-out evaluations of the run in ``folder``; CheckpointError if it has none."""
+    """The held-out evaluations of the run in ``folder``. Raises CheckpointError if it has none."""
     rows = [item for item in read_metrics(folder / FILE) if item["kind"] == "evaluation"]
     if not rows:
         raise CheckpointError(f"{folder / FILE}: no held-out evaluation; the run file needs the key evaluation.")
@@ -80,7 +80,7 @@ def read_curve(run: str, folder: Path) -> Curve:
 
 
 def compare_curves(source: Curve, grown: Curve, scratch: Curve) -> Study:
-    """Work out the numbers of a study."""
+    """Compute the numbers of a study."""
     of_scratch = {point.step: point.loss for point in scratch.points}
     equal = tuple(
         (point.step, point.loss, of_scratch[point.step]) for point in grown.points if point.step in of_scratch
@@ -89,7 +89,7 @@ def compare_curves(source: Curve, grown: Curve, scratch: Curve) -> Study:
 
 
 def first_at_or_below(curve: Curve, loss: float) -> Point | None:
-    """The first evaluation of ``curve`` with at most ``loss``."""
+    """The first evaluation of ``curve`` with a loss of at most ``loss``."""
     return next((point for point in curve.points if point.loss <= loss), None)
 
 
@@ -121,7 +121,7 @@ def merge_metrics(folders: Mapping[str, Path], output: Path) -> None:
 
 
 def table_rows(study: Study) -> Sequence[tuple[str, str]]:
-    """The study in a few labelled lines, for tables on the console and in the report."""
+    """The study in a few labelled lines, for the console and the report."""
     rows = [
         (f"held-out loss, step {step}", f"grown {grown:.4f}   scratch {scratch:.4f}")
         for step, grown, scratch in thinned(study.equal_steps)
@@ -142,7 +142,7 @@ def table_rows(study: Study) -> Sequence[tuple[str, str]]:
 
 
 def thinned(rows: Sequence[Any], most: int = 5) -> list[Any]:
-    """At most ``most`` rows, evenly spread, first and last included."""
+    """At most ``most`` rows, evenly spaced, with the first and the last."""
     if len(rows) <= most:
         return list(rows)
     return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]

@@ -1,4 +1,4 @@
-"""The report of a study: a figure, and one HTML file that needs nothing beside it."""
+"""The report of a study: a figure, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ img { max-width: 100% } pre { background: #f4f4f4; padding: 1rem; overflow-x: au
 
 
 def draw_study(study: Study, path: Path) -> None:
-    """Held-out loss over tokens and over FLOPs, with the growth marked, as a PNG.
+    """Draw the held-out loss over tokens and over FLOPs, with the growth marked, as a PNG.
 
     On the left every run counts its own tokens, the grown run after the source's. On the right the grown run is drawn
     twice: with the source's FLOPs counted (solid) and sunk (dashed).
@@ -54,7 +54,7 @@ def draw_study(study: Study, path: Path) -> None:
 
 
 def write_report(study: Study, figure: Path, path: Path, facts: Mapping[str, Any], sample: str | None = None) -> None:
-    """One self-contained HTML page. ``facts`` are titled JSON contents (sizes, recipe, proof of the growth)."""
+    """Write one self-contained HTML page. ``facts`` are JSON contents by title (sizes, recipe, proof of the growth)."""
     rows = "\n".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in table_rows(study))
     image = base64.b64encode(figure.read_bytes()).decode("ascii")
     parts = [

@@ -1,4 +1,4 @@
-"""Runs micro-batches through DeepSpeed: a plain engine's loop, or the pipeline's schedule."""
+"""Runs micro-batches through DeepSpeed: in a plain engine's loop, or by the pipeline's schedule."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 class LossRecord:
-    """Sums of one pass over the micro-batches: loss parts, and cross entropy weighted by tokens."""
+    """Sums over the micro-batches of one pass: loss parts, and cross entropy weighted by tokens."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
     def add(self, parts: DistillationLoss) -> None:
-        """Note one micro-batch."""
+        """Record one micro-batch."""
         loss, ce, divergence, tokens = (
             part.detach().double() for part in (parts.loss, parts.ce, parts.divergence, parts.tokens)
         )
         self._parts.append(torch.stack([loss, ce, divergence, ce * tokens, tokens]))
 
     def take(self, device: torch.device) -> Tensor:
-        """[loss, ce, divergence] averaged over micro-batches, then ce * tokens and tokens summed; starts anew.
+        """Return [loss, ce, divergence] averaged over micro-batches, then ce * tokens and tokens summed; then clear.
 
         Zeros on a rank that computes no loss.
         """
@@ -38,29 +38,30 @@ class LossRecord:
             return torch.zeros(5, dtype=torch.float64, device=device)
         stacked = torch.stack(self._parts)
         self._parts = []
+        # stacked: [micro-batches, 5]
         return torch.cat([stacked[:, :3].mean(dim=0), stacked[:, 3:].sum(dim=0)])
 
 
 class BatchRunner(Protocol):
-    """Consumes exactly as many micro-batches as asked, and notes their losses in its record."""
+    """Consumes exactly the requested number of micro-batches, and records their losses."""
 
     def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
-        """One optimizer step over the engine's accumulation steps."""
+        """Take one optimizer step over the engine's accumulation steps."""
         ...
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
-        """``count`` micro-batches of cross entropy, no gradient."""
+        """Compute the cross entropy of ``count`` micro-batches without gradients."""
         ...
 
 
 class PlainRunner:
-    """For an engine without a pipeline."""
+    """Runs an engine without a pipeline."""
 
     def __init__(self, engine: DeepSpeedEngine, teacher: Teacher | None, record: LossRecord) -> None:
         self._engine, self._teacher, self._record = engine, teacher, record
 
     def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         self._engine.train()
         for _ in range(self._engine.gradient_accumulation_steps()):
             input_ids, labels = self._next(batches)
@@ -74,7 +75,7 @@ class PlainRunner:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
-        """``count`` micro-batches."""
+        """Evaluate ``count`` micro-batches."""
         self._engine.eval()
         for _ in range(count):
             self._record.add(self._engine(*self._next(batches)))
@@ -86,27 +87,27 @@ class PlainRunner:
 
 
 class PipelineRunner:
-    """For DeepSpeed's pipeline engine; its module notes the losses on the last stage."""
+    """Runs DeepSpeed's pipeline engine. Its module records the losses on the last stage."""
 
     def __init__(self, engine: PipelineEngine) -> None:
         self._engine = engine
 
     def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         module = self._engine.module
         self._prepare(alpha, temperature, teaching=module.has_teacher and alpha > 0)
         self._engine.train_batch(batches)
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
-        """``count`` micro-batches."""
+        """Evaluate ``count`` micro-batches."""
         self._prepare(0.0, 1.0, teaching=False)
-        # Its average is not used: ours weighs by tokens.
+        # Its average is not used, since ours weights by tokens.
         self._engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
         self._engine.reset_activation_shape()
 
     def _prepare(self, alpha: float, temperature: float, *, teaching: bool) -> None:
         module = self._engine.module
         if module.teaching != teaching:
-            # The stages exchange another number of tensors from now on.
+            # From now on the stages exchange a different number of tensors.
             self._engine.reset_activation_shape()
         module.alpha, module.temperature, module.teaching = alpha, temperature, teaching

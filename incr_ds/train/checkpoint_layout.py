@@ -1,4 +1,4 @@
-"""The layout that a DeepSpeed checkpoint was written with, read off its file names."""
+"""Reads the layout of a DeepSpeed checkpoint from its file names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from incr_ds.errors import CheckpointError, LayoutError
 
 
 def check_checkpoint_layout(folder: Path, layout: ParallelLayout) -> None:
-    """Raise CheckpointError if ``folder`` is no DeepSpeed checkpoint, LayoutError if its layout is not ``layout``."""
+    """Raise CheckpointError if ``folder`` is not a DeepSpeed checkpoint, LayoutError if its layout is not ``layout``."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     found = checkpoint_layout([path.name for path in folder.iterdir()], str(folder))
@@ -29,14 +29,14 @@ def check_checkpoint_layout(folder: Path, layout: ParallelLayout) -> None:
 
 
 def checkpoint_layout(names: list[str], where: str) -> dict[str, int | str]:
-    """Degrees of parallelism and the ZeRO format ("none", "1 or 2", "3"), from the file names of one tag.
+    """Find degrees of parallelism and the ZeRO format ("none", "1 or 2", "3") from the file names of one tag.
 
-    Without ZeRO the files do not tell the data-parallel degree; it is given as 1.
+    Without ZeRO the files do not show the data-parallel degree, and 1 is returned for it.
     """
     found = tag_files(names)
     if not found.models and not found.zero_3_models:
         raise CheckpointError(
-            f"{where}: no mp_rank_*_model_states.pt in it; expected a checkpoint that DeepSpeed or "
+            f"{where}: contains no mp_rank_*_model_states.pt; expected a checkpoint that DeepSpeed or "
             "tools/grow_checkpoint.py wrote"
         )
     model_ranks = len(found.models or {rank for rank, _ in found.zero_3_models})

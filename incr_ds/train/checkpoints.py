@@ -1,10 +1,10 @@
-"""A run's checkpoints: each a DeepSpeed folder that appears whole, with a manifest, or not at all.
+"""A run's checkpoints. Each is a DeepSpeed folder with a manifest that appears whole or not at all.
 
     <run.output>/checkpoints/step_00000100/
         global_step100/   what DeepSpeed saved, all ranks
         latest            global_step100
         config.json       the model, so that growth and evaluation can open the folder; tokenizer files if known
-        multipliers.json   AdamW multipliers of single tensors, where the run has them
+        multipliers.json  learning-rate multipliers per tensor, if the run has them
         manifest.json     size and checksum of every file; layout, step, data fingerprints and settings
 
 All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoint``.
@@ -41,10 +41,10 @@ _SET_ASIDE = re.compile(r"(?:damaged|diverged)_step_(\d{8,})\.\d+")
 
 
 class SavingEngine(Protocol):
-    """The part of the training engine that checkpoints need."""
+    """The methods of the training engine that checkpoints need."""
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Every rank writes its files below folder/tag."""
+        """Write this rank's files below folder/tag."""
         ...
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
@@ -54,9 +54,9 @@ class SavingEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a run needs besides model and optimizer to go on as if it had not stopped.
+    """What a run needs, besides model and optimizer, to continue as if it had not stopped.
 
-    ``evaluated_step`` is the last step with a held-out evaluation (-1: none), ``data`` the fingerprint per data set.
+    ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set.
     """
 
     position: Position
@@ -73,11 +73,11 @@ def save_checkpoint(
     state: TrainingState,
     multipliers: Mapping[str, Multipliers] | None = None,
 ) -> Path:
-    """Save at ``state``'s step, publish when every rank has written, then delete what ``keep_last`` does not keep.
+    """Save at the step of ``state``, publish when every rank has written, then delete what ``keep_last`` does not keep.
 
     ``multipliers`` are the multipliers that the engine was built with.
 
-    Raises CheckpointError on all ranks if any rank could not write; the folder then does not appear.
+    Raises CheckpointError on all ranks if any rank could not write. The folder then does not appear.
     """
     final = step_folder(run, state.position.step)
     tag = f"global_step{state.position.step}"
@@ -94,9 +94,9 @@ def save_checkpoint(
 
 
 def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of the run whose manifest verifies, or None if the run has none.
+    """The newest checkpoint of the run whose manifest verifies, or None if the run has no checkpoints.
 
-    Damaged ones are reported through ``say`` and skipped; CheckpointError if there are only such.
+    Damaged ones are reported through ``say`` and skipped. Raises CheckpointError if all are damaged.
     """
     return on_rank_zero(lambda: _newest_complete(run, say))
 
@@ -104,7 +104,7 @@ def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None
 def load_checkpoint(
     engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture
 ) -> TrainingState:
-    """Load the run's own checkpoint; refuse one that ``run``, its ``data`` (fingerprints) and model do not continue."""
+    """Load one of the run's own checkpoints. Refuse it unless ``run``, its ``data`` (fingerprints) and model continue it."""
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
     on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture))
     client_state = engine.load(folder, facts["tag"])
@@ -118,18 +118,18 @@ def load_checkpoint(
 
 
 def step_folder(run: RunSettings, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies."""
+    """Path of the checkpoint after ``step`` steps."""
     return Path(run.output) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def remove_unfinished(run: RunSettings) -> None:
-    """Remove what killed runs left of checkpoints that they were writing. Only for who holds the run's lock."""
+    """Remove unfinished checkpoints of killed runs. Only the process that holds the run's lock may call this."""
     for left in (Path(run.output) / CHECKPOINTS).glob(".step_*.incomplete-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside_diverged(run: RunSettings) -> Path | None:
-    """Rename the checkpoints that were saved since the run was last healthy, so that it does not resume from them.
+    """Rename checkpoints that were saved after the run was last healthy, so that it does not resume from them.
 
     Returns the newest healthy one, or None.
     """
@@ -143,9 +143,9 @@ def set_aside_diverged(run: RunSettings) -> Path | None:
 
 
 def _vacated(final: Path) -> Path:
-    """``final``, free to be published: an earlier, damaged folder of that step is kept under another name.
+    """Free the path ``final`` for publishing. An earlier, damaged folder of that step is renamed.
 
-    CheckpointError if the one that is there is whole: this run did not write it.
+    Raises CheckpointError if the existing folder is whole, since this run did not write it.
     """
     if final.exists():
         try:
@@ -154,7 +154,7 @@ def _vacated(final: Path) -> Path:
             _set_aside(final, "damaged")
         else:
             raise CheckpointError(
-                f"{final}: exists and is whole, and this run did not write it; another run has the same output. Name another "
+                f"{final}: exists and is whole, but this run did not write it; another run has the same output. Set another "
                 "output, or move that checkpoint away."
             )
     return final
@@ -168,7 +168,7 @@ def _set_aside(folder: Path, why: str) -> None:
 
 
 def _health(folder: Path) -> Health | None:
-    """The run's health when it saved a checkpoint; None if the folder has no manifest that says so."""
+    """The run's health when it saved a checkpoint, or None if the folder has no manifest that states it."""
     try:
         return Health(**read_manifest(folder)["facts"].get("health", {}))
     except CheckpointError:
@@ -211,7 +211,7 @@ def _prune(run: RunSettings, newest: Path) -> None:
     """Delete what ``keep_last`` does not keep; the newest healthy checkpoint stays in any case."""
     if not run.checkpoint.keep_last:
         return
-    # A later folder can only be a damaged one that resuming skipped; it must not push out a whole one.
+    # A later folder can only be a damaged one that resuming skipped. It must not cause the removal of a whole one.
     later = {folder for folder in step_folders(Path(run.output)) if folder.name > newest.name}
     complete = [
         folder for folder in step_folders(Path(run.output)) if folder not in later and (folder / MANIFEST).is_file()
@@ -220,14 +220,14 @@ def _prune(run: RunSettings, newest: Path) -> None:
     healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
     for folder in complete:
         if folder not in (*kept, healthy):
-            # The manifest goes first: a folder that is half deleted must not look complete.
+            # The manifest is deleted first: a half-deleted folder must not look complete.
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
     _prune_set_aside(newest.parent, healthy or kept[-1])
 
 
 def _prune_set_aside(folder: Path, oldest: Path) -> None:
-    """Delete what was set aside before the ``oldest`` checkpoint that is kept: nobody has asked for it since."""
+    """Delete folders that were set aside before the ``oldest`` checkpoint that is kept."""
     for path in folder.iterdir():
         match = _SET_ASIDE.fullmatch(path.name)
         if match and f"step_{match[1]}" < oldest.name:

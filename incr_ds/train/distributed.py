@@ -1,4 +1,4 @@
-"""This process among the others: joining the world, its device, quiet logs."""
+"""Joins this process to the others of a run, chooses its device and quiets logs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from incr_ds.launch.preflight import check_world_size
 def initialize_distributed(layout: ParallelLayout) -> torch.device:
     """Join the processes that a launcher started (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    Returns this process's device. Raises ConfigError unless there are exactly ``layout.world_size`` processes, or if they cannot
-    meet.
+    Returns this process's device. Raises ConfigError unless there are exactly ``layout.world_size`` processes, or if they
+    cannot connect.
     """
     check_world_size(layout)
     _quiet()
@@ -37,24 +37,24 @@ def _cannot_meet(reason: str) -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in reason or "address already in use" in reason:
         return (
-            f"{where}: another process, perhaps another run, has this port; give each run its own: deepspeed --master_port PORT "
+            f"{where}: another process, perhaps another run, uses this port; give each run its own: deepspeed --master_port PORT "
             "(Slurm: MASTER_PORT)."
         )
-    return f"the processes could not meet at {where}: {reason.splitlines()[0]}"
+    return f"the processes could not connect at {where}: {reason.splitlines()[0]}"
 
 
 def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives that torch 2.13 is renaming, in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # Its pipeline exchanges activations by a broadcast that autograd sees but need not follow; gradients are tested.
+    # Its pipeline exchanges activations by a broadcast through which autograd need not differentiate; gradients are tested.
     warnings.filterwarnings("ignore", category=UserWarning, message=r"c10d::broadcast_: an autograd kernel")
 
 
 def _device() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # Its shared-memory collectives need a C++ compiler at start-up; gloo does without.
+        # Its shared-memory collectives need a C++ compiler at start-up; gloo works without one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""The training engine: one optimizer step, evaluation, saving and loading, whatever the layout."""
+"""The training engine: optimizer steps, evaluation, saving and loading in any layout."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class StepResult:
     """One optimizer step, the same on every rank.
 
-    ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks;
-    ``gradient_norm`` is the global norm before clipping; ``skipped`` is True when the gradients were not finite and
-    the weights stayed as they were.
+    ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks.
+    ``gradient_norm`` is the global norm before clipping. ``skipped`` is True if the gradients were not finite and the
+    weights did not change.
     """
 
     loss: float
@@ -61,11 +61,11 @@ def build_engine(
     teacher: LogicalCheckpoint | None,
     multipliers: Mapping[str, Multipliers] | None = None,
 ) -> TrainingEngine:
-    """Build this process's engine; every process of the run calls it with the same arguments.
+    """Build this process's engine. Every process of the run calls this with the same arguments.
 
-    ``weights`` are the initial ones (None: fresh, drawn from run.seed); ``multipliers`` are the AdamW multipliers of single
-    tensors, which become parameter groups. What run.model.freeze names gets no gradient and no optimizer state. Raises
-    ConfigError or LayoutError if the run file, the number of processes, the model and the teacher do not fit together.
+    ``weights`` are the initial ones (None: fresh, drawn from run.seed). ``multipliers`` are learning-rate multipliers per
+    tensor, which become parameter groups. Tensors frozen by run.model.freeze get no gradient and no optimizer state. Raises
+    ConfigError or LayoutError if the run file, the number of processes, the model and the teacher are not consistent.
     """
     _check_zero_stage(run)
     frozen = frozen_tensors(architecture, run.model.freeze)
@@ -97,7 +97,7 @@ def _loss_settings(run: RunSettings) -> LossSettings:
 
 
 class TrainingEngine:
-    """Drives DeepSpeed. All methods are collective: every rank calls them, in the same order."""
+    """Drives DeepSpeed. All methods are collective: every rank calls them in the same order."""
 
     def __init__(
         self,
@@ -115,12 +115,12 @@ class TrainingEngine:
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which part of the global batch this rank's model sees."""
+        """Index of the part of the global batch that this rank's model sees."""
         return int(self._grid.get_data_parallel_rank())
 
     @property
     def reads_data(self) -> bool:
-        """True on the first and last pipeline stage, which need the batches; the others never ask for one."""
+        """True on the first and last pipeline stage, which need the batches. Other stages never ask for one."""
         return self._grid.get_stage_id() in (0, self._run.layout.pipeline_parallel - 1)
 
     @property
@@ -131,15 +131,15 @@ class TrainingEngine:
 
     @property
     def shards(self) -> tuple[RankParameter, ...]:
-        """What the parameters of ``module`` are, in their order."""
+        """Descriptions of the parameters of ``module``, in the same order."""
         return self._shards
 
     def train_step(
         self, batches: Iterator[Batch], *, learning_rate: float, alpha: float = 0.0, temperature: float = 1.0
     ) -> StepResult:
-        """One optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
+        """Take one optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
 
-        ``labels`` holds the token after each input token, -100 where none counts. ``alpha`` > 0 needs a teacher.
+        ``labels`` holds the token after each input token, or -100 to ignore it. ``alpha`` > 0 needs a teacher.
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
@@ -155,20 +155,20 @@ class TrainingEngine:
         return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
 
     def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
-        """Mean cross entropy in nats per token over ``num_micro_batches`` of each data-parallel rank."""
+        """Mean cross entropy in nats per token over ``num_micro_batches`` per data-parallel rank."""
         self._runner.evaluate(batches, num_micro_batches)
         *_, total, tokens = self._over_ranks().tolist()
         return float(total / max(tokens, 1.0))
 
     def save(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write DeepSpeed's checkpoint files into folder/tag; no ``latest`` file is written."""
+        """Write DeepSpeed's checkpoint files into folder/tag, without a ``latest`` file."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Continue from folder/tag, written with this run's layout; returns its client_state.
+        """Continue from folder/tag, which was written in this run's layout. Returns its client_state.
 
         Weights, masters, moments and step counts are the checkpoint's. The run file's clipping threshold, betas, eps and
-        weight decay stay in force, and the multipliers that the engine was built with, which must be the checkpoint's.
+        weight decay stay in force. So do the multipliers that the engine was built with, which must be the checkpoint's.
         Raises CheckpointError if there is nothing to load or a file holds more than DeepSpeed writes, LayoutError if the
         checkpoint has another layout.
         """
@@ -186,7 +186,7 @@ class TrainingEngine:
         return dict(client_state)
 
     def fill_optimizer(self, checkpoint: LogicalCheckpoint) -> None:
-        """Take masters, moments, step and the number of steps from ``checkpoint``, each rank its own part."""
+        """Read this rank's part of masters, moments, step and number of steps from ``checkpoint``."""
         named = dict(self._engine.module.named_parameters())
         parameters = {shard: named[shard.parameter] for shard in self._trained}
         fill_optimizer(self._engine.optimizer, parameters, checkpoint)
@@ -194,7 +194,7 @@ class TrainingEngine:
         self._engine.global_steps = checkpoint.facts.recorded.global_steps or 0
 
     def close(self) -> None:
-        """End the process groups; the engine is of no use afterwards."""
+        """End the process groups. The engine cannot be used afterwards."""
         self._engine.destroy()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -206,7 +206,7 @@ class TrainingEngine:
 
 
 def _freeze(model: RankModel, trained: tuple[RankParameter, ...]) -> None:
-    """Let only the ``trained`` parameters have gradients; DeepSpeed must see it when it takes the module over."""
+    """Let only the ``trained`` parameters have gradients. Call this before DeepSpeed takes over the module."""
     names = {shard.parameter for shard in trained}
     for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(name in names)
@@ -227,7 +227,7 @@ def _optimizer(
         settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
         own = group_multipliers(shards, multipliers)
         members = [parameters[shard.parameter] for shard in shards]
-        # Kept in the checkpoint's groups, so that a growth of it finds the run file's values again.
+        # Stored in the checkpoint's groups, so that a later growth finds the run file's values.
         groups.append({"params": members, **own.applied(settings), "multipliers": dict(vars(own))})
     return build_adamw(groups, run, device)
 
@@ -235,7 +235,7 @@ def _optimizer(
 def _keep_masters(
     model: RankModel, trained: tuple[RankParameter, ...], weights: CheckpointWeights | FreshWeights
 ) -> None:
-    """Give the fp32 masters the checkpoint's own values; DeepSpeed made them from weights rounded to bf16."""
+    """Set the fp32 masters to the checkpoint's own values. DeepSpeed made them from weights rounded to bf16."""
     parameters = dict(model.module.named_parameters())
     for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())

@@ -1,4 +1,4 @@
-"""Held-out loss of a checkpoint, outside of any run: the same samples as in training, in transformers' own model."""
+"""Held-out loss of a checkpoint outside of a run: the same samples as in training, in transformers' own model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from incr_ds.offline.compare import load_model
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean next-token loss in nats over ``samples`` samples; ``bits_per_byte`` None where the bytes are not known."""
+    """Mean next-token loss in nats over ``samples`` samples. ``bits_per_byte`` is None if the bytes are not known."""
 
     loss: float
     perplexity: float
@@ -31,7 +31,7 @@ class HeldOutLoss:
 
 
 def bits_per_byte(loss: float, prefix: str) -> float | None:
-    """Bits per byte of text for a loss in nats per token on the data set ``prefix``; None if its bytes are not known."""
+    """Convert a loss in nats per token on the data set ``prefix`` to bits per byte; None if its bytes are not known."""
     density = tokens_per_byte(prefix)
     return None if density is None else loss / math.log(2.0) * density
 

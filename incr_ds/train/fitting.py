@@ -1,9 +1,9 @@
-"""Fits a growth's operators on a few hundred batches, after LiGO (Wang et al., arXiv 2303.00980), before anything is grown.
+"""Fits a growth's operators on a few hundred batches, after LiGO (Wang et al., arXiv 2303.00980), before the growth.
 
-LiGO learns dense matrices B in W' = B_out W B_in^T, shared by all layers, and sums of layers in depth. Here B is the recipe's
-own map of positions with a learned factor for each, and a layer is a sum of the one it copies and that one's neighbours: so
-the result is a recipe like any other, of which any slice needs only the slices it copies. Factors start at 1 and sums
-at the layer map, that is at the recipe's own operators.
+LiGO learns dense matrices B in W' = B_out W B_in^T, shared by all layers, and sums of layers in depth. Here B is the
+recipe's own map of positions with a learned factor for each. A layer is a sum of the one that it copies and that one's
+neighbours. So the result is an ordinary recipe, and a slice needs only the slices that it copies. Factors start at 1 and
+sums at the layer map, that is, at the recipe's own operators.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Report = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Fit:
-    """The recipe with its fitted operators, and the held-out loss in nats per token with its own and with those."""
+    """The recipe with its fitted operators, and the held-out loss in nats per token before and after fitting."""
 
     recipe: GrowthRecipe
     before: float
@@ -56,14 +56,14 @@ class Fit:
 def fit_growth(run: RunSettings, report: Report) -> Fit:
     """Fit the operators of ``run.model.initialize_from`` with the run's data, batches, schedule and AdamW.
 
-    ``report`` gets each step and its loss. One process; needs the target several times in memory. Raises ConfigError for a run
-    file that names no growth or no held-out data, GrowthError for a recipe that cannot be fitted.
+    ``report`` is called with each step and its loss. Runs in one process and needs memory for several copies of the target.
+    Raises ConfigError for a run file without a growth or held-out data, GrowthError for a recipe that cannot be fitted.
     """
     growth = run.model.initialize_from
     if not isinstance(growth, GrowthStart) or run.evaluation is None:
         raise ConfigError(
             "fit_growth: the run file must have model.initialize_from: {source, recipe}, the growth to fit, and evaluation with "
-            "data.validation, on which it is judged."
+            "data.validation, by which it is judged."
         )
     if run.layout.world_size > 1:
         raise ConfigError("fit_growth: runs in one process; set all degrees of layout to 1.")
@@ -98,14 +98,14 @@ def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: 
 
 
 def _model(run: RunSettings, plan: GrowthPlan, device: torch.device) -> LanguageModel:
-    """The target's modules; their own values are never used."""
+    """The target's modules. Their own values are never used."""
     alone, fresh = TensorRanks(None, 0, 1), FreshWeights(plan.target, run.seed)
     factory = LayerFactory(plan.target, alone, fresh, torch.float32, device, run.model.attention)
     return LanguageModel(factory, range(plan.target.num_layers + 3)).requires_grad_(False)
 
 
 def _gradients(model: LanguageModel, operators: _Operators, micro: Iterator[Batch], device: torch.device) -> float:
-    """Add up the gradients of one step, the tensors made once for all its micro-batches; returns the mean loss."""
+    """Add up the gradients of one step and return the mean loss. The tensors are computed once for all micro-batches."""
     tensors = operators.tensors()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     losses = []
@@ -138,7 +138,7 @@ def _held_out_loss(
 
 
 class _Operators(nn.Module):
-    """Learned factors and weights, and the target's tensors as they follow from them."""
+    """Learned factors and weights, and the target's tensors computed from them."""
 
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class _Operators(nn.Module):
         return {spec.name: self._tensor(index, spec) for index, spec in enumerate(self.plan.target.stored)}
 
     def fitted(self) -> FittedOperators:
-        """What was learned, as settings."""
+        """The learned values as settings."""
         axes = {
             name: FittedAxis(
                 amplitude=self._factors[f"{name}_amplitude"].tolist(), share=self._factors[f"{name}_share"].tolist()
@@ -193,7 +193,7 @@ class _Operators(nn.Module):
         return torch.where(copied, mixed - offset, values[len(values) // 2])
 
     def _factor(self, spec: TensorSpec, dimension: int) -> Tensor | None:
-        """Along a dimension what the axes' rules (incr_ds.growth.axis) make of the learned factors; None for 1."""
+        """The factor along a dimension that the axes' rules (incr_ds.growth.axis) give, or None for 1."""
         use = spec.dims[dimension].use
         if spec.role == "final_norm" and self.plan.target.tied:
             use = {"scale": "tied scale", "shift": "tied shift"}[use]  # type: ignore[assignment]
@@ -216,7 +216,7 @@ class _Operators(nn.Module):
 
 
 def _shifted(plan: GrowthPlan, offset: int) -> GrowthPlan:
-    """The plan with every layer made of its source layer's neighbour."""
+    """The plan with every layer copied from its source layer's neighbour."""
     count = plan.source.num_layers
     layers: Sequence[dict[int, float]] = [{_neighbour(item.layer, offset, count): 1.0} for item in plan.layers]
     recipe = plan.recipe.model_copy(update={"fitted": FittedOperators(layers=list(layers))})
@@ -224,12 +224,12 @@ def _shifted(plan: GrowthPlan, offset: int) -> GrowthPlan:
 
 
 def _neighbour(layer: int, offset: int, count: int) -> int:
-    """The first and the last layer have themselves beyond them."""
+    """Index of the neighbouring layer. The first and the last layer are their own neighbours beyond the ends."""
     return min(max(layer + offset, 0), count - 1)
 
 
 def _copied(plan: GrowthPlan, spec: TensorSpec) -> Tensor:
-    """True where an entry is copied and so changes with what is learned; [shape]."""
+    """A mask of the tensor's shape: True where an entry is copied and so changes with the learned factors."""
     if plan.tensors[spec.name].start != "copy":
         return torch.zeros(spec.shape, dtype=torch.bool)
     known = [torch.from_numpy(plan.index(spec, dimension) != FRESH) for dimension in range(len(spec.dims))]

@@ -1,10 +1,10 @@
-"""Floating-point operations of training, and what the hardware could do at best.
+"""Counts floating-point operations of training, and states the hardware's peak.
 
-Counting follows the usual convention (Kaplan et al. 2020; PaLM, appendix B): a matrix of N elements costs 2 N operations
-per token forward and 4 N backward; attention scores and values cost 4 L H D S forward per token (L layers, H heads of
-size D, S the sequence length, the causal half not subtracted) and twice that backward. The embedding lookup, norms and
-activations are not counted, recomputation under activation checkpointing is not either, the output projection is. Of the
-backward's two products, a frozen matrix has one, and a layer with nothing trained in it or below has none.
+Counting follows the usual convention (Kaplan et al. 2020; PaLM, appendix B). A matrix of N elements costs 2 N operations
+per token forward and 4 N backward. Attention scores and values cost 4 L H D S forward per token (L layers, H heads of
+size D, sequence length S, the causal half not subtracted) and twice that backward. The output projection is counted. The
+embedding lookup, norms, activations and recomputation under activation checkpointing are not. A frozen matrix has only
+one of the backward pass's two products, and a layer has none if nothing is trained in it or below it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 
-# Dense bf16 operations per second of one device, from its vendor's data sheet. The first that is part of its name counts.
+# Dense bf16 operations per second of one device, from its vendor's data sheet. The first name contained in its name counts.
 KNOWN_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -52,7 +52,7 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
 def training_flops_per_token(
     architecture: Architecture, sequence_length: int, frozen: Collection[str] = frozenset()
 ) -> int:
-    """Operations of forward and backward per token: three times the forward pass where nothing is ``frozen``."""
+    """Operations of forward and backward per token: three times the forward pass if nothing is ``frozen``."""
     sizes = architecture.sizes
     lowest = min(_depth(spec, sizes["layers"]) for spec in architecture.stored if spec.name not in frozen)
     matrices = [spec for spec in architecture.tensors if spec.is_matrix and spec.role not in LOOKUPS]
@@ -70,9 +70,9 @@ def _depth(spec: TensorSpec, num_layers: int) -> int:
 
 
 def device_peak(stated: float | None) -> Peak | None:
-    """The peak of this process's device: as the run file states it, else by the GPU's name; None where nothing is known.
+    """The peak of this process's device: the run file's, otherwise by the GPU's name, or None if it is unknown.
 
-    A CPU has no peak here: a product of matrices measured 17 to 422 GFLOP/s in four starts on one machine.
+    A CPU has no peak here: a matrix product measured 17 to 422 GFLOP/s in four starts on one machine.
     """
     if stated is not None:
         return Peak(stated, "peak_flops of the run file")

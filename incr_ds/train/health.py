@@ -1,5 +1,7 @@
-"""Is a run still learning? Judged after every step from the numbers that all ranks share, and kept in checkpoints, so that a
-resumed run judges as an uninterrupted one."""
+"""Judges after every step whether a run is still learning, from numbers that all ranks share.
+
+The state is kept in checkpoints, so that a resumed run judges like an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ _WEIGHT = 0.1  # of a step's cross entropy in the smoothed one: about ten steps
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """``smoothed`` is the exponential moving average of the cross entropy in nats, ``lowest`` the lowest that it was.
+    """``smoothed`` is the exponential moving average of the cross entropy in nats, ``lowest`` its lowest value.
 
-    ``risen`` counts the last steps in a row in which it lay too far above that, ``skipped`` those whose gradients were not
-    finite.
+    ``risen`` counts the last steps in a row in which it was too far above that value, and ``skipped`` those whose gradients
+    were not finite.
     """
 
     smoothed: float | None = None
@@ -26,12 +28,12 @@ class Health:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong at present: what is saved now can be gone back to."""
+        """Whether all is well, so that a checkpoint saved now is safe to go back to."""
         return not (self.risen or self.skipped)
 
 
 def after_step(before: Health, ce: float, skipped: bool, settings: DivergenceSettings) -> Health:
-    """The health after one more step with cross entropy ``ce``."""
+    """Compute the health after one more step with cross entropy ``ce``."""
     if not math.isfinite(ce):
         return before
     smoothed = ce if before.smoothed is None else before.smoothed + _WEIGHT * (ce - before.smoothed)
@@ -46,7 +48,7 @@ def after_step(before: Health, ce: float, skipped: bool, settings: DivergenceSet
 
 
 def divergence(health: Health, settings: DivergenceSettings, *, is_last_step: bool) -> str | None:
-    """Why a run must not go on, or must not end as a success; None where it may."""
+    """The reason why a run must stop, or must not count as a success; None if there is none."""
     if health.skipped >= settings.max_skipped_steps:
         return (
             f"the gradients of the last {health.skipped} steps were not finite, and no step was taken "

@@ -1,4 +1,4 @@
-"""What a run reads: its data sets, described once by all ranks together, and the samples drawn from them."""
+"""Opens a run's data: data sets, which all ranks describe together once, and the samples drawn from them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from incr_ds.errors import CheckpointError
 from incr_ds.train.ranks import on_every_rank, on_rank_zero
 
 CACHE, RECORD = "data_index", "data_sets.json"
-# 64 MiB each, between two exchanges: no rank may wait for long in a collective operation.
+# Chunks (64 MiB each) between two exchanges: no rank may wait for long in a collective operation.
 CHUNKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: training and held-out samples, and the fingerprint of every data set by its prefix."""
+    """Training and held-out samples of a run, and the fingerprint of every data set by its prefix."""
 
     train: Samples
     held_out: Samples | None
@@ -44,7 +44,7 @@ class Data:
 
 
 def open_data(run: RunSettings, architecture: Architecture) -> Data:
-    """Open the run's data on every rank; rank 0 builds the shuffled indices.
+    """Open the run's data on every rank. Rank 0 builds the shuffled indices.
 
     Raises ConfigError for missing or damaged files, too few held-out samples, and tokens outside the vocabulary.
     """
@@ -58,13 +58,13 @@ def open_data(run: RunSettings, architecture: Architecture) -> Data:
 
 
 def prefixes_of(run: RunSettings) -> list[str]:
-    """Every data set that the run reads, once."""
+    """Every data set that the run reads, without duplicates."""
     held_out = [str(run.data.validation)] if run.evaluation else []
     return list(dict.fromkeys([*(corpus.prefix for corpus in run.data.train), *held_out]))
 
 
 def describe_together(prefixes: list[str], cache: Path) -> dict[str, DataSet]:
-    """The data sets by prefix: from the record in ``cache`` where no file changed, else read by all ranks together."""
+    """The data sets by prefix, from the record in ``cache`` if no file changed, otherwise read by all ranks together."""
     known = on_rank_zero(lambda: recorded(_record(cache / RECORD), _opened_indices(prefixes)))
     missing = [prefix for prefix in prefixes if prefix not in known]
     if missing:
@@ -74,7 +74,7 @@ def describe_together(prefixes: list[str], cache: Path) -> dict[str, DataSet]:
 
 
 def _opened_indices(prefixes: list[str]) -> list[str]:
-    """The prefixes, after a look at each index's header: files that are missing are named before anything is read."""
+    """Check each index's header, so that missing files are reported before anything is read. Returns the prefixes."""
     return [open_index(prefix).prefix for prefix in prefixes]
 
 
@@ -87,12 +87,12 @@ def _described(index: IndexFile) -> DataSet:
 
 
 def _scanned(index: IndexFile, numbers: range) -> list[Chunk]:
-    """The chunks of these numbers, each read by one rank."""
+    """Read the chunks with these numbers, each on one rank."""
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = on_every_rank(
         lambda: {number: scan_chunk(index, number) for number in numbers[rank::num_ranks]},
         f"{index.prefix}.bin: reading failed",
-        "See that all ranks can read the file.",
+        "Check that all ranks can read the file.",
     )
     shares: list[Any] = [mine]
     if dist.is_initialized():
@@ -103,7 +103,7 @@ def _scanned(index: IndexFile, numbers: range) -> list[Chunk]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """A record that is damaged is as good as none: the data is read again."""
+    """Read the record. A damaged one counts as missing, and the data is read again."""
     if path.is_file():
         with suppress(CheckpointError):
             return read_json(path, CheckpointError)

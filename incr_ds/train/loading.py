@@ -1,4 +1,4 @@
-"""Loading through DeepSpeed: what it opens passes the safe loader, and its settings stay those of the run file."""
+"""Loads through DeepSpeed with the safe loader, and keeps the run file's settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from incr_ds.checkpoint.torch_file.load import load_pt, load_pt_of
 
-# What DeepSpeed itself pickles into its files, all of it plain data: numbers, names and shapes.
+# Classes that DeepSpeed itself pickles into its files, all of them plain data: numbers, names and shapes.
 DEEPSPEED_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, SubparamShape)
 
 # Settings that DeepSpeed's loaders copy from an optimizer file into the optimizer.
@@ -24,10 +24,10 @@ RUN_FILE_RULES = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "custom_loss
 
 
 def check_files(folder: Path, rank: int, num_ranks: int) -> None:
-    """CheckpointError if a .pt file of a tag's folder holds more than DeepSpeed writes, or is damaged.
+    """Raise CheckpointError if a .pt file of a tag's folder is damaged or holds more than DeepSpeed writes.
 
-    Each rank looks at its share of the files, so that all ranks may hear of a bad one before DeepSpeed's loader, which waits
-    for every rank, has begun. No tensor is read.
+    Each rank checks its share of the files. So all ranks learn of a bad one before DeepSpeed's loader starts, which waits
+    for every rank. No tensor is read.
     """
     for path in sorted(folder.glob("*.pt"))[rank::num_ranks]:
         load_pt(path)
@@ -35,10 +35,10 @@ def check_files(folder: Path, rank: int, num_ranks: int) -> None:
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Inside, whatever DeepSpeed loads passes the safe loader: nothing in a file runs, tensors stay within their records.
+    """A context in which DeepSpeed loads with the safe loader: no code in a file runs, and tensors stay within their records.
 
-    DeepSpeed calls torch.load(weights_only=False) in every loader that it has (its checkpoint engines, ZeRO-3's own files,
-    universal folders), so the function itself is replaced for as long as DeepSpeed loads: no place can be forgotten.
+    DeepSpeed calls torch.load(weights_only=False) in all of its loaders (its checkpoint engines, ZeRO-3's own files,
+    universal folders). So the function itself is replaced while DeepSpeed loads, which covers every call.
     """
     unsafe = torch.load
 
@@ -54,10 +54,10 @@ def safe_loading() -> Iterator[None]:
 
 @contextmanager
 def own_settings(optimizer: Any) -> Iterator[None]:
-    """Inside, DeepSpeed may load into ``optimizer`` (its ZeRO optimizer); afterwards its settings are those it had before.
+    """A context in which DeepSpeed loads into ``optimizer`` (its ZeRO optimizer). Afterwards it restores the settings.
 
     Tensors and step counts stay as loaded. Settings are the clipping threshold, the loss scale, and every hyperparameter of
-    the parameter groups (learning rate, betas, eps, weight decay, and whatever else a group holds).
+    the parameter groups (learning rate, betas, eps, weight decay, and everything else in a group).
     """
     settings = {name: getattr(optimizer, name) for name in RUN_FILE_RULES if hasattr(optimizer, name)}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""The story of a training run: open, build, load or resume, then train, evaluate, log and save until the last step."""
+"""Runs training from start to end: open, build, load or resume, then train, evaluate, log and save."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 class DivergedError(IncrError):
-    """The run does not learn any more: its loss is not a number or rose, or its gradients are not finite."""
+    """The run no longer learns: its loss is not a number or rose, or its gradients are not finite."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: where it stands, its newest checkpoint (None: stopped before the first step), and whether it was
-    stopped before its last step."""
+    """How a run ended: its position, its newest checkpoint (None: stopped before the first step), and ``stopped``.
+
+    ``stopped`` says whether it ended on request before its last step.
+    """
 
     position: Position
     checkpoint: Path | None
@@ -60,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations per token of the student's step and of the teacher's forward pass, and the peak of one process."""
+    """Operations per token of the student's step and of the teacher's forward pass, and one process's peak."""
 
     student: int
     teacher: int
@@ -69,7 +71,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Job:
-    """One process's part of a run: everything that stays the same from step to step."""
+    """One process's part of a run: everything that is the same at every step."""
 
     run: RunSettings
     architecture: Architecture
@@ -85,29 +87,29 @@ class Stop(Protocol):
 
     @property
     def reason(self) -> str | None:
-        """What asked for it; None while nothing has."""
+        """What requested the stop, or None."""
         ...
 
     def join(self) -> None:
-        """From here on the ranks decide together."""
+        """Mark this process as one of a group: from now on the ranks decide together."""
         ...
 
 
 @dataclass(frozen=True)
 class Running:
-    """Nothing asks this run to stop."""
+    """A ``Stop`` without any request."""
 
     reason: str | None = None
 
     def join(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
 
 def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None) -> Outcome:
     """Train ``run`` to its last step, from its newest complete checkpoint if it has one.
 
-    With ``resume`` false, a run that already has checkpoints is refused. ``stop`` is looked at between steps: when a rank has a
-    reason, all save and return. Only one run may write an output at a time. Raises IncrError for what the user can mend.
+    With ``resume`` false, a run that already has checkpoints is refused. ``stop`` is checked between steps: if a rank has a
+    reason, all ranks save and return. Only one run may write to an output at a time. Raises IncrError for user mistakes.
     """
     stop = stop or Running()
     initialize_distributed(run.layout)
@@ -120,7 +122,7 @@ def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None)
         data = open_data(run, start.architecture)
         newest = newest_complete(run, print)
         if newest is not None and not resume:
-            raise ConfigError(f"--no-resume: {newest} exists; remove it, or name another output.")
+            raise ConfigError(f"--no-resume: {newest} exists; remove it, or set another output.")
         return _train_from(run, start, teacher, newest, data, stop)
 
 
@@ -139,16 +141,16 @@ def _train_from(
             job = Job(run, start.architecture, engine, data, costs, monitor, multipliers)
             _say_start(job, description)
             outcome = train(job, state, newest, stop)
-        together()  # no rank ends, which a launcher takes for the end of all, before the first has closed its files
+        together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
         return outcome
     finally:
         engine.close()
 
 
 def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Outcome:
-    """Steps, evaluations and checkpoints from ``state`` to the last step or a stop; ``newest`` holds ``state``.
+    """Run steps, evaluations and checkpoints from ``state`` to the last step or a stop. ``newest`` holds ``state``.
 
-    While the loss is too high, or steps are skipped, no checkpoint is due: the next one is saved when the run is healthy again.
+    No checkpoint is due while the loss is too high or steps are skipped. The next one is saved when the run is healthy again.
     """
     run, last = job.run, job.run.schedule.train_steps
     feed, watch = _feed(job, state.position), Stopwatch(state.position.tokens)
@@ -176,12 +178,12 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
 
 
 def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) -> TrainingState:
-    """Take one optimizer step and log it if it is due; DivergedError if the run must not go on after it."""
+    """Take one optimizer step, and log it if due. Raises DivergedError if the run must not continue."""
     run, before = job.run, state.position
     rate = learning_rate(run.schedule, before.step)
     alpha = distillation_weight(run.distillation, before.step)
     temperature = distillation_temperature(run.distillation, before.step)
-    # A generator that starts anew each step makes dropout, too, a function of the step: resuming needs no state.
+    # Reseeding at each step makes dropout a function of the step as well, so that resuming needs no generator state.
     torch.manual_seed(step_seed(run.seed, before.step, job.engine.data_parallel_rank))
     result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=temperature)
     tokens = run.batch.global_batch_size * run.batch.sequence_length
@@ -216,7 +218,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
 
 
 def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
-    """Held-out evaluation at the first and last step and every ``interval``, once per step, resumed or not."""
+    """Evaluate on held-out data at the first and last step and every ``interval``, once per step, resumed or not."""
     run, step = job.run, state.position.step
     if run.evaluation is None or job.data.held_out is None or state.evaluated_step == step:
         return state
@@ -239,7 +241,7 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
 def load_state(
     engine: TrainingEngine, run: RunSettings, start: Start, newest: Path | None, data: Data
 ) -> tuple[TrainingState, str]:
-    """Bring the engine to where the run goes on, and say how."""
+    """Load what the run continues from, and return the state and a description of it."""
     settings = run.model_dump(mode="json")
     fresh = TrainingState(position=Position(), evaluated_step=-1, data=data.fingerprints, settings=settings)
     if newest is not None:
@@ -257,7 +259,7 @@ def load_state(
 
 
 def open_monitor(run: RunSettings, resumed_step: int | None) -> Monitor:
-    """The monitor of this rank: rank 0 records and shows, the others are silent."""
+    """The monitor of this rank: rank 0 records and prints, the others are silent."""
     if not is_first_rank():
         return Silence()
     steps = run.schedule.train_steps
@@ -271,11 +273,11 @@ class Stopwatch:
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:
-        """Begin a lap at ``tokens``, so that what happened before (saving, evaluation) is not counted."""
+        """Start a lap at ``tokens``, so that the time since the last lap (saving, evaluation) is not counted."""
         self._time, self._tokens = time.perf_counter(), tokens
 
     def lap(self, tokens: int) -> tuple[float, float]:
-        """Seconds since the lap began and tokens per second in it; begins the next one."""
+        """Seconds since the lap started and tokens per second in it. Starts the next lap."""
         seconds = time.perf_counter() - self._time
         speed = (tokens - self._tokens) / seconds
         self.restart(tokens)
@@ -302,7 +304,7 @@ def _mfu(job: Job, flops_per_second: float) -> float | None:
 
 
 def _check_healthy(job: Job, health: Health, result: StepResult, step: int, rate: float) -> None:
-    """DivergedError, on all ranks, if the run must not go on; what was saved since it was healthy is set aside."""
+    """Raise DivergedError on all ranks if the run must not continue. Checkpoints saved since it was healthy are set aside."""
     if not math.isfinite(result.loss):
         problem: str | None = f"the loss is {result.loss} (ce {result.ce}, kl {result.divergence})"
     else:
@@ -331,20 +333,20 @@ def _say_start(job: Job, description: str) -> None:
     job.monitor.say(f"model: {model}; {description}")
     job.monitor.say(
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens a step in {run.accumulation_steps} micro-batches"
+        f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
     )
     frozen = frozen_tensors(job.architecture, run.model.freeze)
     if frozen:
         trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)
-        job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay as they are")
+        job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay unchanged")
     if job.multipliers:
         rates = [own.lr for own in job.multipliers.values()]
         job.monitor.say(
-            f"optimizer: {len(rates)} tensors at {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the growth "
-            "asks (optimizer.multipliers: none trains all alike)"
+            f"optimizer: {len(rates)} tensors train with {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the "
+            "growth requires (optimizer.multipliers: none trains all alike)"
         )
     if peak is not None:
-        job.monitor.say(f"mfu is against {peak.flops_per_second / 1e12:,.0f} TFLOP/s a process ({peak.origin})")
+        job.monitor.say(f"mfu is relative to {peak.flops_per_second / 1e12:,.0f} TFLOP/s per process ({peak.origin})")
 
 
 def _say_end(job: Job, position: Position, checkpoint: Path | None, reason: str | None) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the record of a run, one JSON object a line, from which curves, tables and reports are made."""
+"""metrics.jsonl: the record of a run with one JSON object per line, from which curves, tables and reports are made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "metrics.jsonl"
 class Position:
     """Where a run stands after ``step`` optimizer steps.
 
-    ``consumed_samples`` counts from the run's own start; ``flops`` is what the run has spent, the teacher included.
+    ``consumed_samples`` counts from the run's own start. ``flops`` are all that the run has spent, the teacher's included.
     """
 
     step: int = 0
@@ -32,9 +32,9 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRow:
-    """One logged step: its own loss (not an average), and speed since the last logged step.
+    """One logged step: its own loss (not an average), and the speed since the last logged step.
 
-    ``mfu`` is None where the device's peak is not known.
+    ``mfu`` is None if the device's peak is not known.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class TrainRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One held-out evaluation; ``bits_per_byte`` is None where the bytes behind the tokens are not known."""
+    """One held-out evaluation. ``bits_per_byte`` is None if the bytes behind the tokens are not known."""
 
     loss: float
     perplexity: float
@@ -62,7 +62,7 @@ class EvaluationRow:
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
 KINDS: dict[type, str] = {TrainRow: "train", EvaluationRow: "evaluation"}
-# What every row has, whichever version wrote it.
+# Keys of every row, in files of any version.
 _ROW: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "tokens": (int,),
@@ -72,7 +72,7 @@ _ROW: dict[str, tuple[type, ...]] = {
 
 
 def row(position: Position, values: TrainRow | EvaluationRow) -> dict[str, Any]:
-    """The JSON object of a line; ``kind`` is train or evaluation. A number that is not finite is null, as JSON has none."""
+    """The JSON object of a line. ``kind`` is train or evaluation. A number that is not finite becomes null."""
     return _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
 
 
@@ -83,7 +83,7 @@ def _strict(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every row of a metrics file. A last line without an end (a killed run) is not a row; other damage is an error."""
+    """Read every row of a metrics file. An unfinished last line (of a killed run) is ignored; other damage is an error."""
 
     def refuse(damage: str) -> None:
         raise CheckpointError(damage)
@@ -108,11 +108,11 @@ def _rows(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, An
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    # Older files have NaN, which is not JSON.
+    # Older files contain NaN, which is not JSON.
     content = parse_json(line, CheckpointError, where, finite=False)
     if not isinstance(content, dict) or content.get("kind") not in KINDS.values():
         raise CheckpointError(
-            f"{where}: not a row of metrics: expected an object whose kind is {' or '.join(KINDS.values())}."
+            f"{where}: not a valid row of metrics: expected an object whose kind is {' or '.join(KINDS.values())}."
         )
     for key, kinds in _ROW.items():
         if not isinstance(value := content.get(key), kinds) or isinstance(value, bool):
@@ -121,12 +121,12 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Appends rows; at opening, the rows past ``step`` are dropped, so a resumed run leaves one clean curve."""
+    """Appends rows. Opening it drops the rows past ``step``, so that a resumed run leaves one clean curve."""
 
     def __init__(self, folder: Path, step: int | None, say: Callable[[str], None] = print) -> None:
-        """``step``: the step that the run resumes from; None for a run that starts now (every old row is dropped).
+        """``step``: the step that the run resumes from, or None for a new run (every old row is dropped).
 
-        Damaged lines are reported through ``say`` and dropped: they must not keep a run from resuming.
+        Damaged lines are reported through ``say`` and dropped, since they must not keep a run from resuming.
         """
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ class MetricsFile:
         self._stream = open(self.path, "a", encoding="utf-8")
 
     def append(self, content: dict[str, Any]) -> None:
-        """Write one row; it is in the file when this returns. CheckpointError if the disk does not take it."""
+        """Write one row and flush it. Raises CheckpointError if it cannot be written."""
         try:
             self._stream.write(json.dumps(content, allow_nan=False) + "\n")
             self._stream.flush()
@@ -148,6 +148,6 @@ class MetricsFile:
             ) from error
 
     def close(self) -> None:
-        """Close the file; a row that the disk did not take was reported when it was written."""
+        """Close the file. A row that could not be written was already reported."""
         with suppress(OSError):
             self._stream.close()

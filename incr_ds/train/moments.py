@@ -1,4 +1,4 @@
-"""A rank's share of a checkpoint's masters and Adam moments, put into DeepSpeed's flat ZeRO partitions."""
+"""Copies a rank's share of a checkpoint's masters and Adam moments into DeepSpeed's flat ZeRO partitions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from incr_ds.sharding.blocks import RankParameter
 
 @dataclass(frozen=True)
 class _Place:
-    """Elements [start, stop) of a rank's parameter, from ``offset`` in the flat partition number ``group``."""
+    """Elements [start, stop) of a rank's parameter, at ``offset`` in the flat partition number ``group``."""
 
     group: int
     offset: int
@@ -25,10 +25,10 @@ class _Place:
 
 
 def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], checkpoint: LogicalCheckpoint) -> None:
-    """Give every partition on this rank the masters, moments and step of ``checkpoint``, reading only what it holds.
+    """Fill every partition on this rank with the masters, moments and step of ``checkpoint``. Reads only what it holds.
 
-    ``optimizer`` is DeepSpeed's, of ZeRO-1, 2 or 3. Where a parameter lies in a partition is taken from DeepSpeed's own
-    mapping, so no order of parameters is assumed.
+    ``optimizer`` is DeepSpeed's for ZeRO-1, 2 or 3. DeepSpeed's own mapping says where a parameter is in a partition, so no
+    order of parameters is assumed.
     """
     step, slices = checkpoint.facts.step or 0, Slices(checkpoint.read)
     flats = [_reset(optimizer.optimizer, master, group, step) for master, group in _masters(optimizer)]
@@ -37,7 +37,7 @@ def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], c
         place = place_of(optimizer, parameter)
         if place is None:  # no part of it on this rank
             continue
-        for state in checkpoint.facts.states:  # moments that it does not have stay zero
+        for state in checkpoint.facts.states:  # missing moments stay zero
             part = Part(shard.tensor.name, state, shard.bounds, place.start, place.stop)
             _fill(flats[place.group][state].narrow(0, place.offset, place.stop - place.start), part, slices)
 
@@ -47,12 +47,12 @@ def _is_stage3(optimizer: Any) -> bool:
 
 
 def _masters(optimizer: Any) -> list[tuple[Tensor, Mapping[str, Any]]]:
-    """Every flat partition, with the parameter group that it belongs to."""
+    """Every flat partition with its parameter group."""
     groups = optimizer.optimizer.param_groups
     if not _is_stage3(optimizer):
         masters = optimizer.single_partition_of_fp32_groups
         return [(master, next(g for g in groups if any(item is master for item in g["params"]))) for master in masters]
-    numbers = optimizer.sub_group_to_group_id  # between two steps, ZeRO-3's groups list no parameters
+    numbers = optimizer.sub_group_to_group_id  # between steps, ZeRO-3's groups list no parameters
     masters = optimizer.fp32_partitioned_groups_flat
     return [(master, groups[numbers[number]]) for number, master in enumerate(masters)]
 
@@ -66,7 +66,7 @@ def _place_contiguous(_: Any, parameter: Any) -> _Place | None:
 
 
 def _place_scattered(optimizer: Any, parameter: Any) -> _Place | None:
-    """ZeRO-3 gives each rank an equal share of every parameter, the last ones filled up with zeros."""
+    """Find a rank's part of a ZeRO-3 parameter. Every rank has an equal share, and the last ones are padded with zeros."""
     group, offset, share = optimizer.grad_position[parameter.ds_id]
     start = parameter.ds_zero_partition_rank * share
     stop = min(start + share, parameter.ds_numel)
@@ -76,7 +76,7 @@ def _place_scattered(optimizer: Any, parameter: Any) -> _Place | None:
 def _reset(
     optimizer: torch.optim.Optimizer, master: Tensor, group: Mapping[str, Any], step: int
 ) -> dict[State, Tensor]:
-    """Zero moments at ``step`` for one flat partition of a parameter group; returns the tensors to fill, by state."""
+    """Zero the moments of one flat partition at ``step``. Returns the tensors to fill, by state."""
     on_device = group.get("fused") or group.get("capturable")
     counter = torch.tensor(float(step), device=master.device if on_device else "cpu")
     moments = {state: torch.zeros_like(master) for state in STATES[1:]}

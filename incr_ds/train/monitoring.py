@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, tensorboard, and the console. Only rank 0 has one; the other ranks are silent."""
+"""What a run shows: metrics.jsonl, tensorboard and the console. Only rank 0 has a monitor; other ranks are silent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, TrainRow
 
 
 class Monitor(Protocol):
-    """Takes the rows of a run."""
+    """Receives the rows of a run."""
 
     def __enter__(self) -> Self: ...
 
@@ -24,7 +24,7 @@ class Monitor(Protocol):
     ) -> None: ...
 
     def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
-        """Keep and show one row."""
+        """Store and show one row."""
         ...
 
     def say(self, text: str) -> None:
@@ -33,7 +33,7 @@ class Monitor(Protocol):
 
 
 class Silence:
-    """The monitor of every rank but the first."""
+    """The monitor of all ranks except rank 0."""
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +51,7 @@ class Silence:
 
 
 class RunMonitor:
-    """metrics.jsonl always, tensorboard if wanted, a progress bar on a terminal and plain lines elsewhere."""
+    """Writes metrics.jsonl, and tensorboard if wanted. Shows a progress bar on a terminal, otherwise plain lines."""
 
     def __init__(self, output: Path, *, resumed_step: int | None, train_steps: int, tensorboard: bool) -> None:
         self._console = Console(soft_wrap=True, highlight=False)
@@ -82,7 +82,7 @@ class RunMonitor:
             self._board.close()
 
     def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
-        """Keep and show one row."""
+        """Store and show one row."""
         content = row(position, values)
         self._metrics.append(content)
         if self._board is not None:
@@ -96,8 +96,7 @@ class RunMonitor:
             )
 
     def say(self, text: str) -> None:
-        """Show one line, above the bar if there is one. Whoever read it may be gone (a pipe whose reader was stopped first):
-        the run goes on to save, in silence."""
+        """Show one line, above the bar if there is one. If the reader of a pipe is gone, the run continues in silence."""
         try:
             self._progress.console.print(text, markup=False)
         except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""AdamW as torch or as DeepSpeed implements it, and the one thing in which their states differ."""
+"""AdamW as torch or DeepSpeed implements it, and the one difference between their states."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from incr_ds.errors import ConfigError
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over parameter ``groups`` with the run's settings.
+    """Build AdamW over parameter ``groups`` with the run's settings.
 
-    DeepSpeed compiles its FusedAdam when it is first used. Raises ConfigError with its reason if that fails.
+    DeepSpeed compiles its FusedAdam on first use. Raises ConfigError with the reason if that fails.
     """
     settings = run.optimizer
     options: dict[str, Any] = {"lr": run.schedule.learning_rate, "betas": settings.betas, "eps": settings.eps}
@@ -24,7 +24,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], run: RunSettings, device: torc
 
     try:
         fused: torch.optim.Optimizer = FusedAdam(groups, **options, adam_w_mode=True)
-    # Whatever goes wrong between ninja, the compiler and the loader.
+    # Many kinds of errors can come from ninja, the compiler and the loader.
     except Exception as error:
         raise ConfigError(
             f"optimizer.implementation: deepspeed: FusedAdam could not be built ({type(error).__name__}: {error}). See "
@@ -34,7 +34,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], run: RunSettings, device: torc
 
 
 def adapt_steps(optimizer: torch.optim.Optimizer, run: RunSettings) -> None:
-    """Give the loaded step counts of ``optimizer`` the type that it computes with: torch a tensor, FusedAdam an int."""
+    """Convert the loaded step counts of ``optimizer`` to the type that it needs: a tensor for torch, an int for FusedAdam."""
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for state in optimizer.state.values():
         if "step" not in state:

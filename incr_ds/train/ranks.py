@@ -1,6 +1,6 @@
-"""Decisions that all ranks must take together. Every function here is called by all ranks, or by none.
+"""Decisions that all ranks take together. Either all ranks call a function of this module, or none does.
 
-Without a process group there is one rank.
+Without a process group there is a single rank.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Result = TypeVar("Result")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, the one that prints and publishes."""
+    """Whether this process is rank 0, which prints and publishes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether ``condition`` holds on any rank; all ranks must call."""
+    """Whether ``condition`` holds on any rank."""
     if not dist.is_initialized():
         return condition
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -32,13 +32,13 @@ def any_rank(condition: bool) -> bool:
 
 
 def together() -> None:
-    """Wait until all ranks are here."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def on_rank_zero(work: Callable[[], Result]) -> Result:
-    """Run ``work`` on rank 0 and give its result to all ranks; an error of it is raised on all ranks."""
+    """Run ``work`` on rank 0 and return its result on all ranks. An error is raised on all ranks, too."""
     if not dist.is_initialized():
         return work()
     outcome: list[Any] = [None, None]
@@ -55,9 +55,9 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
 
 
 def on_every_rank(work: Callable[[], Result], what: str, remedy: str) -> Result:
-    """Run ``work`` on all ranks and return its result; if it fails on any, raise CheckpointError on all.
+    """Run ``work`` on all ranks and return its result. If it fails on any rank, raise CheckpointError on all.
 
-    The message is ``what``, the ranks with their reasons, and ``remedy``, a sentence.
+    The message consists of ``what``, the failed ranks with their reasons, and the sentence ``remedy``.
     """
     reason, result = None, None
     try:

@@ -1,4 +1,4 @@
-"""Whether a run file continues the run that wrote a checkpoint: what must be as it was, and what may have changed."""
+"""Checks whether a run file continues the run that wrote a checkpoint: what must be the same, and what may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from incr_ds.config.json_file import regular_bytes
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, LayoutError
 
-# Settings that must be as they were, under what changing them would do, each with its value in checkpoints that lack it.
+# Settings that must be the same, by the effect of a change, each with its value in checkpoints that lack the key.
 TOKENS = "resuming would not continue the same order of tokens"
 GROUPS = "its optimizer state is that of other parameter groups"
 MODEL = "it holds another model, or holds it in another precision"
@@ -28,10 +28,10 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
 def check_continues(
     folder: Path, facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str], architecture: Architecture
 ) -> None:
-    """Refuse to resume from the checkpoint ``folder``, whose manifest holds ``facts``, with another layout, data, model,
-    tokenizer or precision. ``data`` is the fingerprint of each data set, ``architecture`` the run's model.
+    """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
-    Raises LayoutError or ConfigError, which lists every difference.
+    It cannot with another layout, data, model, tokenizer or precision. ``data`` is the fingerprint of each data set, and
+    ``architecture`` the run's model. Raises LayoutError or ConfigError that lists every difference.
     """
     check_layout_matches(folder, facts["layout"], run)
     old, new = facts["settings"], run.model_dump(mode="json")
@@ -42,19 +42,19 @@ def check_continues(
         found = [f"{folder}: {heading}:\n  " + "\n  ".join(lines) for heading, lines in problems.items() if lines]
         raise ConfigError(
             "\n".join(found) + "\n"
-            "Restore them, or start another run: another output, with model.initialize_from this checkpoint."
+            "Restore them, or start a new run: another output, with model.initialize_from this checkpoint."
         )
 
 
 def check_layout_matches(folder: Path, found: Mapping[str, int], run: RunSettings) -> None:
-    """Raise LayoutError naming the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
+    """Raise LayoutError that names the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
     wanted = run.layout.model_dump()
     different = [
         f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
     ]
     if different:
         raise LayoutError(
-            f"{folder}: laid out for {', '.join(different)}; optimizer state fits its own layout only. Run with that "
+            f"{folder}: laid out for {', '.join(different)}; its optimizer state is valid only in its own layout. Run with that "
             "layout, grow the checkpoint into this one (tools/grow_checkpoint.py, key layout), or start from its weights "
             "alone: model.initialize_from with model.load_optimizer: false."
         )
@@ -88,7 +88,7 @@ def _other_data(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]
 
 
 def _other_tokenizer(folder: Path, run: RunSettings) -> Iterator[str]:
-    """The checkpoint holds a copy of the tokenizer's files."""
+    """Compare the tokenizer's files with the copies in the checkpoint."""
     if run.data.tokenizer is None:
         return
     for name in TOKENIZER_FILES:
@@ -113,7 +113,7 @@ def _other_fields(folder: Path, architecture: Architecture) -> Iterator[str]:
 
 
 def _at(settings: Mapping[str, Any], key: str, missing: Any = None) -> Any:
-    """The value of a dotted key; ``missing`` where a checkpoint is older than the key."""
+    """The value of a dotted key, or ``missing`` if the checkpoint is older than the key."""
     value: Any = settings
     for name in key.split("."):
         value = value.get(name, missing)

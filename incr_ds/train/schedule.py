@@ -1,6 +1,6 @@
-"""What changes from step to step: learning rate, distillation weight and temperature. Pure functions of the step.
+"""Learning rate, distillation weight and temperature as pure functions of the step.
 
-A step is the index of the optimizer step about to be taken, from 0 to train_steps - 1.
+A step is the index of the optimizer step to be taken, from 0 to train_steps - 1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from incr_ds.config.training import ScheduleSettings
 def learning_rate(schedule: ScheduleSettings, step: int) -> float:
     """Learning rate of ``step``.
 
-    Warm-up is linear from ``warmup_from`` x peak to the peak at step ``warmup_steps``; step s has gone
+    Warm-up is linear from ``warmup_from`` x peak to the peak at step ``warmup_steps``. Step s is at the fraction
     (s + 1) / (warmup_steps + 1) of the way, so that step 0 does not waste a batch on a rate of 0. ``cosine`` then goes
-    from the peak to the minimum, reached at ``train_steps``; ``wsd`` stays at the peak and goes linearly to the
-    minimum over the last ``decay_steps``, reached at ``train_steps``; ``constant`` stays.
+    from the peak to the minimum, reached at ``train_steps``. ``wsd`` stays at the peak and then falls linearly over the
+    last ``decay_steps`` to the minimum, reached at ``train_steps``. ``constant`` stays.
     """
     peak, lowest = schedule.learning_rate, schedule.min_learning_rate
     if step < schedule.warmup_steps:
@@ -36,14 +36,14 @@ def learning_rate(schedule: ScheduleSettings, step: int) -> float:
 
 
 def distillation_weight(settings: DistillationSettings | None, step: int) -> float:
-    """The a of (1 - a) CE + a T^2 KL: ``weight`` at step 0, ``final_weight`` from ``anneal_steps`` on; 0 unset."""
+    """The a of (1 - a) CE + a T^2 KL: ``weight`` at step 0, ``final_weight`` from ``anneal_steps`` on; 0 if unset."""
     if settings is None:
         return 0.0
     return _anneal(settings.weight, settings.final_weight, settings, step)
 
 
 def distillation_temperature(settings: DistillationSettings | None, step: int) -> float:
-    """The T of the divergence, annealed to ``final_temperature`` in the same way where that is set; 1 unset."""
+    """The T of the divergence, annealed to ``final_temperature`` in the same way if that is set; 1 if unset."""
     if settings is None:
         return 1.0
     if settings.final_temperature is None:
@@ -60,7 +60,9 @@ def _anneal(first: float, last: float, settings: DistillationSettings, step: int
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """What torch's generator starts from in ``step`` on data-parallel rank ``rank``: the same on every machine and in every
-    version of Python, unlike ``hash``."""
+    """Seed of torch's generator in ``step`` on data-parallel rank ``rank``.
+
+    Unlike Python's ``hash``, it is the same on every machine and in every version of Python.
+    """
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

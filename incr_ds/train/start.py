@@ -1,4 +1,4 @@
-"""Where a run begins: the model's architecture, its first weights, and the sources that have to be opened for them."""
+"""How a run starts: the model's architecture, its initial weights, and the sources to open for them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from incr_ds.train.resuming import check_layout_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a run begins.
+    """How a run starts, in one of three ways.
 
-    Exactly one of these holds: ``weights`` is a source whose weights are copied (and, with ``with_moments``, its moments
-    and step); ``checkpoint`` and ``tag`` name a DeepSpeed folder in the run's own layout, loaded with its optimizer
-    state; neither, and the model is fresh. ``multipliers`` are the AdamW multipliers of single tensors. ``description`` is
-    one line for the user.
+    Either ``weights`` is a source whose weights are copied (with ``with_moments``, also its moments and step). Or
+    ``checkpoint`` and ``tag`` name a DeepSpeed folder in the run's own layout, loaded with its optimizer state. Without
+    both, the model is fresh. ``multipliers`` are learning-rate multipliers per tensor. ``description`` is one line for the
+    user.
     """
 
     architecture: Architecture
@@ -42,13 +42,12 @@ class Start:
 
 
 def find_start(run: RunSettings) -> Start:
-    """Decide how ``run`` begins, from ``run.model``.
+    """Decide from ``run.model`` how ``run`` starts.
 
-    A DeepSpeed checkpoint that this package published keeps its optimizer state (unless ``load_optimizer`` is false)
-    and must have the run's layout, else LayoutError. A source that is grown on load keeps it in any layout; a recipe
-    whose own layout differs from the run's is refused with LayoutError. Everything else gives its weights, and the
-    optimizer is fresh.
-    Raises CheckpointError for a DeepSpeed folder without a manifest when ``load_optimizer`` is true.
+    A DeepSpeed checkpoint that this package published keeps its optimizer state (unless ``load_optimizer`` is false) and
+    must have the run's layout. A source that is grown on load keeps it in any layout. All other checkpoints give only their
+    weights, and the optimizer starts fresh. Raises LayoutError if a layout differs, a recipe's own included, and
+    CheckpointError for a DeepSpeed folder without a manifest if ``load_optimizer`` is true.
     """
     model = run.model
     if model.initialize_from is None:
@@ -67,9 +66,9 @@ def find_start(run: RunSettings) -> Start:
 
 
 def check_growth(start: Start) -> None:
-    """CheckpointError on all ranks if a growth on load would take NaN or infinity from its source. All ranks must call.
+    """Raise CheckpointError on all ranks if a growth on load would copy NaN or infinity. All ranks must call this.
 
-    Each looks at a part of the source, before any builds an engine, where one rank's failure would leave the others waiting.
+    Each rank checks a part of the source before any rank builds an engine, where a failure would leave the others waiting.
     """
     grown = start.weights
     if isinstance(grown, GrownCheckpoint):
@@ -90,7 +89,7 @@ def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     ]
     if differing:
         raise LayoutError(
-            f"{growth.recipe}: layout states {', '.join(differing)}. A growth on load is laid out as the run file says: remove "
+            f"{growth.recipe}: layout states {', '.join(differing)}. The run file decides the layout of a growth on load: remove "
             "layout from the recipe, or make the two agree."
         )
     check_layout(grown.architecture, run.layout)
@@ -112,7 +111,7 @@ def _followed(run: RunSettings, declared: Mapping[str, Multipliers]) -> Mapping[
 def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> Start:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
-            f"{folder}: a DeepSpeed checkpoint that incr_ds did not write; its optimizer state cannot be taken over as "
+            f"{folder}: incr_ds did not write this DeepSpeed checkpoint; its optimizer state cannot be used as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
     check_layout_matches(folder, source.facts.layout, run)
@@ -127,8 +126,8 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         or _changes_frozen(run, folder, source)
         or _changes_precision(run, folder / tag)
     ):
-        # A grown folder's flat buffers are those of two groups and all tensors, a run's those of its own: filled tensor by
-        # tensor, either fits. So do masters, which are in fp32 whatever the model's precision.
+        # A grown folder's flat buffers have two groups with all tensors; a run's have groups of its own. Filling tensor by
+        # tensor works for both. It also works for masters, which are fp32 at any precision of the model.
         return Start(
             architecture=source.architecture,
             weights=source,
@@ -142,12 +141,12 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
 
 
 def _changes_precision(run: RunSettings, folder: Path) -> bool:
-    """Whether DeepSpeed would look for the optimizer files of a tag under other names: those of bf16 have a prefix."""
+    """Whether DeepSpeed would look for a tag's optimizer files under other names: those of bf16 have a prefix."""
     return any(folder.glob("bf16_zero_pp_rank_*")) != (run.precision == "bf16")
 
 
 def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:
-    """Whether the run freezes more than the checkpoint's did; ConfigError if it trains what has no moments there."""
+    """Whether the run freezes more than the checkpoint's run did. Raises ConfigError if it trains what has no moments."""
     before = set(source.facts.frozen)
     now = frozen_tensors(source.architecture, run.model.freeze)
     thawed = sorted(before - now)

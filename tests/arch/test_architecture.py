@@ -191,7 +191,8 @@ def test_biases_follow_the_config():
         (
             {"attention_chunk_size": 64, "is_causal": False, "logit_softcapping": 30.0},
             r"test: attention_chunk_size \(64\), is_causal \(false\): transformers 5\S+ reads this for a llama "
-            r"\(cache_utils.py, .*\), .* nothing was done.*without it with --config FILE; otherwise declare it in .*families/llama.yaml",
+            r"\(cache_utils.py, .*\), .* nothing was done.*without it with --config FILE; "
+            r"otherwise declare it in .*families/llama.yaml",
         ),
         ({"rope_interleaved": True}, r"rope_interleaved is True; llama is supported with False only"),
         (

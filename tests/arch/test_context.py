@@ -42,9 +42,7 @@ def test_tools_measure_within_a_short_context(tmp_path, capsys):
 def test_every_measurement_checks_it():
     architecture = small_architecture("opt")
     checkpoint = model_checkpoint(architecture, drawn_model(architecture))
-    with pytest.raises(
-        ConfigError, match=r"opt has 64 learned positions \(max_position_embeddings\); use at most 64"
-    ):
+    with pytest.raises(ConfigError, match=r"opt has 64 learned positions \(max_position_embeddings\); use at most 64"):
         compare(checkpoint, checkpoint, random_batches(101, 1, 65))
     with pytest.raises(ConfigError, match="70 tokens per sample"):
         evaluate_checkpoint(checkpoint, "none", 70, 1)

@@ -27,9 +27,8 @@ def request_for(tmp_path):
         target = {axes["hidden"]: 192, axes["heads"]: 12, axes["ffn"]: 331, axes["layers"]: 4}
         if "kv_heads" in axes:
             target[axes["kv_heads"]] = 6
-        text = (
-            f"target: {target}\nwidth: {{heads: {{new: copy}}}}\noptimizer: reset\nfunction_preserving: required\nlayout: {layout}\n"
-        )
+        text = f"target: {target}\nwidth: {{heads: {{new: copy}}}}\noptimizer: reset\nlayout: {layout}\n"
+        text += "function_preserving: required\n"
         (tmp_path / "recipe.yaml").write_text(text)
         return incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")
 
@@ -69,7 +68,9 @@ def test_a_mixture_is_published_and_proved(request_for, dense, mixture, ffn):
 def test_families_without_training_modules_have_no_parallel_layout():
     known = small_architecture("gpt2")
     untrained = replace(known, family=known.family.model_copy(update={"training_supported": False}))
-    with pytest.raises(LayoutError, match="gpt2 does not support tensor or pipeline parallelism here; use tensor_parallel: 1"):
+    with pytest.raises(
+        LayoutError, match="gpt2 does not support tensor or pipeline parallelism here; use tensor_parallel: 1"
+    ):
         check_layout(untrained, ParallelLayout(pipeline_parallel=2))
     check_layout(untrained, ParallelLayout(data_parallel=2))
 
@@ -123,7 +124,9 @@ def test_the_targets_config_is_the_sources_with_what_changed(tmp_path):
     published_as(tmp_path / "source", drawn_model(architecture_from_config(given, "test"), torch.float32), SMOLLM2)
     request = incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")
     target = "target: {hidden_size: 72, num_attention_heads: 12, num_key_value_heads: 6, num_hidden_layers: 4}"
-    request.recipe.write_text(f"{target}\noptimizer: reset\nfunction_preserving: required\nlayout: {{format: huggingface}}\n")
+    request.recipe.write_text(
+        f"{target}\noptimizer: reset\nfunction_preserving: required\nlayout: {{format: huggingface}}\n"
+    )
     planned = incr_ds.plan_request(request)
     note = "config.json: is_llama_config: transformers 5.* does not read this for a llama, so it has no effect; .*"
     assert any(re.fullmatch(note, text) for text in planned.notes)

@@ -136,7 +136,7 @@ def test_wrong_requests_are_refused_and_leave_nothing(prepared, tmp_path, change
 
 def test_a_split_without_documents_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a single document " * 200)
-    with pytest.raises(ConfigError, match="no document of 1 fell into (train|validation); give more documents"):
+    with pytest.raises(ConfigError, match=r"none of 1 document\(s\) fell into (train|validation); give more documents"):
         prepare_corpus(request(tmp_path, inputs=(tmp_path / "one.txt",)))
 
 

@@ -84,12 +84,12 @@ def test_one_changed_character_of_a_record_is_noticed(tmp_path):
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     found = describe(write_data(tmp_path / "a", first=482))
     found.check_tokens(500)
-    with pytest.raises(ConfigError, match="a.bin: token id 499 does not fit the model's vocab_size 499"):
+    with pytest.raises(ConfigError, match="a.bin: token id 499 exceeds the model's vocab_size 499"):
         found.check_tokens(499)
 
 
 def test_a_negative_token_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="a.bin: token id -1 is negative; no token has such an id"):
+    with pytest.raises(ConfigError, match="a.bin: token id -1 is negative, which is not a valid id"):
         describe(write_data(tmp_path / "a", np.int32, first=-1)).check_tokens(500)
 
 
@@ -101,12 +101,12 @@ def patched(path, offset, packed):
 
 DAMAGE = {
     "length": (0, struct.pack("<i", -3), r"a.idx: sequence 0 has a negative length; the file is damaged"),
-    "longer": (4, struct.pack("<i", 6), r"a.idx: sequence 2 does not begin where the one before it ends"),
-    "last": (12, struct.pack("<i", 60), r"a.bin: 36 bytes, its .idx describes 144"),
-    "pointer": (16 + 8, struct.pack("<q", 99), r"a.idx: sequence 1 does not begin where the one before it ends"),
-    "first document": (48, struct.pack("<q", 1), r"a.idx: its documents do not begin at sequence 0 and end at 4"),
-    "last document": (64, struct.pack("<q", 9), r"a.idx: its documents do not begin at sequence 0 and end at 4"),
-    "document order": (56, struct.pack("<q", 77), r"a.idx: document 1 ends before it begins"),
+    "longer": (4, struct.pack("<i", 6), r"a.idx: sequence 2 does not start where the one before it ends"),
+    "last": (12, struct.pack("<i", 60), r"a.bin: 36 bytes, but its .idx describes 144"),
+    "pointer": (16 + 8, struct.pack("<q", 99), r"a.idx: sequence 1 does not start where the one before it ends"),
+    "first document": (48, struct.pack("<q", 1), r"a.idx: its documents do not start at sequence 0 and end at 4"),
+    "last document": (64, struct.pack("<q", 9), r"a.idx: its documents do not start at sequence 0 and end at 4"),
+    "document order": (56, struct.pack("<q", 77), r"a.idx: document 1 ends before it starts"),
 }
 
 
@@ -136,7 +136,7 @@ def test_a_type_code_that_is_not_one_of_token_ids_is_refused(tmp_path, code):
         (lambda p: p.with_suffix(".bin").unlink(), "x.bin: no such file"),
         (lambda p: p.with_suffix(".idx").write_bytes(b"not an index at all"), "x.idx: not a Megatron index file"),
         (lambda p: p.with_suffix(".idx").write_bytes(p.with_suffix(".idx").read_bytes()[:-8]), "its header describes"),
-        (lambda p: p.with_suffix(".bin").write_bytes(b"12"), "x.bin: 2 bytes, its .idx describes 36"),
+        (lambda p: p.with_suffix(".bin").write_bytes(b"12"), "x.bin: 2 bytes, but its .idx describes 36"),
         (lambda p: p.with_suffix(".bin").write_bytes(b"123"), "x.bin: ends 1 bytes into a token of 2 bytes"),
     ],
 )

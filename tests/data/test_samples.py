@@ -133,7 +133,7 @@ def test_too_few_held_out_samples_are_refused(corpus_folder):
 
 def test_less_than_one_sample_is_refused(tmp_path):
     write_data(tmp_path / "tiny", count=6)
-    with pytest.raises(ConfigError, match="tiny.bin: 6 tokens, less than one sample of sequence_length 7"):
+    with pytest.raises(ConfigError, match="tiny.bin: 6 tokens, fewer than one sample of sequence_length 7"):
         open_corpus(describe(str(tmp_path / "tiny")), LENGTH, 0, tmp_path / "cache")
 
 

@@ -97,9 +97,9 @@ def test_a_rank_that_no_launcher_started_says_how_to_start(material, monkeypatch
         ("config.json", "config.json: cannot be written .a part of the path is a file"),
         ("config.json/run", "config.json/run: cannot be written"),
         ("/proc/incr_ds/run", "/proc/incr_ds/run: cannot be written"),
-        ("a\0b", "output: .*not a path that can be written"),
+        ("a\0b", "output: .*not a valid path"),
         ("x" * 5000, "output: .*expected names of at most 200 bytes"),
-        ("", "output: '': not a path"),
+        ("", "output: '': not a valid path"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused(material, output, message):

@@ -145,9 +145,7 @@ class TestFreshWeights:
 def test_a_module_unlike_its_declaration_is_refused():
     checkpoint = drawn_checkpoint(pico_architecture())
     other = rank_parameters(pico_architecture(intermediate_size=51), ParallelLayout(), 0, 0)
-    with pytest.raises(
-        LayoutError, match=r"(?s)differ from the declared placement.*mlp.gate_proj.weight', \(51, 24\)"
-    ):
+    with pytest.raises(LayoutError, match=r"(?s)differ from the declared placement.*mlp.gate_proj.weight', \(51, 24\)"):
         check_parameters(plain(checkpoint), other)
 
 

@@ -126,7 +126,7 @@ def test_saving_over_a_damaged_one_keeps_it_aside_and_never_drops_the_whole_ones
 def test_a_whole_checkpoint_of_another_run_is_not_set_aside(tmp_path):
     run = run_settings(tmp_path)
     save(run, 4, value=7.0)
-    with pytest.raises(CheckpointError, match="step_00000004: exists and is whole, and this run did not write it"):
+    with pytest.raises(CheckpointError, match="step_00000004: exists and is whole, but this run did not write it"):
         save(run, 4, value=8.0)
     engine = FileEngine()
     load_checkpoint(engine, run, step_folder(run, 4), {"a": "f00"}, MODEL)

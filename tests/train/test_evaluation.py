@@ -42,5 +42,5 @@ def test_bits_per_byte_are_unknown_without_facts(tmp_path):
 def test_data_of_another_vocabulary_is_refused(tmp_path):
     prefix, _ = write(tmp_path, largest=500)
     architecture = small_architecture("llama")
-    with pytest.raises(ConfigError, match="does not fit the model's vocab_size 101"):
+    with pytest.raises(ConfigError, match="exceeds the model's vocab_size 101"):
         evaluate_checkpoint(model_checkpoint(architecture, drawn_model(architecture)), prefix, 9, 6)

@@ -145,7 +145,10 @@ ARCHITECTURE = pico_architecture("llama", tied=True)
             ["model.layer.0.*"],
             r"'model.layer.0.\*' matches no tensor; names are .* like model.embed_tokens.weight, model.l",
         ),
-        (["lm_head.weight"], r"matches no tensor; lm_head.weight is tied to model.embed_tokens.weight here .*: use that name"),
+        (
+            ["lm_head.weight"],
+            r"matches no tensor; lm_head.weight is tied to model.embed_tokens.weight here .*: use that name",
+        ),
         (
             ["!model.norm.weight", "*"],
             r"'!model.norm.weight' matches no tensor that an earlier pattern freezes; put it after",

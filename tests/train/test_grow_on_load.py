@@ -64,7 +64,7 @@ def test_a_layout_that_disagrees_is_refused(tmp_path):
     layout = {"pipeline_parallel": 2, "zero_stage": 1}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET, "layout": layout}))
     with pytest.raises(
-        LayoutError, match=r"layout states pipeline_parallel 2 \(this run: 1\)\. A growth on load is laid out"
+        LayoutError, match=r"layout states pipeline_parallel 2 \(this run: 1\)\. The run file decides the layout"
     ):
         find_start(run_settings(tmp_path, {"data_parallel": 2, "zero_stage": 1}, "fp32"))
     start = find_start(run_settings(tmp_path, {"pipeline_parallel": 2, "data_parallel": 2}, "fp32"))

@@ -50,8 +50,8 @@ def test_a_new_start_drops_every_row_and_a_half_written_line_is_not_one(tmp_path
     ("line", "message"),
     [
         ('{"step', "not valid JSON"),
-        ("[]", "not a row of metrics: expected an object whose kind is train or evaluation"),
-        ('{"a": 1}', "not a row of metrics"),
+        ("[]", "not a valid row of metrics: expected an object whose kind is train or evaluation"),
+        ('{"a": 1}', "not a valid row of metrics"),
         ('{"kind": "train", "step": "two"}', "step: expected int, found 'two'"),
         ('{"kind": "train", "step": 2, "tokens": 1, "flops": 1, "loss": "low"}', "loss: expected float, found 'low'"),
     ],

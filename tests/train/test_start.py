@@ -89,7 +89,9 @@ def test_a_deepspeed_checkpoint_of_others_gives_its_weights_only_when_asked(fold
     folder, _ = folders
     shutil.copytree(folder / "native", tmp_path / "foreign")
     (tmp_path / "foreign" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="that incr_ds did not write; .*set model.load_optimizer: false"):
+    with pytest.raises(
+        CheckpointError, match="incr_ds did not write this DeepSpeed checkpoint; .*set model.load_optimizer: false"
+    ):
         find_start(run_settings({"initialize_from": str(tmp_path / "foreign")}))
     start = find_start(run_settings({"initialize_from": str(tmp_path / "foreign"), "load_optimizer": False}))
     assert start.weights is not None
