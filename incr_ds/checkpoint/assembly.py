@@ -1,4 +1,4 @@
-"""A logical tensor from the rectangles of it that ranks hold, read without copying where one rank holds all that is asked."""
+"""Assembles a logical tensor from the blocks that ranks hold. If one rank holds all that is read, nothing is copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COMPARED_ELEMENTS = 1 << 18
 
 
 class ParameterRows(Protocol):
-    """Parameters that can be read by rows."""
+    """A set of parameters that can be read by rows."""
 
     def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
         """Rows [first, stop) of a parameter."""
@@ -28,7 +28,7 @@ class ParameterRows(Protocol):
 
 
 class Holder(Protocol):
-    """What holds parameters: a model-parallel rank, or the files of a universal checkpoint."""
+    """A holder of parameters: a model-parallel rank, or the files of a universal checkpoint."""
 
     @property
     def index(self) -> int:
@@ -37,7 +37,7 @@ class Holder(Protocol):
 
     @property
     def model_file(self) -> Path:
-        """A file beside the parameters, for messages."""
+        """A file beside the parameters, named in messages."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class Holder(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """A block of a logical tensor in a parameter of one model-parallel rank."""
+    """A block of a logical tensor that is stored in a parameter of one model-parallel rank."""
 
     rank: Holder
     parameter: str
@@ -60,7 +60,7 @@ class Held:
         return self.block.bounds[0]
 
     def read(self, state: State, first: int, stop: int) -> torch.Tensor:
-        """Rows [first, stop) of the logical tensor, the block's columns of them."""
+        """Rows [first, stop) of the logical tensor, restricted to the block's columns."""
         block = self.block
         offset = block.row - block.bounds[0][0]
         found = self.rank.shards.read(self.parameter, state, first + offset, stop + offset)
@@ -72,7 +72,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A logical tensor: blocks that cover it once, and further copies of these that other ranks hold."""
+    """A logical tensor: blocks that cover it exactly once, and copies of them on other ranks."""
 
     shape: tuple[int, ...]
     held: tuple[Held, ...]
@@ -98,7 +98,7 @@ class Assembled:
 
 
 def assemble(shape: tuple[int, ...], found: Sequence[Held], where: str) -> Assembled:
-    """Join blocks to a tensor of ``shape``; CheckpointError if they leave a gap or disagree on where they lie."""
+    """Join blocks to a tensor of ``shape``. Raises CheckpointError if they leave a gap or overlap without being equal."""
     held: dict[tuple[tuple[int, int], ...], Held] = {}
     copies = []
     for item in found:
@@ -110,7 +110,7 @@ def assemble(shape: tuple[int, ...], found: Sequence[Held], where: str) -> Assem
     if covered != math.prod(shape) or _overlap(kept):
         raise CheckpointError(
             f"{where}: {kept[0].block.name}: its shards hold {covered} elements, expected the {math.prod(shape)} of shape "
-            f"{list(shape)} once each. A file is missing, or of another layout."
+            f"{list(shape)} once each. A file is missing, or belongs to another layout."
         )
     return Assembled(shape, tuple(kept), tuple(copies))
 
@@ -128,8 +128,10 @@ def _overlap(held: Sequence[Held]) -> bool:
 
 
 def cut_blocks(name: str, whole: tuple[int, ...], shapes: Sequence[tuple[int, ...]]) -> list[Block]:
-    """The blocks of shards that are cut along the one dimension in which they are smaller than the whole, in rank order;
-    shards as large as the whole are copies of it. [] if the shapes do not fit any cut."""
+    """The blocks of shards, in rank order, that are cut along the one dimension in which they are smaller than the whole.
+
+    Shards as large as the whole are copies of it. Returns [] if the shapes match no cut.
+    """
     local = shapes[0]
     if len(local) != len(whole):
         return []
@@ -148,7 +150,7 @@ def cut_blocks(name: str, whole: tuple[int, ...], shapes: Sequence[tuple[int, ..
 
 
 def check_copies(tensor: Assembled, states: Sequence[State]) -> Iterator[str]:
-    """Every copy of a block must be that block, in each of ``states``; CheckpointError names two ranks that disagree."""
+    """Check in each of ``states`` that copies of a block equal it. Raises CheckpointError that names two different ranks."""
     for first, second in tensor.copies:
         block = first.block
         begin = block.bounds[0][0]
@@ -159,6 +161,6 @@ def check_copies(tensor: Assembled, states: Sequence[State]) -> Iterator[str]:
                     raise CheckpointError(
                         f"{first.rank.model_file.parent}: {block.name}: {state} of {first.parameter} on model-parallel rank "
                         f"{first.rank.index} and of {second.parameter} on rank {second.rank.index} differ; they are "
-                        "copies of one tensor. A file is damaged, or of another checkpoint."
+                        "copies of one tensor. A file is damaged, or belongs to another checkpoint."
                     )
         yield block.name

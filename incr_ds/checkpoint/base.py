@@ -1,4 +1,4 @@
-"""The logical view of a checkpoint: names to lazy tensors, whatever the layout on disk."""
+"""The logical view of a checkpoint: names mapped to lazy tensors, for any layout on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Counters:
-    """How far a run went, as it recorded it; None for what it did not record. ``tokens`` counts those seen in training."""
+    """How far a run got, as it recorded it; None for what it did not record. ``tokens`` are those seen in training."""
 
     global_steps: int | None = None
     global_samples: int | None = None
@@ -30,18 +30,18 @@ class Counters:
 
     @property
     def known(self) -> dict[str, int | str]:
-        """Those that are not None."""
+        """The counters that are not None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What is known of a checkpoint without reading a tensor.
+    """What is known about a checkpoint without reading a tensor.
 
-    ``kind`` is the format's name, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without moments),
-    ``files`` the files that make it up. ``no_moments`` says why there are none to use, where an optimizer's state is there.
-    ``dtype`` is that of the run's weights (None: the format does not say), ``optimizer_groups`` are the optimizer's
-    hyperparameters group by group, ``frozen`` the tensors that were not trained, ``recorded`` the counters of the run.
+    ``kind`` is the format's name, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without moments), and
+    ``files`` its files. ``no_moments`` is the reason why an existing optimizer state cannot be used, if so. ``dtype`` is
+    that of the run's weights (None: the format does not state it). ``optimizer_groups`` are the optimizer's hyperparameters
+    group by group, ``frozen`` the tensors that were not trained, and ``recorded`` the counters of the run.
     """
 
     path: Path
@@ -72,23 +72,25 @@ class LogicalCheckpoint(Protocol):
         ...
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
-        """The part of one tensor within ``bounds``, in its stored dtype: (start, stop) for each dimension from the first on.
-        Dimensions without bounds are whole."""
+        """Read the part of one tensor within ``bounds``, in its stored dtype.
+
+        ``bounds`` is (start, stop) for each dimension, from the first on. Dimensions without bounds are read whole.
+        """
         ...
 
     def self_check(self) -> Iterator[str]:
-        """Prove what the format allows to prove, yielding each tensor's name; CheckpointError for what does not fit."""
+        """Check all that the format allows to check, and yield each tensor's name. Raises CheckpointError for a mismatch."""
         ...
 
 
 def rows_and_columns(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[int, int, tuple[slice, ...]]:
-    """First and last row (half open) of the part of a tensor of ``shape``, and what to take of those rows."""
+    """First and last row (half open) of the part of a tensor of ``shape``, and the slices to take from those rows."""
     (first, stop), *columns = bounds or ((0, shape[0]),)
     return first, stop, (slice(None), *(slice(*part) for part in columns))
 
 
 def row_portions(shape: tuple[int, ...], elements: int) -> Iterator[Bounds]:
-    """The rows of a tensor, so many at a time that they have about ``elements`` elements, one row at least."""
+    """Bounds of portions of a tensor's rows. Each has about ``elements`` elements, and at least one row."""
     rows = max(1, elements // max(1, math.prod(shape[1:])))
     return (((first, min(first + rows, shape[0])),) for first in range(0, shape[0], rows))
 
@@ -97,17 +99,17 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_dtype(dtype: torch.dtype | str, name: str, where: str) -> None:
-    """CheckpointError unless ``dtype`` holds plain floating-point numbers of 16 bits or more."""
+    """Raise CheckpointError unless ``dtype`` is a plain floating-point type of 16 bits or more."""
     found = str(dtype).removeprefix("torch.")
     if found not in {str(known).removeprefix("torch.") for known in FLOATING}:
         raise CheckpointError(
             f"{where}: {name}: dtype {found}; tensors of float64, float32, float16 and bfloat16 can be grown. If the model is "
-            "quantized, use its unquantized release; else save it again in one of these."
+            "quantized, use its unquantized release; otherwise save it again in one of these."
         )
 
 
 def same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN in the same places."""
+    """Whether two tensors hold the same numbers, with NaN in the same places."""
     if torch.equal(first, second):
         return True
     return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
@@ -116,9 +118,9 @@ def same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
 def check_shapes(
     architecture: Architecture, found: Mapping[str, tuple[int, ...]], where: str, if_missing: str = ""
 ) -> None:
-    """Compare the shapes found in a checkpoint with the declared ones; CheckpointError names every difference.
+    """Compare the shapes found in a checkpoint with the declared ones. Raises CheckpointError that lists all differences.
 
-    ``found`` may list tied aliases or not. ``if_missing`` is said where nothing is wrong but that tensors are missing.
+    ``found`` may include tied aliases. ``if_missing`` is the hint in the message if the only problem is missing tensors.
     """
     declared = architecture.by_name
     problems = [
@@ -136,5 +138,5 @@ def check_shapes(
     if problems:
         shown = problems[:10] + ([f"  and {len(problems) - 10} more"] if len(problems) > 10 else [])
         why = if_missing if if_missing and problems == missing else "is config.json this checkpoint's?"
-        lines = [f"{where}: {len(problems)} tensor(s) do not fit the config; {why}", *shown]
+        lines = [f"{where}: {len(problems)} tensor(s) do not match the config; {why}", *shown]
         raise CheckpointError("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Files that stand beside a model's weights and belong to it: its tokenizer and how it generates."""
+"""Files that belong to a model besides its weights: its tokenizer and its generation settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 
 
 def companions(source: Path) -> list[Path]:
-    """Those of TOKENIZER_FILES that the folder ``source`` has; CheckpointError for one that was not fetched."""
+    """Those of TOKENIZER_FILES that exist in the folder ``source``. Raises CheckpointError for one that was not fetched."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     for path in found:
         refuse_pointer(path)

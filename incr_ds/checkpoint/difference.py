@@ -1,4 +1,4 @@
-"""Two checkpoints of any kinds, tensor by tensor."""
+"""Compares two checkpoints of any format, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _ELEMENTS = 1 << 20  # compared at once
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the same in both. ``what`` says how; where the shapes agree, ``elements`` differ by up to
-    ``largest`` (nan if one of them is)."""
+    """One tensor that differs between the two. ``what`` describes how.
+
+    If the shapes are equal, ``elements`` of them differ by up to ``largest`` (nan if one of them is).
+    """
 
     name: str
     state: State
@@ -26,10 +28,10 @@ class Difference:
 
 
 def differences(first: LogicalCheckpoint, second: LogicalCheckpoint) -> Iterator[Difference]:
-    """Every difference between the weights and moments of two checkpoints, in the order of the first one's tensors.
+    """Yield every difference between the weights and moments of two checkpoints, in the order of the first one's tensors.
 
-    Values are compared in fp32 at least, a portion at a time; states that only one of the two has are reported once,
-    for the whole checkpoint, as tensor ``*``.
+    Values are compared a portion at a time, in fp32 or more. A state that only one of the two has is reported once for the
+    whole checkpoint, as tensor ``*``.
     """
     for state in STATES:
         held = [state in checkpoint.facts.states for checkpoint in (first, second)]

@@ -1,4 +1,4 @@
-"""A checkpoint whose numbers are looked at as they are read: NaN and infinity come from a model that diverged."""
+"""Checks a checkpoint's numbers as they are read. NaN and infinity come from a model that diverged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PORTION = 1 << 20  # elements counted at once
 
 
 class FiniteCheckpoint:
-    """``source``, which refuses to give numbers that are not finite, or with ``allowed`` counts them.
+    """``source``, but reading numbers that are not finite is an error; with ``allowed`` they are only counted.
 
-    ``found`` says how many there are in each tensor that had any, by "name (state)". ``otherwise`` is what a user can do who
-    means to take them. Any number of threads may read.
+    ``found`` counts them for each tensor that has any, by "name (state)". ``otherwise`` tells a user who wants to keep them
+    what to do. Any number of threads may read.
     """
 
     def __init__(self, source: LogicalCheckpoint, *, otherwise: str, allowed: bool = False) -> None:
@@ -28,16 +28,16 @@ class FiniteCheckpoint:
 
     @property
     def facts(self) -> CheckpointFacts:
-        """The source's."""
+        """The source's facts."""
         return self._source.facts
 
     @property
     def architecture(self) -> Architecture:
-        """The source's."""
+        """The source's architecture."""
         return self._source.architecture
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
-        """Part of one tensor. CheckpointError names the tensor, and counts what is not finite in all of it."""
+        """Part of one tensor. Raises CheckpointError with the tensor's name and the number of bad elements in it."""
         tensor = self._source.read(name, state, bounds)
         label = f"{name} ({state})"
         if not is_finite(tensor) and label not in self.found:
@@ -51,13 +51,13 @@ class FiniteCheckpoint:
         return tensor
 
     def look_at(self, tensors: Iterable[tuple[str, State]]) -> None:
-        """Read the whole of ``tensors``, in portions: ``found`` then covers them. CheckpointError as from ``read``."""
+        """Read ``tensors`` whole, in portions, so that ``found`` covers them. Raises CheckpointError like ``read``."""
         for name, state in tensors:
             for bounds in self._portions(name):
                 self.read(name, state, bounds)
 
     def self_check(self) -> Iterator[str]:
-        """The source's."""
+        """Run the source's own check."""
         return self._source.self_check()
 
     def _count(self, name: str, state: State) -> int:
@@ -69,17 +69,17 @@ class FiniteCheckpoint:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every number is finite. A sum is thirty times as fast as looking at each, and shows all that is not."""
+    """Whether every number is finite. A sum shows it thirty times as fast as looking at each number."""
     if tensor.numel() == 0:
         return True
-    tensor = tensor.detach()  # torch.save keeps which ones were trained
-    # Half precision overflows in a sum of ones.
+    tensor = tensor.detach()  # torch.save stores which tensors were trained
+    # In half precision, a sum of ones can overflow.
     probes = torch.aminmax(tensor) if tensor.dtype == torch.float16 else (tensor.sum(),)
     return all(math.isfinite(probe) for probe in probes) or bool(torch.isfinite(tensor).all())
 
 
 def nonfinite_notes(found: Mapping[str, int]) -> tuple[str, ...]:
-    """What was taken although it is not finite: one note, or none."""
+    """A note on numbers that were copied although they are not finite: one or none."""
     if not found:
         return ()
     shown = ", ".join(f"{count:,} in {label}" for label, count in sorted(found.items())[:5])

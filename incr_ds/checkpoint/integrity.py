@@ -1,4 +1,4 @@
-"""Are a checkpoint's files what was written? By its manifest; without one, by the checksums inside its files."""
+"""Checks that a checkpoint's files are what was written, by its manifest or by the checksums inside its files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TENSORS = (".pt", ".safetensors", ".bin")
 
 
 def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
-    """xxh3 of a file that is what its manifest entry says or, without one, what its own checksums say.
+    """Check a file against its manifest entry or, without one, its own checksums. Returns its xxh3.
 
-    CheckpointError names the tensors that are not.
+    Raises CheckpointError that names the tensors that changed.
     """
     if listed is None:
         return check_records(path)
@@ -34,9 +34,11 @@ def check_file(path: Path, listed: Mapping[str, Any] | None) -> str:
 
 
 def check_description(folder: Path) -> None:
-    """Where a folder has a manifest: nothing is missing, foreign or of another size, and what is not a file of tensors (config,
-    plan, tokenizer) is what was published. CheckpointError names the first file that is not; the tensors are checked as
-    they are read."""
+    """Check a folder that has a manifest, except the content of its tensors, which are checked as they are read.
+
+    Nothing may be missing, foreign or of another size, and files without tensors (config, plan, tokenizer) must be as
+    published. Raises CheckpointError that names the first wrong file.
+    """
     if (folder / MANIFEST).is_file():
         verify_manifest(folder, lambda path, listed: "" if path.suffix in _TENSORS else hash_as_listed(path, listed))
 
@@ -44,13 +46,13 @@ def check_description(folder: Path) -> None:
 def open_described(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
 ) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
-    """``open_source`` of a folder that passes ``check_description``."""
+    """Open a folder like ``open_source``, after ``check_description``."""
     check_description(Path(path))
     return open_source(path, tag, config, trust=trust)
 
 
 def check_folder(folder: Path, checkpoint: LogicalCheckpoint | None = None) -> dict[str, Any] | None:
-    """Check every file of a folder by its manifest, and return that; without one, the files of ``checkpoint``."""
+    """Check every file of a folder by its manifest, which is returned, or without one the files of ``checkpoint``."""
     if (folder / MANIFEST).is_file():
         return verify_manifest(folder, check_file)
     for path in checkpoint.facts.files if checkpoint is not None else ():

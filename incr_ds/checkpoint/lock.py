@@ -1,4 +1,4 @@
-"""One writer at a time for an output: a lock that ends with the process that holds it, however that ends."""
+"""Lets only one process write to an output, by a lock that ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from incr_ds.errors import CheckpointError
 def locked(output: Path) -> Iterator[None]:
     """Hold ``.NAME.lock`` beside ``output`` in this block.
 
-    The kernel holds the lock for the process (flock, over NFS too), so a process that is killed leaves none. CheckpointError
-    if another process writes ``output``; it names that process.
+    The kernel holds the lock for the process (flock, also over NFS), so a killed process leaves no lock behind. Raises
+    CheckpointError, which names the other process, if another process writes to ``output``.
     """
-    output = output.resolve()  # one output has one lock, by whatever path it is reached
+    output = output.resolve()  # one output has one lock, by any path to it
     with own_parents(output):
         yield from _held(output)
 
@@ -34,10 +34,12 @@ def _held(output: Path) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode() or "another process"
             os.close(descriptor)
-            raise CheckpointError(f"{output}: {holder} is writing it; wait for it, or name another output.") from error
+            raise CheckpointError(
+                f"{output}: {holder} is writing to it; wait for it, or choose another output."
+            ) from error
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
-        os.close(descriptor)  # the process before removed this file after we opened it
+        os.close(descriptor)  # the previous process removed this file after we opened it
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -1,4 +1,4 @@
-"""What a manifest and a growth's journal hold, as types. A checksum only says that the content is what somebody wrote."""
+"""Types of a manifest and of a growth's journal. A checksum only proves that the content is what somebody wrote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPEN = ConfigDict(strict=True, extra="allow")
 
 @with_config(_CLOSED)
 class Extent(TypedDict):
-    """A run of bytes that holds elements of a tensor's weight or moment."""
+    """A range of bytes that holds elements of a tensor's weight or moment."""
 
     tensor: str
     state: Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -40,7 +40,7 @@ class Extent(TypedDict):
 
 @with_config(_CLOSED)
 class ListedFile(TypedDict):
-    """Size and checksum of a file, and of the tensors in it where they are known."""
+    """Size and checksum of a file, and of the tensors in it if they are known."""
 
     bytes: Size
     xxh3: Hash
@@ -49,7 +49,7 @@ class ListedFile(TypedDict):
 
 @with_config(_OPEN)
 class Facts(TypedDict):
-    """What made the folder: the entries that this package reads."""
+    """How the folder was made: the entries that this package reads."""
 
     recipe: NotRequired[dict[str, Any]]
     function_preserving: NotRequired[bool]
@@ -77,7 +77,7 @@ class Manifest(TypedDict):
 
 @with_config(_CLOSED)
 class JournalEntry(TypedDict):
-    """A line of a growth's journal: a file that is safe on disk."""
+    """One line of a growth's journal: a file that is safely on disk."""
 
     path: RelativePath
     digest: ListedFile
@@ -87,7 +87,7 @@ _MANIFEST, _ENTRY = TypeAdapter(Manifest), TypeAdapter(JournalEntry)
 
 
 def check_manifest(content: dict[str, Any], path: Path) -> None:
-    """CheckpointError naming the first entry of a manifest that is missing or of another kind."""
+    """Raise CheckpointError that names the first entry of a manifest that is missing or of the wrong type."""
     try:
         _MANIFEST.validate_python(content)
     except ValidationError as error:
@@ -95,12 +95,12 @@ def check_manifest(content: dict[str, Any], path: Path) -> None:
         where = ".".join(str(key) for key in first["loc"])
         found = "" if first["type"] == "missing" else f", found {first['input']!r:.80}"
         raise CheckpointError(
-            f"{path}: {where}: {first['msg']}{found}: not what incr_ds writes there, though the checksum fits."
+            f"{path}: {where}: {first['msg']}{found}: not what incr_ds writes there, although the checksum matches."
         ) from error
 
 
 def journal_entry(line: str) -> JournalEntry | None:
-    """What a line of a journal says, or None if it is cut off or was not written by a growth."""
+    """Parse a line of a journal. Returns None if it is cut off or was not written by a growth."""
     try:
         return _ENTRY.validate_json(line)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""Parameter names, as training codes and other programs write them, back to logical (Hugging Face) names."""
+"""Maps parameter names of training codes and other programs to logical (Hugging Face) names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from incr_ds.errors import CheckpointError
 from incr_ds.sharding.joined import joined_parameters
 from incr_ds.sharding.placement import names_in_pipelines
 
-# What torch.compile, FSDP and activation checkpointing put around modules; DistributedDataParallel's stands in front.
+# Prefixes of torch.compile, FSDP and activation checkpointing, at any place; DistributedDataParallel's is at the front.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _OUTER_WRAPPER = "module"
 _ADAPTER = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save)\b")
-# Of every family that has had them, in some version of transformers.
+# Endings in every family that has had them, in some version of transformers.
 _BUFFERS = ("rotary_emb.inv_freq",)
 
 
@@ -31,10 +31,10 @@ def logical_names(parameters: Iterable[str], architecture: Architecture) -> Mapp
 
 
 def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mapping[str, str]:
-    """Map the names of a model's state to logical ones; an unknown one, or one of two for the same tensor, maps to itself.
+    """Map the names of a model's state to logical ones. An unknown name, or a second name of a tensor, maps to itself.
 
-    Names may lack the base model's prefix (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``), as models that were
-    saved without their head have them, and have components that wrappers add (``_orig_mod``, ``module``).
+    Names may lack the base model's prefix (``h.0.ln_1.weight`` for ``transformer.h.0.ln_1.weight``), as in models saved
+    without their head. They may also have components that wrappers add (``_orig_mod``, ``module``).
     """
     prefix = architecture.family.base.partition(".")[0]
     known = {saved: spec.name for spec in architecture.tensors for saved in (spec.saved_name, spec.name)}
@@ -49,12 +49,12 @@ def plain_names(parameters: Iterable[str], architecture: Architecture) -> Mappin
 
 
 def is_buffer(parameter: str, architecture: Architecture) -> bool:
-    """Whether a name is that of a buffer of old checkpoints, which follows from the config."""
+    """Whether a name is that of a buffer in old checkpoints, which follows from the config."""
     return f".{parameter}".endswith((*architecture.family.buffers, *_BUFFERS))
 
 
 def refuse_adapters(parameters: Iterable[str], where: str) -> None:
-    """CheckpointError if parameters are those of an adapter beside a model's own."""
+    """Raise CheckpointError if parameters belong to an adapter beside a model."""
     found = next((name for name in parameters if _ADAPTER.search(name)), None)
     if found is not None:
         raise CheckpointError(f"{where}: {found}: {ADAPTER_CURE}")

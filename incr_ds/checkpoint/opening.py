@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a folder holds, and its reader."""
+"""Detects the format of a checkpoint folder, and opens its reader."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
 from incr_ds.errors import CheckpointError
 
 _LONGEST_TAG = 200  # bytes
-ADAPTER = "adapter_config.json"  # beside a model, transformers would load the adapter with it
+ADAPTER = "adapter_config.json"  # transformers would load the adapter together with the model
 
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
 ) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
-    """Open a checkpoint folder: DeepSpeed's (``latest`` or ``latest_universal`` names the tag, unless ``tag`` does) or
-    Hugging Face's.
+    """Open a checkpoint folder, DeepSpeed's or Hugging Face's.
 
-    The architecture comes from ``config``, else from config.json in the tag's folder or in ``path``. Raises
-    CheckpointError if nothing known is there, and whatever the reader finds wrong.
+    ``tag`` selects the DeepSpeed tag; otherwise the file ``latest`` or ``latest_universal`` does. The architecture comes
+    from ``config``, otherwise from config.json in the tag's folder or in ``path``. Raises CheckpointError if the format is
+    not known, and all errors of the reader.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; expected a DeepSpeed checkpoint or a Hugging Face folder.")
     if (path / ADAPTER).is_file():
         raise CheckpointError(f"{path / ADAPTER}: {ADAPTER_CURE}")
-    # A folder of transformers' Trainer under DeepSpeed holds both; only DeepSpeed's part has the moments.
+    # A folder of transformers' Trainer under DeepSpeed has both formats; only DeepSpeed's has the moments.
     if tag is None and weights_file(path) and not _tag_files(path):
         return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)
     tag = tag or _latest(path)
     if not (path / tag).is_dir():
         tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
-        raise CheckpointError(f"{path}: no folder for tag {tag!r}; folders there: {tags}.")
+        raise CheckpointError(f"{path}: no folder for tag {tag!r}; existing folders: {tags}.")
     kind = UniversalCheckpoint if (path / tag / "zero").is_dir() else ZeroCheckpoint
     return kind(path, tag, _architecture(path, tag, config), trust=trust)
 
@@ -61,7 +61,7 @@ def _is_tag(folder: Path) -> bool:
 
 
 def _tag_in(latest: Path) -> str:
-    """The tag that a file names: a folder beside it, nowhere else."""
+    """Read the tag in a file. It must be the name of a folder beside the file."""
     with open(latest, "rb") as stream:
         content = stream.read(_LONGEST_TAG + 1)
     tag = content.decode("utf-8", errors="replace").strip()

@@ -1,4 +1,4 @@
-"""The folders above an output: made when something is to be written there, and gone again if nothing was."""
+"""Creates the folders above an output, and removes them again if nothing was written there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def own_parents(output: Path) -> Iterator[None]:
-    """Make the folders above ``output`` for this block; those that were made, and that it leaves empty, are removed."""
+    """Create the folders above ``output`` for this block. Afterwards, remove those that it created and left empty."""
     made = [folder for folder in output.absolute().parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for folder in made:  # the innermost first
+        for folder in made:  # innermost first
             try:
                 folder.rmdir()
-            except OSError:  # not empty, or never made
+            except OSError:  # not empty, or never created
                 break

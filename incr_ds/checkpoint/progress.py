@@ -1,4 +1,4 @@
-"""How far a checkpoint was trained, as whoever trained it noted."""
+"""Reads how far a checkpoint was trained, as its trainer recorded it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ _NOTED = ("global_steps", "global_samples", "skipped_steps", "ds_version")
 
 
 def counters(model: Mapping[str, Any], folder: Path) -> Counters:
-    """Steps, samples, tokens and DeepSpeed's version from a DeepSpeed model file and the checkpoint's ``folder``."""
+    """Read steps, samples, tokens and DeepSpeed's version from a DeepSpeed model file and the checkpoint's ``folder``."""
     return Counters(tokens=_tokens_seen(model, folder), **{key: model.get(key) for key in _NOTED})
 
 
 def _tokens_seen(model: Mapping[str, Any], folder: Path) -> int | None:
-    """From a DeepSpeed model file (``position`` of this package's trainer, ``tokens`` of Megatron-DeepSpeed) or the
-    trainer_state.json of transformers' Trainer in ``folder``; None where none says."""
+    """Tokens seen in training, or None if nothing records them.
+
+    A DeepSpeed model file may (``position`` of this package's trainer, ``tokens`` of Megatron-DeepSpeed), or
+    trainer_state.json of transformers' Trainer in ``folder``.
+    """
     position = model.get("position")
     noted = [
         position.get("tokens") if isinstance(position, dict) else None,
@@ -36,5 +39,5 @@ def _trainer_tokens(folder: Path) -> Any:
     path = folder / "trainer_state.json"
     try:  # transformers writes NaN into its log
         return read_json(path, CheckpointError, most=LARGE, finite=False).get("num_input_tokens_seen")
-    except CheckpointError:  # it decides nothing
+    except CheckpointError:  # the count is only informative
         return None

@@ -31,10 +31,10 @@ Check = Callable[[Path, Mapping[str, Any]], str]
 
 @contextmanager
 def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a temporary folder beside ``final``; when the block ends well, publish it as ``final``.
+    """Yield a temporary folder beside ``final``, and publish it as ``final`` if the block succeeds.
 
-    Every file is flushed to disk, manifest.json (size and xxh3 of each file, ``kind``, ``facts``, versions) is written last, and
-    one rename makes the folder visible. If the block raises, the temporary folder is removed and ``final`` untouched.
+    Every file is flushed to disk. manifest.json (size and xxh3 of each file, ``kind``, ``facts``, versions) is written last,
+    and one rename makes the folder visible. If the block raises, the temporary folder is removed and ``final`` unchanged.
     Raises CheckpointError if ``final`` exists and is not empty.
     """
     refuse_existing(final)
@@ -50,23 +50,25 @@ def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def refuse_existing(final: Path, *, overwrite: bool | None = None) -> None:
-    """Raise CheckpointError if ``final`` is something that publishing would destroy; with ``overwrite``, a folder that
-    was itself published may be. None: whoever asks has no such option."""
+    """Raise CheckpointError if publishing would destroy ``final``.
+
+    With ``overwrite``, a folder that was published itself may be replaced. None means that the caller has no such option.
+    """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         option = "" if overwrite is None else " (--overwrite replaces a published checkpoint)"
         raise CheckpointError(
-            f"{final}: exists already and is not an empty folder; name another output or remove it{option}."
+            f"{final}: exists already and is not an empty folder; choose another output or remove it{option}."
         )
     if not (final / MANIFEST).is_file():
         raise CheckpointError(
-            f"{final}: holds no {MANIFEST}, so incr_ds did not publish it, and --overwrite leaves it alone; remove it."
+            f"{final}: contains no {MANIFEST}, so incr_ds did not publish it, and --overwrite does not apply; remove it."
         )
 
 
 def check_writable(folder: Path) -> None:
-    """CheckpointError unless files can be written into ``folder``, which exists or can be made: asked before long work."""
+    """Raise CheckpointError unless files can be written to ``folder``, which may not exist yet. Call this before long work."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
@@ -75,18 +77,19 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be written ({error.strerror}: {error.filename or folder}); nothing was done. Name another output."
+            f"{folder}: cannot be written ({error.strerror}: {error.filename or folder}); nothing was done. "
+            "Choose another output."
         ) from error
 
 
 def temporary_folder(final: Path) -> Path:
-    """A name beside ``final`` that no other run uses; a run that was killed leaves it, and nothing reads it."""
+    """A name beside ``final`` that no other run uses. A killed run leaves the folder behind, and nothing reads it."""
     return final.parent / f".{final.name}.incomplete-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 @contextmanager
 def temporary_beside(final: Path) -> Iterator[Path]:
-    """A folder beside ``final`` for this block, which may move it or what is in it; the rest is removed."""
+    """Yield a folder beside ``final``. The block may move it or its content; the rest is removed."""
     folder = temporary_folder(final)
     with own_parents(final):
         try:
@@ -97,7 +100,7 @@ def temporary_beside(final: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(final: Path) -> None:
-    """Remove what killed runs on this machine left while writing ``final``; those of living processes stay."""
+    """Remove what killed runs on this machine left behind while writing ``final``. Folders of live processes stay."""
     prefix = f".{final.name}.incomplete-{socket.gethostname()}-"
     for left in final.parent.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix).partition("-")[0]
@@ -116,11 +119,11 @@ def _is_alive(process: int) -> bool:
 
 
 def refuse_overlap(source: Path, output: Path) -> None:
-    """Raise CheckpointError if one folder lies in the other: the source would be changed, or replaced while it is read."""
+    """Raise CheckpointError if one folder contains the other, since the source must not change while it is read."""
     one, other = source.resolve(), output.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise CheckpointError(
-            f"{output}: the output and the source {source} lie in one another, and the source must stay as it is; name an "
+            f"{output}: one of the output and the source {source} is inside the other, and the source must not change; choose an "
             "output beside it."
         )
 
@@ -128,7 +131,7 @@ def refuse_overlap(source: Path, output: Path) -> None:
 def seal(
     folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Write the manifest of ``folder``, after flushing every file. ``known`` holds the digests of files flushed before."""
+    """Flush every file of ``folder`` and write its manifest. ``known`` has the digests of files that were flushed before."""
     known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in _files(folder))
     if unseen := sorted(set(known) - set(names)):
@@ -143,7 +146,7 @@ def seal(
 
 
 def installed_versions() -> dict[str, str]:
-    """Of Python and the packages that decide what is written; those that are not installed are left out."""
+    """Versions of Python and of the packages that affect what is written; those that are not installed are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -160,7 +163,7 @@ def reveal(temporary: Path, final: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that readers see the old content or the new, never part of it."""
+    """Write a small text file. Readers see either the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
@@ -174,41 +177,43 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; CheckpointError if there is none, it is not one, or it was changed."""
+    """Read the manifest of a published folder. Raises CheckpointError if it is missing, invalid or was changed."""
     path = folder / MANIFEST
     if not path.exists():
         raise CheckpointError(f"{path}: missing; the folder was not published by incr_ds, or is incomplete.")
     text = read_text(path, CheckpointError, most=LARGE)
     content = parse_json(text, CheckpointError, str(path))
     if not isinstance(content, dict) or content.get("manifest_version") != VERSION:
-        raise CheckpointError(f"{path}: not a manifest of version {VERSION}.")
+        raise CheckpointError(f"{path}: not a valid manifest of version {VERSION}.")
     if text != _manifest_text(
         {key: value for key, value in content.items() if key not in ("manifest_version", "checksum")}
     ):
-        raise CheckpointError(f"{path}: its own checksum does not fit its content: the manifest was changed.")
+        raise CheckpointError(f"{path}: its own checksum does not match its content: the manifest was changed.")
     check_manifest(content, path)
     return content
 
 
 def _manifest_text(content: Mapping[str, Any]) -> str:
-    """Canonical: the same content is the same text, and any other text is another content."""
+    """Canonical text: the same content always gives the same text, and different content different text."""
     content = {"manifest_version": VERSION, **content}
     checksum = xxhash.xxh3_128(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
     return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True) + "\n"
 
 
 def verify_manifest(folder: Path, check: Check | None = None) -> dict[str, Any]:
-    """Check every file of a published folder against its manifest and return the manifest.
+    """Check every file of a published folder against its manifest, and return the manifest.
 
-    Raises CheckpointError naming the first missing, foreign, truncated or changed file, with expected and found, and
-    where the manifest lists the tensors in the file, those that changed. ``check`` replaces hash_as_listed.
+    Raises CheckpointError that names the first missing, foreign, truncated or changed file with expected and found and, if
+    the manifest lists its tensors, those that changed. ``check`` replaces hash_as_listed.
     """
     check = check or hash_as_listed
     content = read_manifest(folder)
     listed = content["files"]
     present = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
     for name in sorted(present - set(listed)):
-        raise CheckpointError(f"{folder / name}: not in the manifest; remove it, it is not part of this checkpoint.")
+        raise CheckpointError(
+            f"{folder / name}: not in the manifest; remove it, since it is not part of this checkpoint."
+        )
     for name, expected in listed.items():
         path = folder / name
         if name not in present:
@@ -216,31 +221,31 @@ def verify_manifest(folder: Path, check: Check | None = None) -> dict[str, Any]:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(
-                f"{path}: {size} bytes, the manifest says {expected['bytes']}: truncated or replaced."
+                f"{path}: {size} bytes, but the manifest lists {expected['bytes']}: truncated or replaced."
             )
         check(path, expected)
     return content
 
 
 def listed_files(folder: Path) -> dict[Path, Mapping[str, Any]]:
-    """What a folder's manifest lists of each of its files; {} if it has no manifest."""
+    """The manifest entry of each file of a folder; {} if it has no manifest."""
     if not (folder / MANIFEST).is_file():
         return {}
     return {folder / name: digest for name, digest in read_manifest(folder)["files"].items()}
 
 
 def hash_as_listed(path: Path, listed: Mapping[str, Any] | None) -> str:
-    """xxh3 of a file's content; CheckpointError if it is not the one listed, naming the tensors that changed."""
+    """xxh3 of a file's content. Raises CheckpointError that names the changed tensors if it is not the listed one."""
     found = hash_file(path)
     if listed is not None and found != listed["xxh3"]:
         raise CheckpointError(
-            f"{path}: checksum xxh3 {found}, the manifest says {listed['xxh3']}: content changed{_changed(path, listed)}."
+            f"{path}: checksum xxh3 {found}, but the manifest lists {listed['xxh3']}: content changed{_changed(path, listed)}."
         )
     return found
 
 
 def _changed(path: Path, listed: Mapping[str, Any]) -> str:
-    """Which tensors of a damaged file are not what they were."""
+    """The tensors of a damaged file that changed, as the end of a sentence."""
     if "tensors" not in listed:
         return ""
     wrong = [
@@ -269,7 +274,7 @@ def _flush_and_hash(path: Path) -> dict[str, Any]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are safe on disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The output folder of a training run, where a checkpoint is asked for: its newest complete one is meant."""
+"""Finds the newest complete checkpoint in the output folder of a training run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _STEP = re.compile(r"step_(\d{8,})")
 
 
 def step_folders(output: Path) -> list[Path]:
-    """A run's checkpoints, newest first; a copy that somebody made (step_00000020.bak) is not one of them."""
+    """A run's checkpoints, newest first. A copy that somebody made (step_00000020.bak) is not one of them."""
     found = {path: _STEP.fullmatch(path.name) for path in (output / CHECKPOINTS).glob("step_*")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def newest_in_run(folder: Path) -> Path:
-    """The newest complete checkpoint of the run whose output ``folder`` is; ``folder`` itself if it is not one.
+    """The newest complete checkpoint if ``folder`` is a run's output folder, otherwise ``folder`` itself.
 
-    Complete means that every file that the manifest lists is there in its size; what is in them is checked as they are read.
-    CheckpointError if the run has none.
+    Complete means that every file in the manifest exists with its size. Contents are checked as they are read. Raises
+    CheckpointError if the run has no complete checkpoint.
     """
     problems = []
     for path in step_folders(folder):

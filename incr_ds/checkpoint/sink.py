@@ -1,4 +1,4 @@
-"""A file written from front to back whose checksums are known when it is closed: nothing is read again."""
+"""Writes a file from front to back and computes its checksums on the way, so that nothing is read again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 import xxhash
 
 Label = tuple[str, str]  # a tensor and one of its states
-_SMALL = 64 << 10  # bytes that are gathered, so that headers and small tensors cost no system call each
+_SMALL = 64 << 10  # bytes that are collected, so that headers and small tensors do not need a system call each
 
 
 @dataclass
 class _Extent:
-    """A run of bytes that holds elements of one tensor."""
+    """A range of bytes that holds elements of one tensor."""
 
     label: Label
     offset: int
@@ -30,7 +30,7 @@ class _Extent:
 
 
 class Sink:
-    """Appends bytes to a new file and keeps their size and xxh3, of the whole and of each tensor in it."""
+    """Appends bytes to a new file, and records size and xxh3 of the whole file and of each tensor in it."""
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "wb", buffering=_SMALL)
@@ -48,7 +48,7 @@ class Sink:
 
     @property
     def digest(self) -> dict[str, Any]:
-        """Size and checksum of what was written, and of each tensor in it, as a manifest lists them."""
+        """Size and checksum of what was written, and of each tensor in it, in the form of a manifest."""
         tensors = {"tensors": [extent.described() for extent in self._extents]} if self._extents else {}
         return {"bytes": self.position, "xxh3": self._digest.hexdigest(), **tensors}
 

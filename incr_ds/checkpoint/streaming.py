@@ -1,4 +1,4 @@
-"""What a target is made of: one frozen value per file, planned first, then streamed from a reader of tensor slices."""
+"""Files of a target as frozen values: planned first, then streamed from a reader of tensor slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 20  # large enough to hide a block's fixed costs, small en
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment; zeros for the name ""."""
+    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment; zeros if the name is ""."""
 
     name: str
     state: State
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class StreamedTensor:
-    """A tensor of a target file that never exists whole: ``parts`` one after the other, zeros up to its size."""
+    """A tensor of a target file that never exists whole: ``parts`` one after the other, then zeros up to its size."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,8 +51,10 @@ class StreamedTensor:
 
 @dataclass(frozen=True)
 class Slices:
-    """The reader that files are written from: ``read`` gives any slice of any tensor or moment, and no more than
-    about ``block_elements`` elements (one row at least) are asked for at once."""
+    """Reads what files are written from. ``read`` returns any slice of any tensor or moment.
+
+    A call asks for about ``block_elements`` elements at most, and for one row at least.
+    """
 
     read: Read
     block_elements: int = BLOCK_ELEMENTS
@@ -62,7 +64,7 @@ class Slices:
         return (block for _, block in self._labelled(tensor))
 
     def data(self, tensor: StreamedTensor) -> Iterator[tuple[memoryview, Label | None]]:
-        """The bytes of ``tensor`` in order, and whose they are (None for padding)."""
+        """Yield the bytes of ``tensor`` in order, with the tensor that they belong to (None for padding)."""
         return ((data_of(block), label) for label, block in self._labelled(tensor))
 
     def _labelled(self, tensor: StreamedTensor) -> Iterator[tuple[Label | None, torch.Tensor]]:
@@ -80,7 +82,7 @@ class Slices:
             yield torch.zeros(zeros)
 
     def _part_blocks(self, part: Part) -> Iterator[torch.Tensor]:
-        """Whole rows are read; what lies outside [first, stop) in the first and the last row is cut off."""
+        """Read whole rows. What lies outside [first, stop) in the first and the last row is cut off."""
         if not part.name:
             yield from self._zeros(part.stop - part.first)
             return
@@ -96,12 +98,12 @@ class Slices:
 
 
 def _stored(block: torch.Tensor, dtype: torch.dtype, part: Part) -> torch.Tensor:
-    """``block`` in ``dtype``; CheckpointError if it holds finite numbers that are too large for that."""
+    """Convert ``block`` to ``dtype``. Raises CheckpointError if finite numbers in it are too large for that."""
     stored = block.to(torch.float32).to(dtype)
     largest = torch.finfo(dtype).max
     if block.numel() == 0 or torch.finfo(block.dtype).max <= largest:
         return stored
-    # Finding the extremes is thirty times as fast as looking at each number; they show NaN, too.
+    # Finding the extremes is thirty times as fast as looking at each number, and it finds NaN, too.
     if not all(abs(extreme.item()) <= largest for extreme in torch.aminmax(stored)):
         lost = int((stored.isinf() & block.isfinite()).sum())
         if lost:
@@ -114,7 +116,7 @@ def _stored(block: torch.Tensor, dtype: torch.dtype, part: Part) -> torch.Tensor
 
 
 class TargetFile(Protocol):
-    """One file of the target. Writing needs no other file, so any number of workers may share the work."""
+    """One file of the target. Files are independent of each other, so any number of workers can share the work."""
 
     @property
     def path(self) -> str:
@@ -127,12 +129,12 @@ class TargetFile(Protocol):
         ...
 
     def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file's bytes, from the first to the last."""
+        """Write the file's bytes from first to last."""
         ...
 
 
 def write_file(file: TargetFile, folder: Path, slices: Slices) -> dict[str, Any]:
-    """Write one file below ``folder``; returns its size and checksum."""
+    """Write one file below ``folder``. Returns its size and checksum."""
     path = folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with Sink(path) as sink:
@@ -154,8 +156,10 @@ def slice_of(name: str, state: State, bounds: Bounds, dtype: torch.dtype) -> Str
 def block_parts(
     blocks: tuple[Block, ...], shape: tuple[int, ...], state: State, first: int, stop: int
 ) -> tuple[Part, ...]:
-    """Elements [first, stop) of a parameter of ``shape`` that holds ``blocks``, each as wide as itself, one below the
-    other; zeros below the last."""
+    """Elements [first, stop) of a parameter of ``shape``, which holds ``blocks`` of its width, stacked by rows.
+
+    Rows below the last block are zeros.
+    """
     per_row = math.prod(shape[1:])
     parts, position = [], 0
     for block in blocks:

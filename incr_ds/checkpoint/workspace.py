@@ -1,11 +1,11 @@
-"""Where a target is written until it is whole: one run at a time, a journal of finished files, and publication.
+"""The place where a target is written until it is whole: one run at a time, with a journal of finished files.
 
-    .NAME.lock                       held while a run writes NAME; ends with the process, however that ends
-    .NAME.incomplete-plan-KEY/       the files; KEY stands for everything that decides their bytes
-    .NAME.incomplete-plan-KEY.jsonl  one line per file that is safe on disk: path, size, checksum
-    .NAME.incomplete-plan-KEY.R.jsonl    the same of process R, where several write
+    .NAME.lock                       held while a run writes NAME; ends with the process
+    .NAME.incomplete-plan-KEY/       the files; KEY is a hash of everything that decides their bytes
+    .NAME.incomplete-plan-KEY.jsonl  one line per file that is safely on disk: path, size, checksum
+    .NAME.incomplete-plan-KEY.R.jsonl    the same by process R, if several processes write
 
-A run that finds the workspace of an interrupted run with its own key goes on where that one stopped.
+A run that finds the workspace of an interrupted run with its own key continues it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from incr_ds.errors import CheckpointError, IncrError
 
 
 class Workspace:
-    """The folder that a target grows in. ``done`` maps the path of each finished file to its size and checksum.
+    """The folder in which a target grows. ``done`` maps the path of each finished file to its size and checksum.
 
-    Where several processes write, each has a journal of its own, ``writer`` its number; the first opens and publishes.
+    If several processes write, each has its own journal, and ``writer`` is its number. The first opens and publishes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Workspace:
         self.done: dict[str, Mapping[str, Any]] = dict(done or {})
 
     def open(self) -> None:
-        """Take over what an interrupted run with the same key finished and whose bytes are still right."""
+        """Reuse files of an interrupted run with the same key if their bytes are still right."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done = {entry["path"]: entry["digest"] for entry in self._entries() if self._is_intact(entry)}
         lines = [_line(path, digest) for path, digest in self.done.items()]
@@ -61,12 +61,12 @@ class Workspace:
             yield
 
     def record(self, path: str, digest: Mapping[str, Any]) -> None:
-        """Note a file that is flushed to disk. A note that a crash loses costs the work on that file again, no more."""
+        """Note a file that is flushed to disk. If a crash loses the note, only the work on that file is repeated."""
         self._notes.write(_line(path, digest))
         self.done[path] = digest
 
     def publish(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """Write the manifest and make the folder visible under its name, in place of a checkpoint that is there."""
+        """Write the manifest and make the folder visible under its name, in place of an existing checkpoint."""
         seal(self.folder, kind, facts, self.done)
         replaced = _replaced(self.final)
         if self.final.is_dir() and any(self.final.iterdir()):
@@ -81,7 +81,7 @@ class Workspace:
         self._remove_journals()
 
     def remove_others(self) -> None:
-        """Remove workspaces of other plans for the same output; no run that holds the lock uses them."""
+        """Remove workspaces of other plans for the same output, which no run with the lock uses."""
         for path in self.final.parent.glob(f".{self.final.name}.incomplete-plan-*"):
             if path != self.folder and path not in self._journals():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -94,7 +94,7 @@ class Workspace:
                 yield entry
 
     def _journals(self) -> list[Path]:
-        """The journals of every process that wrote here."""
+        """The journals of all processes that wrote here."""
         return sorted(self.folder.parent.glob(f"{self.folder.name}*.jsonl"))
 
     def _remove_journals(self) -> None:
@@ -108,11 +108,11 @@ class Workspace:
 
 @contextmanager
 def open_workspace(final: Path, key: str, *, overwrite: bool = False) -> Iterator[Workspace]:
-    """The workspace for ``final``, locked against other runs.
+    """Open the workspace for ``final``, locked against other runs.
 
-    If the block ends by an IncrError the workspace is removed; by anything else (a full disk, an interrupt), it stays
-    for the next run. CheckpointError if ``final`` exists, unless ``overwrite`` and it is a published checkpoint, or if
-    another run writes it.
+    If the block ends with an IncrError the workspace is removed. After anything else (a full disk, an interrupt) it stays
+    for the next run. Raises CheckpointError if ``final`` exists, unless ``overwrite`` and it is a published checkpoint, or
+    if another run writes to it.
     """
     with own_parents(final), locked(final):
         _restore(final)
@@ -133,7 +133,7 @@ def _replaced(final: Path) -> Path:
 
 
 def _restore(final: Path) -> None:
-    """Undo a replacement that a crash cut in two, or finish removing what was replaced."""
+    """Undo a replacement that a crash interrupted, or finish removing what was replaced."""
     replaced = _replaced(final)
     if replaced.is_dir():
         if (final / MANIFEST).is_file():

@@ -59,7 +59,7 @@ def test_bytes_outside_of_tensors(published, tmp_path):
             flip(path, offset)
             with pytest.raises(
                 CheckpointError,
-                match=rf"{path.name}.*(content changed|not valid JSON|cannot be read|not a manifest|was changed)",
+                match=rf"{path.name}.*(content changed|not valid JSON|cannot be read|not a valid manifest|was changed)",
             ):
                 check_folder(tmp_path / "copy")
             path.write_bytes(whole)
@@ -76,7 +76,8 @@ def test_every_byte_of_the_manifest_counts(published, tmp_path):
     for offset in range(0, len(content), 97):
         flip(path, offset)
         with pytest.raises(
-            CheckpointError, match=r"manifest\.json: (cannot be read|not valid JSON|not a manifest|its own checksum)"
+            CheckpointError,
+            match=r"manifest\.json: (cannot be read|not valid JSON|not a valid manifest|its own checksum)",
         ):
             read_manifest(tmp_path / "copy")
         path.write_bytes(content)

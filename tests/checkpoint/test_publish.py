@@ -58,7 +58,7 @@ def test_manifest_says_what_is_there(published):
 
 DAMAGES = {
     "changed": (lambda p: p.write_bytes(b"abd" + b"abc" * 999), r"inner/a\.bin: checksum xxh3 .* content changed"),
-    "truncated": (lambda p: p.write_bytes(b"abc"), r"inner/a\.bin: 3 bytes, the manifest says 3000: truncated"),
+    "truncated": (lambda p: p.write_bytes(b"abc"), r"inner/a\.bin: 3 bytes, but the manifest lists 3000: truncated"),
     "missing": (lambda p: p.unlink(), r"inner/a\.bin: missing; the manifest lists it with 3000 bytes"),
     "foreign": (lambda p: p.with_name("c").write_bytes(b"x"), r"inner/c: not in the manifest; remove it"),
 }
@@ -77,9 +77,9 @@ def test_every_damage_is_named(published, name):
     [
         (None, r"manifest\.json: missing; the folder was not published by incr_ds"),
         ("{", r"manifest\.json: not valid JSON"),
-        ("[]", r"not a manifest of version 2"),
-        ('{"manifest_version": 3, "files": {}}', r"not a manifest of version 2"),
-        ('{"manifest_version": 2, "files": {}}', r"its own checksum does not fit its content"),
+        ("[]", r"not a valid manifest of version 2"),
+        ('{"manifest_version": 3, "files": {}}', r"not a valid manifest of version 2"),
+        ('{"manifest_version": 2, "files": {}}', r"its own checksum does not match its content"),
     ],
 )
 def test_what_is_no_manifest(tmp_path, text, message):

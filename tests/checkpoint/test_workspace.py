@@ -92,7 +92,7 @@ def test_a_mistake_leaves_nothing(tmp_path):
 
 def test_one_run_at_a_time(tmp_path):
     with open_workspace(tmp_path / "out", "key"):
-        with pytest.raises(CheckpointError, match=rf"out: process {os.getpid()} on .* is writing it; wait for it"):
+        with pytest.raises(CheckpointError, match=rf"out: process {os.getpid()} on .* is writing to it; wait for it"):
             publish(tmp_path / "out")
     publish(tmp_path / "out")
 

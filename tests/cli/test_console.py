@@ -189,7 +189,7 @@ def test_a_folder_is_writable_or_it_is_said_why(tmp_path):
         (tmp_path / LONG, "too long"),
     ):
         with pytest.raises(
-            CheckpointError, match=rf"cannot be written \(.*{why}.*nothing was done. Name another output"
+            CheckpointError, match=rf"cannot be written \(.*{why}.*nothing was done. Choose another output"
         ):
             check_writable(folder)
 

@@ -145,7 +145,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("path", "value", "message"), MALFORMED, ids=lambda value: str(value)[:30])
 def test_a_malformed_manifest_whose_checksum_fits_is_one_message(published, tmp_path, path, value, message):
     resealed(published, tmp_path, path, value)
-    with pytest.raises(CheckpointError, match=rf"manifest\.json: .*{message}.*though the checksum fits"):
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: .*{message}.*although the checksum matches"):
         read_manifest(tmp_path)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         source_training(tmp_path, SyntheticCheckpoint(pico_architecture()).facts)

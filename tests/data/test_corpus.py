@@ -121,9 +121,9 @@ def test_max_bytes_says_what_was_left_out(prepared, tmp_path):
         ({"patterns": ("*.nothing",)}, r"no file matches --pattern \*.nothing"),
         ({"tokenizer": "train:magic"}, "unknown trainer 'magic'; known: train:sentencepiece"),
         ({"tokenizer": "/no/tokenizer"}, "--tokenizer /no/tokenizer: not a folder"),
-        ({"vocabulary_size": 100}, "--vocab-size 100: at least 320"),
+        ({"vocabulary_size": 100}, "--vocab-size 100: expected at least 320"),
         ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try a smaller --vocab-size"),
-        ({"held_out": 1.5}, "--held-out 1.5: a fraction"),
+        ({"held_out": 1.5}, "--held-out 1.5: expected a fraction"),
         ({"max_bytes": 3}, "--max-bytes 3: too small"),
     ],
 )
@@ -164,7 +164,7 @@ def test_the_tool_refuses_existing_output_without_a_traceback(prepared):
     options = ["--input", folder / "texts", "--tokenizer", "train:sentencepiece", "--output", folder / "out" / "code"]
     done = subprocess.run([sys.executable, tool, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "already there" in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert "exists already" in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
 def test_the_share_that_is_held_out_is_the_one_asked_for():

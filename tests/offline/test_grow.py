@@ -228,7 +228,7 @@ BAD = [
     ({"layout": {"tensor_parallel": 3}}, ".yaml: layout: the model cannot be cut this way"),
     ({"layout": {"pipeline_parallel": 6}}, "pipeline_parallel can be 1 to 5"),
     ({"layout": {"pipeline_parallel": 2, "zero_stage": 2}}, "DeepSpeed's pipeline supports zero_stage 0 and 1"),
-    ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use 1, 2 or 3"),
+    ({"layout": {"zero_stage": 0}}, "layout.zero_stage: 0 has no optimizer files; use the engine's stage 1, 2 or 3"),
 ]
 
 
@@ -293,7 +293,7 @@ def test_what_describes_a_published_source_must_match_its_manifest(source, recip
         "evaluate": [first, "--data", tmp_path / "nowhere"],
         "export_huggingface": [first, tmp_path / "second"],
     }
-    for expected in (r"notes.txt: not in the manifest", r"config.json: .* the manifest says"):
+    for expected in (r"notes.txt: not in the manifest", r"config.json: .* the manifest lists"):
         for tool, arguments in attempts.items():
             done = run_tool(tool, *arguments)
             assert done.returncode == 2 and re.search(expected, done.stderr), (tool, done.stderr)
@@ -323,9 +323,9 @@ def test_an_output_in_its_source_is_refused(source, recipe, tmp_path, output, ov
     path = recipe()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = grow(folder, path, folder / output, *overwrite)
-    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    assert done.returncode == 2 and "the source must not change; choose an output beside it" in done.stderr
     done = run_tool("export_huggingface", folder, folder / output)
-    assert done.returncode == 2 and "the source must stay as it is; name an output beside it" in done.stderr
+    assert done.returncode == 2 and "the source must not change; choose an output beside it" in done.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -243,7 +243,7 @@ def test_a_loss_that_is_no_number_stops_and_saves_nothing(world):
 def test_no_resume_refuses_a_run_that_has_checkpoints(world):
     run = settings(world, "run")
     pretrain(run, resume=False)
-    with pytest.raises(ConfigError, match="--no-resume: .*step_00000006 exists; remove it, or name another output"):
+    with pytest.raises(ConfigError, match="--no-resume: .*step_00000006 exists; remove it, or set another output"):
         pretrain(run, resume=False)
 
 
@@ -334,7 +334,7 @@ def test_a_second_run_on_the_same_output_is_refused_and_changes_nothing(world):
     def second(step, number):
         if step == 4:
             with pytest.raises(
-                CheckpointError, match="run: process .* is writing it; wait for it, or name another output"
+                CheckpointError, match="run: process .* is writing to it; wait for it, or choose another output"
             ):
                 pretrain(run)
             found.append(names(run))

@@ -148,7 +148,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"exp_avg\.pt: expected shape \[96\], found \[95\]"):
         list(open_source(folder).self_check())
     torch.save({"parma": torch.ones(96)}, inner / "exp_avg.pt")
-    with pytest.raises(CheckpointError, match=r"exp_avg\.pt: holds no tensor `param`"):
+    with pytest.raises(CheckpointError, match=r"exp_avg\.pt: contains no tensor `param`"):
         list(open_source(folder).self_check())
     os.unlink(inner / "exp_avg.pt")
     with pytest.raises(CheckpointError, match=r"exp_avg\.pt: missing; the checkpoint is incomplete"):

@@ -1,4 +1,4 @@
-"""DeepSpeed's own description of how AutoTP cut a parameter: pieces with strides, read as rectangles.
+"""Reads DeepSpeed's own description of how AutoTP cut a parameter: strided pieces, as rectangles.
 
 Format facts were read in DeepSpeed 0.19.8 (checkpoint/affine.py, module_inject/layers.py).
 """
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 class AffineMaps:
-    """The maps in one checkpoint's ``universal_checkpoint_info``; empty where it has none."""
+    """The maps in one checkpoint's ``universal_checkpoint_info``; empty if there are none."""
 
     def __init__(self, info: Any, where: Path) -> None:
         maps = info.get("affine_map") if isinstance(info, dict) else None
@@ -29,20 +29,20 @@ class AffineMaps:
             return
         if maps.get("version") != VERSION:
             raise CheckpointError(
-                f"{where}: its affine map has version {maps.get('version')}, version {VERSION} is known; update incr_ds."
+                f"{where}: its affine map has version {maps.get('version')}, but only version {VERSION} is known; update incr_ds."
             )
         self._maps = affine_parameters(maps.get("params"), where)
         self._unsupported: Mapping[str, str] = info.get("autotp_unsupported_parameter_patterns") or {}
         self._exact = {_plain(pattern): entry for pattern, entry in self._maps.items()}
 
     def blocks(self, parameter: str, name: str, tensor_rank: int) -> list[Block] | None:
-        """What ``parameter`` holds of the logical tensor ``name`` on a rank; None where no map describes it."""
+        """The blocks of the logical tensor ``name`` in ``parameter`` on a rank, or None if no map describes them."""
         if not self._maps:
             return None
         for pattern, reason in self._unsupported.items():
             if re.match(pattern, parameter):
                 raise CheckpointError(
-                    f"{self._where}: {parameter}: AutoTP says that it cannot be put together again: {reason}."
+                    f"{self._where}: {parameter}: AutoTP states that it cannot be assembled: {reason}."
                 )
         entry = self._exact.get(parameter)
         if entry is None:
@@ -50,7 +50,7 @@ class AffineMaps:
         held = entry["ranks"].get(tensor_rank)
         if held is None:
             raise CheckpointError(
-                f"{self._where}: {parameter}: its affine map says nothing of tensor rank {tensor_rank}."
+                f"{self._where}: {parameter}: its affine map does not describe tensor rank {tensor_rank}."
             )
         shapes = tuple(entry["logical_shape"]), tuple(held["shard_shape"])
         return [self._block(name, piece, *shapes) for piece in held["pieces"] if math.prod(piece["shape"])]
@@ -63,7 +63,7 @@ class AffineMaps:
         return Block(name, bounds, row, columns[0] if columns else 0, float(piece.get("scale", 1.0)))
 
     def _corner(self, name: str, place: Any, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The first element of a piece in a tensor that is stored row by row; refused if the piece is no rectangle there."""
+        """The first element of a piece in a tensor that is stored row by row. Refuses a piece that is not a rectangle."""
         offset, strides = place
         steps = [math.prod(whole[dimension + 1 :]) for dimension in range(len(whole))]
         corner = []
@@ -74,12 +74,12 @@ class AffineMaps:
         straight = all(stride == step for stride, step, size in zip(strides, steps, shape, strict=True) if size > 1)
         if len(shape) != len(whole) or not fits or not straight:
             raise CheckpointError(
-                f"{self._where}: {name}: AutoTP cut it into pieces that are no rectangles, which is not supported; gather the "
+                f"{self._where}: {name}: AutoTP cut it into pieces that are not rectangles, which is not supported; gather the "
                 "model with save_16bit_model, or convert it with ds_to_universal."
             )
         return tuple(corner)
 
 
 def _plain(pattern: str) -> str:
-    """The parameter name of a pattern that matches one name only: ``^name$``, escaped."""
+    """The parameter name in a pattern that matches exactly one name: ``^name$``, escaped."""
     return re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))

@@ -1,4 +1,4 @@
-"""Proofs that the files of a ZeRO checkpoint belong together, read in portions."""
+"""Checks that the files of a ZeRO checkpoint belong together, in portions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHECKED_ELEMENTS = 1 << 18  # compared at once
 
 
 def check_padding(rank: ModelRank) -> None:
-    """ZeRO pads with zeros; anything else is another checkpoint's data."""
+    """Check that ZeRO's padding is zero. Anything else is data of another checkpoint."""
     for state in rank.shards.flat:
         for padding in rank.shards.padding(state):
             if padding.count_nonzero():
@@ -32,10 +32,13 @@ def check_padding(rank: ModelRank) -> None:
 
 
 def check_duplicates(rank: ModelRank) -> None:
-    """No data-parallel rank may hold what the one before it holds, in all groups: one alone may hold copies by growth."""
+    """Check that no data-parallel rank holds the same data as the one before it.
+
+    All groups must be equal for that, since a growth can make copies within a single one.
+    """
     ranks = rank.shards.flat["weight"]
     for later in range(1, len(ranks)):
-        # A rank may lack the last groups: frozen parameters, which one rank holds.
+        # A rank may lack the last groups, which are frozen parameters that one rank holds.
         pairs = list(zip(ranks[later - 1], ranks[later], strict=False))
         if all(torch.equal(*pair) for pair in pairs) and any(part.any() for _, part in pairs):
             raise CheckpointError(
@@ -45,7 +48,7 @@ def check_duplicates(rank: ModelRank) -> None:
 
 
 def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
-    """The weights in the model's dtype that DeepSpeed saved beside the masters, by parameter name; {} for ZeRO-3."""
+    """Weights that DeepSpeed saved in the model's dtype beside the masters, by parameter name; {} for ZeRO-3."""
     module = rank.model.get("module")
     if rank.stage == 3:
         return {}
@@ -57,7 +60,7 @@ def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
 
 
 def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
-    """What the module saved of a tied tensor's other name must be the tensor."""
+    """Check that what the module saved under a tied tensor's other name equals the tensor."""
     module = rank.model.get("module") or {}
     saved = {logical: module[name] for name, logical in plain_names(module, architecture).items()}
     owners = {rank.names[name]: tensor for name, tensor in modules.items()}
@@ -70,7 +73,7 @@ def check_aliases(rank: ModelRank, modules: Mapping[str, torch.Tensor], architec
 
 
 def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
-    """The fp32 master, cast to the module's dtype, must be the module weight bit for bit."""
+    """Check that the fp32 master, cast to the module's dtype, equals the module weight bit for bit."""
     flat = rank.shards.parameters[parameter]
     if tuple(saved.shape) != flat.shape:
         raise CheckpointError(
@@ -91,8 +94,11 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
 
 
 def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether ``masters``, cast, are the saved weights. torch compares 16-bit numbers one by one, numpy their bits many at a
-    time: five times as fast. Equal bits are equal numbers unless they are NaN, and a sum shows whether any is."""
+    """Whether ``masters``, cast, are the saved weights.
+
+    torch compares 16-bit numbers one by one. numpy compares their bits, many at a time, which is five times as fast. Equal
+    bits are equal numbers unless they are NaN, and a sum shows whether any is.
+    """
     rounded = masters.to(saved.dtype)
     if saved.dtype.itemsize == 2 and not masters.sum().isnan():
         if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
@@ -101,14 +107,14 @@ def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
 
 
 def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:
-    """What transformers' Trainer saved of the same step beside DeepSpeed's folder, or None."""
+    """Open the weights of the same step that transformers' Trainer saved beside DeepSpeed's folder; None if there are none."""
     if not (folder / "trainer_state.json").is_file() or weights_file(folder) is None:
         return None
     return HuggingFaceCheckpoint(folder, architecture)
 
 
 def check_exported(checkpoint: LogicalCheckpoint, exported: LogicalCheckpoint, name: str) -> None:
-    """A tensor that the Trainer exported must be the fp32 master, cast to its dtype."""
+    """Check that a tensor that the Trainer exported equals the fp32 master, cast to its dtype."""
     spec = checkpoint.architecture.by_name[name]
     for part in row_portions(spec.shape, _CHECKED_ELEMENTS):
         saved = exported.read(name, "weight", part)

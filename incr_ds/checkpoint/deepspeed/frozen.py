@@ -1,4 +1,4 @@
-"""Parameters that were not trained: where ZeRO saves their weights, since no optimizer file holds them."""
+"""Reads parameters that were not trained. No optimizer file holds them; ZeRO saves their weights elsewhere."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def add_frozen(
     stage: int,
     trust: bool,
 ) -> frozenset[str]:
-    """Add the frozen parameters of a model-parallel rank to its trained ones, as further groups of ``flats``; their names.
+    """Add the frozen parameters of a model-parallel rank to its trained ones, as more groups of ``flats``.
 
-    ZeRO-2 saves them whole, ZeRO-3 a share in each rank's model file, ZeRO-1 (and BF16_Optimizer) only among the module's
-    weights. CheckpointError where they are missing.
+    Returns their names. ZeRO-2 saves them whole, ZeRO-3 saves a share in each rank's model file, and ZeRO-1 (and
+    BF16_Optimizer) only among the module's weights. Raises CheckpointError if they are missing.
     """
     shapes = model.get("frozen_param_shapes") or {}
     if stage == 3:
@@ -53,7 +53,7 @@ def add_frozen(
 
 
 def _aliases(module: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of weights that share the storage of an earlier one: only global rank 0 records shared_params."""
+    """Names of weights that share the storage of an earlier one. Only global rank 0 records shared_params."""
     seen: set[int] = set()
     aliases = set()
     for name, tensor in module.items():
@@ -79,7 +79,7 @@ def _add_shares(
         missing = [name for name in shapes if name not in fragments]
         if missing:
             raise CheckpointError(
-                f"{path}: no share of the frozen parameter {missing[0]}; the file is of another checkpoint."
+                f"{path}: no share of the frozen parameter {missing[0]}; the file belongs to another checkpoint."
             )
         for name in shapes:
             check_dtype(fragments[name].dtype, name, str(path))

@@ -25,11 +25,11 @@ Part = tuple[ModelRank, str]  # a rank and the name of one of its parameters
 def assembled_tensors(
     folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
 ) -> Mapping[str, Assembled]:
-    """Every logical tensor of a checkpoint whose parameters are logical tensors, cut or not, or joined ones.
+    """Assemble every logical tensor of a checkpoint whose parameters are logical tensors (whole or cut) or joined ones.
 
-    A parameter that is smaller than its tensor in one dimension is cut along it, in the order of the tensor ranks;
-    where DeepSpeed's AutoTP left its own description, that counts. CheckpointError names every tensor that is missing,
-    unknown or of another shape.
+    A parameter that is smaller than its tensor in one dimension is cut along it, in the order of the tensor ranks. If
+    DeepSpeed's AutoTP left its own description, that decides. Raises CheckpointError that lists every tensor that is
+    missing, unknown or of another shape.
     """
     found: dict[str, dict[int, list[Part]]] = {}
     joined = joined_parameters(architecture)
@@ -69,7 +69,7 @@ def _held(
 
 
 def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter]) -> Iterator[Held]:
-    """The tensors of experts, each a block of a joined parameter; CheckpointError for one of another shape."""
+    """The tensors of experts, each a block of a joined parameter. Raises CheckpointError for a wrong shape."""
     for rank in ranks:
         joined = {name: known[logical] for name, logical in rank.names.items() if logical in known}
         for name, parameter in joined.items():
@@ -83,7 +83,7 @@ def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, J
 
 
 def check_joined(parameter: JoinedParameter, shape: tuple[int, ...], where: str) -> None:
-    """CheckpointError unless a joined parameter has the shape that the config gives it."""
+    """Raise CheckpointError unless a joined parameter has the shape that follows from the config."""
     if tuple(shape) != parameter.shape:
         raise CheckpointError(
             f"{where}: {parameter.parameter}: expected shape {list(parameter.shape)} (experts, rows, columns), found "
@@ -92,5 +92,5 @@ def check_joined(parameter: JoinedParameter, shape: tuple[int, ...], where: str)
 
 
 def _reach(whole: tuple[int, ...], held: Sequence[Held]) -> tuple[int, ...]:
-    """How far the blocks reach in each dimension: the shape of what they make up."""
+    """The shape that the blocks span: how far they reach in each dimension."""
     return tuple(max(item.block.bounds[dimension][1] for item in held) for dimension in range(len(whole)))

@@ -1,4 +1,4 @@
-"""The files layer_XX-model_TT-model_states.pt of a pipeline checkpoint: the module's weights, frozen ones included."""
+"""Reads layer_XX-model_TT-model_states.pt files of a pipeline checkpoint: the module's weights, including frozen ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from incr_ds.checkpoint.torch_file.schema import tensors
 
 
 def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights of pipeline layers as ``<layer>.<name inside>``, in the model's dtype."""
+    """Yield weights of pipeline layers as ``<layer>.<name inside>``, in the model's dtype."""
     for layer in sorted(layers):
         path = folder / layer_file(layer, tensor_rank)
         for name, tensor in tensors(load_pt(path), path).items():
@@ -31,7 +31,7 @@ def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iter
 def with_frozen_layers(
     folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
 ) -> list[ModelRank]:
-    """``ranks`` with the parameters that no optimizer file holds, because they were not trained, on the first stage."""
+    """Add to ``ranks``, on the first stage, the frozen parameters, which no optimizer file holds."""
     layers = {layer for layer, _ in tag_files(path.name for path in folder.iterdir()).layers}
     if not layers:
         return list(ranks)
@@ -58,7 +58,7 @@ def _with_frozen(
         return rank
     saved = dict(layer_weights(folder, rank.index, layers))
     names = logical_names(saved, architecture)
-    # The last stage saves a tied embedding once more.
+    # The last stage saves a tied embedding again.
     owners = {names[name]: name for name in reversed(saved) if names[name] in missing}
     added = {name: saved[name] for name in owners.values()}
     flat = rank.shards.flat

@@ -1,4 +1,4 @@
-"""Megatron-DeepSpeed's GPTModelPipe: fused parameters and padded vocabularies back to logical tensors."""
+"""Turns Megatron-DeepSpeed's fused parameters and padded vocabularies (GPTModelPipe) into logical tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def is_megatron(parameters: Iterable[str]) -> bool:
 def megatron_tensors(
     folder: Path, ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int
 ) -> Mapping[str, Assembled]:
-    """Every logical tensor. Rows of the vocabulary's padding belong to none. CheckpointError names every parameter that is
-    missing, unknown or of another shape."""
+    """Assemble every logical tensor. Rows of the vocabulary's padding belong to none.
+
+    Raises CheckpointError that lists every parameter that is missing, unknown or of another shape.
+    """
     check_modules(modules_of(MEGATRON), architecture, tensor_parallel, str(folder))
     vocabulary = _vocabulary(ranks, architecture, tensor_parallel)
     shapes = [{name: flat.shape for name, flat in rank.shards.parameters.items()} for rank in ranks]
@@ -40,7 +42,7 @@ def fused_tensors(
     tensor_parallel: int,
     vocabulary: int,
 ) -> Mapping[str, Assembled]:
-    """Every logical tensor from holders of parameters, each with the shapes of its own; errors as ``megatron_tensors``."""
+    """Assemble every logical tensor from holders of parameters with their shapes; errors as in ``megatron_tensors``."""
     held: dict[str, list[Held]] = {}
     problems: list[str] = []
     for holder, shapes in holders:
@@ -58,7 +60,7 @@ def fused_tensors(
     if problems:
         shown = problems[:_SHOWN] + ([f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         lines = [
-            f"{folder}: {len(problems)} parameter(s) do not fit the config; is config.json this checkpoint's?",
+            f"{folder}: {len(problems)} parameter(s) do not match the config; is config.json this checkpoint's?",
             *shown,
         ]
         raise CheckpointError("\n".join(lines))
@@ -66,18 +68,18 @@ def fused_tensors(
 
 
 def padding_notes(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> tuple[str, ...]:
-    """What of the checkpoint is not part of the model."""
+    """Notes on rows of the checkpoint that are not part of the model."""
     vocab, found = architecture.sizes["vocab"], _vocabulary(ranks, architecture, tensor_parallel)
     if found == vocab:
         return ()
     return (
-        f"the source's vocabulary is padded from {vocab} to {found} rows, which are left out; if they were trained and are to "
-        f"stay, state {architecture.family.axes['vocab']}: {found} in config.json",
+        f"the source's vocabulary is padded from {vocab} to {found} rows, and the padding is left out; if it was trained and "
+        f"must stay, set {architecture.family.axes['vocab']}: {found} in config.json",
     )
 
 
 def _vocabulary(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> int:
-    """Rows of the embedding over all tensor ranks, padding included."""
+    """Number of rows of the embedding over all tensor ranks, including padding."""
     for rank in ranks:
         for parameter, flat in rank.shards.parameters.items():
             if parameter.endswith(".word_embeddings.weight"):

@@ -1,4 +1,4 @@
-"""ZeRO's flat partitions: where each parameter of one model-parallel rank lies, over the data-parallel ranks."""
+"""ZeRO's flat partitions: where each parameter of one model-parallel rank is, over the data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from incr_ds.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` elements of a parameter, from ``start`` in the flat tensor of ``group`` of data-parallel ``rank``."""
+    """``length`` elements of a parameter, at ``start`` in the flat tensor of ``group`` of data-parallel ``rank``."""
 
     rank: int
     group: int
@@ -34,7 +34,7 @@ class FlatParameter:
 class FlatShards:
     """All data-parallel files of one model-parallel rank. ``flat[state][rank][group]`` are one-dimensional tensors.
 
-    ``frozen`` parameters were not trained: they have weights, and moments of zero. Where ``flat`` has no moments, there are
+    ``frozen`` parameters were not trained; they have weights, and moments of zero. If ``flat`` has no moments, there are
     none.
     """
 
@@ -52,7 +52,7 @@ class FlatShards:
         return found.view(stop - first, *parameter.shape[1:])
 
     def padding(self, state: State) -> list[torch.Tensor]:
-        """The elements of every flat tensor that belong to no parameter: ZeRO's zero padding."""
+        """The elements of every flat tensor that belong to no parameter, which are ZeRO's zero padding."""
         used: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for parameter in self.parameters.values():
             for piece in parameter.pieces:
@@ -79,10 +79,10 @@ def contiguous_parameters(
     group_paddings: Sequence[Sequence[int]],
     partition_sizes: Sequence[int],
 ) -> dict[str, FlatParameter]:
-    """ZeRO-1/2: each group's parameters one after the other, the whole cut into equal partitions, one per rank.
+    """Place ZeRO-1/2 parameters: concatenated in each group, and the whole cut into equal partitions, one per rank.
 
-    ``group_paddings`` is the alignment padding after each parameter; ``partition_sizes`` the padded partition length
-    of each group.
+    ``group_paddings`` is the alignment padding after each parameter. ``partition_sizes`` is the padded length of a
+    partition in each group.
     """
     parameters = {}
     for group, (shapes, paddings, size) in enumerate(zip(group_shapes, group_paddings, partition_sizes, strict=True)):
@@ -110,7 +110,7 @@ def share_size(numel: int, num_ranks: int) -> int:
 def scattered_parameters(
     group_shapes: Sequence[Mapping[str, tuple[int, ...]]], num_ranks: int
 ) -> dict[str, FlatParameter]:
-    """ZeRO-3: each parameter cut on its own into ceil(numel / ranks) elements, the last ones zero padded."""
+    """Place ZeRO-3 parameters: each one cut into ceil(numel / ranks) elements, with zero padding at the end."""
     parameters = {}
     for group, shapes in enumerate(group_shapes):
         start = 0
@@ -129,7 +129,7 @@ def check_bounds(shards: FlatShards, where: str) -> None:
     for state, ranks in shards.flat.items():
         for name, parameter in shards.parameters.items():
             for piece in parameter.pieces if state == "weight" or name not in shards.frozen else ():
-                # Masters that are too short leave pieces for ranks that are not there.
+                # Masters that are too short leave pieces for ranks that do not exist.
                 groups = ranks[piece.rank] if piece.rank < len(ranks) else ()
                 length = groups[piece.group].numel() if piece.group < len(groups) else 0
                 if piece.start + piece.length > length:

@@ -42,15 +42,15 @@ from incr_ds.checkpoint.naming import logical_names, plain_names, refuse_adapter
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
 
-BF16_OPTIMIZER = 1  # writes ZeRO-1's partitions, but no zero_stage
+BF16_OPTIMIZER = 1  # it writes ZeRO-1's partitions, but no zero_stage
 
 
 @dataclass(frozen=True)
 class ModelRank:
     """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them.
 
-    ``kind`` names the format for people, ``dtype`` is the model's own, ``universal_info`` what DeepSpeed notes for conversions.
-    ``no_moments`` says why the optimizer's states cannot be used, if so; ``step`` is then 0.
+    ``kind`` is the format's readable name, ``dtype`` the model's own, ``universal_info`` DeepSpeed's notes for conversions.
+    ``no_moments`` is the reason why the optimizer's states cannot be used, if so; ``step`` is then 0.
     """
 
     index: int
@@ -69,20 +69,20 @@ class ModelRank:
 
 
 def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[ModelRank]:
-    """Every model-parallel rank of a checkpoint, its files mapped; CheckpointError for what is missing or not supported."""
+    """Open every model-parallel rank with its files mapped. Raises CheckpointError for missing or unsupported files."""
     return [_open_rank(paths, architecture, trust) for paths in _rank_files(folder)]
 
 
 def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
-    """(model-parallel rank, model file, optimizer files by data-parallel rank), refusing gaps in the grid."""
+    """(model-parallel rank, model file, optimizer files by data-parallel rank). Refuses gaps in the grid."""
     names = sorted(path.name for path in folder.iterdir())
     if any(name.startswith("expp_rank_") or "_expert_" in name for name in names):
         raise CheckpointError(f"{folder}: a mixture-of-experts checkpoint; only dense models are supported.")
     found = tag_files(names)
-    # ZeRO-3 has a model file for each data-parallel rank; the first one says all that is needed.
+    # ZeRO-3 has a model file for each data-parallel rank, and the first one has all that is needed.
     models = {rank: name for (rank, data), name in found.zero_3_models.items() if data == 0} | dict(found.models)
     if not found.optimizers and not models:
-        raise CheckpointError(f"{folder}: no file {ANY_MODEL_FILE}; not the folder of a DeepSpeed checkpoint's tag.")
+        raise CheckpointError(f"{folder}: no file {ANY_MODEL_FILE}; this is not a tag's folder of a DeepSpeed checkpoint.")
     ranks = range(max(*(rank for rank, _ in found.optimizers), *models, -1) + 1)
     num_data = max((data for _, data in found.optimizers), default=-1) + 1
     dtype = "bfloat16" if any(name.startswith(OPTIMIZER_PREFIXES["bfloat16"]) for name in names) else "float32"
@@ -104,7 +104,7 @@ def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
 
 @dataclass(frozen=True)
 class _RankOptimizer:
-    """One data-parallel rank's optimizer file, its two forms (ZeRO-1/2 and ZeRO-3) made one."""
+    """One data-parallel rank's optimizer file, with one interface for ZeRO-1/2 and ZeRO-3."""
 
     path: Path
     stage: int
@@ -116,7 +116,7 @@ class _RankOptimizer:
     universal_info: Any
 
     def flat(self, with_moments: bool) -> dict[State, list[torch.Tensor]]:
-        """Masters, and moments if asked for, one-dimensional, by group."""
+        """Masters, and moments if requested, as one-dimensional tensors by group."""
         found: dict[State, list[torch.Tensor]] = {"weight": [tensor.flatten() for tensor in self.masters]}
         if with_moments:
             groups = self.moments()
@@ -128,7 +128,7 @@ class _RankOptimizer:
         return found
 
     def moments(self) -> list[Moments]:
-        """By group; MomentsError if they are not Adam's alone."""
+        """Adam's moments by group. Raises MomentsError unless they are exactly Adam's."""
         states = self.adam["state"]
         groups = range(len(self.masters))
         return [moments(states.get(index, {}), self.path, f"optimizer group {index}") for index in groups]
@@ -163,11 +163,11 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
 def _parameters(
     model_path: Path, group_shapes: Sequence[Mapping[str, tuple[int, ...]]], first: _RankOptimizer, flats: Flats
 ) -> dict[str, FlatParameter]:
-    """Where each trained parameter lies in the flat tensors of the ranks."""
+    """Find each trained parameter in the flat tensors of the ranks."""
     if any(len(tensors["weight"]) != len(group_shapes) for tensors in flats):
         counts = ", ".join(str(len(tensors["weight"])) for tensors in flats)
         raise CheckpointError(
-            f"{model_path}: param_shapes has {len(group_shapes)} groups, the optimizer files beside it {counts}: from "
+            f"{model_path}: param_shapes has {len(group_shapes)} groups, the optimizer files beside it {counts}: they are from "
             "different checkpoints."
         )
     if first.stage == 3:
@@ -177,7 +177,7 @@ def _parameters(
 
 
 def _unpartitioned_rank(index: int, model_path: Path, model: ModelStates, architecture: Architecture) -> ModelRank:
-    """A rank of ZeRO-0: one file holds the module and its optimizer."""
+    """Open a rank of ZeRO-0, where one file holds the module and its optimizer."""
     found = unpartitioned(model_path, model, architecture)
     info = model.get("universal_checkpoint_info")
     names = plain_names(found.shards.parameters, architecture)
@@ -226,14 +226,14 @@ def _paddings(first: _RankOptimizer, group_shapes: Sequence[Mapping[str, Any]]) 
     lengths = [len(shapes) for shapes in group_shapes]
     if [len(paddings or range(length)) for paddings, length in zip(saved, lengths, strict=False)] != lengths:
         raise CheckpointError(
-            f"{first.path}: param_alignment_paddings does not have one entry for each parameter of param_shapes: from "
+            f"{first.path}: param_alignment_paddings does not have one entry for each parameter of param_shapes: they are from "
             "different checkpoints."
         )
     return [list(paddings or [0] * length) for paddings, length in zip(saved, lengths, strict=True)]
 
 
 def _why_no_moments(states: Sequence[_RankOptimizer]) -> str | None:
-    """The first file's reason if no file has Adam's moments; CheckpointError if some have them: those others are damaged."""
+    """The first file's reason if no file has Adam's moments. Raises CheckpointError if only some files lack them."""
     reasons = {}
     for state in states:
         try:

@@ -31,7 +31,7 @@ from incr_ds.sharding.joined import joined_parameters
 
 
 class ZeroCheckpoint:
-    """A DeepSpeed checkpoint folder and tag; nothing but metadata is read before ``read``."""
+    """A DeepSpeed checkpoint folder and tag. Only metadata is read before ``read``."""
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder = folder / tag
@@ -56,7 +56,7 @@ class ZeroCheckpoint:
         return self._architecture
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
-        """Part of one tensor (fp32 masters and moments), joined over tensor-parallel ranks; frozen tensors have zero moments."""
+        """Part of one tensor (fp32 masters and moments), joined over tensor ranks. Frozen tensors have zero moments."""
         spec = self._architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         if state not in self._facts.states:
@@ -64,12 +64,12 @@ class ZeroCheckpoint:
         return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
 
     def self_check(self) -> Iterator[str]:
-        """Prove that the shards belong together, yielding the name of each parameter checked.
+        """Check that the shards belong together, and yield the name of each parameter checked.
 
-        Stages 0 to 2: the fp32 master cast to the model's dtype equals the saved module weight bit for bit. Stage 3
-        saves no module weights: there the zero padding must be zero and no two ranks may hold the same bytes. Weights
-        that transformers' Trainer exported beside the tag must be the masters too. Tied and replicated copies must be
-        equal, in every state. Raises CheckpointError naming the first tensor that does not fit.
+        Stages 0 to 2: the fp32 master, cast to the model's dtype, equals the saved module weight bit for bit. Stage 3 saves
+        no module weights, so its padding must be zero and no two ranks may hold the same bytes. Weights that transformers'
+        Trainer exported beside the tag must equal the masters. Tied and replicated copies must be equal in every state.
+        Raises CheckpointError that names the first tensor that does not match.
         """
         exported = exported_weights(self._folder.parent, self._architecture)
         for rank in self._ranks:
@@ -92,7 +92,7 @@ class ZeroCheckpoint:
         for rank in self._ranks[1:]:
             if (rank.step, rank.stage) != (first.step, first.stage):
                 raise CheckpointError(
-                    f"{rank.files[0]}: step {rank.step}, ZeRO stage {rank.stage}; {first.files[0]} says step "
+                    f"{rank.files[0]}: step {rank.step}, ZeRO stage {rank.stage}; {first.files[0]} has step "
                     f"{first.step}, stage {first.stage}. The files come from different checkpoints."
                 )
         layout = {
@@ -126,7 +126,10 @@ class ZeroCheckpoint:
         return tuple(sorted({*(parameters - joined.keys()), *members}))
 
     def _why_no_moments(self) -> str | None:
-        """ZeRO-0 matches moments with names on each rank by itself; the partitions of ZeRO have moments on all ranks or none."""
+        """The reason why there are no usable moments, or None.
+
+        ZeRO-0 matches moments with names on each rank separately. With ZeRO's partitions all ranks have moments or none has.
+        """
         without = [rank for rank in self._ranks if rank.no_moments]
         complete = [rank for rank in self._ranks if not rank.no_moments]
         if without and complete and without[0].stage:
@@ -143,6 +146,6 @@ def _model_degrees(folder: Path, ranks: Sequence[ModelRank]) -> tuple[int, int]:
     tensor = degrees.get("tp_degree") or (found.tensor_ranks if found.layers else len(ranks))
     if not tensor or len(ranks) % tensor:
         raise CheckpointError(
-            f"{folder}: {len(ranks)} model-parallel ranks do not divide into tensor_parallel {tensor}."
+            f"{folder}: {len(ranks)} model-parallel ranks cannot be divided by tensor_parallel {tensor}."
         )
     return tensor, len(ranks) // tensor

@@ -1,4 +1,4 @@
-"""Releases of DeepSpeed whose loaders differ, as far as a written checkpoint can tell."""
+"""Releases of DeepSpeed whose loaders differ in ways that affect a written checkpoint."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from incr_ds.errors import LayoutError
 
 TESTED = "0.19.8"
 OLDEST = (0, 16, 9)
-# Until 0.19.2 the ZeRO-3 loader of universal checkpoints takes a bare tensor where the others take a dictionary
-# (runtime/zero/stage3.py, load_hp_checkpoint_state); from 0.19.3 on it takes both, so that one folder serves all stages.
+# Until 0.19.2 the ZeRO-3 loader of universal checkpoints expects a bare tensor where the others expect a dictionary
+# (runtime/zero/stage3.py, load_hp_checkpoint_state). From 0.19.3 on it accepts both, so that one folder serves all stages.
 UNION_SINCE = (0, 19, 3)
-# That of 0.16.9 restored one parameter group, cut by the rank within a node (DeepSpeed's pull request 7601); releases
-# between the two are treated like it.
+# That of 0.16.9 restored only one parameter group, cut by the rank within a node (DeepSpeed's pull request 7601).
+# Releases between the two are treated the same.
 ZERO3_UNIVERSAL_SINCE = (0, 18, 4)
 
 
 def needs_bare_states(version: str, universal: bool, zero_stage: int) -> bool:
     """Whether the states of a universal checkpoint must be bare tensors for this release.
 
-    LayoutError for a version that is none, is too old to be known, or loads this kind of checkpoint wrongly.
+    Raises LayoutError for an invalid version, one that is too old to be known, or one that loads this checkpoint wrongly.
     """
     release = _release(version)
     if release < OLDEST:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's files hold, as types: whoever opens a file checks it once, and names the first entry that does not fit."""
+"""Types of the content of DeepSpeed's files. A file is validated once when it is opened; errors name the first wrong entry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
-    NotRequired,  # what pydantic needs before Python 3.12
+    NotRequired,  # pydantic needs this one before Python 3.12
 )
 
 import torch
@@ -18,12 +18,12 @@ from incr_ds.errors import CheckpointError
 
 
 def _number(value: Any) -> Any:
-    """torch counts steps in tensors, DeepSpeed's own optimizers in ints."""
+    """A plain number. torch counts steps in tensors, DeepSpeed's own optimizers in ints."""
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _one_count(value: Any) -> Any:
-    """ZeRO-1 and 2 note the number of partitions for each group, ZeRO-3 once."""
+    """A single count. ZeRO-1 and 2 store the number of partitions per group, ZeRO-3 once."""
     counts = set(value) if isinstance(value, list | tuple) and all(isinstance(count, int) for count in value) else ()
     return next(iter(counts)) if len(counts) == 1 else value
 
@@ -56,7 +56,7 @@ class ModelStates(TypedDict):
 
 
 class AdamState(TypedDict):
-    """An optimizer's state_dict; what a group lacks of Adam's moments is said where they are read."""
+    """An optimizer's state_dict. Missing moments are reported where they are read."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
@@ -96,7 +96,7 @@ class Stage3Partitions(TypedDict):
 
 
 class AffinePiece(TypedDict):
-    """A strided part of a cut parameter: offset and strides in the whole tensor and in the rank's."""
+    """A strided piece of a cut parameter: offset and strides in the whole tensor and in the rank's part."""
 
     shape: list[Size]
     source: tuple[Size, list[Size]]
@@ -105,14 +105,14 @@ class AffinePiece(TypedDict):
 
 
 class AffineShard(TypedDict):
-    """What one tensor rank holds."""
+    """The pieces that one tensor rank holds."""
 
     shard_shape: list[Size]
     pieces: list[AffinePiece]
 
 
 class AffineParameter(TypedDict):
-    """How AutoTP cut a parameter, for each tensor rank."""
+    """How AutoTP cut a parameter over the tensor ranks."""
 
     logical_shape: list[Size]
     ranks: dict[int, AffineShard]
@@ -129,22 +129,25 @@ _MASTERS = TypeAdapter(list[list[torch.Tensor]], config=ConfigDict(arbitrary_typ
 
 
 def model_content(content: Any, path: Path) -> ModelStates:
-    """Raises CheckpointError, as the others here do, naming the first entry that is not what DeepSpeed writes."""
+    """Validate a model file. Raises CheckpointError, like the other functions here, that names the first wrong entry."""
     return checked(_MODEL, content, path)
 
 
 def adam_state(content: Any, path: Path, at: str) -> AdamState:
-    """An optimizer's state_dict, which stands at ``at`` in the file."""
+    """Validate an optimizer's state_dict, which is at ``at`` in the file."""
     return checked(_ADAM, content, path, at)
 
 
 class MomentsError(Exception):
-    """Why a checkpoint's optimizer states cannot be used; its weights can. Its text is part of a sentence."""
+    """The reason why a checkpoint's optimizer states cannot be used, although its weights can. Its text is part of a sentence."""
 
 
 def moments(content: Any, path: Path, at: str) -> Moments:
-    """Adam's two moments and its step; MomentsError says which of them are missing and what is there instead, or what is
-    there beside them: growing only a part of an optimizer's state would change it without a word."""
+    """Validate Adam's two moments and its step.
+
+    Raises MomentsError that names the ones that are missing and what is there instead, or states beyond Adam's. Growing only
+    a part of an optimizer's state would change it silently.
+    """
     known = Moments.__required_keys__
     missing = sorted(key for key in known if key not in content)
     if missing:
@@ -160,32 +163,32 @@ def moments(content: Any, path: Path, at: str) -> Moments:
     return checked(_MOMENTS, content, path, at)
 
 
-# What tells a relative of Adam by its further state.
+# Optimizers related to Adam, by their additional state.
 _VARIANTS = {"max_exp_avg_sq": "AMSGrad", "mu_product": "NAdam", "worker_error": "1-bit Adam"}
 
 
 def partitions(content: Any, path: Path) -> Partitions:
-    """A ZeRO-1, ZeRO-2 or BF16_Optimizer file's optimizer_state_dict."""
+    """Validate the optimizer_state_dict of a ZeRO-1, ZeRO-2 or BF16_Optimizer file."""
     return checked(_PARTITIONS, content, path, "optimizer_state_dict")
 
 
 def stage3_partitions(content: Any, path: Path) -> Stage3Partitions:
-    """A ZeRO-3 file's optimizer_state_dict."""
+    """Validate the optimizer_state_dict of a ZeRO-3 file."""
     return checked(_STAGE3, content, path, "optimizer_state_dict")
 
 
 def masters(content: Any, path: Path, at: str) -> list[list[torch.Tensor]]:
-    """fp32 masters by group and place in it."""
+    """Validate fp32 masters, by group and position in it."""
     return checked(_MASTERS, content, path, at)
 
 
 def affine_parameters(content: Any, path: Path) -> dict[str, AffineParameter]:
-    """AutoTP's descriptions by the pattern of a parameter's name."""
+    """Validate AutoTP's descriptions, by the pattern of a parameter's name."""
     return checked(_AFFINE, content, path, "universal_checkpoint_info.affine_map.params")
 
 
 def zero_stage(content: Any, path: Path) -> int:
-    """1 to 3, from DeepSpeed's enumeration or its stub."""
+    """The ZeRO stage, 1 to 3, from DeepSpeed's enumeration or its stub."""
     try:
         stage = int(content)
     except (TypeError, ValueError):
@@ -198,5 +201,5 @@ def zero_stage(content: Any, path: Path) -> int:
 
 
 def counted_steps(content: Any, path: Path) -> int:
-    """A number of optimizer steps, whatever holds it."""
+    """Validate a number of optimizer steps in any of its types."""
     return checked(_STEP, content, path)

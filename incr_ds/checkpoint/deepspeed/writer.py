@@ -1,7 +1,7 @@
-"""DeepSpeed's native layout: module files per model-parallel rank or pipeline layer, ZeRO partitions per rank.
+"""Writes DeepSpeed's native layout: module files per model-parallel rank or pipeline layer, ZeRO partitions per rank.
 
-The files hold tensors and plain containers only, no class of DeepSpeed, and load with its own ``load_checkpoint`` into an
-engine of exactly the declared layout. Format facts were read in DeepSpeed 0.19.8 (runtime/engine.py,
+The files contain only tensors and plain containers, no class of DeepSpeed. DeepSpeed's ``load_checkpoint`` loads them into
+an engine of exactly the declared layout. Format facts were read in DeepSpeed 0.19.8 (runtime/engine.py,
 runtime/zero/stage_1_and_2.py, runtime/pipe/module.py).
 """
 
@@ -52,12 +52,12 @@ ADAMW_DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class NativeTarget:
-    """What every file of one native checkpoint shares.
+    """What all files of one native checkpoint have in common.
 
     ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
-    decaying and the non-decaying parameter group. ``modules`` are those of another training code, whose vocabulary is
-    padded to ``vocabulary`` rows. ``bare_states``: a universal checkpoint for a loader that takes nothing but tensors.
-    ``has_moments`` is False where the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state.
+    decaying and the non-decaying parameter group. ``modules`` are those of another training code, with the vocabulary
+    padded to ``vocabulary`` rows. ``bare_states`` marks a universal checkpoint for a loader that accepts only tensors.
+    ``has_moments`` is False if the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state.
     """
 
     architecture: Architecture
@@ -79,17 +79,19 @@ class NativeTarget:
 
     @property
     def has_layer_files(self) -> bool:
-        """Whether a pipeline module keeps the weights, one file a layer."""
+        """Whether a pipeline module stores the weights, in one file per layer."""
         return self.layout.pipeline_parallel > 1 or self.modules is not None
 
     @property
     def embedding_layer(self) -> int:
-        """The pipeline layer that a tied head has no file beside."""
+        """The pipeline layer whose file also serves a tied head."""
         return 0 if self.modules is None else self.modules.embedding
 
     def shards(self, model_rank: int) -> tuple[RankParameter, ...]:
-        """What model-parallel rank ``model_rank`` holds (pipeline stage outermost, tensor rank inside), in the order of its
-        module's parameters."""
+        """The parameters of model-parallel rank ``model_rank``, in the order of its module.
+
+        Ranks are numbered with the pipeline stage outermost and the tensor rank inside.
+        """
         stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
         if self.modules is None:
             held = rank_parameters(self.architecture, self.layout, stage, tensor_rank)
@@ -100,7 +102,7 @@ class NativeTarget:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """mp_rank_XX_model_states.pt: metadata, and the module weights unless the pipeline keeps them by layer."""
+    """mp_rank_XX_model_states.pt: metadata, and the module's weights unless the pipeline stores them by layer."""
 
     target: NativeTarget
     model_rank: int
@@ -112,7 +114,7 @@ class ModelFile:
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The module weights, unless the pipeline keeps them by layer."""
+        """The module's weights, unless the pipeline stores them by layer."""
         return self._archive().streamed
 
     def write(self, sink: Sink, slices: Slices) -> None:
@@ -132,7 +134,7 @@ class ModelFile:
         return archive_of(content)
 
     def metadata(self) -> dict[str, Any]:
-        """What every model file holds; ``module`` and ``param_shapes`` are still to be filled in."""
+        """The content of every model file, in which ``module`` and ``param_shapes`` are still empty."""
         target, layout = self.target, self.target.layout
         aliases = {spec.name: spec.tied_to for spec in target.architecture.tensors if spec.tied_to}
         return {
@@ -211,7 +213,7 @@ class OptimizerFile:
         archive_of(self.content()).write(sink, Path(self.path).stem, slices)
 
     def content(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The file's content."""
         num_data = self.target.layout.data_parallel
         groups = optimizer_groups(self.target.shards(self.model_rank))
         sizes = [partition_size(sum(shard.numel for shard in group), num_data) for group in groups]
@@ -232,7 +234,7 @@ class OptimizerFile:
             for index, group in enumerate(groups)
         ]
         state = {
-            # No clip_grad: DeepSpeed's loader would take it over the threshold of the engine that loads.
+            # No clip_grad: DeepSpeed's loader would override the threshold of the engine that loads the file.
             "overflow": False,
             "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},
             "single_partition_of_fp32_groups": masters,
@@ -244,7 +246,7 @@ class OptimizerFile:
         return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
 
     def _padding(self, group: tuple[RankParameter, ...], size: int) -> int:
-        """Zero elements at the end of this rank's partition."""
+        """Number of zero elements at the end of this rank's partition."""
         total: int = sum(shard.numel for shard in group)
         return min(size, max(0, (self.data_rank + 1) * size - total))
 
@@ -268,11 +270,11 @@ def held_parts(shard: RankParameter, placed: FlatParameter, data_rank: int, stat
 
 
 def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
-    """Every file of a native checkpoint. LayoutError for a layout that has no native form here."""
+    """Every file of a native checkpoint. Raises LayoutError for a layout without a native form here."""
     layout = target.layout
     if layout.zero_stage not in (1, 2):
         raise LayoutError(
-            f"layout.zero_stage: {layout.zero_stage} has no optimizer files; use 1, 2 or 3, as the engine has, or format: "
+            f"layout.zero_stage: {layout.zero_stage} has no optimizer files; use the engine's stage 1, 2 or 3, or format: "
             "huggingface for the weights alone."
         )
     model_ranks = range(layout.tensor_parallel * layout.pipeline_parallel)
@@ -285,7 +287,7 @@ def native_files(target: NativeTarget) -> tuple[TargetFile, ...]:
 
 
 def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
-    """One file per layer of the stage; a tied head has none, its embedding's file serves."""
+    """One file per layer of the stage. A tied head has none, since its embedding's file serves both."""
     tensor_rank = model_rank % target.layout.tensor_parallel
     layers = sorted({shard.pipeline_layer for shard in target.shards(model_rank)})
     is_first_stage = model_rank < target.layout.tensor_parallel
@@ -296,10 +298,11 @@ def _layer_files(target: NativeTarget, model_rank: int) -> list[TargetFile]:
 def stage_parameters(
     modules: Modules, architecture: Architecture, num_stages: int, stage: int, degrees: tuple[int, int, int]
 ) -> tuple[RankParameter, ...]:
-    """What a stage of another training code's pipeline holds on one tensor rank: tied parameters first, as DeepSpeed's
-    pipeline module registers them. ``degrees``: tensor-parallel degree, tensor rank, rows of the vocabulary.
+    """The parameters of a stage of another training code's pipeline on one tensor rank.
 
-    Decoder layers are spread nearly evenly, larger parts first, which is what its partition_method type:transformer does.
+    Tied parameters come first, as DeepSpeed's pipeline module registers them. Decoder layers are spread nearly evenly,
+    larger parts first, as by its partition_method type:transformer. ``degrees`` are the tensor-parallel degree, the tensor
+    rank, and the rows of the vocabulary.
     """
     by_layer = module_parameters(modules, architecture, *degrees)
     starts = [modules.first_decoder + start for start, _ in split_bounds(architecture.num_layers, num_stages)]

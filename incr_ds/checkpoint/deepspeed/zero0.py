@@ -1,4 +1,4 @@
-"""ZeRO-0: a module and its optimizer in one file, where the optimizer numbers its parameters and names none."""
+"""Reads ZeRO-0: one file holds a module and its optimizer, which numbers its parameters and does not name them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from incr_ds.checkpoint.deepspeed.schema import (
 from incr_ds.checkpoint.naming import plain_names, refuse_adapters
 from incr_ds.errors import CheckpointError
 
-_PROBED = 4096  # elements of a master that tell tensors of one shape apart
+_PROBED = 4096  # elements of a master that are compared to distinguish tensors of one shape
 
 
 @dataclass(frozen=True)
 class Unpartitioned:
-    """What one rank of ZeRO-0 holds; every parameter is a group of its own. ``no_moments`` says why the optimizer's state
-    cannot be used, if so: the weights are then the module's own."""
+    """The content of one rank of ZeRO-0, in which every parameter is a group of its own.
+
+    ``no_moments`` is the reason why the optimizer's state cannot be used, if so. The weights are then the module's own.
+    """
 
     shards: FlatShards
     dtype: torch.dtype
@@ -41,14 +43,14 @@ class Unpartitioned:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A parameter as the optimizer knows it: its number, its moments, its fp32 master if it has one."""
+    """A parameter as the optimizer stores it: its number, its moments, and its fp32 master if it has one."""
 
     number: int
     state: Moments
     master: torch.Tensor | None
 
     def may_be(self, weight: torch.Tensor) -> bool:
-        """Whether the slot can belong to a module weight: equal shapes, and equal values where there is a master."""
+        """Whether the slot can belong to a module weight: equal shapes, and equal values if there is a master."""
         if self.state["exp_avg"].shape != weight.shape:
             return False
         if self.master is None:
@@ -58,16 +60,16 @@ class _Slot:
 
 
 def unpartitioned(path: Path, model: ModelStates, architecture: Architecture) -> Unpartitioned:
-    """The module's weights and, matched with their names, the optimizer's numbered parameters.
+    """Read the module's weights, and match the optimizer's numbered parameters with their names.
 
-    Within a parameter group the optimizer keeps the module's order; with shapes (and masters' values, in reduced
-    precision) that must leave one possibility, else the optimizer's state is not used. CheckpointError for what else is
-    not supported.
+    Within a parameter group the optimizer keeps the module's order. Shapes (and the masters' values, in reduced precision)
+    must then leave exactly one possibility. Otherwise the optimizer's state is not used, since moments under a wrong name
+    would go unnoticed. Raises CheckpointError for what is not supported.
     """
     module = model.get("module")
     if not module:
         raise CheckpointError(
-            f"{path}: neither ZeRO optimizer files nor a module with its optimizer are here. A pipeline without ZeRO is not "
+            f"{path}: no ZeRO optimizer files here, and no module with its optimizer. A pipeline without ZeRO is not "
             "supported: save with ZeRO-1, or export the model to Hugging Face format."
         )
     refuse_adapters(module, str(path))
@@ -126,9 +128,11 @@ def _slots(path: Path, optimizer: Mapping[str, Any]) -> list[list[_Slot]]:
 
 
 def _match(path: Path, weights: Mapping[str, torch.Tensor], groups: Sequence[Sequence[_Slot]]) -> dict[str, _Slot]:
-    """Walk through the module's names; each is the next slot of some group, or frozen if there are too few slots.
+    """Match names with slots: each of the module's names is the next slot of some group, or frozen.
 
-    Kept are, for every position of all groups, the number of ways to get there (capped at two) and one of them.
+    A name is frozen only if there are fewer slots than names. The search goes through the names in the module's order. A
+    state is the position in every group. For each state it keeps the number of ways to reach it (at most two, since two
+    already mean "ambiguous") and one of them. So its cost grows with the number of states instead of the number of ways.
     """
     num_frozen = len(weights) - sum(map(len, groups))
     start = (0,) * (len(groups) + 1)
@@ -145,7 +149,7 @@ def _match(path: Path, weights: Mapping[str, torch.Tensor], groups: Sequence[Seq
     final = (*(len(group) for group in groups), max(0, num_frozen))
     count, trail = ways.get(final, (0, None))
     if count != 1:
-        why = "none of the module's orders fits" if count == 0 else "more than one of the module's orders fits"
+        why = "none of the module's orders matches" if count == 0 else "more than one of the module's orders matches"
         raise MomentsError(
             f"{path.name}: ZeRO-0's optimizer numbers {sum(map(len, groups))} parameters in {len(groups)} group(s) without "
             f"names, and {why} (save with ZeRO-1)"
@@ -167,7 +171,7 @@ def _add(
 
 
 def _shards(weights: Mapping[str, torch.Tensor], slots: Mapping[str, _Slot]) -> FlatShards:
-    order = sorted(weights, key=lambda name: name not in slots)  # trained ones first: frozen ones have no moments
+    order = sorted(weights, key=lambda name: name not in slots)  # trained ones first, since frozen ones have no moments
     parameters, flat = {}, {state: [] for state in ("weight", "exp_avg", "exp_avg_sq")}  # type: ignore[var-annotated]
     for number, name in enumerate(order):
         weight = weights[name]

@@ -1,4 +1,4 @@
-"""DeepSpeed's native layout under ZeRO-3: every parameter cut over the data-parallel ranks on its own.
+"""Writes DeepSpeed's native layout under ZeRO-3, in which every parameter is cut over the data-parallel ranks.
 
 Format facts were read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, runtime/engine.py).
 """
@@ -25,7 +25,7 @@ Groups = tuple[tuple[RankParameter, ...], ...]
 
 
 def zero3_files(target: NativeTarget, sub_group_size: int) -> tuple[TargetFile, ...]:
-    """A model file and an optimizer file for every rank."""
+    """The model file and the optimizer file of every rank."""
     ranks = [
         (model_rank, data_rank)
         for model_rank in range(target.layout.tensor_parallel)
@@ -36,7 +36,7 @@ def zero3_files(target: NativeTarget, sub_group_size: int) -> tuple[TargetFile, 
 
 
 def sub_groups(target: NativeTarget, model_rank: int, sub_group_size: int) -> list[Groups]:
-    """Each parameter group of a rank in sub-groups: closed as soon as the shares in it reach ``sub_group_size`` elements."""
+    """Split each parameter group of a rank into sub-groups. One is full once its shares reach ``sub_group_size`` elements."""
     return [
         _cut(group, target.layout.data_parallel, sub_group_size)
         for group in optimizer_groups(target.shards(model_rank))
@@ -75,7 +75,7 @@ class ShareModelFile:
 
     @property
     def tensors(self) -> tuple[StreamedTensor, ...]:
-        """None: the optimizer files hold the weights."""
+        """Empty, since the optimizer files hold the weights."""
         return ()
 
     def write(self, sink: Sink, slices: Slices) -> None:
@@ -112,7 +112,7 @@ class ShareOptimizerFile:
         archive_of(self.content()).write(sink, Path(self.path).stem, slices)
 
     def content(self) -> dict[str, Any]:
-        """What the file holds. This loader, unlike the other stages', takes the loss scale from the file."""
+        """The file's content. This loader, unlike those of other stages, reads the loss scale from the file."""
         masters: list[StreamedTensor] = []
         moments: dict[int, dict[str, Any]] = {}
         hyperparameters = []

@@ -1,1 +1,1 @@
-"""Hugging Face folders."""
+"""Hugging Face folders: reading, writing and exporting them."""

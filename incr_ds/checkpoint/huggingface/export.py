@@ -1,4 +1,4 @@
-"""Any readable checkpoint as a Hugging Face folder."""
+"""Exports any supported checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def export_huggingface(
 ) -> tuple[str, ...]:
     """Publish ``source`` as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    Tokenizer files in ``beside``, the source's folder, are copied along; the output must not lie in it. The output appears
-    whole or not at all. CheckpointError if a weight holds NaN or infinity, unless ``allow_nonfinite``; the notes that are
-    returned, and are in the manifest, then count them.
+    Tokenizer files in ``beside``, the source's folder, are copied too. The output must not be inside it, and appears whole or
+    not at all. Raises CheckpointError if a weight holds NaN or infinity, unless ``allow_nonfinite``. In that case the
+    returned notes, which are also in the manifest, count them.
     """
     watched = FiniteCheckpoint(source, otherwise="--allow-nonfinite exports this one as it is", allowed=allow_nonfinite)
     refuse_overlap(beside, output)
@@ -40,7 +40,7 @@ def export_huggingface(
 
 
 def own_dtype(source: LogicalCheckpoint) -> torch.dtype:
-    """What a model is to be stored in: the precision of the run that saved it; else 16 bits if any of its weights is."""
+    """The dtype to store a model in: the precision of the run that saved it, otherwise 16 bits if any weight has them."""
     if source.facts.dtype is not None:
         known: torch.dtype = getattr(torch, source.facts.dtype)
         return known

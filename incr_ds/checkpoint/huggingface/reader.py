@@ -1,4 +1,4 @@
-"""Hugging Face folders, safetensors or .bin (one file or sharded), as logical checkpoints: weights only, no moments."""
+"""Reads Hugging Face folders, safetensors or .bin (one file or sharded), as logical checkpoints without moments."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _COMPARED_ROWS = 1024  # at once
 _PLAIN_NAME = re.compile(r"[^/\0]{1,243}\.(safetensors|bin)")
-# In the order in which transformers looks for them.
+# In the order in which transformers searches for them.
 CONTENTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file that makes a folder a Hugging Face one: its weights, or the index of their shards."""
+    """The file by which a folder is detected as a Hugging Face one: its weights, or the index of their shards."""
     return next((folder / name for name in CONTENTS if (folder / name).is_file()), None)
 
 
 class HuggingFaceCheckpoint:
-    """A folder that ``save_pretrained`` writes; slices are mapped from disk when asked for."""
+    """A folder that ``save_pretrained`` wrote. Slices are mapped from disk when they are read."""
 
     def __init__(self, folder: Path, architecture: Architecture, *, trust: bool = False) -> None:
         self._architecture = architecture
@@ -72,7 +72,7 @@ class HuggingFaceCheckpoint:
         return found
 
     def self_check(self) -> Iterator[str]:
-        """Tied copies must be equal; yields the name of each tensor seen. CheckpointError otherwise."""
+        """Check that tied copies are equal, and yield the name of each tensor. Raises CheckpointError otherwise."""
         for spec in self._architecture.tensors:
             if spec.tied_to is not None and spec.name in self._file_of:
                 if not self._are_equal(spec.name, spec.tied_to, spec.shape[0]):
@@ -89,7 +89,7 @@ class HuggingFaceCheckpoint:
         return self._handles[self._file_of[name]].get_slice(self._saved_as[name])
 
 
-# As safetensors spells them.
+# By safetensors' names.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -135,7 +135,7 @@ def _indexed_files(index: Path, trust: bool) -> Mapping[str, Path]:
     weight_map = read_json(index, CheckpointError, most=LARGE).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{index}: not an index of shards: weight_map: expected an object, found {weight_map!r:.80}."
+            f"{index}: not a valid index of shards: weight_map: expected an object, found {weight_map!r:.80}."
         )
     files = {}
     for name, file in weight_map.items():
@@ -149,7 +149,7 @@ def _indexed_files(index: Path, trust: bool) -> Mapping[str, Path]:
         present = set(_open(path, trust).keys())
         if present != names:
             odd = sorted(present ^ names)[0]
-            raise CheckpointError(f"{path}: does not hold what {index.name} says: {odd} is in one of the two only.")
+            raise CheckpointError(f"{path}: content differs from {index.name}: {odd} is only in one of the two.")
     return files
 
 

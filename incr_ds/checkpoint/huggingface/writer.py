@@ -1,4 +1,4 @@
-"""The Hugging Face folder: safetensors shards, index and config.json, as ``save_pretrained`` writes them."""
+"""Writes a Hugging Face folder: safetensors shards, index and config.json, as ``save_pretrained`` does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SafetensorsFile:
         return tuple(slice_of(spec.name, "weight", whole(spec.shape), self.dtype) for spec in self.specs)
 
     def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the shard: the length of the header, the header, the tensors in its order (safetensors 1)."""
+        """Write the shard: the length of the header, the header, and the tensors in its order (safetensors 1)."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
         for spec, tensor in zip(self.specs, self.tensors, strict=True):
@@ -50,7 +50,7 @@ class SafetensorsFile:
 def huggingface_files(
     architecture: Architecture, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> tuple[SafetensorsFile, ...]:
-    """The shards of a model: tensors in order, a new shard whenever the next one would pass ``shard_bytes``."""
+    """Plan the shards of a model: tensors in order, and a new shard before one would exceed ``shard_bytes``."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in architecture.stored:
@@ -76,14 +76,16 @@ def index_text(files: tuple[SafetensorsFile, ...]) -> str | None:
 
 
 def config_text(architecture: Architecture, dtype: torch.dtype) -> str:
-    """Content of config.json beside files of DeepSpeed: every field of the architecture, so that reading it needs no
-    transformers, with its class name and dtype."""
+    """Content of config.json beside DeepSpeed's files.
+
+    It has every field of the architecture, so that reading it does not need transformers, and its class name and dtype.
+    """
     unread = {name: architecture.stated[name] for name in architecture.unread}
     return _json_of({**unread, **architecture.config}, architecture, dtype)
 
 
 def published_config_text(architecture: Architecture, dtype: torch.dtype) -> str:
-    """Content of config.json in a Hugging Face folder: what the source's says, with what changed."""
+    """Content of config.json in a Hugging Face folder: the source's, with what changed."""
     return _json_of(architecture.stated, architecture, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The checksums that torch.save puts beside every tensor, which torch.load does not look at."""
+"""Checks the checksums that torch.save stores for every tensor and that torch.load ignores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from incr_ds.config.json_file import file_blocks
 from incr_ds.errors import CheckpointError
 
 _HEADER_MAGIC = b"PK\x03\x04"
-_HEADER = struct.Struct("<26xHH")  # of a record: magic and more, length of the name, length of the extra field
+_HEADER = struct.Struct("<26xHH")  # of a record: magic and more fields, length of the name, length of the extra field
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """Bytes [start, stop) of a file hold a record."""
+    """A record at bytes [start, stop) of a file."""
 
     record: zipfile.ZipInfo
     start: int
@@ -33,10 +33,10 @@ class _Extent:
 
 
 def check_records(path: Path) -> str:
-    """xxh3 (128 bits, hexadecimal) of a .pt file, which is read once; CheckpointError naming the tensors of the first record
-    whose CRC-32 is wrong.
+    """Read a .pt file once, check its records, and return its xxh3 (128 bits, hexadecimal).
 
-    Files older than torch's zip format have no checksums, and files saved without them say zero: both pass.
+    Raises CheckpointError that names the tensors of the first record with a wrong CRC-32. Files older than torch's zip format
+    have no checksums, and files saved without them have zeros. Both pass.
     """
     extents = _extents(path) if is_archive(path) else []
     digest, sums = xxhash.xxh3_128(), [0] * len(extents)
@@ -58,14 +58,14 @@ def check_records(path: Path) -> str:
         if found != extent.record.CRC:
             raise CheckpointError(
                 _damaged_record(
-                    path, extent.record, f"its CRC-32 is {found:08x}, torch.save noted {extent.record.CRC:08x}"
+                    path, extent.record, f"its CRC-32 is {found:08x}, but torch.save stored {extent.record.CRC:08x}"
                 )
             )
     return digest.hexdigest()
 
 
 def _extents(path: Path) -> list[_Extent]:
-    """The records that have a checksum, in the order in which they lie in the file."""
+    """The records that have a checksum, in their order in the file."""
     with opened_archive(path) as archive, open(path, "rb") as stream:
         check_stored(path, archive)
         found = [_extent(path, stream, record) for record in archive.infolist() if record.CRC]
@@ -76,7 +76,7 @@ def _extent(path: Path, stream: BinaryIO, record: zipfile.ZipInfo) -> _Extent:
     inside = 0 <= record.header_offset < path.stat().st_size
     header = os.pread(stream.fileno(), _HEADER.size, record.header_offset) if inside else b""
     if len(header) < _HEADER.size or not header.startswith(_HEADER_MAGIC):
-        raise CheckpointError(_damaged_record(path, record, "its header is another"))
+        raise CheckpointError(_damaged_record(path, record, "its header differs from the directory's"))
     name_bytes, extra_bytes = _HEADER.unpack(header)
     start = record.header_offset + _HEADER.size + name_bytes + extra_bytes
     return _Extent(record, start, start + record.file_size)
@@ -90,17 +90,17 @@ def _damaged_record(path: Path, record: zipfile.ZipInfo, why: str) -> str:
 
 
 def _named(path: Path, record: str) -> str:
-    """The tensors that a record holds, by where they are in the file's content."""
+    """The tensors that a record holds, by their paths in the file's content."""
     try:
         names = record_names(path).get(record.partition("/")[2], [])
-    except Exception:  # a damaged pickle names nothing
+    except Exception:  # the pickle is damaged, too, so no name is known
         names = []
     return f"{', '.join(names[:3])} (record {record})" if names else f"record {record}"
 
 
 def record_names(path: Path) -> Mapping[str, list[str]]:
-    """For each record of a .pt file, where in its content the tensors stand that it holds: ``module.lm_head.weight``."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second, for who needs it
+    """For each record of a .pt file, the paths of its tensors in the content: ``module.lm_head.weight``."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second, so only if it is needed
 
     reader: Any = torch._C.PyTorchFileReader(str(path))
     records = {reader.get_record_offset(name): name for name in reader.get_all_records()}

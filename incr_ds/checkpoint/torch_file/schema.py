@@ -1,4 +1,4 @@
-"""What a file holds, as types: checked once when it is opened, with the first entry that does not fit in the message."""
+"""Validates a file's content against types when the file is opened. Errors name the first wrong entry."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ _TENSORS = TypeAdapter(dict[str, torch.Tensor], config=ConfigDict(arbitrary_type
 
 
 def tensors(content: Any, path: Path, writer: str = "DeepSpeed") -> dict[str, torch.Tensor]:
-    """Tensors by name, as ``writer`` saves them."""
+    """Validate a mapping of tensors by name, as ``writer`` saves them."""
     return checked(_TENSORS, content, path, writer=writer)
 
 
 def checked(
     adapter: TypeAdapter[Content], content: Any, path: Path, at: str = "", writer: str = "DeepSpeed"
 ) -> Content:
-    """``content``, which stands at ``at`` in the file, as ``adapter`` says. CheckpointError names the first entry that is not
-    what ``writer`` writes there."""
+    """Validate ``content``, which is at ``at`` in the file, against ``adapter``.
+
+    Raises CheckpointError that names the first entry that is not what ``writer`` writes there.
+    """
     try:
         return adapter.validate_python(content)
     except ValidationError as error:

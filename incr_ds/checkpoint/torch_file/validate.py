@@ -1,5 +1,8 @@
-"""What a .pt file says of its tensors, checked before torch maps them: torch.load(mmap=True) does not look at the sizes of
-the archive's records, so a tensor could reach into other records, or read compressed ones as if they were numbers."""
+"""Checks what a .pt file states about its tensors before torch maps them.
+
+torch.load(mmap=True) ignores the sizes of the archive's records. So a tensor could reach into other records, or read
+compressed ones as if they were numbers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _STORAGE_BYTES = {
 
 
 def check_outline(path: Path) -> None:
-    """CheckpointError if a .pt file is no plain archive, or if one of its tensors reaches beyond its own record."""
+    """Raise CheckpointError if a .pt file is not a plain archive, or if a tensor reaches beyond its own record."""
     if not is_archive(path):
         raise CheckpointError(_not_an_archive(path))
     try:
@@ -42,39 +45,39 @@ def check_outline(path: Path) -> None:
             check_stored(path, archive)
             pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if pickled is None:
-                raise CheckpointError(f"{path}: no record data.pkl; not a file that torch.save wrote.")
+                raise CheckpointError(f"{path}: no record data.pkl; this is not a file that torch.save wrote.")
             folder = pickled.removesuffix("data.pkl")
             sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
             if sizes["data.pkl"] > MOST_PICKLED:
-                raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, at most {MOST_PICKLED:,} are read.")
+                raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, but at most {MOST_PICKLED:,} are read.")
             problem = next(_problems(Walker(archive.read(pickled)).tensors(), sizes), None)
     except CheckpointError:
         raise
     except WalkError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. The file is damaged, or was made to mislead; it was refused.")
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file begins as a zip archive, whole or not."""
+    """Whether a file starts like a zip archive, complete or not."""
     return _first_bytes(path) == ARCHIVE
 
 
 def opened_archive(path: Path) -> zipfile.ZipFile:
-    """The archive of a .pt file; CheckpointError if its directory is damaged."""
+    """Open the archive of a .pt file. Raises CheckpointError if its directory is damaged."""
     try:
         if zipfile.is_zipfile(path):
             return zipfile.ZipFile(path)
-    except Exception as error:  # a damaged directory raises anything, from either call
+    except Exception as error:  # with a damaged directory, either call raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
     raise CheckpointError(damaged(path, ValueError("its end, where an archive lists its records, is missing")))
 
 
 def check_stored(path: Path, archive: zipfile.ZipFile) -> None:
-    """CheckpointError if a record is compressed: torch never writes one, and what it unpacks to has no bound."""
+    """Raise CheckpointError if a record is compressed. torch never writes one, and its unpacked size has no bound."""
     for record in archive.infolist():
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise CheckpointError(
@@ -115,7 +118,7 @@ def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Itera
             continue
         if held > sizes[record]:
             yield f"record {record} has {sizes[record]} bytes, a tensor expects {held} there"
-        # The third version of the call names the dtype, its storage counts bytes.
+        # In the third version of the call, the dtype is an argument and the storage counts bytes.
         available = held // (_itemsize(more[0].name) if more else _itemsize(storage.name))
         elements = math.prod(size)
         last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
@@ -126,7 +129,7 @@ def _problems(tensors: list[tuple[Any, ...]], sizes: Mapping[str, int]) -> Itera
 
 
 def _itemsize(name: str) -> int:
-    """Bytes of an element of a storage class or a dtype of torch."""
+    """Bytes per element of a storage class or dtype of torch."""
     if name in _STORAGE_BYTES:
         return _STORAGE_BYTES[name]
     dtype: torch.dtype = getattr(torch, name)

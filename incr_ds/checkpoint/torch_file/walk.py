@@ -1,7 +1,7 @@
-"""A pickle walked without running it: which tensors it builds, and whether building it would take more than its size allows.
+"""Walks a pickle without running it: which tensors it builds, and whether building it would take more work than its size.
 
-Every global is replaced by a stand-in that keeps what it is given. A few bytes of a pickle can ask for any amount of work:
-a tuple of two references to a tuple of two references, sixty times, has 2^60 leaves to whoever hashes, prints or walks it.
+Every global is replaced by a stand-in that stores its arguments. A few bytes of a pickle can cause any amount of work. For
+example, a tuple of two references to a tuple of two references, sixty times, has 2^60 leaves for code that hashes or walks it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _OF_A_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _OF_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
-_MOST_READS = 8 << 20  # two an entry, roughly
+_MOST_READS = 8 << 20  # roughly two per entry
 _MOST_STEPS = 1 << 24
 _MOST_GLOBALS = 1000
 _DEEPEST = 64
@@ -22,16 +22,16 @@ _HOSTILE = "The file is damaged, or was made to mislead; it was refused."
 
 
 class WalkError(Exception):
-    """A pickle that nothing should load: what it does, and what to do about it."""
+    """A pickle that must not be loaded: what it does, and what the user can do about it."""
 
 
 class StandIn:
-    """Takes the place of whatever a pickle names; keeps what it is given, does nothing."""
+    """Replaces anything that a pickle names. It stores its arguments and does nothing."""
 
     name = ""
 
     def __new__(cls, *arguments: Any, **_: Any) -> StandIn:
-        """Keep the arguments."""
+        """Store the arguments."""
         made = super().__new__(cls)
         made.arguments, made.held = arguments, [arguments]
         return made
@@ -47,21 +47,21 @@ class StandIn:
         self.held += (key, value)
 
     def append(self, value: Any) -> None:
-        """Keep the value."""
+        """Store the value."""
         self.held.append(value)
 
     def extend(self, values: Iterable[Any]) -> None:
-        """Keep the values."""
+        """Store the values."""
         self.held.extend(values)
 
     def __call__(self, *arguments: Any) -> StandIn:
-        """Keep the arguments."""
+        """Store the arguments."""
         self.held.append(arguments)
         return self
 
 
 class _Stream(io.BytesIO):
-    """A pickle of which only so much is read."""
+    """A pickle of which only a limited amount is read."""
 
     reads = 0
 
@@ -72,9 +72,11 @@ class _Stream(io.BytesIO):
         return super().read(size)
 
 
-class Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle's numbering asks for
-    """Collects the storage, offset, size and strides of each tensor in a pickle, and counts the steps of building it:
-    leaves of keys that are hashed, and of what functions are called with."""
+class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pickle's numbering asks for
+    """Collects storage, offset, size and strides of each tensor in a pickle, and counts the steps of building it.
+
+    Steps are leaves of hashed keys and of arguments of function calls.
+    """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -82,18 +84,20 @@ class Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle'
         super().__init__(_Stream(content))
         self._found: list[tuple[Any, ...]] = []
         self._classes: dict[str, type[StandIn]] = {}
-        self._leaves: dict[int, int] = {}  # of each tuple, by its id: what makes tuples overwrites it
+        self._leaves: dict[int, int] = {}  # of each tuple by its id; the code that builds tuples overwrites it
         self._steps = 0
 
     def tensors(self) -> list[tuple[Any, ...]]:
-        """(persistent id of the storage, offset, size, strides, dtype where it is named) of each. WalkError, or for a damaged
-        pickle anything."""
+        """(persistent id of the storage, offset, size, strides, dtype if stated) of each tensor.
+
+        Raises WalkError, or any error if the pickle is damaged.
+        """
         content = self.load()
         _check_unfolded(content)
         return self._found
 
     def find_class(self, module: str, name: str) -> type[StandIn]:
-        """A stand-in that remembers its name, and tensors that are built."""
+        """Return a stand-in that remembers its name and the tensors that it builds."""
         full = f"{module}.{name}"
         if full not in self._classes:
             if len(self._classes) == _MOST_GLOBALS:
@@ -107,7 +111,7 @@ class Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle'
         return self._classes[full]
 
     def persistent_load(self, identity: Any) -> StandIn:
-        """A storage."""
+        """Return a stand-in for a storage."""
         return StandIn(identity)
 
     def _called(self, full: str, arguments: tuple[Any, ...]) -> None:
@@ -120,21 +124,21 @@ class Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle'
             self._found.append((storage.arguments[0], offset, size, strides, *dtype))
         elif full == _OF_A_SUBCLASS:
             function, _, inner, _ = arguments
-            function(*inner)  # a stand-in's, which comes here again
+            function(*inner)  # a stand-in's call, which comes here again
         elif full.startswith("torch._utils._rebuild") and full not in _OF_PARAMETERS or _is_a_constructor(full):
             raise WalkError(
-                f"holds what {full} makes: a tensor that is sparse, quantized or without a storage. Save it as an "
-                "ordinary one."
+                f"contains the result of {full}: a tensor that is sparse, quantized or without a storage. Save it as an "
+                "ordinary tensor."
             )
         elif full == "builtins.bytearray" and any(isinstance(value, int) for value in arguments):
             raise WalkError(f"its pickle reserves memory by a number. {_HOSTILE}")
 
     def _weight(self, value: Any) -> int:
-        """Steps of going through a value that is hashed, or that a function is called with."""
+        """Steps of walking through a value that is hashed or passed to a function."""
         if isinstance(value, tuple):
             return self._leaves.get(id(value), 1)
         if isinstance(value, list | set):
-            self._spend(len(value))  # already for looking at them
+            self._spend(len(value))  # the cost of looking at them
             return sum(self._leaves.get(id(item), 1) for item in value if isinstance(item, tuple))
         return len(value) if isinstance(value, str | bytes | dict) else 1
 
@@ -151,7 +155,7 @@ class Walker(pickle._Unpickler):  # that in C reserves whatever memory a pickle'
             )
 
     def _spend_keys(self, first: int) -> None:
-        """For every second of the values that lie on the stack from ``first`` on: keys."""
+        """Spend steps on every second value on the stack from ``first`` on, since these are keys."""
         for key in self.stack[first::2]:  # type: ignore[attr-defined]
             self._spend(self._weight(key))
 
@@ -178,23 +182,23 @@ def _keys_first(code: bytes, first: int) -> None:
 
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
     _then_weighed(_code)
-for _code in (pickle.SETITEMS, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET):  # the keys lie above a mark
+for _code in (pickle.SETITEMS, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET):  # the keys are above a mark
     _keys_first(_code, 0)
 _keys_first(pickle.SETITEM, -2)
-_keys_first(pickle.BUILD, -1)  # what goes into the attributes of an object
+_keys_first(pickle.BUILD, -1)  # the attributes of an object
 
 
 def _is_a_constructor(full: str) -> bool:
-    """Of a tensor or a storage of any size."""
+    """Whether a global constructs a tensor or a storage of any size."""
     return full.startswith("torch.") and full.endswith(("Tensor", "Storage"))
 
 
 def _check_unfolded(content: Any) -> None:
-    """WalkError if whoever goes through ``content``, entry by entry, would go deep, or meet shared parts too often."""
+    """Raise WalkError if code that walks ``content`` would go too deep or meet shared parts too often."""
     seen: dict[int, tuple[int, int]] = {}
 
     def measured(value: Any, depth: int) -> tuple[int, int]:
-        """Entries below a value, and its height."""
+        """Number of entries below a value, and its height."""
         if not isinstance(value, dict | list | tuple | set | StandIn):
             return 1, 0
         if id(value) not in seen:

@@ -1,8 +1,8 @@
-"""A .pt file streamed in bounded memory: the zip archive that ``torch.save`` writes, its tensors block by block.
+"""Streams a .pt file in bounded memory: the zip archive that ``torch.save`` writes, with its tensors block by block.
 
-The pickle needs no tensor data, so it is made first; each tensor is then one stored (uncompressed) record, aligned so that
-``torch.load(mmap=True)`` works. Sizes and checksums of records follow their data (a zip data descriptor), as torch's own
-writer does, which keeps the file one sequential write. Format: PKWARE APPNOTE 6.3.10, sections 4.3 to 4.5.
+The pickle needs no tensor data, so it comes first. Each tensor is one stored (uncompressed) record, aligned so that
+``torch.load(mmap=True)`` works. Sizes and checksums of records follow their data (in a zip data descriptor), as with torch's
+own writer, which keeps the file one sequential write. Format: PKWARE APPNOTE 6.3.10, sections 4.3 to 4.5.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from incr_ds.checkpoint.streaming import Slices, StreamedTensor
 
 ALIGNMENT = 64
 _STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
-_WIDE = 0xFFFFFFFF  # a 32-bit field that says: see the 64-bit one
+_WIDE = 0xFFFFFFFF  # in a 32-bit field: the value is in the 64-bit one
 _HAS_DESCRIPTOR = 0x0808  # flags: sizes follow the data; names are UTF-8
 
 
 class LossScaler:
-    """A constant loss scale of 1, pickled as DeepSpeed's own class of that name: its ZeRO-3 loader asks for one."""
+    """A constant loss scale of 1, pickled as DeepSpeed's own class of that name, which its ZeRO-3 loader expects."""
 
     def __init__(self) -> None:
         self.cur_scale = 1.0
         self.dynamic = False
 
 
-# In protocol 2 a class is its module and name as two lines of text, so another name may take their place.
+# In protocol 2 a class is stored as its module and name in two lines of text, so another name can replace them.
 _STANDS_FOR = {
     f"c{LossScaler.__module__}\n{LossScaler.__name__}\n".encode(): b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n"
 }
@@ -51,11 +51,11 @@ class Archive:
 
     @property
     def streamed(self) -> tuple[StreamedTensor, ...]:
-        """The tensors that come from a reader; the others are small constants."""
+        """The tensors that come from a reader. The others are small constants."""
         return tuple(tensor for tensor in self.tensors if isinstance(tensor, StreamedTensor))
 
     def write(self, sink: Sink, name: str, slices: Slices) -> None:
-        """Write the archive; ``name`` is its inner folder, the file's stem."""
+        """Write the archive. ``name`` is its inner folder, the file's stem."""
         records = _Records(sink, name)
         records.add("data.pkl", [(memoryview(self.pickled), None)])
         records.add("byteorder", [(memoryview(b"little"), None)])
@@ -66,7 +66,7 @@ class Archive:
 
 
 def archive_of(content: Any) -> Archive:
-    """The archive of ``content``: plain containers whose tensors are StreamedTensors, or small real ones."""
+    """Build the archive of ``content``: plain containers with StreamedTensors or small real tensors."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(content)
@@ -84,14 +84,14 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as torch does: a rebuild call on a storage that is named, not contained."""
+    """Pickles tensors as torch does: a rebuild call on a storage that is referred to, not contained."""
 
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer, protocol=2)
         self.tensors: list[StreamedTensor | torch.Tensor] = []
 
     def persistent_id(self, value: Any) -> Any:
-        """What a storage is called: its class, the record that holds it, device and size."""
+        """The reference to a storage: its class, the record that holds it, device and size."""
         if isinstance(value, _Storage):
             return ("storage", _STORAGES[value.dtype], str(value.key), "cpu", value.numel)
         return None
@@ -123,14 +123,14 @@ def _data(tensor: StreamedTensor | torch.Tensor, slices: Slices) -> Iterator[tup
 
 @dataclass
 class _Records:
-    """A zip archive being written: its records so far, for the directory at its end."""
+    """Writes a zip archive and keeps its records for the directory at the end."""
 
     sink: Sink
     folder: str
     directory: list[bytes] = field(default_factory=list)
 
     def add(self, name: str, blocks: Iterable[tuple[memoryview, Label | None]]) -> None:
-        """One stored record."""
+        """Write one stored record."""
         encoded, offset = f"{self.folder}/{name}".encode(), self.sink.position
         padding = -(offset + 30 + len(encoded) + 4) % ALIGNMENT
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -146,7 +146,7 @@ class _Records:
         self.directory.append(_directory_entry(encoded, checksum, size, offset))
 
     def finish(self) -> None:
-        """The central directory, in its 64-bit form: valid for any size."""
+        """Write the central directory in its 64-bit form, which is valid for any size."""
         start, count = self.sink.position, len(self.directory)
         for entry in self.directory:
             self.sink.write(entry)

@@ -1,1 +1,1 @@
-"""DeepSpeed's universal checkpoints."""
+"""DeepSpeed's universal checkpoints: reading and writing them."""

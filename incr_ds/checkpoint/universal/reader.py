@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints as logical checkpoints: what this package or ds_to_universal wrote."""
+"""Reads DeepSpeed's universal checkpoints, by this package or by ds_to_universal, as logical checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FILES: Mapping[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "ex
 
 @dataclass(frozen=True)
 class _Parameters:
-    """The parameters of a universal checkpoint as those of one rank."""
+    """The parameters of a universal checkpoint, as if one rank held them."""
 
     model_file: Path
     checkpoint: UniversalCheckpoint
@@ -41,7 +41,7 @@ class _Parameters:
 
 
 class UniversalCheckpoint:
-    """A folder ``zero/`` with one folder per parameter; files are mapped when first asked for."""
+    """A folder ``zero/`` with one folder per parameter. Files are mapped on first use."""
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder, self._architecture, self._trust = folder / tag, architecture, trust
@@ -52,8 +52,8 @@ class UniversalCheckpoint:
         self._folders = {logical: self._folder / "zero" / parameter for parameter, logical in found.items()}
         if twice := sorted(parameter for parameter, name in found.items() if self._folders[name].name != parameter):
             raise CheckpointError(
-                f"{self._folder / 'zero' / twice[0]}: holds {found[twice[0]]}, which {self._folders[found[twice[0]]].name} holds "
-                "too; one of them is of another checkpoint."
+                f"{self._folder / 'zero' / twice[0]}: holds {found[twice[0]]}, but so does "
+                f"{self._folders[found[twice[0]]].name}; one of them belongs to another checkpoint."
             )
         self._tensors: dict[tuple[str, State], torch.Tensor] = {}
         shapes = {name: tuple(self._tensor(name, "weight").shape) for name in self._folders}
@@ -103,12 +103,12 @@ class UniversalCheckpoint:
         return self._tensor(owner, state)[first:stop][inside]
 
     def parameter(self, name: str, state: State) -> torch.Tensor:
-        """A whole parameter by its own name, mapped; a joined one as a matrix."""
+        """A whole parameter by its own name, mapped. A joined one is a matrix."""
         found = self._tensor(name, state)
         return found.view(self._joined[name].rows_shape) if name in self._joined else found
 
     def self_check(self) -> Iterator[str]:
-        """Every state of every parameter is there and has its shape, and all steps are equal."""
+        """Check that every state of every parameter exists and has its shape, and that all steps are equal."""
         step = self._facts.step
         for name, folder in self._folders.items():
             for state in self._facts.states:
@@ -122,7 +122,7 @@ class UniversalCheckpoint:
             yield name
 
     def _experts(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Assembled]:
-        """The tensors of a mixture's experts, in the joined parameters of these shapes."""
+        """The tensors of a mixture's experts, from joined parameters of these shapes."""
         found = {}
         for name, shape in shapes.items():
             parameter = self._joined[name]
@@ -151,10 +151,10 @@ class UniversalCheckpoint:
         content = load_pt(path, trust=self._trust)
         tensor = content.get("param") if isinstance(content, dict) else content
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: holds no tensor `param`; not a file of a universal checkpoint.")
+            raise CheckpointError(f"{path}: contains no tensor `param`; not a file of a universal checkpoint.")
         check_dtype(tensor.dtype, f"{name} ({state})", str(path))
         spec = self._architecture.by_name.get(name) or self._joined.get(name)
-        # A conversion from ZeRO-3 leaves tensors flat.
+        # A conversion from ZeRO-3 leaves tensors flattened.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
             tensor = tensor.view(spec.shape)
         if spec is not None and tensor.shape != spec.shape and state != "weight":
@@ -162,7 +162,7 @@ class UniversalCheckpoint:
         return tensor
 
     def _states(self) -> tuple[tuple[State, ...], str | None]:
-        """The states that every parameter has, and why there are no moments, if so."""
+        """The states that every parameter has, and the reason why there are no moments, if so."""
         known = {*_FILES.values(), "step.pt"}
         beside = {path.name for folder in self._folders.values() for path in folder.glob("*.pt")}
         if further := sorted(beside - known):

@@ -1,7 +1,7 @@
-"""DeepSpeed's universal layout: one folder per parameter, holding its whole master and moments, whatever the ranks.
+"""Writes DeepSpeed's universal layout: one folder per parameter with its whole master and moments, for any ranks.
 
 One folder serves ZeRO-1, 2 and 3 and BF16_Optimizer at any data-parallel size, which DeepSpeed's own converter does not
-write: `optimizer_state.pt` and the metadata files are the union of what the loaders of the stages look for. No class of
+do. `optimizer_state.pt` and the metadata files contain all that the loaders of the stages look for. No class of
 DeepSpeed is pickled. Format facts were read in DeepSpeed 0.19.8 (checkpoint/universal_checkpoint.py,
 runtime/base_optimizer.py, runtime/zero/stage3.py, runtime/engine.py).
 """
@@ -25,8 +25,8 @@ from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.megatron_modules import module_parameters
 
 FILES: dict[State, str] = {"weight": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
-# The ZeRO-1 and 2 loader stops at the shorter of its own and the saved list of parameter groups, in silence. Empty
-# groups past the engine's own are ignored, and being empty leave its learning rate, betas and decay alone.
+# The ZeRO-1 and 2 loader stops silently at the shorter of its own and the saved list of parameter groups. Empty groups
+# beyond the engine's own are ignored, and because they are empty, learning rate, betas and decay stay unchanged.
 PARAMETER_GROUPS = 256
 
 
@@ -54,7 +54,7 @@ class _ArchiveFile(ABC):
 
     @abstractmethod
     def content(self) -> Any:
-        """What the file holds."""
+        """The file's content."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,11 @@ class StateFile(_ArchiveFile):
         return (parameter_tensor(self.tensor.blocks, self.tensor.shape, self.state, torch.float32),)
 
     def content(self) -> Any:
-        """The whole tensor as ``param``, and what tensor ranks do with it: ``cat_dim`` is the dimension that they cut,
-        ``param_n_sub_params`` how many parts of it they cut each, ``vocab_tensor`` that they pad its rows."""
+        """The whole tensor as ``param``, and how tensor ranks cut it.
+
+        ``cat_dim`` is the dimension that they cut, ``param_n_sub_params`` the number of parts that are cut separately, and
+        ``vocab_tensor`` says that its rows are padded.
+        """
         (tensor,), whole = self.tensors, self.tensor
         if self.target.bare_states:
             return tensor
@@ -96,10 +99,10 @@ class StepFile(_ArchiveFile):
 
 @dataclass(frozen=True)
 class GlobalStateFile(_ArchiveFile):
-    """zero/optimizer_state.pt: what is not per parameter, at the places of ZeRO-1 and 2 and at those of ZeRO-3."""
+    """zero/optimizer_state.pt: all that is not per parameter, both where ZeRO-1 and 2 and where ZeRO-3 expect it."""
 
     def content(self) -> Any:
-        """Loss scale, clipping and hyperparameters are left out: the engine's own stay in force."""
+        """The file's content. Loss scale, clipping and hyperparameters are left out, so the engine's own stay in force."""
         step = torch.tensor(float(self.target.step))
         return {
             "ds_version": FORMAT_VERSION,
@@ -114,7 +117,7 @@ class MetadataFile(_ArchiveFile):
     """mp_rank_XX_model_states.pt, and its name under ZeRO-3: counters, no weights."""
 
     def content(self) -> Any:
-        """What load_checkpoint asks for before it turns to the parameters."""
+        """What load_checkpoint needs before it reads the parameters."""
         layout = self.target.layout
         return {
             "module": {},
@@ -138,8 +141,11 @@ class MetadataFile(_ArchiveFile):
 
 
 def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
-    """Every file of a universal checkpoint. Parameters have the names of a pipeline's module if the declared layout has
-    a pipeline (of any length: the names do not depend on it), else Hugging Face's."""
+    """Every file of a universal checkpoint.
+
+    Parameters have the names of a pipeline's module if the declared layout has a pipeline (the names do not depend on its
+    length), otherwise Hugging Face's.
+    """
     layout = target.layout
     files: list[TargetFile] = [GlobalStateFile(target, "zero/optimizer_state.pt")]
     for rank in range(layout.tensor_parallel * layout.pipeline_parallel):
@@ -151,7 +157,7 @@ def universal_files(target: NativeTarget) -> tuple[TargetFile, ...]:
 
 
 def _parameters(target: NativeTarget) -> dict[str, RankParameter]:
-    """Each parameter once, whole: a tied one is on two stages."""
+    """Each parameter once and whole. A tied one is on two stages."""
     if target.modules is not None:
         vocabulary = target.architecture.sizes["vocab"]
         layers = module_parameters(target.modules, target.architecture, 1, 0, vocabulary).values()

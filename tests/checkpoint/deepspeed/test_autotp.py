@@ -94,11 +94,9 @@ def test_maps_that_are_not_understood():
         AffineMaps(info(replicated(1.0), 2), "test")
     strided = copy.deepcopy(replicated(1.0))
     strided["ranks"][0]["pieces"][0] |= {"shape": [2], "source": [0, [2]]}
-    with pytest.raises(CheckpointError, match=r"a\.bias: AutoTP cut it into pieces that are no rectangles"):
+    with pytest.raises(CheckpointError, match=r"a\.bias: AutoTP cut it into pieces that are not rectangles"):
         AffineMaps(info(strided), "test").blocks("a.bias", "a.bias", 0)
     refused = info(replicated(1.0)) | {"autotp_unsupported_parameter_patterns": {r"^a\.bias$": "shared q and k"}}
-    with pytest.raises(
-        CheckpointError, match=r"a\.bias: AutoTP says that it cannot be put together again: shared q and k"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.bias: AutoTP states that it cannot be assembled: shared q and k"):
         AffineMaps(refused, "test").blocks("a.bias", "a.bias", 0)
     assert AffineMaps(None, "test").blocks("a.bias", "a.bias", 0) is None

@@ -70,7 +70,7 @@ def test_what_megatron_wrote_is_read(tmp_path, grid, tied):
     assert found.facts.kind == "DeepSpeed ZeRO-1, Megatron-DeepSpeed"
     assert [found.facts.layout[key] for key in ("tensor_parallel", "pipeline_parallel", "data_parallel")] == list(grid)
     padded = 104 if grid[0] == 1 else 112
-    assert f"padded from 101 to {padded} rows, which are left out" in found.facts.notes[0]
+    assert f"padded from 101 to {padded} rows, and the padding is left out" in found.facts.notes[0]
     same(found, source)
     list(found.self_check())
 

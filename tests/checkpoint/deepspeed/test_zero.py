@@ -419,7 +419,7 @@ def test_frozen_parameters_that_were_left_out(damaged, case):
 
     for path in (folder / "step").glob("*model_states.pt"):
         rewrite(path, leave_out)
-    message = r"2 tensor\(s\) do not fit the config; .*saved with exclude_frozen_parameters=True: save it again"
+    message = r"2 tensor\(s\) do not match the config; .*saved with exclude_frozen_parameters=True: save it again"
     with pytest.raises(CheckpointError, match=message):
         open_source(folder)
 
@@ -457,7 +457,7 @@ def only_weights(folder, message, live=None):
 def test_zero_0_in_an_order_of_its_own(damaged):
     folder = damaged("z0")
     rewrite(model_file(folder), lambda content: content["optimizer"]["param_groups"][0]["params"].reverse())
-    only_weights(folder, r"without names, and none of the module's orders fits \(save with ZeRO-1\)")
+    only_weights(folder, r"without names, and none of the module's orders matches \(save with ZeRO-1\)")
 
 
 # What other optimizers, or none, leave of each parameter's state.

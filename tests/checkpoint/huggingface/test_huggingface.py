@@ -101,7 +101,7 @@ def test_index_naming_a_tensor_that_its_shard_lacks(written):
     folder, _ = written()
     change_index(folder, lambda files: files.update({"lm_head.weight": files["model.embed_tokens.weight"]}))
     with pytest.raises(
-        CheckpointError, match=rf"does not hold what {INDEX} says: lm_head\.weight is in one of the two"
+        CheckpointError, match=rf"content differs from {INDEX}: lm_head\.weight is only in one of the two"
     ):
         open_source(folder)
 
@@ -147,7 +147,7 @@ def test_wrong_shape_and_unknown_tensor(written):
         content["model.extra.weight"] = torch.ones(3)
 
     rewrite(folder, change)
-    with pytest.raises(CheckpointError, match=r"2 tensor\(s\) do not fit the config") as caught:
+    with pytest.raises(CheckpointError, match=r"2 tensor\(s\) do not match the config") as caught:
         open_source(folder)
     assert "model.norm.weight: expected shape [96], found [97]" in str(caught.value)
     assert "model.extra.weight: not a tensor of this llama" in str(caught.value)

@@ -151,7 +151,7 @@ def test_old_formats_are_named(tmp_path):
         load_pt(tmp_path / "disks.pt")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("a/text", "hello")
-    with pytest.raises(CheckpointError, match=r"no record data\.pkl; not a file that torch\.save wrote"):
+    with pytest.raises(CheckpointError, match=r"no record data\.pkl; this is not a file that torch\.save wrote"):
         load_pt(tmp_path / "other.pt")
 
 
@@ -189,7 +189,10 @@ HOSTILE = {
     "a hundred thousand entries": (r"more than 32,768 entries", b"]" * 100_000),
     "two thousand names": (r"names more than 1000 globals", *(b"ca%d\nb\n0" % number for number in range(2000)), b"N"),
     "memory by a number": (r"reserves memory by a number", b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R"),
-    "a tensor by its size": (r"holds what torch\.FloatTensor makes", b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R"),
+    "a tensor by its size": (
+        r"contains the result of torch\.FloatTensor",
+        b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R",
+    ),
     "ninety dimensions": (
         r"a tensor has 90 dimensions",
         b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00(" + b"K\x01" * 90 + b"th\x00)\x89NtR".replace(b"h\x00", b""),
@@ -231,6 +234,6 @@ class Noted(torch.Tensor):
 def test_tensors_that_are_no_plain_ones_are_named(tmp_path, made):
     torch.save({"w": made()}, tmp_path / "a.pt")
     with pytest.raises(
-        CheckpointError, match=r"a\.pt: holds what torch.* makes: a tensor that is sparse, quantized or w"
+        CheckpointError, match=r"a\.pt: contains the result of torch.*: a tensor that is sparse, quantized or w"
     ):
         load_pt(tmp_path / "a.pt")
