@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from incr_ds.cli.command import told
+from incr_ds.cli.command import error_text
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import IncrError
@@ -59,7 +59,7 @@ def main(
                 raise typer.Exit(STOPPED)
     except (IncrError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            typer.echo(f"pretrain: {told(error)}", err=True)
+            typer.echo(f"pretrain: {error_text(error)}", err=True)
         sys.stderr.flush()
         raise typer.Exit(2) from error
 

@@ -66,7 +66,7 @@ def test_generate_names_what_it_cannot_use(folder, tmp_path):
         IncrError, match="transformers finds no tokenizer that it can load .*; name one with --tokenizer"
     ):
         generate_text(source, tmp_path, "x", 3)
-    with pytest.raises(IncrError, match="--prompt: this tokenizer makes no token of it"):
+    with pytest.raises(IncrError, match="--prompt: the tokenizer gives no tokens for it"):
         generate_text(source, folder / "smollm2-135m", "", 3)
 
 

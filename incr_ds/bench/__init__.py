@@ -1,1 +1,1 @@
-"""How long the loss takes and how much memory it needs, beside the floor and what else there is."""
+"""Measures time and memory of the loss, beside the lower bound and other implementations."""

@@ -1,4 +1,4 @@
-"""Times variants in turns, so that a clock that drifts drifts for all of them."""
+"""Times variants in turns, so that a drifting clock affects all of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant at one shape: median milliseconds, or why there are none.
+    """One variant at one shape: median milliseconds, or the reason why there are none.
 
-    ``extra_bytes`` (CUDA only) is the peak memory of a pass beyond what was there before it and beyond the
-    ``gradient_bytes`` that it hands out.
+    ``extra_bytes`` (CUDA only) is the peak memory of a pass beyond what was in use before it and beyond the
+    ``gradient_bytes`` that it returns.
     """
 
     variant: str
@@ -44,7 +44,7 @@ class Measurement:
 def measure_shape(
     shape: LossShape, variants: Sequence[Variant], repeats: int, dtype: torch.dtype, device: torch.device
 ) -> list[Measurement]:
-    """Median of ``repeats`` forward and backward passes of each variant, one of each in every round."""
+    """Median time of ``repeats`` forward and backward passes of each variant, one of each per round."""
     problem = make_problem(shape, dtype, device)
     steps: dict[str, Step] = {}
     absent: dict[str, str] = {}
@@ -89,7 +89,7 @@ def measure_grid(
     device: torch.device,
     seconds: float,
 ) -> Iterator[list[Measurement]]:
-    """Yield the measurements of one shape after the other; begins none after ``seconds``."""
+    """Yield the measurements of one shape after the other. Starts none after ``seconds``."""
     end = time.monotonic() + seconds
     for shape in shapes:
         if time.monotonic() > end:
@@ -102,7 +102,7 @@ def measure_grid(
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 10) -> float:
-    """GB/s of a large copy, read and write counted."""
+    """GB/s of a large copy, counting both reading and writing."""
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     target.copy_(source)
@@ -111,7 +111,7 @@ def copy_bandwidth(device: torch.device, repeats: int = 10) -> float:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the numbers were taken on."""
+    """The machine and software of the measurements."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     found = {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version()}
     for package in ("torch", "triton", "liger-kernel", "trl"):
@@ -140,7 +140,7 @@ def pass_memory(step: Step, device: torch.device) -> tuple[int | None, int]:
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, on a CUDA device by its own clock."""
+    """Time of one call; on a CUDA device by the device's clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()

@@ -1,4 +1,4 @@
-"""Measurements as JSON, as a table and as a figure."""
+"""Reports measurements as JSON, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADINGS = ("N", "V", "variant", "computes", "ms", "of the floor", "extra GB", "
 def summarise(
     found: Sequence[Measurement], shapes: Sequence[LossShape], facts: Mapping[str, str], bandwidth: float
 ) -> dict[str, Any]:
-    """Everything that was found, with the ceilings of the same run and the floating-point work of each shape."""
+    """All measurements, with the ceilings of the same run and the floating-point operations of each shape."""
     return {
         "machine": dict(facts),
         "copy_gigabytes_per_second": bandwidth,
@@ -38,7 +38,7 @@ def summarise(
 
 
 def rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
-    """Cells under HEADINGS; a missing number says why."""
+    """Cells under HEADINGS. A missing number is replaced by its reason."""
     cells: list[tuple[str, ...]] = []
     for one in found:
         floor = _floor_milliseconds(found, one.tokens, one.vocabulary)
@@ -53,7 +53,7 @@ def rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
 
 
 def write_report(summary: Mapping[str, Any], found: Sequence[Measurement], folder: Path) -> list[Path]:
-    """loss.json, loss.md and loss.svg in ``folder``, and loss-scaling.svg; returns their paths."""
+    """Write loss.json, loss.md, loss.svg and loss-scaling.svg to ``folder``, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("loss.json", "loss.md", "loss.svg", "loss-scaling.svg")]
     paths[0].write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -79,7 +79,7 @@ def _markdown(summary: Mapping[str, Any], found: Sequence[Measurement]) -> str:
 
 
 def _draw_bars(found: Sequence[Measurement], path: Path) -> None:
-    """Bars per shape: time, with the floor of the same run drawn through it."""
+    """Draw bars of time per shape, with a line for the floor of the same run."""
     shapes = sorted({(one.tokens, one.vocabulary) for one in found})
     figure = _figure(8, 1.2 + 3.2 * len(shapes))
     for axes, (tokens, vocabulary) in zip(figure.subplots(len(shapes), 1, squeeze=False)[:, 0], shapes, strict=True):
@@ -95,7 +95,7 @@ def _draw_bars(found: Sequence[Measurement], path: Path) -> None:
 
 
 def _draw_lines(found: Sequence[Measurement], path: Path) -> None:
-    """Per vocabulary: time and extra memory over the number of tokens."""
+    """Draw time and extra memory over the number of tokens, per vocabulary."""
     sizes = sorted({one.vocabulary for one in found})
     figure = _figure(13, 1.0 + 4.0 * len(sizes))
     grid = figure.subplots(len(sizes), 2, squeeze=False)

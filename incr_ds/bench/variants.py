@@ -1,4 +1,4 @@
-"""What is timed: the bare products, this project's backends, and other implementations where they are installed."""
+"""Variants to time: the bare products, this project's backends, and other implementations that are installed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from incr_ds.losses.planner import LossShape
 from incr_ds.losses.teachers import TopKTeacher
 
 ALPHA = 0.5
-# One forward and backward pass; returns the bytes of the gradients that it handed out.
+# One forward and backward pass, which returns the bytes of its gradients.
 Step = Callable[[], int]
 
 
 @dataclass(frozen=True)
 class BenchProblem:
-    """Random tensors of one shape; ``hidden`` and ``head`` want gradients."""
+    """Random tensors of one shape. ``hidden`` and ``head`` need gradients."""
 
     hidden: Tensor
     head: Tensor
@@ -34,20 +34,20 @@ class BenchProblem:
 
     @property
     def taught(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Arguments of the loss."""
+        """Arguments of the loss with a teacher."""
         return self.hidden, self.head, self.labels, self.teacher_hidden, self.teacher_head
 
     def backward(self, loss: Tensor) -> int:
-        """Compute the gradients and drop them; returns their bytes."""
+        """Compute the gradients, drop them, and return their bytes."""
         gradients = torch.autograd.grad(loss, (self.hidden, self.head), allow_unused=True)
         return sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``make`` returns one forward and backward pass over a problem; it raises ImportError where it cannot be had.
+    """``make`` returns one forward and backward pass over a problem, or raises ImportError if it is not available.
 
-    ``computes`` says which losses: only equal ones compare.
+    ``computes`` names the losses. Only variants that compute the same ones are comparable.
     """
 
     name: str
@@ -74,7 +74,7 @@ def make_problem(shape: LossShape, dtype: torch.dtype, device: torch.device) -> 
 
 
 def floor(problem: BenchProblem) -> Step:
-    """The four products and nothing else, whole, in the inputs' dtype."""
+    """The four matrix products alone, over whole logits, in the inputs' dtype."""
     hidden, head, _, teacher_hidden, teacher_head = (tensor.detach() for tensor in problem.taught)
 
     def step() -> int:
@@ -98,7 +98,7 @@ def _ours_cuda(problem: BenchProblem) -> Step:
 
 
 def _ours_buffered(problem: BenchProblem) -> Step:
-    """The head's gradient is added to an fp32 buffer, as Megatron and DeepSpeed keep one."""
+    """Add the head's gradient to an fp32 buffer, like those of Megatron and DeepSpeed."""
     buffer = torch.zeros_like(problem.head, dtype=accumulation_dtype(problem.head.dtype))
     return lambda: problem.backward(distillation_loss(*problem.taught, alpha=ALPHA, head_gradient=buffer).loss)
 
@@ -123,7 +123,7 @@ def _ours_top_k(problem: BenchProblem) -> Step:
 
 
 def eager_loss(problem: BenchProblem) -> Tensor:
-    """The loss over whole logits with fp32 softmax, as it is usually written."""
+    """The loss over whole logits with an fp32 softmax, as it is usually written."""
     logits = (problem.hidden @ problem.head.T).float()
     log_q = F.log_softmax((problem.teacher_hidden @ problem.teacher_head.T).float(), dim=1)
     kl = F.kl_div(F.log_softmax(logits, dim=1), log_q, log_target=True, reduction="batchmean")

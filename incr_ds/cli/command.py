@@ -1,4 +1,4 @@
-"""What every command line shares: exit codes, console, progress that is plain when not on a terminal."""
+"""What all command lines share: exit codes, the console, and progress that is plain text without a terminal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ USER_MISTAKE = 2
 
 MOST_LINES, MOST_CHARACTERS = 40, 1000  # of an error
 _CURES = {
-    errno.ENOSPC: "free some space, or name another output",
-    errno.EDQUOT: "free some space, or name another output",
-    errno.EROFS: "name an output elsewhere",
-    errno.EACCES: "ask for access, or name another",
+    errno.ENOSPC: "free some space, or choose another output",
+    errno.EDQUOT: "free some space, or choose another output",
+    errno.EROFS: "choose an output elsewhere",
+    errno.EACCES: "ask for access, or choose another",
     errno.ENOTDIR: "a part of that path is a file",
 }
-PLAIN_WIDTH = 140  # where there is no terminal to ask: a log file keeps tables whole
+PLAIN_WIDTH = 140  # if there is no terminal to ask, so that a log file keeps tables whole
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -46,8 +46,11 @@ errors = _console(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[[], None]:
-    """Make a program of a typer function. What a user can cause (an IncrError, a disk or a file that fails, a value that no
-    option has) is told on one screen and exits with 2, without a traceback."""
+    """Turn a typer function into a program.
+
+    Errors that a user can cause (an IncrError, a disk or a file that fails, an invalid value of an option) are printed on one
+    screen, without a traceback, and the program exits with code 2.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command()
@@ -58,7 +61,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
     @functools.wraps(function)
     def program() -> None:
-        gc.freeze()  # what is imported and planned stays; to look through it all once more at the end takes half a second
+        gc.freeze()  # imports and plans stay in memory; scanning them at the end takes half a second
         try:
             _check_arguments(sys.argv[1:])
             _check_repeats(sys.argv[1:], app)
@@ -66,10 +69,10 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
                 try:
                     app()
                 finally:
-                    sys.stdout.flush()  # to a full disk, say
+                    sys.stdout.flush()  # may fail, for example on a full disk
         except (IncrError, OSError) as error:
             _forget_output()
-            errors.print(f"error: {told(error)}", markup=False)
+            errors.print(f"error: {error_text(error)}", markup=False)
             sys.exit(USER_MISTAKE)
         finally:
             gc.freeze()
@@ -79,7 +82,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
 @contextmanager
 def _training_packages() -> Iterator[None]:
-    """ConfigError for an import of what only the extra ``train`` installs; anything else that is missing is a defect."""
+    """Raise ConfigError if an import needs the extra ``train``. Any other missing package is a defect."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -88,11 +91,11 @@ def _training_packages() -> Iterator[None]:
         raise missing from error
 
 
-def told(error: IncrError | OSError) -> str:
-    """What a user reads of an error: at most a screen, and nothing that a terminal would act on."""
+def error_text(error: IncrError | OSError) -> str:
+    """The readable text of an error: one screen at most, without control characters for the terminal."""
     text = str(error) if isinstance(error, IncrError) else _of_the_system(error)
     lines = ["".join(one if one.isprintable() else repr(one)[1:-1] for one in line) for line in text.splitlines()]
-    # Names first: what is wrong with them stands after them.
+    # Each line starts with a name, so that its end can be cut.
     kept = [_shortened(re.sub(r"\S{400,}", lambda name: _shortened(name[0], 200), line)) for line in lines[:MOST_LINES]]
     return "\n".join([*kept, f"... and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else kept)
 
@@ -110,7 +113,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """ConfigError for an empty argument: a folder or a tag without a name is a variable that a script forgot to set."""
+    """Raise ConfigError for an empty argument, which usually comes from a variable that a script forgot to set."""
     for number, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if not argument or (name.startswith("--") and name != argument and not value):
@@ -119,7 +122,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _check_repeats(arguments: Sequence[str], app: typer.Typer) -> None:
-    """ConfigError for an option that is given twice and takes one value: the first would be dropped in silence."""
+    """Raise ConfigError for an option that is given twice but takes one value, since the first would be lost silently."""
     taken = [argument.partition("=")[0] for argument in arguments]
     for option in typer.main.get_command(app).params:
         given = sum(taken.count(name) for name in option.opts)
@@ -136,7 +139,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _forget_output() -> None:
-    """Python writes what is left of the output once more at its end, which would fail once more."""
+    """Discard buffered output. Python would write it again when it exits, which would fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -145,9 +148,9 @@ def _forget_output() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Import in this block what a command needs for its work, so that --help and a wrong option need not wait for torch.
+    """Import in this block what a command needs for its work, so that --help and wrong options do not wait for torch.
 
-    Imports make objects that stay: to look for garbage among them takes an eighth of torch's two seconds.
+    Imports create objects that stay. Searching them for garbage takes an eighth of torch's two seconds, so it is off here.
     """
     gc.disable()
     try:
@@ -158,7 +161,7 @@ def loading() -> Iterator[None]:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print one JSON object on standard output. JSON has no NaN and no infinity: they are null."""
+    """Print one JSON object to standard output. NaN and infinity become null, since JSON does not have them."""
     typer.echo(json.dumps(_finite(content), indent=1, sort_keys=True, default=str, allow_nan=False))
 
 

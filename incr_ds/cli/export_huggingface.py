@@ -1,4 +1,4 @@
-"""Write any readable checkpoint as a Hugging Face folder."""
+"""Write any supported checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fit the operators of a growth on a few hundred batches, before the growth; writes a recipe that grow_checkpoint.py takes."""
+"""Fit the operators of a growth on a few hundred batches before the growth, and write a recipe for grow_checkpoint.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW, the source frozen."""
+    """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW. The source is frozen."""
     from incr_ds.checkpoint.publish import check_writable, write_atomically
     from incr_ds.config.fields import load_settings
     from incr_ds.config.training import RunSettings
@@ -44,5 +44,5 @@ def main(
         f"held-out loss {fit.before:.4f} with the recipe's own operators, {fit.after:.4f} with the fitted ones"
     )
     if fit.after >= fit.before:
-        console.print("the fit did not help: more steps, another learning rate, or the recipe as it was")
+        console.print("the fit did not help: try more steps or another learning rate, or use the recipe as it was")
     console.print(f"wrote {output}")

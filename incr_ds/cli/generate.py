@@ -1,4 +1,4 @@
-"""Let a checkpoint write on, to look at a model."""
+"""Continue a text with a checkpoint, as a quick look at a model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from incr_ds.cli.command import command, loading, print_json
 
 @command
 def main(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint of any kind that can be opened.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability that is drawn from.")] = 1.0,
+    folder: Annotated[Path, typer.Argument(help="Checkpoint in any supported format.")],
+    prompt: Annotated[str, typer.Option(help="Beginning of the text.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1: less repetition.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for drawing tokens.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if FOLDER has none.")] = None,
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Print PROMPT and what the model in FOLDER adds to it. On the CPU, in fp32."""
+    """Print PROMPT and what the model in FOLDER adds to it. Runs on the CPU in fp32."""
     with loading():
         from incr_ds.checkpoint.integrity import open_described
         from incr_ds.cli.run_folder import located

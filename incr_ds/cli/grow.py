@@ -1,4 +1,4 @@
-"""What tools/grow_checkpoint.py does and says, once its options are understood."""
+"""The work and the output of tools/grow_checkpoint.py after its options are parsed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def print_suggestions(
     json: bool,
     write: tuple[Path, int] | None = None,
 ) -> None:
-    """What ``source`` could grow to, with about so many parameters. ``opening`` are the options of ``open_described``; ``write``
-    is a recipe file to write, and which row it holds."""
+    """Print targets with about ``parameters`` parameters that ``source`` can grow to.
+
+    ``opening`` are the options of ``open_described``. ``write`` is a recipe file to write, and the row for it.
+    """
     degrees = parse_layout(layout)
     if write is not None:
         if write[0].exists():
@@ -57,18 +59,18 @@ def _write_recipe(
     path: Path, row: int, found: Sequence[Suggestion], layout: ParallelLayout, *, has_moments: bool
 ) -> None:
     if row > len(found):
-        raise ConfigError(f"--row {row}: there are {len(found)} rows.")
+        raise ConfigError(f"--row {row}: there are only {len(found)} rows.")
     write_atomically(path, recipe_text(found[row - 1], layout, has_moments=has_moments))
 
 
 def grow(request: GrowthRequest, data: Path | None, plan_only: bool, json: bool) -> None:
-    """Plan ``request`` and, unless ``plan_only``, do it: by all processes together, if there are more than one."""
+    """Plan ``request`` and, unless ``plan_only``, run it in all processes of the launch."""
     with join_process_group() as group:
         try:
             _grow(request, group, data, plan_only, json)
         except IncrError:
             if group.rank:
-                sys.exit(USER_MISTAKE)  # the first process says it, once
+                sys.exit(USER_MISTAKE)  # the first process prints the message once
             raise
 
 
@@ -89,12 +91,12 @@ def _grow(request: GrowthRequest, group: ProcessGroup, data: Path | None, plan_o
     with progress_bar(quiet=quiet) as progress:
         facts = grow_checkpoint(planned, progress, group)
     if not quiet:
-        for note in facts["notes"][len(planned.notes) :]:  # what was found while writing
+        for note in facts["notes"][len(planned.notes) :]:  # notes from writing
             console.print(f"note: {note}")
         console.print(f"published {request.output} ({planned.num_bytes:,} bytes in {len(planned.files)} files)")
         if (request.output / ADVICE_FILE).is_file():
             advice = request.output / ADVICE_FILE
-            console.print(f"for training: {advice}, a fragment that launchers/pretrain.py takes (--config)")
+            console.print(f"for training: {advice}, a run-file fragment for launchers/pretrain.py (--config)")
     measured = {} if tokens is None or group.rank else _step_0(planned, tokens)
     if tokens and measured and not quiet:
         console.print(_described(measured, tokens))
@@ -107,7 +109,7 @@ def _tokens(planned: PlannedGrowth, data: Path | None) -> Tokens:
 
 
 def _step_0(planned: PlannedGrowth, tokens: Tokens) -> dict[str, Any]:
-    """Loss before and after an inexact growth, if both models fit into the memory budget; else how much they need."""
+    """Loss before and after a growth that does not keep the function, or how much memory both models need."""
     source, target = planned.source.architecture, planned.plan.target
     needed = 4 * (source.num_parameters + target.num_parameters)
     if needed > planned.request.memory_budget:

@@ -1,4 +1,4 @@
-"""Grow a checkpoint into a larger model, in the layout that the cluster wants."""
+"""Grow a checkpoint into a larger model, in the layout of the cluster."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def main(
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Grow NaN and infinity, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Grow SOURCE by RECIPE into OUTPUT, or with --suggest say what it could grow to.
+    """Grow SOURCE by RECIPE into OUTPUT, or with --suggest list what it could grow to.
 
     Under torchrun, deepspeed or srun the processes share the work.
     """
-    # --local_rank is what the deepspeed launcher adds to every command; the environment says the same.
+    # The deepspeed launcher adds --local_rank to every command. The environment has the same value.
     if suggest is not None:
         with loading():
             from incr_ds.cli.grow import print_suggestions
@@ -51,9 +51,9 @@ def main(
         )
         return
     if write_recipe is not None:
-        raise ConfigError("--write-recipe: belongs to --suggest, whose row it writes.")
+        raise ConfigError("--write-recipe: needs --suggest, since it writes one of its rows.")
     if recipe is None or output is None:
-        raise ConfigError("--recipe and --output: both are needed, unless --suggest asks what a growth could be.")
+        raise ConfigError("--recipe and --output: both are required, unless --suggest asks what a growth could be.")
     with loading():
         from incr_ds.cli.grow import grow
         from incr_ds.cli.run_folder import located

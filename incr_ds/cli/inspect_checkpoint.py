@@ -1,4 +1,4 @@
-"""Say what a checkpoint is (family, sizes, layout, step, moments, integrity), or where two of them differ."""
+"""Describe a checkpoint (family, sizes, layout, step, moments, integrity), or list where two of them differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Print what a folder holds, reading no tensor; or, with `diff A B`, every tensor that differs (then exit with 1)."""
+    """Print what a folder holds without reading a tensor; or, with `diff A B`, every tensor that differs (exit code 1)."""
     if len(folders) == 3 and str(folders[0]) == "diff":
         if tag is not None or config is not None:
             raise ConfigError(

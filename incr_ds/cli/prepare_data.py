@@ -1,4 +1,4 @@
-"""Make Megatron .bin/.idx data sets, and if wanted a tokenizer, from text files."""
+"""Make Megatron .bin/.idx data sets, and optionally a tokenizer, from text files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def main(
     input: Annotated[list[Path], typer.Option("--input", help="Folder or file; repeatable.")],
     tokenizer: Annotated[str, typer.Option(help="A transformers tokenizer folder, or train:sentencepiece.")],
     output: Annotated[Path, typer.Option(help="PREFIX of every file written.")],
-    vocab_size: Annotated[int, typer.Option(help="Pieces of a trained tokenizer.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary size of a trained tokenizer.")] = 4096,
     held_out: Annotated[float, typer.Option(help="Fraction of the documents kept for validation.")] = 0.05,
     pattern: Annotated[str, typer.Option(help="File names to read in folders, comma separated.")] = (
         "*.py,*.txt,*.md,*.jsonl"
     ),
     max_bytes: Annotated[int | None, typer.Option(help="Read at most this much text.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Let the tokenizer folder run code of its own.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the tokenizer folder run its own code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Tokenize text: one document a file (.jsonl: one a line, key text); equal documents stay in one split."""
+    """Tokenize text. A file is one document; in .jsonl files each line is one (key text). Equal documents share a split."""
     require("megatron.core")
     with loading():
         from incr_ds.data.corpus import CorpusRequest, prepare_corpus

@@ -1,4 +1,4 @@
-"""A training run's output folder where a command asks for a checkpoint."""
+"""Finds the checkpoint if a command gets a training run's output folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from incr_ds.cli.command import errors
 
 
 def located(folder: Path) -> Path:
-    """``newest_in_run``, and a line beside the output that says which it is."""
+    """Apply ``newest_in_run``, and print a line that names the checkpoint if it is another folder."""
     found = newest_in_run(folder)
     if found != folder:
         errors.print(f"{folder}: a training run; its newest complete checkpoint is {found.name}", markup=False)

@@ -1,4 +1,4 @@
-"""Plans and checkpoints as tables for people."""
+"""Plans and checkpoints as readable tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", 
 
 
 def growth_table(planned: PlannedGrowth) -> Table:
-    """What grows, from what to what, and how."""
+    """What grows, from which size to which, and how."""
     plan = planned.plan
     table = Table(
         title=f"{plan.target.family.model_type}: {'' if plan.function_preserving else 'not '}function-preserving growth",
@@ -38,7 +38,7 @@ def growth_table(planned: PlannedGrowth) -> Table:
     table.add_row("parameters", f"{plan.source.num_parameters:,}", f"{plan.target.num_parameters:,}", _ratio(planned))
     if (active := plan.target.active_parameters) != plan.target.num_parameters:
         ratio = active / plan.source.active_parameters
-        table.add_row("active a token", f"{plan.source.active_parameters:,}", f"{active:,}", f"x {ratio:.2f}")
+        table.add_row("active per token", f"{plan.source.active_parameters:,}", f"{active:,}", f"x {ratio:.2f}")
     table.add_row("layout", _layout_text(planned.source), _target_layout_text(planned), f"{planned.num_bytes:,} bytes")
     table.add_row("dtype", planned.source.facts.dtype or "", *_dtype_texts(planned))
     table.add_row("moments", ", ".join(planned.source.facts.states[1:]) or "none", "", plan.recipe.optimizer)
@@ -55,9 +55,9 @@ def _how(planned: PlannedGrowth, axis: str) -> str:
 
 
 def suggestion_table(found: Sequence[Suggestion]) -> Table:
-    """Targets to choose from."""
+    """Suggested targets to choose from."""
     caption = (
-        f"tokens: {TOKENS_PER_PARAMETER} a parameter. Up to about there growth pays in what is published; later, gains shrink "
+        f"tokens: {TOKENS_PER_PARAMETER} per parameter. In publications, growth pays up to about here; later, gains shrink "
         "(arXiv 2411.07340)."
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
@@ -66,13 +66,13 @@ def suggestion_table(found: Sequence[Suggestion]) -> Table:
         "target",
         "parameters",
         "times",
-        "width a layer",
-        "FLOPs a token",
-        "bytes a rank",
+        "hidden size per layer",
+        "FLOPs per token",
+        "bytes per rank",
         "tokens",
-        "to know",
+        "notes",
     ):
-        table.add_column(heading, justify="left" if heading in ("target", "to know") else "right")
+        table.add_column(heading, justify="left" if heading in ("target", "notes") else "right")
     for row, item in enumerate(found, start=1):
         target = ", ".join(f"{field}: {size}" for field, size in item.target.items())
         numbers = (
@@ -88,7 +88,7 @@ def suggestion_table(found: Sequence[Suggestion]) -> Table:
 
 
 def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
-    """What a checkpoint is."""
+    """A checkpoint's family, sizes, layout and state."""
     facts, architecture = checkpoint.facts, checkpoint.architecture
     table = Table(title=str(facts.path), title_justify="left", show_header=False, box=box.SIMPLE)
     rows = {
@@ -113,11 +113,11 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
 
 def _active(architecture: Architecture) -> dict[str, str]:
     active = architecture.active_parameters
-    return {} if active == architecture.num_parameters else {"active a token": f"{active:,}"}
+    return {} if active == architecture.num_parameters else {"active per token": f"{active:,}"}
 
 
 def tensor_tree(architecture: Architecture) -> Tree:
-    """Every tensor by its name and shape; tensors that are alike in several layers once, with the layers' numbers."""
+    """Every tensor by name and shape. Tensors that are alike in several layers appear once, with the layers' numbers."""
     alike: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in architecture.tensors:
         alike.setdefault((_without_layer(spec), str(spec.shape), str(spec.tied_to)), []).append(spec)
@@ -150,7 +150,7 @@ def _stated_sizes(architecture: Architecture) -> list[str]:
 
 
 def component_sizes(architecture: Architecture) -> dict[str, int]:
-    """Parameters of each kind of component: embedding, attention, feed-forward, norms, head."""
+    """Number of parameters of each kind of component: embedding, attention, feed-forward, norms, head."""
     sizes: dict[str, int] = {}
     for spec in architecture.stored:
         sizes[_component(spec)] = sizes.get(_component(spec), 0) + spec.numel
@@ -158,7 +158,7 @@ def component_sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
-    """What differs between two checkpoints."""
+    """The differences between two checkpoints."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("tensor", "state", "differs in", "elements", "by up to"):
         table.add_column(heading, justify="right" if heading in ("elements", "by up to") else "left")
@@ -177,10 +177,10 @@ def _component(spec: TensorSpec) -> str:
 
 
 def _dtype_texts(planned: PlannedGrowth) -> tuple[str, str]:
-    """The dtype of the target's weights, and why it is that."""
+    """The dtype of the target's weights, and the reason for it."""
     asked, name = planned.plan.recipe.layout.dtype, str(planned.dtype).removeprefix("torch.")
     if asked != "auto":
-        return name, "as the recipe says"
+        return name, "from the recipe"
     if planned.plan.recipe.layout.format == "huggingface":
         return name, "auto: Hugging Face folders keep fp32"
     return name, "auto: the source's; fp32 masters beside it"

@@ -1,4 +1,4 @@
-"""Check a checkpoint's files, that its shards belong together, and its logits against the source it was grown from."""
+"""Check a checkpoint's files, that its shards belong together, and its logits against the source that it was grown from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint to verify.")],
     tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
     config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Source checkpoint whose logits should be kept.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Source checkpoint with the expected logits.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Megatron data set prefix; default: sentences if a folder has a tokenizer, else random tokens."
+            help="Megatron data set prefix; default: sentences if a folder has a tokenizer, otherwise random tokens."
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples; default 8, or all sentences if fewer.")] = None,
@@ -36,15 +36,15 @@ def main(
         float | None,
         typer.Option(
             min=0.0,
-            help=f"Largest relative logit difference; default {EXACT}, or {ROUNDING_FACTOR:g} times what rounding does to the "
-            "source if FOLDER's weights are in 16 bits. Stated, it decides for growths that are not function-preserving too.",
+            help=f"Largest relative logit difference; default {EXACT}, or {ROUNDING_FACTOR:g} times the effect of rounding on "
+            "the source if FOLDER has 16-bit weights. If given, it also applies to growths that are not function-preserving.",
         ),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Exit with 0 if FOLDER is sound (and computes what --against computes, if its recipe says so), 2 if a file is wrong, 1 if
-    logits differ or cannot be compared."""
+    """Check FOLDER. Exit codes: 0 if it is sound (and computes what --against computes, if its recipe is
+    function-preserving), 2 if a file is wrong, 1 if logits differ or cannot be compared."""
     with loading():
         from incr_ds.checkpoint.integrity import check_folder, open_described
         from incr_ds.checkpoint.opening import open_source
@@ -71,10 +71,9 @@ def main(
 
 
 def judged(comparison: Comparison, function_preserving: bool, tolerance: float | None) -> dict[str, Any]:
-    """The comparison, what it is allowed, whether it passes, and the verdict in words.
+    """The comparison, the allowed difference, whether it passes, and a verdict in words.
 
-    A function-preserving growth must keep the logits. One that is not by its recipe passes, unless a stated ``tolerance``
-    says otherwise.
+    A function-preserving growth must keep the logits. Others pass, unless they exceed a given ``tolerance``.
     """
     allowed = comparison.allowed if tolerance is None else tolerance
     within = comparison.problem is None and comparison.relative_difference <= allowed
@@ -105,7 +104,7 @@ def _print(report: dict[str, Any], folder: Path) -> None:
     console.print(
         f"{folder}: {files} files as in {MANIFEST}"
         if files
-        else f"{folder}: no {MANIFEST}; of .pt and .bin files, the checksums that torch.save left are right"
+        else f"{folder}: no {MANIFEST}; the checksums of torch.save in its .pt and .bin files are right"
     )
     console.print(f"shards belong together: {report['tensors']} tensors checked")
     if "verdict" in report:
@@ -126,6 +125,4 @@ def _why(report: dict[str, Any]) -> str:
         return "--tolerance"
     if report["rounding"] is None:
         return "rounding of fp32 arithmetic"
-    return (
-        f"{ROUNDING_FACTOR:g} times what rounding its weights to 16 bits does to the source, {report['rounding']:.3g}"
-    )
+    return f"{ROUNDING_FACTOR:g} times the effect of rounding its weights to 16 bits on the source, {report['rounding']:.3g}"

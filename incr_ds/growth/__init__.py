@@ -1,1 +1,1 @@
-"""Growth: from (source shape, target shape, recipe) to a frozen plan, and the arithmetic that a plan asks for."""
+"""Growth: a frozen plan from source, target sizes and recipe, and the arithmetic that the plan describes."""

@@ -1,4 +1,4 @@
-"""What a growth means for the training that follows, as a run-file fragment in which every number has its reason."""
+"""Advises on the training after a growth, with a run-file fragment that gives the reason of every number."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from incr_ds.growth.published import rate_near
 
 FILE = "advice.yaml"
 WARMUP = "1%"  # of train_steps
-CAUTIOUS = 0.1  # of the peak, where a re-warm-up begins
+CAUTIOUS = 0.1  # of the peak, where a re-warm-up starts
 INEXACT = (
-    "which one suits an inexact growth is not known, so try some: G_stack (arXiv 2405.15319) trained larger targets at lower "
-    "peaks, from 6e-4 for 410M parameters to 1e-4 for 7B"
+    "which one suits a growth that is not function-preserving is not known, so try some: G_stack (arXiv 2405.15319) trained "
+    "larger targets at lower peaks, from 6e-4 for 410M parameters to 1e-4 for 7B"
 )
 HEADER = """\
-# What this growth means for training. launchers/pretrain.py takes several files, of which later ones win:
+# Settings for training after this growth. launchers/pretrain.py takes several files, and later ones override earlier ones:
 #   --config RUN.yaml --config this file
 """
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A key of a section of the run file and why it has its value. Without a ``key`` it is a remark."""
+    """A key in a section of the run file, and the reason of its value. Without a ``key`` it is a remark."""
 
     section: str
     reason: str
@@ -39,8 +39,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is known of the source's training: its run file's settings (of ours only), the AdamW settings of its parameter
-    groups without multipliers (none if it took no step), and whether some tensors have no moments because they were frozen."""
+    """What is known about the source's training.
+
+    That is its run file's settings (of our own runs), the AdamW settings of its parameter groups without multipliers (none
+    if it took no step), and whether some tensors have no moments because they were frozen.
+    """
 
     settings: Mapping[str, Any]
     groups: Sequence[Mapping[str, Any]]
@@ -53,7 +56,7 @@ class Trained:
 
     @property
     def peak(self) -> float | None:
-        """The learning rate after warm-up, or the last one where no run file says."""
+        """The learning rate after warm-up, or the last one without a run file."""
         stated = self.settings.get("schedule", {}).get("learning_rate")
         return self.last_rate if stated is None else float(stated)
 
@@ -64,9 +67,9 @@ class Trained:
 
 
 def advise(plan: GrowthPlan, source: Trained, gradient_ratio: float | None) -> tuple[Advice, ...]:
-    """What to set for training after ``plan``; nothing where it changes neither sizes nor layers.
+    """Settings for training after ``plan``; empty if it changes neither sizes nor layers.
 
-    ``gradient_ratio`` is the norm of the target's gradient over the source's, None where it is not known.
+    ``gradient_ratio`` is the norm of the target's gradient divided by the source's, or None if it is not known.
     """
     if not plan.grows:
         return ()
@@ -75,7 +78,7 @@ def advise(plan: GrowthPlan, source: Trained, gradient_ratio: float | None) -> t
 
 
 def advice_text(advices: Sequence[Advice]) -> str:
-    """``advices`` as YAML with comments; "" if there are none."""
+    """Format ``advices`` as YAML with comments; "" if there are none."""
     lines = [HEADER] if advices else []
     for section, items in groupby(advices, key=lambda item: item.section):
         found = list(items)
@@ -89,14 +92,14 @@ def advice_text(advices: Sequence[Advice]) -> str:
 
 
 def starts_anew(plan: GrowthPlan, source: Trained) -> bool:
-    """Whether the target's moments begin at zero."""
+    """Whether the target's moments start at zero."""
     return plan.recipe.optimizer == "reset" or plan.recipe.layout.format == "huggingface" or not source.groups
 
 
 def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
     if source.peak is None and (rate := rate_near(plan.target.num_parameters)) is not None:
         reason = (
-            "published, not this source's, which does not say its own: the median of peaks from scratch near "
+            "published, not this source's, which does not state its own: the median of peaks from scratch near "
             f"{plan.target.num_parameters:,} parameters ({rate.of})"
         )
         yield Advice("schedule", reason, "learning_rate", rate.value)
@@ -105,7 +108,7 @@ def _rate(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
         which = "after a function-preserving growth its maximum is the one to take (LEMON, arXiv 2310.07999)"
         if not plan.function_preserving:
             which = INEXACT
-        yield Advice("schedule", f"learning_rate: the source does not say its own; {which}")
+        yield Advice("schedule", f"learning_rate: the source does not state its own; {which}")
         return
     reason = "the source's maximum, which LEMON (arXiv 2310.07999) keeps after a function-preserving growth: lower ones did worse"
     if not plan.function_preserving:
@@ -122,7 +125,7 @@ def _warmup(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
     if not source.groups:
         beta = OptimizerSettings().betas[1]
         share = (
-            "a share of train_steps, as Pythia (arXiv 2304.01373) has it; the source's Adam is not known. Second moments "
+            "a share of train_steps, as in Pythia (arXiv 2304.01373); the source's Adam is not known. Second moments "
             f"need about {_settled(beta)} steps with the run file's default {beta:g}"
         )
         yield Advice("schedule", share, "warmup_steps", WARMUP)
@@ -136,28 +139,30 @@ def _warmup(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
 
 
 def _settled(beta: float) -> int:
-    """Steps after which Adam's second moments have settled."""
+    """Number of steps after which Adam's second moments have settled."""
     return round(2.0 / (1.0 - beta))
 
 
 def _warmup_start(plan: GrowthPlan, source: Trained) -> tuple[float, str]:
-    """The fraction of the peak to begin at, and why."""
+    """The fraction of the peak to start at, and the reason."""
     if starts_anew(plan, source):
         return 0.0, "the moments start at zero"
     last, peak = source.last_rate or 0.0, source.peak or 1.0
     share = min(1.0, last / peak)
     if source.frozen or _has_new_entries(plan):
         what = (
-            "tensors that were frozen have no moments" if source.frozen else "new entries have guessed moments, or none"
+            "tensors that were frozen have no moments"
+            if source.frozen
+            else "new entries have estimated moments, or none"
         )
         return _rounded(min(share, CAUTIOUS)), f"{what}; {CAUTIOUS:g} is a cautious choice, not a measured one"
     if share < 1.0:
-        return _rounded(share), f"the source's last step took {last:.3g}: go on from there"
-    return 1.0, "moments go on where the source's stopped, at its learning rate"
+        return _rounded(share), f"the source's last step took {last:.3g}: continue from there"
+    return 1.0, "moments continue where the source's stopped, at its learning rate"
 
 
 def _has_new_entries(plan: GrowthPlan) -> bool:
-    """Whether something in the target has no moments of its own in the source."""
+    """Whether something in the target has no moments in the source."""
     fresh = any(FRESH in axis.index for axis in plan.axes.values())
     return fresh or plan.recipe.optimizer == "reset-new" or any(layer.is_new for layer in plan.layers)
 
@@ -168,22 +173,22 @@ def _adamw(plan: GrowthPlan, source: Trained) -> Iterator[Advice]:
     decay = max(float(group["weight_decay"]) for group in source.groups)
     found = {"betas": list(source.betas or ()), "eps": float(source.groups[0]["eps"]), "weight_decay": decay}
     for key, value in found.items():
-        yield Advice("optimizer", "the source's, which its moments were made with", key, value)
+        yield Advice("optimizer", "the source's, with which its moments were computed", key, value)
 
 
 def _clipping(plan: GrowthPlan, source: Trained, ratio: float | None) -> Iterator[Advice]:
     if ratio is None:
         why = (
-            "the source has no second moments to tell"
+            "the source has no second moments to compute it from"
             if plan.function_preserving
             else "this growth does not keep the function"
         )
-        yield Advice("optimizer", f"gradient_clipping: how the gradients' norm changes is not known, since {why}")
+        yield Advice("optimizer", f"gradient_clipping: how the norm of the gradients changes is not known, since {why}")
         return
     how = f"{ratio:.3g} times the source's norm of all gradients, by its exp_avg_sq and the growth's factors"
     threshold = source.settings.get("optimizer", {}).get("gradient_clipping")
     if not threshold:
-        known = "was trained without" if threshold == 0.0 else "does not say its own"
+        known = "was trained without" if threshold == 0.0 else "does not state its own"
         yield Advice(
             "optimizer", f"gradient_clipping: multiply the threshold by {ratio:.3g}; the source {known} ({how})"
         )

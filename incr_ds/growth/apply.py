@@ -1,6 +1,6 @@
-"""The arithmetic of a plan: any slice of any grown tensor or moment, from the slices of the source that it needs.
+"""Computes any slice of any grown tensor or moment from the slices of the source that it needs, following a plan.
 
-A slice is: gather rows, gather columns, multiply by two vectors, fill the fresh part.
+A slice is computed in four steps: gather rows, gather columns, multiply by two vectors, fill the fresh part.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from incr_ds.growth.vectors import PlanVectors
 from incr_ds.growth.weights import GrownWeights
 from incr_ds.sharding.blocks import Bounds
 
-BYTES_PER_ELEMENT = 128  # of memory that reading takes at its height, per element of the source's and target's rows
+BYTES_PER_ELEMENT = 128  # peak memory of reading, per element of the source's and target's rows
 
 
 class GrownTensors:
-    """The target's tensors, computed on demand from ``source`` by ``plan``. Kept are vectors of the axes and per-tensor
-    means; a read takes about BYTES_PER_ELEMENT per element of the rows it asks for. Any number of threads may read.
+    """The target's tensors, computed on demand from ``source`` by ``plan``.
 
-    What ``read`` returns may be the source's own memory: it must not be written to.
+    Only vectors of the axes and per-tensor means are cached. A read takes about BYTES_PER_ELEMENT per element of the rows
+    that it reads. Any number of threads may read. The result of ``read`` may be the source's own memory, so do not write to it.
     """
 
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint) -> None:
@@ -33,11 +33,11 @@ class GrownTensors:
         self._weights, self._moments = GrownWeights(plan, vectors, slices), GrownMoments(plan, vectors, slices)
 
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
-        """The part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
+        """Read the part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
 
-        ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``: ``rescale`` scales them as the gradient scales
-        (exp_avg_sq by the square), ``reset-new`` does so for the first copy of everything and starts the rest anew, ``copy``
-        copies them, ``reset`` gives zeros.
+        ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``. ``rescale`` scales them as the gradient scales
+        (exp_avg_sq by the square). ``reset-new`` does so for the first copy of everything and resets the rest. ``copy``
+        copies them. ``reset`` gives zeros.
         """
         tensor = self.plan.tensors[name]
         reset = state != "weight" and self.plan.recipe.optimizer == "reset"
@@ -50,6 +50,6 @@ class GrownTensors:
         return self._moments.read(tensor, state, bounds)
 
     def _unchanged(self, source: str, state: State, bounds: Bounds) -> torch.Tensor:
-        """The part of a source tensor itself: what all the arithmetic below comes to where nothing grows."""
+        """Read a part of a source tensor as it is, which equals the result of all arithmetic if nothing grows."""
         found = self._source.read(source, state, bounds)
         return found.to(torch.promote_types(found.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The growth of one axis: for every new position where it comes from, how strongly it carries it, and how it is read.
+"""The growth of one axis: for every new position its old position, how strongly it is written, and how it is read.
 
 The whole of width growth is this triple (growth of a residual stream under RMSNorm: the embedding of the old stream into
 the new one must have orthogonal columns of equal norm). With new position j a copy of old position i(j):
@@ -12,12 +12,12 @@ the new one must have orthogonal columns of equal norm). With new position j a c
   bias by w_j / s_j.
 
 kappa = sqrt(sum of s^2 over the copies of one position * old / new) is 1 wherever eps can stay; eps scales by kappa^2.
-Gradients follow by the chain rule: a writer's gets w_j / s_j, a reader's 1, a raw reader's s_j, a norm's w_j s_j / kappa
-and its bias' w_j, a writing norm's w_j / kappa, the tied final norm's s_j^2 / kappa and its bias' s_j. For w even these are
-exact, and the rules for Adam's moments follow from them.
+Gradients follow by the chain rule. A writer's is multiplied by w_j / s_j, a reader's by 1, a raw reader's by s_j, a norm's
+by w_j s_j / kappa and its bias' by w_j, a writing norm's by w_j / kappa, the tied final norm's by s_j^2 / kappa and its
+bias' by s_j. For equal w these are exact, and the rules for Adam's moments follow from them.
 
-Under LayerNorm the mean must stay too: equal copies keep it, padding with the mean of the old positions does, and so does
-padding with zeros once every writer's mean over the positions is 0, which LayerNorm subtracts anyway.
+Under LayerNorm the mean must stay as well. Equal copies keep it, and so does padding with the mean of the old positions.
+Padding with zeros keeps it if every writer's mean over the positions is 0; LayerNorm subtracts that mean anyway.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ VALUE_RULES: Mapping[str, Callable[[Any, Any, float], Any]] = {
 
 @dataclass(frozen=True)
 class AxisGrowth:
-    """One axis. ``index`` is the old position of each new one, FRESH for a new unit that copies none.
+    """One axis. ``index`` is the old position of each new one, or FRESH for a new unit that copies none.
 
-    ``amplitude`` and ``share`` are s and w (0 at fresh positions), ``gradient`` the factor of a writer's gradient,
+    ``amplitude`` and ``share`` are s and w (0 at fresh positions), ``gradient`` is the factor of a writer's gradient, and
     ``kappa`` the norm's factor. ``centred`` writers lose their mean over the old positions. ``fresh_out`` and
     ``fresh_in`` say what a fresh unit writes and how it is read.
     """
@@ -83,12 +83,12 @@ class AxisGrowth:
 
     @property
     def is_identity(self) -> bool:
-        """True when nothing changes."""
+        """True if nothing changes."""
         return self.index == tuple(range(self.old)) and set(self.amplitude) == {1.0}
 
     @property
     def keeps_tensors(self) -> bool:
-        """True when nothing changes in the tensors that have this axis, nor in their gradients."""
+        """True if the tensors that have this axis, and their gradients, do not change."""
         factors = {*self.share, *self.gradient, self.kappa}
         return self.is_identity and factors == {1.0} and not self.centred
 
@@ -98,14 +98,14 @@ class AxisGrowth:
         return np.array(self.index, dtype=np.int64)
 
     def value(self, use: AxisUse) -> Vector:
-        """Factor of a weight along this axis, per new position; 0 at fresh positions, which are filled apart."""
+        """Factor of a weight along this axis per new position; 0 at fresh positions, which are filled separately."""
         s, w = self._amplitudes, self._shares
         fresh = self.positions == FRESH
         safe = np.where(s == 0, 1.0, s)
         return np.where(fresh, 0.0, VALUE_RULES[use](safe, w, self.kappa))
 
     def gradient_factor(self, use: AxisUse) -> Vector:
-        """Factor of the gradient (so of exp_avg) along this axis; squared it is exp_avg_sq's."""
+        """Factor of the gradient, and so of exp_avg, along this axis. exp_avg_sq takes its square."""
         s, written = self._amplitudes, self._gradients
         fresh = self.positions == FRESH
         vectors: dict[str, Vector] = {

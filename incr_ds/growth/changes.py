@@ -1,4 +1,4 @@
-"""What a recipe's ``target`` may change of the source's config, and by how much."""
+"""Checks which fields of the source's config a recipe's ``target`` may change, and by how much."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ ROTARY = "rope_parameters"
 
 
 def growing_fields(source: Architecture) -> dict[str, str]:
-    """Config field of each axis that can grow and has one."""
+    """The config field of each axis that can grow and has one."""
     return {axis: source.family.axes[axis] for axis in GROWING if axis in source.family.axes}
 
 
 def load_recipe(path: Path, source: Callable[[], Architecture]) -> GrowthRecipe:
-    """The recipe in a file. ConfigError lists every mistake in it: also fields of ``target`` that ``source`` does not have,
-    which is opened for this only where the recipe is wrong anyway."""
+    """Load the recipe in a file. Raises ConfigError that lists every mistake in it.
+
+    That includes fields of ``target`` that ``source`` does not have. It is opened only if the recipe is wrong anyway.
+    """
     try:
         return load_settings(path, GrowthRecipe)
     except ConfigError as error:
@@ -38,7 +40,7 @@ def load_recipe(path: Path, source: Callable[[], Architecture]) -> GrowthRecipe:
 def _unknown_in(path: Path, source: Callable[[], Architecture]) -> list[str]:
     try:
         target, architecture = read_yaml(path).get("target"), source()
-    except IncrError:  # the recipe's own mistakes come first; this one is told next time
+    except IncrError:  # the recipe's own mistakes come first; this one is reported at the next attempt
         return []
     return [f"  {line}" for line in _unknown_fields(architecture, target if isinstance(target, dict) else {})]
 
@@ -58,7 +60,7 @@ def _unknown_fields(source: Architecture, target: Mapping[str, Any]) -> list[str
 
 
 def checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> dict[str, Any]:
-    """The recipe's ``target``. GrowthError names every field that is unknown, cannot grow, or is not a size."""
+    """The recipe's ``target``. Raises GrowthError that lists every field that is unknown, cannot grow, or is not a size."""
     problems = [f"{where}: {line}." for line in _unknown_fields(source, recipe.target)]
     for field, value in recipe.target.items():
         if field in source.family.known_fields:
@@ -88,7 +90,7 @@ def _check_change(source: Architecture, field: str, value: Any, recipe: GrowthRe
 
 
 def check_size(field: str, axis: str, value: Any, where: str) -> None:
-    """GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
+    """Raise GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
     if value > max_axis_size(axis):
@@ -98,11 +100,11 @@ def check_size(field: str, axis: str, value: Any, where: str) -> None:
 
 
 def _rotations(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``new`` rope_parameters, of each kind of layer, with the base and the share of a head that turns from ``old``."""
+    """Fill ``new`` rope_parameters, for each kind of layer, with the base and the rotary share of a head from ``old``."""
     if "rope_type" not in old:
         unknown = sorted(set(new) - set(old))
         if unknown:
-            raise GrowthError(f"{where}: {unknown[0]} is no kind of layer; they are {_listed(old)}.")
+            raise GrowthError(f"{where}: {unknown[0]} is not a valid kind of layer; the kinds are {_listed(old)}.")
         return {kind: _rotations(old[kind], new.get(kind, old[kind]), f"{where}.{kind}") for kind in old}
     if new.get("rope_type") not in ROPE_TYPES:
         raise GrowthError(
@@ -124,7 +126,7 @@ def _check_follows(field: str, value: Any, followed: str, recipe: GrowthRecipe, 
 
 
 def _is_free(source: Architecture, field: str, value: Any) -> bool:
-    """A change that no operator need make up for, or that is known to change the function: how rotary pairs turn."""
+    """Whether no operator has to compensate a change, or it is known to change the function (rotary speeds)."""
     if field == CHOSEN:
         return isinstance(value, int) and not isinstance(value, bool) and value >= source.config[CHOSEN]
     if field == ROTARY:
@@ -133,7 +135,7 @@ def _is_free(source: Architecture, field: str, value: Any) -> bool:
 
 
 def _is_longer_rotary_context(source: Architecture, field: str, value: Any) -> bool:
-    """Rotary pairs that turn steadily have no end: a longer context changes nothing for the old one."""
+    """Whether the context gets longer under rotary pairs of constant speed, which leaves the old context unchanged."""
     if field != "max_position_embeddings" or "positions" in source.sizes:
         return False
     kinds = rotary_kinds(source.config)

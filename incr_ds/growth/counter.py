@@ -1,4 +1,4 @@
-"""Random numbers addressed by (seed, tensor, element): the same whatever the order, slice or number of workers."""
+"""Random numbers addressed by (seed, tensor, element): the same in any order, for any slice and number of workers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _WORDS_PER_BLOCK = 4  # Philox4x64 yields four 64-bit words a counter value: two
 
 
 def normals(seed: int, name: str, first: int, count: int) -> Vector:
-    """Standard normals number ``first`` to ``first + count`` of the stream (seed, name): Box and Muller's cosine branch."""
+    """Standard normals number ``first`` to ``first + count`` of the stream (seed, name), by Box-Muller's cosine branch."""
     return _normal(_words(seed, name, first, count))
 
 
 def normals_at(seed: int, name: str, first_row: int, wanted: npt.NDArray[np.bool_]) -> Vector:
     """The elements ``wanted`` [rows, width] of a matrix whose element (r, c) is number r * width + c of ``normals``.
 
-    Rows are counted from ``first_row``; rows and columns without a wanted element are 0. Drawing, logarithms and cosines were
-    half the arithmetic of a growth, so nothing is drawn for such a row, and nothing computed for such a column.
+    Rows are counted from ``first_row``. Rows and columns without a wanted element are 0. Drawing, logarithms and cosines were
+    half the arithmetic of a growth, so nothing is drawn for such a row and nothing is computed for such a column.
     """
     height, width = wanted.shape
     drawn = np.zeros((height, width))
@@ -36,13 +36,13 @@ def normals_at(seed: int, name: str, first_row: int, wanted: npt.NDArray[np.bool
 
 
 def choices(seed: int, name: str, count: int, options: int) -> IntVector:
-    """``count`` whole numbers from 0 to ``options`` - 1, each drawn alike and on its own."""
+    """Draw ``count`` independent integers from 0 to ``options`` - 1, uniformly."""
     drawn: IntVector = (_pairs(seed, name, 0, count)[:, 0] * options).astype(np.int64)
     return drawn
 
 
 def shuffled(seed: int, name: str, count: int) -> IntVector:
-    """0 to ``count`` - 1 in a drawn order."""
+    """0 to ``count`` - 1 in random order."""
     order: IntVector = np.argsort(_pairs(seed, name, 0, count)[:, 0], kind="stable")
     return order
 
@@ -66,7 +66,7 @@ def _uniform(words: npt.NDArray[np.uint64]) -> Vector:
 
 
 def _normal(words: npt.NDArray[np.uint64]) -> Vector:
-    """A standard normal of the two words along the last dimension."""
+    """A standard normal from the two words along the last dimension."""
     uniform = _uniform(words)
     drawn: Vector = np.sqrt(-2.0 * np.log(uniform[..., 0])) * np.cos(2.0 * np.pi * uniform[..., 1])
     return drawn

@@ -1,4 +1,4 @@
-"""Depth operators: for each target layer, the source layer it comes from and whether it is a new one."""
+"""Depth operators: for each target layer, the source layer that it copies and whether it is a new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from incr_ds.errors import GrowthError
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Target layer: the source layer it copies, whether it is one too many, and how many target layers copy it."""
+    """A target layer: the source layer that it copies, whether it is inserted, and how many target layers copy it."""
 
     layer: int
     is_new: bool
@@ -23,8 +23,8 @@ class LayerSource:
 def map_layers(method: str, old: int, new: int, given: Sequence[int] | None = None) -> tuple[LayerSource, ...]:
     """The layer map from ``old`` to ``new`` layers by one of METHODS, or ``given`` for method "map".
 
-    Of the target layers that copy one source layer, all but one are new: the later ones, or for "prepend" the earlier.
-    Raises GrowthError for fewer layers than the source's, and for counts that the method cannot make.
+    If several target layers copy one source layer, all but one are new: the later ones or, for "prepend", the earlier.
+    Raises GrowthError for fewer layers than the source's, and for numbers of layers that the method cannot make.
     """
     if new < old and method != "map":
         raise GrowthError(f"target.num_hidden_layers: {new} is smaller than the source's {old}; growth only adds.")
@@ -38,7 +38,7 @@ def map_layers(method: str, old: int, new: int, given: Sequence[int] | None = No
 
 
 def keeps_order(layers: Sequence[LayerSource], old: int) -> bool:
-    """True when the layers that are not new are the source's, all of them, in order: silent new ones change nothing."""
+    """True if the layers that are not new are all of the source's, in order. New ones that write nothing then do not matter."""
     return [layer.layer for layer in layers if not layer.is_new] == list(range(old))
 
 
@@ -51,7 +51,7 @@ def _stack(old: int, new: int) -> list[int]:
 
 
 def _append(old: int, new: int) -> list[int]:
-    """The last layers once more, on top: MSLT (Yang et al., 2020)."""
+    """Copies of the last layers on top: MSLT (Yang et al., 2020)."""
     return [*range(old), *_tail(old, new - old)]
 
 
@@ -72,7 +72,7 @@ def _solar(old: int, new: int) -> list[int]:
 
 
 def _midas(old: int, new: int) -> list[int]:
-    """The middle block once more, right after itself (Saunshi et al., 2024)."""
+    """The middle block repeated right after itself (Saunshi et al., 2024)."""
     added = new - old
     block = min(added, old)
     stop = (old + block + 1) // 2
@@ -82,14 +82,14 @@ def _midas(old: int, new: int) -> list[int]:
 
 
 def _expand(old: int, new: int) -> list[int]:
-    """After each of equal groups of layers, a copy of its last one: LLaMA-Pro's block expansion (Wu et al., 2024)."""
+    """After each of equal groups of layers, a copy of the group's last one: LLaMA-Pro's block expansion (Wu et al., 2024)."""
     added = new - old
     ends = [math.ceil((group + 1) * old / added) - 1 for group in range(added)]
     return sorted([*range(old), *ends])
 
 
 def _tail(old: int, count: int) -> list[int]:
-    """``count`` layers that end with the last one, going round if there are more than the source has."""
+    """``count`` layers that end with the last one, starting over if there are more than the source has."""
     return [(old - count + position) % old for position in range(count)]
 
 
@@ -111,6 +111,6 @@ def _given(given: Sequence[int] | None, old: int, new: int) -> list[int]:
         raise GrowthError(f"depth.map: {wrong[0]} is not a layer of the source; its layers are 0 to {old - 1}.")
     if len(listed) != new:
         raise GrowthError(
-            f"depth.map lists {len(listed)} layers, target.num_hidden_layers is {new}; make them the same."
+            f"depth.map lists {len(listed)} layers, but target.num_hidden_layers is {new}; make them the same."
         )
     return listed

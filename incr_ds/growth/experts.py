@@ -1,4 +1,4 @@
-"""The FFN of a dense model as the experts of a mixture: which neurons each expert has."""
+"""Which neurons of a dense model's FFN each expert of a mixture has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from incr_ds.growth.counter import shuffled
 
 @dataclass(frozen=True)
 class ExpertGrowth:
-    """``old`` neurons of the dense FFN, ``new`` of each expert; see ExpertsRecipe for the methods.
+    """``old`` neurons of the dense FFN, and ``new`` neurons of each expert. ExpertsRecipe describes the methods.
 
     Virtual groups: He et al., Upcycling Large Language Models into Mixture of Experts, arXiv 2410.07524. Drop: Nakamura et
     al., Drop-Upcycling, arXiv 2502.19261.
@@ -27,7 +27,7 @@ class ExpertGrowth:
 
     @property
     def shards(self) -> int:
-        """Experts that together are one dense FFN; the output of each is multiplied by their number."""
+        """Number of experts that together are one dense FFN. The output of each is multiplied by it."""
         return self.old // self.new
 
     def units(self, layer: int, expert: int) -> AxisGrowth:
@@ -40,7 +40,7 @@ class ExpertGrowth:
         )
 
     def dropped(self, layer: int, expert: int) -> np.ndarray:
-        """The neurons that start anew: none, or floor(ratio * old) of them."""
+        """The neurons that are drawn again: none, or floor(ratio * old) of them."""
         if self.method != "drop":
             return np.empty(0, dtype=np.int64)
         drawn = shuffled(self.seed, f"layers.{layer}.experts.{expert}/dropped", self.old)

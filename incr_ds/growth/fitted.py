@@ -21,46 +21,49 @@ def fitted_axes(
     layers: Sequence[LayerSource],
     where: str,
 ) -> dict[str, AxisGrowth]:
-    """``axes`` with the recipe's fitted factors. GrowthError where they do not belong to this growth."""
+    """Apply the recipe's fitted factors to ``axes``. Raises GrowthError if they do not belong to this growth."""
     fitted = recipe.fitted or FittedOperators()
     check_fittable(source, recipe, where)
     problems = [
-        f"  fitted.axes.{name}.{part}: {len(values)} factors, the axis has {axes[name].new} positions"
+        f"  fitted.axes.{name}.{part}: {len(values)} factors, but the axis has {axes[name].new} positions"
         for name, factors in fitted.axes.items()
         if name in axes
         for part, values in (("amplitude", factors.amplitude), ("share", factors.share))
         if len(values) != axes[name].new
     ]
     problems += [
-        f"  fitted.axes.{name}: not an axis that is fitted; they are {', '.join(FITTED_AXES)}"
+        f"  fitted.axes.{name}: not an axis that can be fitted; these can: {', '.join(FITTED_AXES)}"
         for name in fitted.axes
         if name not in FITTED_AXES
     ]
     if fitted.layers and len(fitted.layers) != len(layers):
-        problems.append(f"  fitted.layers: {len(fitted.layers)} entries, the target has {len(layers)} layers")
+        problems.append(f"  fitted.layers: {len(fitted.layers)} entries, but the target has {len(layers)} layers")
     outside = {layer for weights in fitted.layers for layer in weights if not 0 <= layer < source.num_layers}
     problems += [f"  fitted.layers: {layer} is not a layer of the source" for layer in sorted(outside)]
     if problems:
-        lines = [f"{where}: the fitted operators are not of this growth; fit it again (tools/fit_growth.py)", *problems]
+        lines = [f"{where}: the fitted operators belong to another growth; fit again (tools/fit_growth.py)", *problems]
         raise GrowthError("\n".join(lines))
     return {name: _times(axis, fitted.axes[name]) if name in fitted.axes else axis for name, axis in axes.items()}
 
 
 def check_fittable(source: Architecture, recipe: GrowthRecipe, where: str) -> None:
-    """GrowthError where a fit has no meaning: moments, LayerNorm, and operators that are not factors and sums."""
+    """Raise GrowthError for moments, LayerNorm, and operators that are not factors and sums, which cannot be fitted."""
     width = recipe.width
     checks = [
         (
             recipe.optimizer != "reset",
             f"optimizer: {recipe.optimizer}; moments do not follow fitted operators, set reset",
         ),
-        (source.family.norm != "rms", f"{source.family.model_type} has LayerNorm; fitted are families with RMSNorm"),
+        (
+            source.family.norm != "rms",
+            f"{source.family.model_type} has LayerNorm; only families with RMSNorm can be fitted",
+        ),
         (width.symmetry_breaking.method == "noise", "symmetry_breaking: noise; set per-element, diagonal or none"),
         (width.copies_from != "own-layer", f"copies_from: {width.copies_from}; set own-layer"),
     ]
     wrong = [text for applies, text in checks if applies]
     if wrong:
-        raise GrowthError(f"{where}: fitted operators do not go with {'; '.join(wrong)}.")
+        raise GrowthError(f"{where}: fitted operators do not support {'; '.join(wrong)}.")
 
 
 def _times(axis: AxisGrowth, factors: FittedAxis) -> AxisGrowth:

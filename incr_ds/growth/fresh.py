@@ -1,4 +1,4 @@
-"""Values for positions that copy nothing: drawn, zero, constant or as the recipe says."""
+"""Values for positions that copy nothing: drawn, zero, or constant."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from incr_ds.sharding.blocks import Bounds
 
 
 class FreshValues:
-    """Fresh values of a plan's tensors. A number depends on its tensor and its position alone, so any slice gives the same."""
+    """Fresh values of a plan's tensors. A value depends only on its tensor and its position, so all slices agree."""
 
     def __init__(self, plan: GrowthPlan, vectors: PlanVectors, slices: SourceSlices) -> None:
         self.plan = plan
         self._vectors, self._slices = vectors, slices
 
     def router(self, spec: TensorSpec, bounds: Bounds) -> torch.Tensor:
-        """Normal numbers of the config's deviation; the same row for all experts that make up one dense FFN."""
+        """Normal numbers of the config's deviation. All experts that make up one dense FFN share a row."""
         assert self.plan.experts is not None
         shards, width, columns = self.plan.experts.shards, spec.shape[1], slice(*bounds[1])
         groups = [expert // shards for expert in range(*bounds[0])]
@@ -38,7 +38,7 @@ class FreshValues:
         return self.plan.recipe.width.std or float(target.config[target.family.config.initializer])
 
     def fill(self, spec: TensorSpec, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """``grown`` with fresh values where nothing is copied."""
+        """Fill ``grown`` with fresh values where nothing is copied."""
         fresh = fresh_entries(self._vectors, spec, bounds)
         if fresh is None:
             return grown
@@ -46,7 +46,7 @@ class FreshValues:
         return torch.where(torch.from_numpy(fresh), values, grown)
 
     def _fresh_values(self, spec: TensorSpec, bounds: Bounds, fresh: np.ndarray) -> np.ndarray:
-        """Values for the positions ``fresh`` of the slice; of the others, whatever."""
+        """Values for the positions ``fresh`` of the slice. The others are arbitrary."""
         if len(bounds) == 1:
             return self._fresh_vector(spec, bounds[0])
         first, columns = bounds[0][0], slice(*bounds[1])
@@ -64,7 +64,7 @@ class FreshValues:
         return values
 
     def _replaced(self, spec: TensorSpec) -> tuple[float, float]:
-        """Mean and deviation of the source's entries in whose place an expert's fresh ones stand."""
+        """Mean and deviation of the source's entries that an expert's fresh ones replace."""
         experts, source = self.plan.experts, self.plan.tensors[spec.name].source
         assert experts is not None and spec.expert is not None
         dropped = experts.dropped(spec.layer or 0, spec.expert)
@@ -78,7 +78,7 @@ class FreshValues:
         return mean, math.sqrt(max(0.0, squares / count - mean**2))
 
     def _fresh_vector(self, spec: TensorSpec, part: tuple[int, int]) -> np.ndarray:
-        """Norms start as one, biases as zero, unless they write the recipe's constant."""
+        """Fresh entries of a vector: norms start as one, biases as zero, unless they write the recipe's constant."""
         if spec.dims[0].use in ("scale", "post"):
             return np.full(part[1] - part[0], 1.0 - spec.offset)
         return self._vectors.constant(spec, 0)[slice(*part)] * self.plan.recipe.width.constant

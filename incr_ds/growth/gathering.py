@@ -1,4 +1,4 @@
-"""Slices of the source as a plan needs them: which entries stand where, and statistics of whole tensors."""
+"""Reads the slices of the source that a plan needs, and computes statistics of whole source tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from incr_ds.growth.plan import TensorPlan
 from incr_ds.growth.vectors import PlanVectors, later_copies
 from incr_ds.sharding.blocks import Bounds
 
-_MEAN_ROWS_ELEMENTS = 1 << 18  # fixed: a sum in other portions would round differently
+_MEAN_ROWS_ELEMENTS = 1 << 18  # fixed, since a sum in other portions would round differently
 
 
 class SourceSlices:
-    """The source, read through a plan's vectors; statistics of whole tensors are computed once. Threads may share it."""
+    """The source, read through a plan's vectors. Statistics of whole tensors are computed once. Threads may share it."""
 
     def __init__(self, vectors: PlanVectors, source: LogicalCheckpoint) -> None:
         self.source = source
@@ -28,7 +28,7 @@ class SourceSlices:
         self._row_means: dict[str, torch.Tensor] = {}
 
     def gather(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        """Source entries at each position of the part; further copies of what the tensor produces may come from above."""
+        """Source entries at each position of the part. Further copies along an output may come from the layer above."""
         if tensor.mix:
             return self._mixed(tensor, state, bounds)
         own = self._gather_from(tensor.source, tensor, state, bounds)
@@ -43,20 +43,20 @@ class SourceSlices:
         return torch.where(later, self._gather_from(tensor.above, tensor, state, bounds), own)
 
     def _mixed(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        """The weighted sum of several layers' entries; of a norm used as offset + weight, of what it is used as."""
+        """The weighted sum of several layers' entries. For a norm used as offset + weight, the sum includes the offset."""
         parts = [weight * self._gather_from(name, tensor, state, bounds) for name, weight in tensor.mix]
         excess = sum(weight for _, weight in tensor.mix) - 1.0
         return torch.stack(parts).sum(dim=0) + excess * tensor.target.offset
 
     def _gather_from(self, source: str, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        """Entries of ``source`` at each position of the part; position 0 stands in for fresh ones, whose factor is 0."""
+        """Entries of ``source`` at each position of the part. Fresh positions read position 0, with a factor of 0."""
         wanted = [self._vectors.index(tensor.target, d)[slice(*bounds[d])] for d in range(len(bounds))]
         known = [np.where(index == FRESH, 0, index) for index in wanted]
         gathered = self.rows(source, state, known[0])
         return _picked(gathered, known[1], 1) if len(known) > 1 else gathered
 
     def rows(self, name: str, state: State, wanted: np.ndarray) -> torch.Tensor:
-        """Source rows, at least fp32. Rows far apart are read in halves: what lies between them is not wanted."""
+        """Source rows, in at least fp32. Rows that are far apart are read in halves, to skip what is between them."""
         first, last = int(wanted.min()), int(wanted.max())
         if len(wanted) > 1 and last - first >= 2 * len(wanted):
             middle = len(wanted) // 2
@@ -65,7 +65,7 @@ class SourceSlices:
         return _picked(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted - first, 0)
 
     def portions(self, name: str, state: State) -> Iterator[torch.Tensor]:
-        """The rows of a source tensor, so many at a time that a sum over them does not depend on who asks for what."""
+        """Rows of a source tensor, in fixed portions, so that a sum over them never depends on the slice being read."""
         spec = self.source.architecture.by_name[name]
         return (self.source.read(name, state, part) for part in row_portions(spec.shape, _MEAN_ROWS_ELEMENTS))
 
@@ -95,7 +95,7 @@ class SourceSlices:
         return self._means[name]
 
     def root_mean_square(self, name: str) -> float:
-        """Of a weight, summed in fixed portions."""
+        """Root mean square of a weight, summed in fixed portions."""
         if name not in self._sizes:
             total = sum(float(portion.double().square().numpy().sum()) for portion in self.portions(name, "weight"))
             self._sizes[name] = math.sqrt(total / self.source.architecture.by_name[name].numel)
@@ -103,7 +103,7 @@ class SourceSlices:
 
 
 def _picked(tensor: torch.Tensor, wanted: np.ndarray, dimension: int) -> torch.Tensor:
-    """The positions ``wanted`` of a dimension: a view where they are consecutive, else a copy."""
+    """The positions ``wanted`` of a dimension: a view if they are consecutive, otherwise a copy."""
     first = int(wanted[0])
     if len(wanted) == int(wanted[-1]) - first + 1 and (np.diff(wanted) == 1).all():
         return tensor.narrow(dimension, first, len(wanted))

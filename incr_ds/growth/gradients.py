@@ -1,4 +1,4 @@
-"""How a growth changes the norm of all gradients, and with it the threshold at which they are clipped."""
+"""Computes how a growth changes the norm of all gradients, and so the threshold for clipping them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PORTION = 1 << 18  # elements read at once; fixed, since a sum in other portion
 
 
 def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | None:
-    """Norm of the target's gradient over that of the source's, on the same batch, right after the growth.
+    """The norm of the target's gradient divided by the source's, on the same batch, right after the growth.
 
-    A gradient's entries are multiplied as the plan says, and their size in the source is its Adam's: exp_avg_sq is the
-    mean of their squares. Of a new layer that writes nothing, only what starts at zero has a gradient, counted as in the
-    layer it copies; entries that copy nothing are not counted. None where nothing grows, where the target does not compute
-    the source's function or has a new router, and where the source has taken no step. Reads every exp_avg_sq once for each
+    The plan gives the factors of a gradient's entries, and Adam their size in the source: exp_avg_sq is the mean of their
+    squares. In a new layer that writes nothing, only entries that start at zero have a gradient, which is counted as in the
+    layer that it copies. Entries that copy nothing are not counted. None if nothing grows, if the target does not compute
+    the source's function or has a new router, and if the source has taken no step. Reads every exp_avg_sq once for each
     tensor that copies it.
     """
     known = plan.grows and plan.function_preserving and plan.experts is None
@@ -30,7 +30,7 @@ def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | 
         _weighted_sum(source, spec.name, [np.ones(size) for size in spec.shape]) for spec in plan.source.stored
     )
     after = sum(_grown_sum(plan, tensor, source) for tensor in plan.tensors.values())
-    # Of a source with numbers that are not finite, which a user may insist on, nothing is known either.
+    # A source with numbers that are not finite, which a user may allow, gives no ratio either.
     return math.sqrt(after / before) if 0.0 < before < math.inf and after < math.inf else None
 
 
@@ -43,7 +43,7 @@ def _grown_sum(plan: GrowthPlan, tensor: TensorPlan, source: LogicalCheckpoint) 
 
 
 def _per_source_position(plan: GrowthPlan, tensor: TensorPlan, dimension: int) -> Vector:
-    """For each position of the source, the sum over its copies of the gradient's factor, squared."""
+    """For each position of the source, the sum of the squared gradient factors of its copies."""
     index = plan.index(tensor.target, dimension)
     squares = plan.gradient_factor(tensor.target, dimension) ** 2
     size = plan.source.by_name[tensor.source].shape[dimension]

@@ -1,4 +1,4 @@
-"""Grown moments of Adam: scaled as the gradient scales, and started anew where nothing is copied."""
+"""Grown moments of Adam: scaled as the gradient scales, and reset where nothing is copied."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from incr_ds.sharding.blocks import Bounds
 
 
 class GrownMoments:
-    """The moments of a plan's target, for every mode of the recipe's ``optimizer`` but ``reset``."""
+    """The moments of a plan's target, for every mode of the recipe's ``optimizer`` except ``reset``."""
 
     def __init__(self, plan: GrowthPlan, vectors: PlanVectors, slices: SourceSlices) -> None:
         self.plan = plan
         self._vectors, self._slices = vectors, slices
 
     def read(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
-        """The part of a grown moment within ``bounds``, in at least fp32."""
+        """Read the part of a grown moment within ``bounds``, in at least fp32."""
         if tensor.new_layer and state == "exp_avg":
             return torch.zeros([stop - start for start, stop in bounds])
         gathered = self._slices.gather(tensor, state, bounds)
@@ -31,8 +31,8 @@ class GrownMoments:
         starting = self._starting(tensor.target, bounds)
         if starting is None:
             return grown
-        # A zero second moment at a large step count means no bias correction and a first update of several
-        # learning rates; the mean of the neighbours is a second moment that such entries can start from.
+        # With a zero second moment at a large step, there is no bias correction, and the first update would be several
+        # learning rates. The mean of the neighbours is a second moment that such entries can start from.
         typical = 0.0
         if state == "exp_avg_sq":
             typical = self._slices.mean(tensor.source) * float(
@@ -41,7 +41,7 @@ class GrownMoments:
         return grown.masked_fill(torch.from_numpy(starting), typical)
 
     def _starting(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
-        """True where moments start anew: at fresh entries, and for ``reset-new`` at all copies but the first."""
+        """True where moments are reset: at fresh entries, and for ``reset-new`` at all copies except the first."""
         if self.plan.recipe.optimizer != "reset-new":
             return fresh_entries(self._vectors, spec, bounds)
         return either([later_copies(self._vectors.index(spec, d))[slice(*part)] for d, part in enumerate(bounds)])

@@ -1,4 +1,4 @@
-"""AdamW multipliers of a grown model: its plan's, on top of those that its source was trained with."""
+"""Learning-rate multipliers of a grown model: its plan's, combined with those that its source was trained with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from incr_ds.growth.plan import GrowthPlan
 
 
 def grown_multipliers(plan: GrowthPlan, earlier: Mapping[str, Multipliers]) -> dict[str, Multipliers]:
-    """The AdamW multipliers of the target's tensors, where they are not 1; ``earlier`` are the source's own.
+    """The AdamW multipliers of the target's tensors, unless they are 1. ``earlier`` are the source's own.
 
     ``optimizer: rescale`` multiplies them by the plan's, ``copy`` and ``reset-new`` keep them, ``reset`` drops them.
     """

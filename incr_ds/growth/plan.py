@@ -1,4 +1,4 @@
-"""The plan: a frozen value that says, for every target tensor, what it is made of. It touches no file."""
+"""The plan: a frozen value that says how every target tensor is made. It touches no file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Start = Literal["copy", "zero", "identity", "router"]
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One target tensor: the source tensor it is grown from, and whether it is in an inserted layer.
+    """One target tensor: the source tensor that it is grown from, and whether it is in an inserted layer.
 
-    ``start`` says what it holds: the source's values (``copy``), zeros, ones on the diagonal, or a new router's. Beside what
-    the axes do, the values are multiplied by ``scale``, their gradient by ``gradient``. What the tensor produces beyond the first
-    copy of each unit comes from ``above``, the next layer's tensor, where that is given. ``mix``, if not empty, are source
-    tensors with weights, whose sum stands in ``source``'s place.
+    ``start`` says what it holds: the source's values (``copy``), zeros, ones on the diagonal, or a new router's. On top of
+    the axes' factors, values are multiplied by ``scale`` and their gradient by ``gradient``. If ``above``, the next layer's
+    tensor, is given, outputs beyond the first copy of each unit come from it. ``mix``, if not empty, lists source tensors
+    with weights, whose sum replaces ``source``.
     """
 
     target: TensorSpec
@@ -47,9 +47,9 @@ class TensorPlan:
 class GrowthPlan:
     """Everything that a growth does.
 
-    ``axes`` holds the growth of each named axis, ``layers`` the layer map, ``inexact`` every reason why the target does
-    not compute the source's function, ``notes`` these and what else a user should know. ``experts`` is how the FFN becomes
-    those of a mixture.
+    ``axes`` holds the growth of each named axis, and ``layers`` the layer map. ``inexact`` lists every reason why the target
+    does not compute the source's function. ``notes`` are these and other notes for the user. ``experts`` describes how the
+    FFN becomes the experts of a mixture.
     """
 
     recipe: GrowthRecipe
@@ -68,41 +68,41 @@ class GrowthPlan:
 
     @cached_property
     def unchanged(self) -> frozenset[str]:
-        """The target tensors that are a source tensor element for element, their moments too."""
+        """The target tensors that equal a source tensor element for element, with their moments."""
         kept = {name for name, axis in self.axes.items() if axis.keeps_tensors}
         return frozenset(name for name, plan in self.tensors.items() if self._is_unchanged(plan, kept))
 
     @property
     def function_preserving(self) -> bool:
-        """True when the target computes the source's function."""
+        """True if the target computes the source's function."""
         return not self.inexact
 
     @property
     def grows(self) -> bool:
-        """False when the target is the source, in another layout."""
+        """False if the target is the source in another layout."""
         widths = all(axis.is_identity for axis in self.axes.values())
         return not widths or [layer.layer for layer in self.layers] != list(range(self.source.num_layers))
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Source tensors that no target tensor is made of: those of layers that the depth map leaves out."""
+        """Source tensors that no target tensor uses, from layers that the layer map leaves out."""
         used = {name for plan in self.tensors.values() for name in (plan.source, plan.above, *dict(plan.mix))}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
     @property
     def reads(self) -> tuple[tuple[str, State], ...]:
-        """The source tensors and moments that the target's files are made of."""
+        """The source tensors and moments that the target's files are made from."""
         weights = self.recipe.optimizer == "reset" or self.recipe.layout.format == "huggingface"
         return self.reads_of(STATES[:1] if weights else STATES)
 
     def reads_of(self, states: tuple[State, ...]) -> tuple[tuple[str, State], ...]:
-        """Every source tensor that a target tensor is made of, in each of ``states``."""
+        """Every source tensor that a target tensor is made from, in each of ``states``."""
         dropped = set(self.dropped)
         names = [spec.name for spec in self.source.stored if spec.name not in dropped]
         return tuple((name, state) for name in names for state in states)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
-        """Source position of each target position along a dimension, FRESH where there is none."""
+        """Source position of each target position along a dimension, or FRESH."""
         found, begin = [], 0
         for part in spec.dims[dimension].parts:
             axes = [self._axis(spec, name) for name in part]
@@ -128,7 +128,7 @@ class GrowthPlan:
         return whole
 
     def silent(self, spec: TensorSpec, dimension: int) -> np.ndarray:
-        """True at the fresh positions of a dimension that must be zero for the function to stay."""
+        """True at the fresh positions of a dimension that must be zero to keep the function."""
         return self._fills(spec, dimension, "zero")
 
     def averaged(self, spec: TensorSpec, dimension: int) -> np.ndarray:
@@ -151,19 +151,19 @@ class GrowthPlan:
         return found
 
     def multipliers(self, name: str) -> Multipliers | None:
-        """The AdamW multipliers of a tensor, or None when its positions would need different ones."""
+        """The AdamW multipliers of a tensor, or None if its positions need different ones."""
         plan = self.tensors[name]
         factors = [set(np.round(vector, 15)) for vector in (*self._values(plan), *self._gradients(plan))]
         nearest = self.nearest_multipliers(name)
-        # Decay pulls the weight to zero, not the offset + weight that the growth scales.
+        # Decay pulls the weight to zero, and not offset + weight, which is what the growth scales.
         decays_apart = plan.target.offset and nearest.lr != 1.0
         return None if any(len(found) != 1 for found in factors) or plan.new_layer or decays_apart else nearest
 
     def nearest_multipliers(self, name: str) -> Multipliers:
         """The AdamW multipliers of a tensor: the mean over its positions of those that each would need.
 
-        Adam moves all entries by about the same amount, so the mean is the learning rate that moves copies by the least
-        squares from where the source's movement, grown, would take them. Fresh positions need none and do not count.
+        Adam moves all entries by about the same amount. So the mean is the learning rate with which the copies' movement
+        differs least, in squares, from the source's movement after growth. Fresh positions need none and do not count.
         """
         plan = self.tensors[name]
         lr = plan.scale * float(np.prod([_mean_of_copied(vector) for vector in self._values(plan)]))
@@ -177,7 +177,7 @@ class GrowthPlan:
         return [self.gradient_factor(plan.target, dimension) for dimension in range(len(plan.target.dims))]
 
     def to_json(self) -> str:
-        """The plan as canonical JSON; equal plans give equal text."""
+        """Format the plan as canonical JSON. Equal plans give equal text."""
         content = {
             "plan_version": 1,
             "family": self.target.family.model_type,
@@ -227,14 +227,14 @@ class GrowthPlan:
         return TensorPlan(spec, source, layer.is_new, start, scale, gradient, above, mix)
 
     def _own_expert(self, spec: TensorSpec) -> str:
-        """The name of the tensor of the source, in the layer of the same number, that ``spec`` is grown from."""
+        """The name of the source's tensor, in the layer of the same number, that ``spec`` is grown from."""
         if spec.expert is None or self.experts is not None:
             return spec.grown_from or spec.name
         old = self.axes["experts"].index[spec.expert]
         return f".{old}.".join(spec.name.rsplit(f".{spec.expert}.", 1))
 
     def _expert_gradient(self, spec: TensorSpec) -> float:
-        """The part of its expert's gradient that a copy of it gets, as its share in the output is."""
+        """The share of its expert's gradient that a copy gets, equal to its share in the output."""
         if spec.expert is None or self.experts is not None:
             return 1.0
         return self.axes["experts"].gradient[spec.expert]
@@ -254,7 +254,7 @@ class GrowthPlan:
         )
 
     def _above(self, spec: TensorSpec, start: Start) -> str | None:
-        """The source tensor one layer further up, for bert2BERT's AKI; the last layer has none and copies itself."""
+        """The source tensor one layer up, for bert2BERT's AKI. The last layer has none and copies itself."""
         layer = self.layers[spec.layer or 0].layer + 1
         if self.recipe.width.copies_from == "own-layer" or start != "copy" or layer == self.source.num_layers:
             return None
@@ -262,12 +262,12 @@ class GrowthPlan:
 
     @cached_property
     def _writing_role(self) -> str:
-        """The role of the last tensors before the residual stream: zero there, a layer is silent."""
+        """The role of the last tensors before the residual stream. If they are zero, a layer writes nothing."""
         roles = {spec.role for spec in self.target.tensors}
         return "post_norm" if "post_norm" in roles else "writer"
 
     def _embedding_scale(self, spec: TensorSpec) -> float:
-        """Undoes the growth of a multiplier that depends on the hidden size, and in a tied head the undoing."""
+        """The factor that cancels the growth of a multiplier that depends on the hidden size; its inverse in a tied head."""
         if self.target.family.embedding_scale is None:
             return 1.0
         scale = sqrt(self.source.sizes["hidden"] / self.target.sizes["hidden"])
@@ -296,7 +296,7 @@ def _mean_of_copied(factors: Vector) -> float:
 
 
 def _described(axis: AxisGrowth) -> dict[str, Any]:
-    """An axis as JSON; one that stays is its size (a vocabulary has hundreds of thousands of positions)."""
+    """An axis as JSON. One that does not change is just its size (a vocabulary has hundreds of thousands of positions)."""
     if axis.is_identity:
         return {"axis": axis.axis, "method": axis.method, "old": axis.old}
     return asdict(axis)
@@ -307,7 +307,7 @@ def _product(outer: Vector, inner: Vector) -> Vector:
 
 
 def _spread(outer: np.ndarray, inner: AxisGrowth) -> np.ndarray:
-    """Positions of a product of two axes, FRESH where either is."""
+    """Positions of a product of two axes, FRESH where either is FRESH."""
     index = inner.positions
     spread = outer[:, None] * inner.old + index[None, :]
     fresh = (outer == FRESH)[:, None] | (index == FRESH)[None, :]

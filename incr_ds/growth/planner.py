@@ -1,4 +1,4 @@
-"""Planning: checks a request against a source, refuses the impossible with the nearest sizes that work, says what is inexact."""
+"""Plans a growth: checks a request against a source, suggests sizes that work, and lists what is not function-preserving."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from incr_ds.growth.width import (
 SILENT = ("zero-output", "identity")
 TABLES = ("vocab", "positions")
 UNITS = ("ffn", "heads")
-LARGEST = 4.0  # growth in parameters at once, in what is published
+LARGEST = 4.0  # largest published growth in parameters in one step
 WIDTH_AXES = ("hidden", "ffn", "heads", "kv_heads")
 
 
 def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe") -> GrowthPlan:
-    """Plan the growth of ``source`` by ``recipe``; GrowthError for whatever is impossible, before anything is written.
+    """Plan the growth of ``source`` by ``recipe``. Raises GrowthError for what is impossible, before anything is written.
 
-    A target of another model_type is a mixture of experts that ``source`` is upcycled into; a mixture stays one.
+    A target of another model_type is a mixture of experts into which ``source`` is upcycled. A mixture stays a mixture.
     """
     if source.family.upcycles:
         check_mixture(source, recipe, where)
@@ -115,7 +115,7 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
 
 
 def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str) -> None:
-    """Where a head's size is hidden / heads, both must grow together: the size itself does not grow."""
+    """Check that both grow together if a head's size is hidden / heads, since that size itself cannot grow."""
     axes, head_dim = source.family.axes, source.sizes["head_dim"]
     if "head_dim" in axes or sizes["hidden"] == head_dim * sizes["heads"]:
         return
@@ -132,7 +132,7 @@ def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str)
 
 
 def _check_larger_heads(source: Architecture, head_dim: int, where: str) -> None:
-    """A head's own size can grow where nothing but plain rotary positions and the scale of the scores depends on it."""
+    """Check that only plain rotary positions and the scale of the scores depend on a head's size, if it grows."""
     if head_dim < source.sizes["head_dim"]:
         raise GrowthError(
             f"{where}: target.head_dim: {head_dim} is smaller than the source's {source.sizes['head_dim']}; growth only adds."
@@ -147,7 +147,7 @@ def _check_larger_heads(source: Architecture, head_dim: int, where: str) -> None
 
 
 def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
-    """Pair i of the source must turn as fast as the pair of the larger head that it moves to; see grow_head_size."""
+    """Check that pair i of the source rotates as fast as the pair of the larger head that it moves to; see grow_head_size."""
     (rope,) = rotary_kinds(source.config)
     kind = rope["rope_type"]
     if kind not in STEADY:
@@ -157,16 +157,16 @@ def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
         )
     factor = head_dim // source.sizes["head_dim"]
     if head_dim % source.sizes["head_dim"]:
-        return  # grow_head_size says which sizes work
+        return  # grow_head_size lists the sizes that work
     old, strength = rotary_frequencies(source.config)
     new, new_strength = rotary_frequencies({**source.config, source.family.axes["head_dim"]: head_dim})
     unlike = np.flatnonzero(~np.isclose(new[::factor], old, rtol=1e-6, atol=0.0))
     if len(unlike) or strength != new_strength:
         pair = int(unlike[0]) if len(unlike) else 0
         raise GrowthError(
-            f"{where}: target.head_dim: {head_dim}: pair {pair} of a head turns {old[pair]:.6g} radians a position, and the pair "
-            f"{factor * pair} that it moves to {new[factor * pair]:.6g}, under rope_type {kind}. YaRN rounds the ends of its "
-            "ramp to whole pairs unless rope_parameters has truncate: false; a source that was trained so cannot grow its heads."
+            f"{where}: target.head_dim: {head_dim}: pair {pair} of a head turns {old[pair]:.6g} radians per position, but the "
+            f"pair {factor * pair} that it moves to {new[factor * pair]:.6g}, under rope_type {kind}. YaRN rounds the ends of "
+            "its ramp to whole pairs unless rope_parameters has truncate: false; such a source cannot grow its heads."
         )
 
 
@@ -197,10 +197,10 @@ def _target_architecture(
 
 
 def _scalable_eps(source: Architecture, method: str, where: str) -> str:
-    """The config field of an eps that is the residual stream's norms' own."""
+    """The config field of an eps that only the residual stream's norms use."""
     family, eps = source.family, source.family.config.eps
     remedy = (
-        "use width.hidden: zero, which leaves eps as it is" if family.norm == "rms" else "use width.hidden: integer"
+        "use width.hidden: zero, which leaves eps unchanged" if family.norm == "rms" else "use width.hidden: integer"
     )
     if eps is None:
         raise GrowthError(
@@ -215,8 +215,10 @@ def _scalable_eps(source: Architecture, method: str, where: str) -> str:
 
 
 def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Architecture) -> str:
-    """For a refused target, the head counts that a new hidden size asks for; where none do, the nearest values of each changed
-    size that transformers would take."""
+    """A hint for a refused target: the head counts for a new hidden size.
+
+    If there are none, the nearest values of each changed size that transformers would accept.
+    """
     if (heads := _matching_heads(config, source)) is not None:
         axes = source.family.axes
         counts = " and ".join(f"{axes[axis]}: {count}" for axis, count in heads.items())
@@ -233,8 +235,10 @@ def _nearest(config: Mapping[str, Any], changes: Mapping[str, Any], source: Arch
 
 
 def _matching_heads(config: Mapping[str, Any], source: Architecture) -> dict[str, int] | None:
-    """Query and kv heads of the source's size that make up the hidden size of ``config``, in groups as large as before if that
-    is possible; None if there are none, or these are what ``config`` has."""
+    """Numbers of query and kv heads of the source's size that make up the hidden size of ``config``.
+
+    Groups are as large as before if that is possible. None if there are no such numbers, or ``config`` has them already.
+    """
     axes, old = source.family.axes, source.sizes
     hidden = config[axes["hidden"]]
     if hidden % old["head_dim"] or hidden == old["hidden"] or "kv_heads" not in axes:
@@ -267,7 +271,7 @@ def _inexact(
     axes: Mapping[str, AxisGrowth],
     layers: tuple[LayerSource, ...],
 ) -> tuple[str, ...]:
-    """Why the target does not compute the source's function, one reason a line; empty when it does."""
+    """The reasons why the target does not compute the source's function; empty if it does."""
     family = source.family
     uneven = [axis for axis in family.equal_copies if len(set(axes[axis].copies)) > 1]
     checks = [
@@ -304,7 +308,7 @@ def _inexact(
 
 
 def _inexact_widths(source: Architecture, axes: Mapping[str, AxisGrowth]) -> tuple[tuple[bool, str], ...]:
-    """What the operators of width axes move: whether it applies, and the reason."""
+    """What the operators of width axes change: whether each reason applies, and the reason."""
     family, hidden = source.family, axes["hidden"]
     padded = [f"{axis}.new: {axes[axis].method}" for axis in UNITS if _is_padded(axes[axis])]
     return (
@@ -319,13 +323,13 @@ def _inexact_widths(source: Architecture, axes: Mapping[str, AxisGrowth]) -> tup
         (
             hidden.method == "fpi" and len(set(hidden.copies)) > 1,
             "width.hidden: fpi with positions copied unequally often does not keep the source's function: the norms' mean "
-            "square moves",
+            "square changes",
         ),
         (
             family.norm == "layer"
             and hidden.method in ("isometric", "zero", "zero-scaled-eps")
             and len(set(hidden.copies)) > 1,
-            f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean moves",
+            f"width.hidden: {hidden.method} does not keep the source's function under LayerNorm, whose mean changes",
         ),
         (
             hidden.centred and source.tied,
@@ -358,14 +362,14 @@ def _method_notes(
 
 
 def size_warnings(ratio: float) -> tuple[str, ...]:
-    """What the literature has against a growth to ``ratio`` times the parameters."""
+    """Warnings from the literature about a growth to ``ratio`` times the parameters."""
     if ratio <= LARGEST:
         return ()
     return (f"grows {ratio:.1f} times; published gains are for 2 to 4 times in one step",)
 
 
 def _is_uneven(axis: AxisGrowth) -> bool:
-    """Whether positions of the axis need unlike learning rates, or new ones have no source to follow."""
+    """Whether positions of the axis need different learning rates, or new ones have no source to follow."""
     return not axis.is_identity and len({*zip(axis.amplitude, axis.share, axis.gradient, strict=True)}) > 1
 
 

@@ -1,4 +1,4 @@
-"""What published models of a size look like, and how they were trained: for suggestions and advice, never as a rule."""
+"""Shapes and learning rates of published models near a size, for suggestions and advice, never as a rule."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydantic import Field
 from incr_ds.config.fields import Settings, parse_settings
 from incr_ds.config.yaml_file import read_yaml
 
-SLACK = 1.1  # times as deep or wide as the extremes are still taken for what is published
-NEAR = 2.5  # times as many parameters, or as few
+SLACK = 1.1  # factor by which a shape may exceed the published extremes
+NEAR = 2.5  # factor in parameters within which a published model counts as near
 
 
 class _Shape(Settings):
@@ -30,7 +30,7 @@ class _Published(Settings):
 
 @dataclass(frozen=True)
 class Shapes:
-    """The hidden size a layer of the deepest and of the widest published model near a size."""
+    """Hidden size divided by layers of the deepest and of the widest published model near a size."""
 
     deepest: float
     deepest_model: str
@@ -46,14 +46,14 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Rate:
-    """The median of published peak learning rates near a size, and what it is the median of."""
+    """The median of published peak learning rates near a size, and the models that it is the median of."""
 
     value: float
     of: str
 
 
 def shapes_near(parameters: int) -> Shapes | None:
-    """Of the published models near ``parameters``; None if there are fewer than two."""
+    """Shapes of published models near ``parameters``; None if there are fewer than two."""
     found = {
         shape.hidden / shape.layers: name
         for name, shape in _published().shapes.items()
@@ -65,7 +65,7 @@ def shapes_near(parameters: int) -> Shapes | None:
 
 
 def rate_near(parameters: int) -> Rate | None:
-    """Of the published models near ``parameters``; None if there are none."""
+    """The rate of published models near ``parameters``; None if there are none."""
     found: Mapping[str, list[float]] = {
         name: [rate for size, rate in pairs if _is_near(size, parameters)] for name, pairs in _published().rates.items()
     }

@@ -1,4 +1,4 @@
-"""Which larger models are worth asking for: valid targets near a parameter budget, with what each costs."""
+"""Suggests valid targets near a parameter budget, with what each costs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from incr_ds.growth.published import Shapes, shapes_near
 from incr_ds.growth.width import fitting_kv_heads
 from incr_ds.sharding.placement import check_layout, rank_parameters
 
-DEPTHS = (1.0, 0.92, 1.08)  # times the depth that meets the budget
-FFNS = (1.0, 1.25)  # times the source's proportion
-CLOSE = 0.1  # how far from the budget a suggestion may be
-WIDEST, DEEPEST = 4, 8  # times the source's hidden size and layers
-RELIABLE = 2.0  # growth in parameters at once, in what is published
-TOKENS_PER_PARAMETER = 20  # of the target: up to about here growth pays in what is published (arXiv 2411.07340)
-KERNEL_UNIT = 128  # sizes that matrix kernels like; narrower models use their own head size
+DEPTHS = (1.0, 0.92, 1.08)  # factors on the depth that meets the budget
+FFNS = (1.0, 1.25)  # factors on the source's proportion
+CLOSE = 0.1  # relative distance from the budget that a suggestion may have
+WIDEST, DEEPEST = 4, 8  # factors on the source's hidden size and layers
+RELIABLE = 2.0  # growth in parameters in one step that is reliable in publications
+TOKENS_PER_PARAMETER = 20  # of the target: growth pays up to about here in publications (arXiv 2411.07340)
+KERNEL_UNIT = 128  # matrix kernels are fast for multiples of it; narrower models use their own head size
 BYTES_WEIGHTS, BYTES_GRADIENTS, BYTES_OPTIMIZER = 2, 2, 12  # bf16, bf16, fp32 master and two moments
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One target: the recipe's ``target`` and what else it states, its parameters, hidden size a layer, training FLOPs per
-    token (6 per parameter that multiplies), bytes of weights, gradients and optimizer on the fullest rank (bf16, activations
-    not counted), the training tokens up to which growth pays in what is published, and what to know."""
+    """One target: the recipe's ``target`` and other keys, and what it costs.
+
+    That is its parameters, hidden size divided by layers, training FLOPs per token (6 per parameter that multiplies), bytes
+    of weights, gradients and optimizer on the fullest rank (bf16, without activations), and the training tokens up to which
+    growth pays in publications. ``warnings`` are notes for the user.
+    """
 
     target: Mapping[str, int]
     recipe: Mapping[str, Any]
@@ -50,9 +53,9 @@ class Suggestion:
 def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, most: int = 8) -> tuple[Suggestion, ...]:
     """At most ``most`` function-preserving growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
 
-    Their hidden size a layer is as in published models of the budget's size and their groups of heads as large as the source's,
-    unless none can be so; the ones that grow width and depth most evenly come first. Raises ConfigError if the budget is below
-    the source's size, or if nothing within 10 % of it is valid.
+    Hidden size divided by layers is as in published models of the budget's size, and groups of heads are as large as the
+    source's, unless no target has both. Targets that grow width and depth most evenly come first. Raises ConfigError if the
+    budget is below the source's size, or if nothing within 10 % of it is valid.
     """
     if budget <= source.num_parameters:
         raise ConfigError(
@@ -61,7 +64,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
     shapes = shapes_near(budget)
     nearest = sorted(_candidates(source, budget, layout), key=lambda item: item.distance)
     close = [item for item in nearest if item.distance <= CLOSE]
-    close.sort(key=lambda item: _unevenness(source, item.sizes))  # of equals, the nearest stays first
+    close.sort(key=lambda item: _unevenness(source, item.sizes))  # the sort is stable, so the nearest stays first
     usual = [item for item in close if shapes is None or _shape(item.sizes) in shapes]
     grouped = [item for item in usual if _group(item.sizes) == _group(source.sizes)]
     pools = (
@@ -81,7 +84,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
 
 
 def recipe_text(suggestion: Suggestion, layout: ParallelLayout, *, has_moments: bool) -> str:
-    """A suggestion as a recipe file that lays it out as ``layout`` says."""
+    """Format a suggestion as a recipe file with ``layout``."""
     degrees = {key: value for key, value in layout.model_dump().items() if key != "zero_stage"}
     content = {**suggestion.recipe, "optimizer": "rescale" if has_moments else "reset", "layout": degrees}
     head = f"# {suggestion.parameters:,} parameters, {suggestion.ratio:.2f} times the source's; see docs/recipe.md\n"
@@ -89,7 +92,7 @@ def recipe_text(suggestion: Suggestion, layout: ParallelLayout, *, has_moments: 
 
 
 def parse_count(text: str) -> int:
-    """A number of parameters: 3e9, 1_300_000_000, 1.3B, 350M."""
+    """Parse a number of parameters: 3e9, 1_300_000_000, 1.3B, 350M."""
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     number, factor = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1.0)
     try:
@@ -99,7 +102,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_layout(text: str) -> ParallelLayout:
-    """Tensor x pipeline x data, like 2x2x4."""
+    """Parse tensor x pipeline x data, like 2x2x4."""
     parts = text.split("x")
     if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
         raise ConfigError(f"--layout {text}: expected three degrees, tensor x pipeline x data, like 2x2x4.")
@@ -109,14 +112,14 @@ def parse_layout(text: str) -> ParallelLayout:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Sizes by axis, and how far from the budget they are."""
+    """Sizes by axis, and their distance from the budget."""
 
     sizes: Mapping[str, int]
     distance: float
 
 
 def _candidates(source: Architecture, budget: int, layout: ParallelLayout) -> Iterator[_Candidate]:
-    """For every hidden size, and the heads and FFN near the source's proportions, the depths that come nearest to the budget."""
+    """For every hidden size, with heads and FFN near the source's proportions, the depths nearest to the budget."""
     old, step = source.sizes, layout.pipeline_parallel
     fewest, most = math.ceil(old["layers"] / step) * step, DEEPEST * old["layers"] // step * step
     seen = set()
@@ -139,7 +142,7 @@ def _hidden_sizes(source: Architecture) -> range:
 
 
 def _widths(source: Architecture, hidden: int, layout: ParallelLayout) -> Iterator[dict[str, int]]:
-    """Hidden size, FFN, query and key-value heads: in the source's proportions, as far as the units and counts allow."""
+    """Hidden size, FFN, query and key-value heads in the source's proportions, as far as units and counts allow."""
     if hidden == source.sizes["hidden"]:
         yield {}
         return
@@ -152,7 +155,7 @@ def _widths(source: Architecture, hidden: int, layout: ParallelLayout) -> Iterat
 
 
 def _head_counts(source: Architecture, hidden: int, layout: ParallelLayout) -> dict[tuple[int, int], None]:
-    """Query and key-value heads for a hidden size: groups as large as the source's, and as many queries as fill it."""
+    """Query and key-value heads for a hidden size: groups as large as the source's, and enough queries to fill it."""
     old = source.sizes
     group, filling = old["heads"] // old["kv_heads"], hidden // old["head_dim"]
     if "head_dim" not in source.family.axes:
@@ -227,8 +230,10 @@ def _described(
 
 
 def _bytes(target: Architecture, layout: ParallelLayout) -> int:
-    """Weights, gradients and optimizer on the fullest rank; from ZeRO-1 on the optimizer is cut over data ranks, then the
-    gradients, then the weights."""
+    """Bytes of weights, gradients and optimizer on the fullest rank.
+
+    From ZeRO-1 on the optimizer is cut over data-parallel ranks, then the gradients, then the weights.
+    """
     stages, tensors = range(layout.pipeline_parallel), range(layout.tensor_parallel)
     held = max(
         sum(shard.numel for shard in rank_parameters(target, layout, stage, rank))
@@ -255,4 +260,4 @@ def _shape_warnings(shape: float, shapes: Shapes | None) -> tuple[str, ...]:
     if shapes is None or shape in shapes:
         return ()
     which = "deeper" if shape < shapes.deepest else "wider"
-    return (f"{which} than published models near its size, {shapes} wide a layer",)
+    return (f"{which} than published models near its size, {shapes} hidden size per layer",)

@@ -1,4 +1,4 @@
-"""From the growth of a dense model to a mixture of experts made of it."""
+"""Turns the growth of a dense model into a mixture of experts made from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from incr_ds.growth.plan import GrowthPlan
 
 
 def check_upcycling(source: Architecture, recipe: GrowthRecipe, where: str) -> Family:
-    """The mixture's family; GrowthError if ``source`` cannot become one of it."""
+    """The mixture's family. Raises GrowthError if ``source`` cannot become one of it."""
     asked, own = recipe.target["model_type"], source.family.model_type
     possible = [name for name, family in mixtures().items() if own in family.upcycles]
     if asked not in possible:
@@ -36,10 +36,10 @@ def check_upcycling(source: Architecture, recipe: GrowthRecipe, where: str) -> F
 
 
 def check_mixture(source: Architecture, recipe: GrowthRecipe, where: str) -> None:
-    """GrowthError for what a growth from a mixture cannot be."""
+    """Raise GrowthError for what a growth from a mixture does not support."""
     own = source.family.model_type
     if recipe.target.get("model_type", own) != own:
-        raise GrowthError(f"{where}: target.model_type: a {own} stays one; leave it out.")
+        raise GrowthError(f"{where}: target.model_type: a {own} cannot become another family; leave it out.")
     if recipe.width.copies_from != "own-layer" or recipe.fitted is not None:
         raise GrowthError(f"{where}: width.copies_from: next-layer and fitted operators are for dense models.")
 
@@ -47,8 +47,8 @@ def check_mixture(source: Architecture, recipe: GrowthRecipe, where: str) -> Non
 def chosen_experts(source: Architecture, target: Architecture) -> tuple[bool, str]:
     """Whether, and why, the target's router sends tokens elsewhere than the source's.
 
-    Copies of an expert have one score. If as many more are chosen as there are copies, all copies of a chosen expert are,
-    and their shares, which are made to sum to 1, add up to the source's.
+    Copies of an expert have the same score. If the number of chosen experts grows by the number of copies, all copies of a
+    chosen expert are chosen. Their shares, which are normalized to sum to 1, then add up to the source's.
     """
     if "experts" not in source.sizes:
         return False, ""
@@ -56,21 +56,21 @@ def chosen_experts(source: Architecture, target: Architecture) -> tuple[bool, st
     wanted = copies * int(source.config["num_experts_per_tok"])
     found = int(target.config["num_experts_per_tok"])
     reason = (
-        f"target.num_experts_per_tok: {found} of {copies} copies of each expert does not keep the source's function, for they "
+        f"target.num_experts_per_tok: {found} of {copies} copies of each expert does not keep the source's function, since they "
         f"compete for the places: {wanted} keeps it"
     )
     return found != wanted, reason
 
 
 def dense_part(source: Architecture, recipe: GrowthRecipe) -> GrowthRecipe:
-    """The growth of everything but the FFN, which stays as it is until it is shared out."""
+    """The recipe for everything except the FFN, which stays unchanged until it is divided among the experts."""
     ffn = source.family.axes["ffn"]
     kept = {field: value for field, value in recipe.target.items() if field in source.family.known_fields}
     return recipe.model_copy(update={"target": {**_without(kept, ("model_type", ffn))}})
 
 
 def upcycled(dense: GrowthPlan, recipe: GrowthRecipe, mixture: Family, where: str) -> GrowthPlan:
-    """``dense`` with experts in the FFN's place. GrowthError for sizes that do not fit, with those that do."""
+    """Replace the FFN of ``dense`` by experts. Raises GrowthError for sizes that do not work, with those that do."""
     target = _target(dense.target, recipe, mixture, where)
     experts = _experts(dense, target, recipe, where)
     inexact = dense.inexact
@@ -80,7 +80,7 @@ def upcycled(dense: GrowthPlan, recipe: GrowthRecipe, mixture: Family, where: st
         raise GrowthError(
             f"{where}: function_preserving: required, but {'; '.join(inexact)}. Change it, or set function_preserving: preferred."
         )
-    trained = f"a {mixture.model_type} cannot be trained by this package: take the Hugging Face folder to one that can"
+    trained = f"a {mixture.model_type} cannot be trained by this package: use a package that trains Hugging Face folders of it"
     notes = (*dense.notes, *inexact[len(dense.inexact) :], *_notes(experts), trained)
     return replace(dense, recipe=recipe, target=target, inexact=inexact, notes=notes, experts=experts)
 
@@ -127,7 +127,7 @@ def _experts(dense: GrowthPlan, target: Architecture, recipe: GrowthRecipe, wher
 
 
 def _check_counts(experts: ExpertGrowth, target: Architecture, where: str) -> None:
-    """A router that picks whole groups only; more experts than it picks."""
+    """Check that the router picks only whole groups, and that there are more experts than it picks."""
     count, chosen = target.sizes["experts"], int(target.config["num_experts_per_tok"])
     field = target.family.axes["experts"]
     check_size("num_experts_per_tok", "experts", chosen, where)

@@ -16,14 +16,14 @@ Rule = Callable[[GrowthPlan, TensorSpec, int], np.ndarray]
 
 
 class PlanVectors:
-    """What ``GrowthPlan`` says of each position along a dimension. Tensors whose dimensions are alike share a vector."""
+    """What ``GrowthPlan`` states for each position along a dimension. Tensors with equal dimensions share a vector."""
 
     def __init__(self, plan: GrowthPlan) -> None:
         self._plan = plan
         self._kept: dict[tuple[object, ...], np.ndarray] = {}
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
-        """Source positions, FRESH where there is none."""
+        """Source positions, or FRESH."""
         return self._vector(GrowthPlan.index, spec, dimension)
 
     def value(self, spec: TensorSpec, dimension: int) -> Vector:
@@ -52,7 +52,7 @@ class PlanVectors:
 
     def _vector(self, rule: Rule, spec: TensorSpec, dimension: int) -> np.ndarray:
         if spec.expert is not None and spec.dims[dimension].outer_axis == "ffn":
-            # Another one for each expert: kept, they would take as much memory as a large tensor.
+            # Every expert has another one. In the cache, they would take as much memory as a large tensor.
             return rule(self._plan, spec, dimension)
         key = (rule, spec.dims[dimension], spec.role == "final_norm")
         if key not in self._kept:
@@ -61,7 +61,7 @@ class PlanVectors:
 
 
 def fresh_entries(vectors: PlanVectors, spec: TensorSpec, bounds: Bounds) -> np.ndarray | None:
-    """True where nothing of the source is copied; None if that is nowhere."""
+    """True where nothing of the source is copied; None if everything is copied."""
     return either([vectors.index(spec, d)[slice(*part)] == FRESH for d, part in enumerate(bounds)])
 
 
@@ -74,7 +74,7 @@ def either(masks: list[np.ndarray]) -> np.ndarray | None:
 
 
 def later_copies(index: np.ndarray) -> np.ndarray:
-    """True at fresh positions and at all copies but the first of each."""
+    """True at fresh positions and at all copies except the first."""
     later: np.ndarray = (index == FRESH) | (occurrence(index) > 0)
     return later
 

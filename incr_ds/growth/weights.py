@@ -1,4 +1,4 @@
-"""Grown weights: gathered, scaled, made to differ where copies must, and filled where nothing is copied."""
+"""Grown weights: gathered, scaled, made different where copies need it, and filled where nothing is copied."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GrownWeights:
         self._fresh = FreshValues(plan, vectors, slices)
 
     def read(self, tensor: TensorPlan, bounds: Bounds) -> torch.Tensor:
-        """The part of a grown weight within ``bounds``, in at least fp32."""
+        """Read the part of a grown weight within ``bounds``, in at least fp32."""
         spec = tensor.target
         if tensor.start == "router":
             return self._fresh.router(spec, bounds)
@@ -39,13 +39,13 @@ class GrownWeights:
         factors[0] = factors[0] * tensor.scale
         grown = scaled(gathered, factors)
         if spec.offset:
-            # A norm used as offset + weight; in this form a factor of 1 changes no bit.
+            # A norm used as offset + weight. In this form a factor of 1 changes no bit.
             grown = grown + torch.from_numpy((factors[0] - 1.0) * spec.offset).to(grown.dtype)
         grown = self._unlike_copies(tensor, grown, bounds)
         return self._fill_means(tensor, self._fresh.fill(spec, grown, bounds), bounds)
 
     def _centred(self, tensor: TensorPlan, gathered: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """``gathered`` less its mean over the old residual stream, where the growth centres what writes to it."""
+        """Subtract from ``gathered`` its mean over the old residual stream, if the growth centres the stream's writers."""
         for d, dim in enumerate(tensor.target.dims):
             if dim.use == "out" and any(self.plan.axes[axis].centred for axis in dim.named_axes):
                 means = self._slices.means(tensor, d, bounds).to(gathered.dtype)
@@ -53,7 +53,7 @@ class GrownWeights:
         return gathered
 
     def _unlike_copies(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """``grown`` with what makes copies differ along the dimension that reads them; sums over copies stay."""
+        """Make copies in ``grown`` differ along the dimension that reads them. Sums over copies stay the same."""
         spec, breaking = tensor.target, self.plan.recipe.width.symmetry_breaking
         reading = [d for d, dim in enumerate(spec.dims) if dim.use in READS]
         if breaking.method == "none" or not reading or self._vectors.copies(spec, reading[0]).max() < 2:
@@ -68,8 +68,8 @@ class GrownWeights:
         return grown + size * scaled(deviations, factors)
 
     def _deviations(self, spec: TensorSpec, reading: int, bounds: Bounds) -> np.ndarray:
-        """Per element, a draw of mean 0 over the copies of each position read, and variance 1."""
-        # Elements are numbered with the reading dimension inside, whichever way the tensor is stored.
+        """Per element, a draw with mean 0 over the copies of each position read, and variance 1."""
+        # Elements are numbered with the reading dimension innermost, for any order in which the tensor is stored.
         (first, stop), read = bounds[1 - reading], slice(*bounds[reading])
         width, seed = spec.shape[reading], self.plan.recipe.width.symmetry_breaking.seed
         copies = self._vectors.copies(spec, reading)
@@ -79,7 +79,10 @@ class GrownWeights:
         return np.ascontiguousarray(deviations if reading == 1 else deviations.T)
 
     def _own_copies(self, spec: TensorSpec, bounds: Bounds) -> np.ndarray:
-        """c where copy j of the output reads copy j of the input of c each, 0 for the other copies, 1 for other outputs."""
+        """Factors of the diagonal method, per element.
+
+        c where copy j of the output reads copy j of the input, of c copies each; 0 for the other copies; 1 elsewhere.
+        """
         turns, counts = [], []
         for d, part in enumerate(bounds):
             upright = (-1, 1) if d == 0 else (1, -1)
@@ -89,7 +92,7 @@ class GrownWeights:
         return np.where(counts[0] == counts[1], own, 1).astype(np.float64)
 
     def _fill_means(self, tensor: TensorPlan, grown: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """Where a fresh position of the residual stream is to be the mean of the old ones, make its writer write that."""
+        """Make writers write the mean of the old positions to fresh positions of the residual stream that hold it."""
         spec = tensor.target
         for d, dim in enumerate(spec.dims):
             mask = self._vectors.averaged(spec, d)[slice(*bounds[d])]
@@ -118,7 +121,7 @@ def diagonal(bounds: Bounds) -> torch.Tensor:
 
 
 def _standardised(drawn: np.ndarray, index: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Per row, deviations with mean 0 over the copies of each old position and variance 1; 0 where there is one copy."""
+    """Standardize each row: mean 0 over the copies of each old position and variance 1; 0 where there is only one copy."""
     known = index != FRESH
     position_of = np.where(known, index, 0)
     sums = np.zeros((drawn.shape[0], int(index.max()) + 1))

@@ -1,4 +1,4 @@
-"""Width operators: each returns the growth of one axis (of two, for attention heads)."""
+"""Width operators. Each returns the growth of one axis, or of two for attention heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from incr_ds.growth.counter import IntVector, choices
 
 NewUnits = Literal["zero-output", "copy", "random", "constant"]
 Order = Literal["tile", "interleave", "drawn"]
-PADDING = ("random", "constant")  # new units that are read as they are written: the function moves
+PADDING = ("random", "constant")  # new units that are read with the values written to them, which changes the function
 WRITTEN: Mapping[NewUnits, Fill] = {
     "zero-output": "random",
     "copy": "random",
@@ -34,9 +34,9 @@ def grow_hidden(
     seed: int = 0,
     order: Order = "tile",
 ) -> AxisGrowth:
-    """Growth of the residual stream from ``old`` to ``new`` dimensions; see WidthRecipe for the methods.
+    """Growth of the residual stream from ``old`` to ``new`` dimensions. WidthRecipe describes the methods.
 
-    Raises GrowthError when the sizes or the norm do not allow the method, with the nearest sizes that do.
+    Raises GrowthError, with the nearest sizes that work, if the sizes or the norm do not allow the method.
     """
     if new < old:
         raise GrowthError(f"target.hidden_size: {new} is smaller than the source's {old}; growth only adds.")
@@ -47,7 +47,7 @@ def grow_hidden(
         method = uneven if new % old else "integer"
     if method in ("mean", "centred") and norm == "rms":
         raise GrowthError(
-            f"width.hidden: {method} pads for LayerNorm, and this family has RMSNorm; use isometric or zero, which take any "
+            f"width.hidden: {method} pads for LayerNorm, but this family has RMSNorm; use isometric or zero, which take any "
             "larger size."
         )
     if method == "integer" and new % old:
@@ -81,7 +81,7 @@ def grow_units(
 
 
 def grow_entries(axis: str, field: str, old: int, new: int) -> AxisGrowth:
-    """Growth of a table: tokens or learned positions. New rows, of the head too, are the mean of the old ones."""
+    """Growth of a table of tokens or learned positions. New rows, also those of the head, are the mean of the old ones."""
     if new < old:
         raise GrowthError(f"target.{field}: {new} is smaller than the source's {old}; growth only adds.")
     if new == old:
@@ -94,12 +94,12 @@ def grow_entries(axis: str, field: str, old: int, new: int) -> AxisGrowth:
 def grow_heads(
     old: tuple[int, int], new: tuple[int, int], units: NewUnits, order: Order = "tile", seed: int = 0
 ) -> tuple[AxisGrowth, AxisGrowth]:
-    """Growth of (query heads, kv heads), grouped attention kept right; returns both axes.
+    """Growth of query heads and kv heads that keeps grouped attention right. Returns both axes.
 
-    Query head q reads kv head q // (heads / kv_heads), so every query head must sit in a group whose kv head is the one
-    it was trained with. Each old group of g query heads takes ceil(g / g') new groups of g' slots; groups beyond that are
-    fresh (zero-output) or further copies: in turn, or with ``order`` drawn any of the old ones, and in a group any of its
-    heads. Raises GrowthError when there are too few new groups.
+    Query head q reads kv head q // (heads / kv_heads), so every query head must be in a group whose kv head is the one
+    that it was trained with. Each old group of g query heads takes ceil(g / g') new groups of g' slots. Groups beyond that
+    are fresh (zero-output) or further copies: in turn, or with ``order: drawn`` of random old groups and random heads in
+    them. Raises GrowthError if there are too few new groups.
     """
     (heads, kv_heads), (new_heads, new_kv_heads) = old, new
     if old == new:
@@ -123,10 +123,10 @@ def grow_heads(
 
 
 def under_norm(axis: AxisGrowth) -> AxisGrowth:
-    """``axis`` where one norm goes over all of its units, as over OLMo-2's queries: scaled so that the mean square stays.
+    """Scale ``axis`` so that the mean square stays, if one norm covers all of its units, as over OLMo-2's queries.
 
-    Unit i with c_i copies of n old and N new ones has its rows multiplied by sqrt(N / (n c_i)) and the norm's weight by the
-    inverse; fresh units are zero, so that whatever reads them finds the source's mean square. Padding is left as it is.
+    For unit i with c_i copies, n old and N new units, rows are multiplied by sqrt(N / (n c_i)) and the norm's weight by the
+    inverse. Fresh units are zero, so that readers find the source's mean square. Padding is not changed.
     """
     if axis.is_identity or axis.method in PADDING:
         return axis
@@ -137,7 +137,7 @@ def under_norm(axis: AxisGrowth) -> AxisGrowth:
 
 
 def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
-    """The kv head counts that ``new_heads`` query heads allow, for an error or a suggestion."""
+    """The kv head counts that are possible with ``new_heads`` query heads, for an error or a suggestion."""
     heads, kv_heads = old
     divisors = [count for count in range(kv_heads, new_heads + 1) if new_heads % count == 0]
     group = heads // kv_heads
@@ -145,28 +145,28 @@ def fitting_kv_heads(old: tuple[int, int], new_heads: int) -> list[int]:
 
 
 def fitting_heads(old: tuple[int, int], new_kv_heads: int, most: int = 4) -> list[int]:
-    """The fewest query head counts that can hold the old groups with ``new_kv_heads`` kv heads, at most ``most`` of them."""
+    """The smallest query head counts, at most ``most``, that can hold the old groups with ``new_kv_heads`` kv heads."""
     heads, kv_heads = old
     if new_kv_heads < kv_heads:
         return []
     first = math.ceil(heads / new_kv_heads) * new_kv_heads
-    # With a query head more a group than before, every kv head of the old ones fits into one new group.
+    # With one query head more per group than before, every old group fits into one new group.
     candidates = range(first, new_kv_heads * (heads // kv_heads + most + 1), new_kv_heads)
     return [count for count in candidates if new_kv_heads in fitting_kv_heads(old, count)][:most]
 
 
 def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[AxisGrowth, AxisGrowth]:
-    """Growth of a head's size by a whole factor k under rotary positions; returns keys' and values' axis, queries'.
+    """Growth of a head's size by an integer factor k under rotary positions. Returns the axis of keys and values, and queries'.
 
-    Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), as pair k i of the larger head does,
-    so it moves there; the planner checks that a scaling of the frequencies leaves it so. New positions of the queries
-    are zero, so those of the keys may be random, and queries grow by sqrt(new / old) where scores are divided by the
-    root of the head's size (``scaled_by_size``).
+    Pair i of the rotation (positions i and i + old / 2) turns at base^(-2i / old), like pair k i of the larger head, so it
+    moves there. The planner checks that a scaling of the frequencies keeps this true. New positions of the queries are zero,
+    so those of the keys may be random. Queries grow by sqrt(new / old) if scores are divided by the root of the head's size
+    (``scaled_by_size``).
     """
     if new % old:
         lower = max(old, new // old * old)
         raise GrowthError(
-            f"target.head_dim: {new} is not a multiple of the source's {old}, so that the rotations of its pairs do not occur in "
+            f"target.head_dim: {new} is not a multiple of the source's {old}, so the rotations of its pairs do not occur in "
             f"it; nearest sizes that work: {lower}, {lower + old}."
         )
     factor, half = new // old, new // 2
@@ -182,8 +182,10 @@ def grow_head_size(old: int, new: int, scaled_by_size: bool = True) -> tuple[Axi
 
 
 def grow_experts(field: str, old: int, new: int) -> AxisGrowth:
-    """Growth of a mixture by whole copies of all of its experts; the router scores copies alike, so
-    each copy gets an equal part of the expert's gradient, and its row of the router's too. GrowthError otherwise."""
+    """Growth of a mixture by whole copies of all of its experts. Raises GrowthError otherwise.
+
+    The router scores copies alike. So each copy gets an equal part of the expert's gradient, and so does its router row.
+    """
     if new % old:
         lower = max(old, new // old * old)
         raise GrowthError(
@@ -195,8 +197,11 @@ def grow_experts(field: str, old: int, new: int) -> AxisGrowth:
 
 
 def copy_order(axis: str, old: int, new: int, order: Order, seed: int) -> list[int]:
-    """The old position of each new one: as evenly as sizes allow, earlier ones once more than later ones, or all once and
-    further copies drawn (Net2Net, bert2BERT)."""
+    """The old position of each new one.
+
+    Either as evenly as sizes allow, with earlier ones once more than later ones, or all once and further copies drawn
+    (Net2Net, bert2BERT).
+    """
     if order == "drawn":
         return [*range(old), *(int(position) for position in choices(seed, f"{axis}/copies", new - old, old))]
     tiled = [position % old for position in range(new)]
@@ -214,10 +219,10 @@ def _copied_hidden(method: str, old: int, new: int, order: Order, seed: int) -> 
 
 
 def _padded_hidden(method: HiddenMethod, old: int, new: int, norm: Literal["rms", "layer"]) -> AxisGrowth:
-    """Whole copies of the old positions, and new ones that leave the norm as zero: readers may read anything there.
+    """Whole copies of the old positions, and new ones that are zero after the norm, so that readers may have any values there.
 
     New positions are zero, or under LayerNorm the mean of the old ones (average expansion), or zero beside centred ones.
-    One copy, but for ``lemon`` (Wang et al., 2024) as many as fit.
+    There is one copy, or for ``lemon`` (Wang et al., 2024) as many as fit.
     """
     copies = new // old if method == "lemon" else 1
     kept = np.arange(new) < copies * old
@@ -250,14 +255,14 @@ def _unequal_hidden(old: int, new: int, seed: int) -> AxisGrowth:
 
 
 def _filled_hidden(method: Literal["random", "constant"], old: int, new: int) -> AxisGrowth:
-    """Initial value padding: new positions written and read by given numbers, nothing made up for."""
+    """Initial value padding: new positions are written and read with given values, without compensation."""
     kept = _floats((np.arange(new) < old) * 1.0)
     index = tuple(position if position < old else FRESH for position in range(new))
     return AxisGrowth("hidden", method, old, index, kept, kept, kept, fresh_out=method, fresh_in=method)
 
 
 def _inner(axis: str, method: NewUnits, old: int, index: list[int]) -> AxisGrowth:
-    """What fresh units produce is random or constant; how they are read, zero, unless they are padding."""
+    """Growth of an inner axis: fresh units produce random or constant values, and are read as zero unless they are padding."""
     counts = np.bincount([i for i in index if i != FRESH], minlength=old)
     shares = [0.0 if i == FRESH else 1.0 / float(counts[i]) for i in index]
     amplitude = tuple(0.0 if i == FRESH else 1.0 for i in index)
@@ -279,7 +284,7 @@ def _place_heads(
 ) -> list[int]:
     """Fill every slot of every new group with an old query head of the group's own kv head, or FRESH.
 
-    A slot beyond the first copies takes the group's heads in turn, or the one that ``drawn`` says.
+    Slots beyond the first copies take the group's heads in turn, or those in ``drawn``.
     """
     placed: dict[int, int] = {}
     heads: list[int] = []

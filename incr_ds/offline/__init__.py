@@ -1,1 +1,1 @@
-"""The offline story: plan a growth, run it, compare, over threads and processes."""
+"""Offline growth: plans it, runs it over threads and processes, and compares two models."""

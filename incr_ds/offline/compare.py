@@ -1,4 +1,4 @@
-"""Proof of a growth: the same tokens through the source and the grown model, in transformers' own classes."""
+"""Proves a growth: runs the same tokens through the source and the grown model, in transformers' own classes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 LENGTH, SAMPLES = 128, 8
 
-# Rounding at two scales: weights that are in 16 bits already stay as they are at the first, a growth's factors move them.
+# Rounding at two scales: the first leaves weights that are already in 16 bits unchanged, but a growth's factors do not.
 _SCALES = (1.0, 1.37)
-_KEPT_LOGITS = 1 << 26  # numbers of the source's logits that are kept to measure rounding against
+_KEPT_LOGITS = 1 << 26  # number of the source's logits that are kept to measure rounding
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same tokens: mean next-token losses, and the largest logit difference, absolute and relative to
-    the largest logit of the source.
+    """Two models on the same tokens: mean next-token losses and the largest logit difference.
 
-    ``rounding`` is that relative difference between the source and itself with its weights rounded to 16 bits, where the
-    target's are. ``problem`` says why the logits cannot be compared: not finite, or all zero.
+    The difference is absolute, and relative to the largest logit of the source. ``rounding`` is the relative difference
+    between the source and itself with weights rounded to 16 bits, if the target's are. ``problem`` is the reason why the
+    logits cannot be compared: they are not finite, or all zero.
     """
 
     source_loss: float
@@ -52,14 +52,14 @@ class Comparison:
 
 
 def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The checkpoint's weights in transformers' model class, in memory, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # seconds, for those who compare only
+    """Load the checkpoint's weights into transformers' model class, in memory and in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, so only if models are compared
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # progress is ours to show
+    logging.disable_progress_bar()  # this project shows its own progress
     architecture = checkpoint.architecture
     config = AutoConfig.for_model(**{**architecture.config, "model_type": architecture.family.model_type})
-    # transformers' grouped products of experts refuse some sizes.
+    # transformers' grouped matrix products of experts refuse some sizes.
     eager = {"experts_implementation": "eager"} if architecture.family.joined else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
@@ -69,7 +69,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
 
 
 def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every stored tensor as a view of the parameter of transformers' module that holds it, under its name."""
+    """Every stored tensor by name, as a view of the parameter of transformers' module that holds it."""
     joined = joined_parameters(architecture)
     parts = {name: tensor for name, tensor in parameters.items() if name not in joined}
     for name, parameter in joined.items():
@@ -84,11 +84,11 @@ def compare(
     batches: Sequence[torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Comparison:
-    """Run ``batches`` (each [samples, tokens]) through both models; logits are compared over the source's vocabulary."""
+    """Run ``batches`` (each [samples, tokens]) through both models and compare logits over the source's vocabulary."""
     vocab = source.architecture.sizes["vocab"]
     if vocab > target.architecture.sizes["vocab"]:
         raise CheckpointError(
-            f"{target.facts.path}: vocabulary {target.architecture.sizes['vocab']}, the source's is "
+            f"{target.facts.path}: vocabulary {target.architecture.sizes['vocab']}, but the source's is "
             f"{vocab}; logits cannot be compared."
         )
     for checkpoint in (source, target):
@@ -110,13 +110,13 @@ def compare(
 
 
 def stored_dtype(checkpoint: LogicalCheckpoint) -> torch.dtype | None:
-    """The 16-bit dtype of weights that are stored in one, None if all are wider."""
+    """The 16-bit dtype of the stored weights, or None if they are all wider."""
     dtypes = {checkpoint.read(spec.name, bounds=((0, 1),)).dtype for spec in checkpoint.architecture.stored}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
 
 
 class _Seen:
-    """What two models' logits add up to."""
+    """Sums over the logits of two models."""
 
     def __init__(self) -> None:
         self.losses = torch.zeros(2, dtype=torch.float64)
@@ -135,7 +135,7 @@ class _Seen:
         self.tokens += batch[:, 1:].numel()
 
     def problem(self) -> str | None:
-        """Why the logits cannot be compared."""
+        """The reason why the logits cannot be compared, or None."""
         for model, count in zip(("source", "target"), self.not_finite, strict=True):
             if count:
                 return f"{count:,} of {self.logits:,} logits of the {model} are not finite"
@@ -150,7 +150,7 @@ class _Seen:
 
 
 def _rounding(model: PreTrainedModel, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], reduced: torch.dtype) -> float:
-    """The largest difference of logits when a model's weights are rounded to ``reduced``; it keeps the last of these."""
+    """The largest logit difference if a model's weights are rounded to ``reduced``. The model keeps the rounded weights."""
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     found = 0.0
     for scale in _SCALES:
@@ -163,7 +163,7 @@ def _rounding(model: PreTrainedModel, kept: Sequence[tuple[torch.Tensor, torch.T
 
 @dataclass(frozen=True)
 class Tokens:
-    """What two models are compared on, and where it comes from, as a phrase."""
+    """The tokens on which two models are compared, and their origin as a phrase."""
 
     batches: Sequence[torch.Tensor]
     origin: str
@@ -178,9 +178,9 @@ def usual_tokens(
     *,
     trust: bool = False,
 ) -> Tokens:
-    """Tokens of ``data``; without it, sentences in the tokenizer of the first of ``folders`` that has one; else random ones.
+    """Tokens of ``data``, otherwise sentences in the tokenizer of the first of ``folders`` with one, otherwise random tokens.
 
-    ConfigError if ``samples`` are asked for and there are fewer.
+    Raises ConfigError if there are fewer samples than requested.
     """
     count, size = samples or SAMPLES, length or usual_length(source)
     vocabulary = source.architecture.sizes["vocab"]
@@ -195,15 +195,15 @@ def usual_tokens(
         else:
             if samples is not None and len(batches) < samples:
                 raise ConfigError(
-                    f"--samples {samples}: the sentences that are shipped give {len(batches)} samples of {size} tokens; name a "
+                    f"--samples {samples}: the built-in sentences give {len(batches)} samples of {size} tokens; pass a "
                     "data set with --data for more."
                 )
-            return Tokens(batches, "of the sentences that are shipped")
-    return Tokens(random_batches(vocabulary, count, size), f"drawn at random ({why}; --data names a data set)")
+            return Tokens(batches, "of the built-in sentences")
+    return Tokens(random_batches(vocabulary, count, size), f"drawn at random ({why}; pass a data set with --data)")
 
 
 def usual_length(source: LogicalCheckpoint) -> int:
-    """Tokens a sample where nobody asks for a number: as many as a table of learned positions has, at most LENGTH."""
+    """The default number of tokens per sample: the number of learned positions, or LENGTH if that is smaller."""
     return min(LENGTH, source.architecture.sizes.get("positions", LENGTH))
 
 
@@ -214,9 +214,9 @@ def random_batches(vocab_size: int, samples: int, length: int, seed: int = 0) ->
 
 
 def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
-    """The first ``samples`` runs of ``length`` tokens of a Megatron data set (documents joined as they come)."""
+    """The first ``samples`` spans of ``length`` tokens in a Megatron data set, with documents concatenated."""
     if not prefix.with_name(prefix.name + ".idx").is_file():
-        raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without its ending.")
+        raise ConfigError(f"{prefix}.idx: missing; expected a Megatron data set's path without the extension.")
     with warnings.catch_warnings(action="ignore"):  # about GPU libraries that data sets do not need
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -230,7 +230,7 @@ def data_batches(prefix: Path, samples: int, length: int) -> list[torch.Tensor]:
             held = held[length:]
         if len(found) == samples:
             return found
-    raise ConfigError(f"{prefix}: holds fewer than {samples} x {length} tokens; ask for fewer with --samples.")
+    raise ConfigError(f"{prefix}: holds fewer than {samples} x {length} tokens; request fewer with --samples.")
 
 
 def _summed_loss(logits: torch.Tensor, batch: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Text that a checkpoint of any kind writes, to look at a model."""
+"""Generates text with any supported checkpoint, as a quick look at a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from incr_ds.offline.compare import load_model
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at ``temperature`` 0, else drawn from the ``top_p`` share of probability with
-    ``seed``. ``repetition_penalty`` above 1 makes tokens that were there less likely."""
+    """How the next token is chosen: the most likely one at ``temperature`` 0, otherwise drawn from the top share ``top_p`` of
+    the probability, with ``seed``. ``repetition_penalty`` above 1 makes tokens that occurred before less likely."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -25,10 +25,10 @@ class Sampling:
 def generate_text(
     checkpoint: LogicalCheckpoint, tokenizer: Path, prompt: str, num_tokens: int, sampling: Sampling | None = None
 ) -> str:
-    """``prompt`` and up to ``num_tokens`` tokens that the model adds to it, in fp32.
+    """Return ``prompt`` and up to ``num_tokens`` tokens that the model adds to it, in fp32.
 
     ``tokenizer`` is a transformers tokenizer folder. Raises ConfigError if transformers cannot load it, if it has tokens that
-    the model does not, and for a prompt without a token.
+    the model does not have, and for a prompt without tokens.
     """
     import torch
 
@@ -37,11 +37,11 @@ def generate_text(
     inputs = codec(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = inputs["input_ids"]
     if not ids.numel():
-        raise ConfigError("--prompt: this tokenizer makes no token of it; give the model a beginning.")
+        raise ConfigError("--prompt: the tokenizer gives no tokens for it; pass a longer beginning.")
     vocab = checkpoint.architecture.sizes["vocab"]
     if int(ids.max()) >= vocab:
         raise ConfigError(
-            f"{tokenizer}: makes token {int(ids.max())} of the prompt, and the model's vocab_size is {vocab}; it is another "
+            f"{tokenizer}: gives token {int(ids.max())} for the prompt, but the model's vocab_size is {vocab}; it is another "
             "model's tokenizer."
         )
     torch.manual_seed(sampling.seed)
@@ -59,8 +59,8 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged files raise anything, from Python and from Rust
+    except Exception as error:  # damaged files raise many kinds of errors, from Python and from Rust
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{folder}: transformers finds no tokenizer that it can load ({reason}); name one with --tokenizer FOLDER."
+            f"{folder}: transformers finds no tokenizer that it can load ({reason}); pass one with --tokenizer FOLDER."
         ) from error

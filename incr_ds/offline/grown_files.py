@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a grown checkpoint: config, plan, recipe, multipliers, advice, tokenizer."""
+"""Writes the files beside the tensors of a grown checkpoint: config, plan, recipe, multipliers, advice, tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from incr_ds.offline.plan import TAG, PlannedGrowth
 
 
 def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) -> None:
-    """Everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
+    """Write everything beside the tensors: config, index or latest, the plan, the recipe, advice for training, the tokenizer."""
     shards = tuple(file for file in planned.files if isinstance(file, SafetensorsFile))
     config = (published_config_text if shards else config_text)(planned.plan.target, planned.dtype)
     write_atomically(folder / "config.json", config)
@@ -47,7 +47,7 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
 
 
 def source_training(folder: Path, facts: CheckpointFacts) -> Trained:
-    """How a source was trained, as its checkpoint and its manifest, if it has one, say."""
+    """What a source's checkpoint, and its manifest if it has one, state about its training."""
     known = read_manifest(folder)["facts"] if (folder / MANIFEST).is_file() else {}
     groups = [without_multipliers(group) for group in facts.optimizer_groups]
     return Trained(known.get("settings", {}), groups if facts.step else (), bool(facts.frozen))

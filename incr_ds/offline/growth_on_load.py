@@ -1,4 +1,4 @@
-"""Growth on load: a source and a recipe as the checkpoint that they would give."""
+"""Growth on load: a source and a recipe, presented as the checkpoint that they would give."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from incr_ds.sharding.blocks import Bounds
 
 
 class GrownCheckpoint:
-    """A growth as a logical checkpoint: each read computes the slice that it asks for; nothing is written.
+    """A growth as a logical checkpoint. Each read computes the slice that it needs, and nothing is written.
 
-    ``multipliers`` are the AdamW multipliers of its tensors.
+    ``multipliers`` are the learning-rate multipliers of its tensors.
     """
 
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, multipliers: Mapping[str, Multipliers]) -> None:
@@ -40,7 +40,7 @@ class GrownCheckpoint:
 
     @property
     def facts(self) -> CheckpointFacts:
-        """The source's, except the kind and the step."""
+        """The source's facts, except the kind and the step."""
         return self._facts
 
     @property
@@ -56,9 +56,9 @@ class GrownCheckpoint:
         return self._grown.read(spec.tied_to or name, state, (*stated, *rest))
 
     def check_finite(self, *, with_moments: bool, share: int = 0, shares: int = 1) -> None:
-        """CheckpointError if the source's weights that are grown, or its moments, hold NaN or infinity; naming the tensor.
+        """Raise CheckpointError, with the tensor's name, if grown weights or moments of the source hold NaN or infinity.
 
-        Looks at every ``shares``-th tensor, from number ``share`` on, so that ranks may divide the work.
+        Checks every ``shares``-th tensor, from number ``share`` on, so that ranks can divide the work.
         """
         states = STATES if with_moments and self.plan.recipe.optimizer != "reset" else STATES[:1]
         otherwise = "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start from"
@@ -66,12 +66,12 @@ class GrownCheckpoint:
         watched.look_at(self.plan.reads_of(states)[share::shares])
 
     def self_check(self) -> Iterator[str]:
-        """The source's own check."""
+        """Run the source's own check."""
         return self._source.self_check()
 
 
 def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[GrownCheckpoint, GrowthRecipe]:
-    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for whatever cannot be done."""
+    """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for what cannot be done."""
     settings = load_recipe(recipe, lambda: open_described(source, tag).architecture)
     opened = open_described(source, tag)
     check_moments(opened, settings)

@@ -1,4 +1,4 @@
-"""The group of a launch: torchrun, deepspeed or srun say how many processes there are; gloo connects them."""
+"""Joins the process group of a launch. torchrun, deepspeed or srun set the number of processes; gloo connects them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 from incr_ds.errors import ConfigError
 from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup
 
-PATIENCE = timedelta(
-    days=7
-)  # one process may write for hours while another waits; a lost connection is noticed at once
+PATIENCE = timedelta(days=7)  # one process may write for hours while another waits; a lost connection shows at once
 JOINING = timedelta(minutes=5)
 _FAILED = "failed"
-# What each launcher sets: rank, number of processes. The first pair that is there counts.
+# Variables that each launcher sets: rank, number of processes. The first pair that exists counts.
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 @contextmanager
 def join_process_group() -> Iterator[ProcessGroup]:
-    """The group of the processes that were launched together; a group of one without a launcher.
+    """The group of the processes that were launched together, or a group of one without a launcher.
 
-    ConfigError if the launcher's variables make no sense. Nothing of torch.distributed is imported for one process.
+    Raises ConfigError if the launcher's variables are invalid. A single process does not import torch.distributed.
     """
     rank, size = _place()
     if size == 1:
@@ -56,7 +54,7 @@ def _place() -> tuple[int, int]:
 
 
 class _GlooProcessGroup:
-    """Processes in a gloo group, and a store for the one message that cannot wait."""
+    """Processes in a gloo group, and a store for the one message that cannot wait for the others."""
 
     def __init__(self, rank: int, size: int) -> None:
         import torch.distributed as dist
@@ -83,16 +81,16 @@ class _GlooProcessGroup:
         return found
 
     def warn(self) -> None:
-        """Tell the others at once."""
+        """Notify the others at once."""
         self._store.set(_FAILED, str(self.rank))
 
     def has_failed(self) -> bool:
-        """Whether any process has warned; one whose store is gone has."""
+        """Whether any process has warned. A process whose store is gone counts as well."""
         try:
             return bool(self._store.check([_FAILED]))
         except RuntimeError:
             return True
 
     def leave(self) -> None:
-        """End the group; processes that are gone already are not waited for."""
+        """End the group without waiting for processes that have ended already."""
         self._dist.destroy_process_group()

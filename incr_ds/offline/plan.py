@@ -1,4 +1,4 @@
-"""Everything that a growth will do, planned before a byte is written: the source, the plan, the files of the target."""
+"""Plans everything that a growth does before a byte is written: the source, the plan, the files of the target."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ MEMORY_BUDGET = 2 << 30
 class GrowthRequest:
     """What to grow into what: the source folder, the recipe and the output folder.
 
-    ``workers`` threads write files; ``memory_budget`` bounds the anonymous memory of the process, in bytes.
+    ``workers`` threads write files. ``memory_budget`` bounds the anonymous memory of the process, in bytes.
     ``overwrite`` lets the output replace a checkpoint that was published there. ``target_deepspeed`` is the release that will
-    load the target. ``allow_nonfinite`` grows a source that holds NaN or infinity.
+    load the target. ``allow_nonfinite`` grows a source even if it holds NaN or infinity.
     """
 
     source: Path
@@ -62,7 +62,7 @@ class GrowthRequest:
 
 @dataclass(frozen=True)
 class PlannedGrowth:
-    """An opened source, its plan, every file that the target will have, and the AdamW multipliers of its tensors."""
+    """An opened source, its plan, every file of the target, and the learning-rate multipliers of its tensors."""
 
     request: GrowthRequest
     source: LogicalCheckpoint
@@ -83,20 +83,20 @@ class PlannedGrowth:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the plan and of the source."""
+        """What a user should know about the plan and the source."""
         facts = self.source.facts
         return (*self.plan.notes, *facts.notes, *_frozen_note(facts.frozen))
 
     @property
     def portion(self) -> int:
-        """Elements that each worker asks for at once. ConfigError if the memory budget is too small for the plan."""
+        """Number of elements that each worker reads at once. Raises ConfigError if the memory budget is too small."""
         rows = [spec.shape[-1] for model in (self.plan.source, self.plan.target) for spec in model.stored]
         request = self.request
         return portion_elements(request.memory_budget, request.workers, max(rows), BYTES_PER_ELEMENT, anonymous_bytes())
 
     @property
     def key(self) -> str:
-        """Stands for everything that decides the bytes of the target."""
+        """A hash of everything that decides the bytes of the target."""
         described = self.plan.to_json() + multipliers_text(self.multipliers) + self.request.target_deepspeed
         digest = hashlib.blake2b(described.encode(), digest_size=8)
         for path in self.source.facts.files:
@@ -106,19 +106,19 @@ class PlannedGrowth:
 
 
 def plan_request(request: GrowthRequest) -> PlannedGrowth:
-    """Open the source and plan everything; nothing is written. Raises IncrError for whatever cannot be done."""
+    """Open the source and plan everything, without writing. Raises IncrError for what cannot be done."""
 
     def opened() -> LogicalCheckpoint:
         return open_described(request.source, request.tag, request.config, trust=request.trust)
 
     recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
     refuse_overlap(request.source, request.output)
-    companions(request.source)  # what is copied at the end is there
+    companions(request.source)  # check early that the files to copy at the end are present
     return plan_files(request, source, recipe)
 
 
 def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
-    """Plan the growth of an opened source, and the files of the layout that the recipe asks for."""
+    """Plan the growth of an opened source, and the files of the recipe's layout."""
     plan = plan_growth(source.architecture, recipe, str(request.recipe))
     multipliers = grown_multipliers(plan, read_multipliers(request.source))
     layout = recipe.layout
@@ -129,14 +129,14 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     check_moments(source, recipe)
     dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
-    # Only this release was seen to load files without a state.
+    # Only this release is known to load files without a state.
     has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
     target = replace(_native_target(source, plan, dtype), bare_states=bare, has_moments=has_moments)
     return PlannedGrowth(request, source, plan, _target_files(target, layout), dtype, multipliers)
 
 
 def _check_layout(plan: GrowthPlan, recipe: str) -> None:
-    """LayoutError, naming the recipe, if the target cannot be cut as it says, by its training code."""
+    """Raise LayoutError, with the recipe's name, if the target or its training code does not support the layout."""
     layout = plan.recipe.layout
     check_layout(plan.target, layout, f"{recipe}: layout")
     if layout.modules != "own":
@@ -180,11 +180,11 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
-    """GrowthError if the recipe needs Adam's moments and the source has none."""
+    """Raise GrowthError if the recipe needs Adam's moments and the source has none."""
     if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
         why = f" ({source.facts.no_moments})" if source.facts.no_moments else ""
         raise GrowthError(
-            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, and "
+            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, but "
             f"optimizer: {recipe.optimizer} needs them; set optimizer: reset in the recipe."
         )
 

@@ -1,4 +1,4 @@
-"""Processes that grow one checkpoint together: what they share, and how the failure of one becomes the failure of all."""
+"""Processes that grow one checkpoint together: how they communicate, and how one failure becomes the failure of all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class ProcessGroup(Protocol):
-    """All processes of a launch. Every method but ``has_failed`` is called by all of them, in the same order."""
+    """All processes of a launch. All of them call every method except ``has_failed``, in the same order."""
 
     @property
     def rank(self) -> int:
-        """Number of this process; 0 opens and publishes."""
+        """Number of this process. Process 0 opens and publishes."""
         ...
 
     @property
@@ -25,11 +25,11 @@ class ProcessGroup(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank. ConnectionError if one is gone."""
+        """The value of every process, by rank. Raises ConnectionError if one has ended."""
         ...
 
     def warn(self) -> None:
-        """Tell the others at once that this process has failed."""
+        """Notify the others at once that this process has failed."""
         ...
 
     def has_failed(self) -> bool:
@@ -49,7 +49,7 @@ class SingleProcess:
         return [value]
 
     def warn(self) -> None:
-        """Nobody to tell."""
+        """Do nothing, since there are no others."""
 
     def has_failed(self) -> bool:
         """Never."""
@@ -65,7 +65,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A failure as every process raises it. ``number`` is the errno of one of the disk."""
+    """A failure that every process raises. ``number`` is the errno of a disk failure."""
 
     text: str
     number: int | None = None
@@ -78,10 +78,10 @@ class _Failure:
 
 
 def agree(group: ProcessGroup, work: Callable[[], T]) -> T:
-    """Do ``work`` in every process and return its result, if all succeed; else raise what the first failing one raised.
+    """Do ``work`` in every process and return its result if all succeed. Otherwise raise the first failing one's error.
 
-    Where processes fail differently the message says which one it is. Anything but an IncrError or an OSError ends the
-    process as it is, and the others with a ConnectionError.
+    If processes fail in different ways, the message names the process. Any error except IncrError and OSError ends its own
+    process, and the others with a ConnectionError.
     """
     if group.size == 1:
         return work()
@@ -99,13 +99,13 @@ def agree(group: ProcessGroup, work: Callable[[], T]) -> T:
         group.warn()
     failures = group.gather(failure)
     if first := next((item for item in failures if item is not None), None):
-        raise _told(first, failures).error()
+        raise _with_rank(first, failures).error()
     if stopped:
-        raise ConnectionError(0, "another process failed without saying why")
+        raise ConnectionError(0, "another process failed without a message")
     return result
 
 
-def _told(first: _Failure, failures: Sequence[_Failure | None]) -> _Failure:
+def _with_rank(first: _Failure, failures: Sequence[_Failure | None]) -> _Failure:
     rank = failures.index(first)
     if all(item == first for item in failures):
         return first
@@ -118,7 +118,7 @@ def _told(first: _Failure, failures: Sequence[_Failure | None]) -> _Failure:
 
 
 def shares(sizes: Sequence[int], size: int) -> list[list[int]]:
-    """Spread jobs over processes, the largest first, each to the one with the least to do: job numbers by rank.
+    """Distribute jobs over processes, the largest first, each to the process with the least work. Returns numbers by rank.
 
     shares([5, 1, 4, 1], 2) -> [[0, 3], [1, 2]]
     """

@@ -1,4 +1,4 @@
-"""A planned growth, run: check the source, write every file of the target, publish."""
+"""Runs a planned growth: checks the source, writes every file of the target, and publishes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from incr_ds.offline.plan import PlannedGrowth
 from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, agree, shares
 from incr_ds.offline.stages import Stages, job_threads
 
-FLUSHING = 4  # threads that wait for the disk while others write: the disk takes several files at once
-FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of one file, beside its tensors
+FLUSHING = 4  # threads that wait for the disk while others write, since a disk can flush several files at once
+FILE_OVERHEAD = 64 << 10  # at most: pickle, headers and directory of a file, besides its tensors
 Progress = Callable[[str, int, int], None]
 
 
 def grow_checkpoint(
     planned: PlannedGrowth, progress: Progress | None = None, group: ProcessGroup = SINGLE_PROCESS
 ) -> Mapping[str, Any]:
-    """Write and publish the target; returns the manifest's facts. The output appears whole or not at all.
+    """Write and publish the target, and return the manifest's facts. The output appears whole or not at all.
 
-    Every process of ``group`` calls this with the same plan; each writes files of its own, and the first one publishes.
-    An interrupted run goes on where it stopped, with any number of processes, and ends with the same bytes.
-    CheckpointError if the disk is full or fails; what was finished is then kept for the next run.
+    Every process of ``group`` calls this with the same plan. Each writes its own files, and the first one publishes. An
+    interrupted run continues where it stopped, with any number of processes, and ends with the same bytes. Raises
+    CheckpointError if the disk is full or fails; finished files are then kept for the next run.
     """
     report = progress or (lambda phase, done, total: None)
     with _resumable(planned.request.output), ExitStack() as stack:
         space = _open_together(planned, group, stack)
         otherwise, allowed = "--allow-nonfinite grows this one as it is", planned.request.allow_nonfinite
         watched = FiniteCheckpoint(planned.source, otherwise=otherwise, allowed=allowed)
-        if space.done:  # files of a run that was cut off: what they were made of is not read again
+        if space.done:  # files of an interrupted run: the tensors that they were made from are not read again
             agree(group, lambda: watched.look_at(planned.plan.reads[group.rank :: group.size]))
         slices = Slices(GrownTensors(planned.plan, watched).read, agree(group, lambda: planned.portion))
         hashes, ratio = agree(group, lambda: _run_jobs(planned, space, slices, report, group))
@@ -56,7 +56,7 @@ def grow_checkpoint(
 
 
 def _open_together(planned: PlannedGrowth, group: ProcessGroup, stack: ExitStack) -> Workspace:
-    """The first process opens and locks the workspace; the others write into it."""
+    """Open and lock the workspace in the first process; the others write into it."""
     request, key = planned.request, planned.key
 
     def open_first() -> Workspace:
@@ -86,9 +86,9 @@ def _publish(planned: PlannedGrowth, space: Workspace, facts: Mapping[str, Any],
 def _run_jobs(
     planned: PlannedGrowth, space: Workspace, slices: Slices, report: Progress, group: ProcessGroup
 ) -> tuple[dict[Path, str], float | None]:
-    """Check the source, hash its files and write the target's, this process' share of it, ``workers`` jobs at a time.
+    """Do this process' share: check the source, hash its files and write the target's, ``workers`` jobs at a time.
 
-    Returns the hashes and, in the first process, the ratio of the gradients' norms where it is known.
+    Returns the hashes and, in the first process, the ratio of the gradients' norms if it is known.
     """
     files, inputs, checks = _own_share(planned, space, group)
     total = len(space.done) + len(files)
@@ -120,7 +120,7 @@ def _run_jobs(
 def _own_share(
     planned: PlannedGrowth, space: Workspace, group: ProcessGroup
 ) -> tuple[list[TargetFile], list[Path], bool]:
-    """What this process writes, what it reads for checksums, and whether it checks the source: by bytes, the same in all."""
+    """Files that this process writes, files that it hashes, and whether it checks the source. Shares are equal in bytes."""
     files = [file for file in planned.files if file.path not in space.done]
     inputs = planned.source.facts.files
     read = [path.stat().st_size for path in inputs]
@@ -140,14 +140,14 @@ def _resumable(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         kept = any(output.parent.glob(f".{output.name}.incomplete-*"))
-        more = " Finished files are kept beside it: the same command goes on from there." if kept else ""
+        more = " Finished files are kept beside it: the same command continues from there." if kept else ""
         raise CheckpointError(
             f"{output}: {error.strerror or error} ({error.filename or 'while writing'}); nothing was published.{more}"
         ) from error
 
 
 def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
-    """Disk space and file count, before the first byte; what an interrupted run wrote counts."""
+    """Check disk space and number of files before the first byte. What an interrupted run wrote counts as free."""
     written = sum(int(digest["bytes"]) for digest in space.done.values())
     needed = planned.num_bytes + FILE_OVERHEAD * len(planned.files) - written
     entries = len({Path(file.path).parent for file in planned.files}) + len(planned.files) - len(space.done)
@@ -155,7 +155,7 @@ def _check_room(planned: PlannedGrowth, space: Workspace) -> None:
 
 
 def _check_source(source: LogicalCheckpoint, report: Progress) -> None:
-    # More are checked than there are tensors where ranks hold copies or parts: the last is reported once all are.
+    # If ranks hold copies or parts, more is checked than there are tensors. The last one is reported once all are done.
     phase, total = "checking the source", len(source.architecture.stored)
     for done, _ in enumerate(source.self_check()):
         report(phase, min(done + 1, total - 1), total)

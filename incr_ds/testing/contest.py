@@ -1,4 +1,4 @@
-"""Commands raced against each other: seconds, bytes moved, and the anonymous memory of each with all its processes."""
+"""Races commands against each other: seconds, bytes moved, and anonymous memory with all child processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_SAMPLING_SECONDS = 0.05  # five times as often took a twentieth of a core from those it watched
+_SAMPLING_SECONDS = 0.05  # five times as often would use a twentieth of a core
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A command that makes ``output`` from files that it reads once (``inputs``)."""
+    """A command that creates ``output`` from files that it reads once (``inputs``)."""
 
     name: str
     command: Sequence[str]
@@ -56,9 +56,9 @@ class Result:
 
 
 def race(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
-    """Run all contestants in turn, ``rounds`` times, each on a cold page cache where the disk has one; medians.
+    """Run all contestants in turn, ``rounds`` times, each with a cold page cache if the disk has one. Returns medians.
 
-    Taking turns spreads what else the machine does over all of them.
+    Taking turns spreads other load on the machine over all of them.
     """
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
@@ -79,7 +79,7 @@ def _median(contestant: Contestant, runs: Sequence[Run]) -> Result:
 
 def _run(contestant: Contestant) -> Run:
     shutil.rmtree(contestant.output, ignore_errors=True)
-    os.sync()  # what others left to write must not be charged to this one
+    os.sync()  # pending writes of others must not count for this one
     for path in contestant.inputs:
         _evict(path)
     with tempfile.TemporaryFile("w+") as said:

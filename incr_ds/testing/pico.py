@@ -1,4 +1,4 @@
-"""Pico models: every axis has a size of its own, so a mixed-up axis shows."""
+"""Pico models, in which every axis has a different size so that mixed-up axes show."""
 
 from __future__ import annotations
 

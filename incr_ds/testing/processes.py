@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo world, as the launcher would start them."""
+"""Runs a function in several processes that form a gloo world, as a launcher would start them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-# The server imports these once; every process is then a cheap fork of it.
+# The server imports these once. Every process is then a cheap fork of it.
 _PRELOAD = ["incr_ds.train.engine"]
 
 
 class ProcessError(AssertionError):
-    """A process raised; the message holds its traceback."""
+    """A process raised an error. The message holds its traceback."""
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call ``function(*args)`` in ``world_size`` processes and return what each returned, by rank.
 
     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as a launcher sets them. ``function`` must be
-    importable. ProcessError shows the traceback of the first process that fails; none outlives the call.
+    importable. Raises ProcessError with the traceback of the first process that fails. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -46,7 +46,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """A TCP port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -87,7 +87,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             missing = [rank for rank in range(len(pipes)) if rank not in results]
             raise ProcessError(f"rank(s) {missing} gave no result in time")
         found = [(pipes.index(pipe), _receive(pipes.index(pipe), pipe)) for pipe in ready]  # type: ignore[arg-type]
-        # One failure makes others fail, by a broken connection; the first one tells why.
+        # One failure makes others fail with a broken connection. The first one has the reason.
         failures = sorted((moment, rank, value) for rank, (succeeded, value, moment) in found if not succeeded)
         if failures:
             raise ProcessError(f"rank {failures[0][1]} failed:\n{failures[0][2]}")

@@ -1,4 +1,4 @@
-"""Run settings of pico runs."""
+"""Run settings for pico models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of learned positions has an end, and whoever asks for more tokens is told before anything runs."""
+"""A table of learned positions has an end, and a request for more tokens is refused before anything runs."""
 
 import importlib
 import sys

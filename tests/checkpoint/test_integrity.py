@@ -101,7 +101,8 @@ def test_without_a_manifest_the_checksums_of_torch_save_count(published, tmp_pat
         flip(path, reader.get_record_offset(record) + 3)
         with pytest.raises(
             CheckpointError,
-            match=rf"{path.name}: {tensors[0]} \(record .*{record}\) is damaged \(its CRC-32 is [0-9a-f]{{8}}, torch.save noted",
+            match=rf"{path.name}: {tensors[0]} \(record .*{record}\) is damaged "
+            r"\(its CRC-32 is [0-9a-f]{8}, but torch.save stored",
         ):
             check_folder(tmp_path / "copy", checkpoint)
         path.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""Tokens seen: from whoever noted them, of every kind of checkpoint."""
+"""Tokens seen in training, as every kind of checkpoint records them."""
 
 import json
 

@@ -111,7 +111,7 @@ def test_overwrite_replaces_what_was_published(tmp_path):
 def test_overwrite_leaves_other_folders_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("1")
-    with pytest.raises(CheckpointError, match=r"holds no manifest\.json, so incr_ds did not publish it"):
+    with pytest.raises(CheckpointError, match=r"contains no manifest\.json, so incr_ds did not publish it"):
         publish(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "1"
 

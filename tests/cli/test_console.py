@@ -14,7 +14,7 @@ from curves import write_run
 from sources import write_synthetic
 
 from incr_ds.checkpoint.publish import check_writable
-from incr_ds.cli.command import MOST_LINES, told
+from incr_ds.cli.command import MOST_LINES, error_text
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.testing.pico import pico_architecture
 
@@ -165,17 +165,19 @@ def test_a_full_disk_behind_the_output_is_said_once():
             [sys.executable, tool, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
-    assert done.stderr == "error: No space left on device; free some space, or name another output\n"
+    assert done.stderr == "error: No space left on device; free some space, or choose another output\n"
 
 
 def test_an_error_is_at_most_a_screen_and_no_escape_sequence():
-    lines = told(ConfigError("\n".join(f"line {number}" for number in range(500)))).splitlines()
+    lines = error_text(ConfigError("\n".join(f"line {number}" for number in range(500)))).splitlines()
     assert len(lines) == MOST_LINES + 1 and lines[-1] == "... and 460 more lines"
-    assert told(CheckpointError("\x1b[31mred\x07")) == "\\x1b[31mred\\x07"
-    assert told(ConfigError("y" * 9000)).count("y") == 200 and "8,800 characters" in told(ConfigError("y" * 9000))
-    assert told(ConfigError("y " * 9000)).count("y") == 500
-    assert told(FileNotFoundError(errno.ENOENT, "No such file", "a")) == "a: No such file"
-    assert told(OSError("burnt")) == "burnt"
+    assert error_text(CheckpointError("\x1b[31mred\x07")) == "\\x1b[31mred\\x07"
+    assert error_text(ConfigError("y" * 9000)).count("y") == 200 and "8,800 characters" in error_text(
+        ConfigError("y" * 9000)
+    )
+    assert error_text(ConfigError("y " * 9000)).count("y") == 500
+    assert error_text(FileNotFoundError(errno.ENOENT, "No such file", "a")) == "a: No such file"
+    assert error_text(OSError("burnt")) == "burnt"
 
 
 def test_a_folder_is_writable_or_it_is_said_why(tmp_path):

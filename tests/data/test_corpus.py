@@ -214,9 +214,7 @@ def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(with_code, tm
     folder, own, canary = with_code
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    with pytest.raises(
-        ConfigError, match=r"own: needs Python code that lies in the folder .*not run.*repeat with --trust"
-    ):
+    with pytest.raises(ConfigError, match=r"own: needs Python code in the folder .*not run.*repeat with --trust"):
         prepare_corpus(request(folder, tokenizer=str(own), output=tmp_path / "out"))
     assert not canary.exists() and not list(tmp_path.glob("*out*"))
 

@@ -60,9 +60,9 @@ def test_at_the_maximum_there_is_nothing_to_warm_up_to():
     [
         ({"target": DOUBLE, "width": EVEN, "optimizer": "reset"}, 0.0, "the moments start at zero"),
         ({"target": DOUBLE, "layout": {"format": "huggingface"}}, 0.0, "the moments start at zero"),
-        ({"target": DOUBLE, "width": EVEN, "optimizer": "reset-new"}, 0.1, "new entries have guessed moments"),
+        ({"target": DOUBLE, "width": EVEN, "optimizer": "reset-new"}, 0.1, "new entries have estimated moments"),
         ({"target": {"num_hidden_layers": 4}}, 0.1, "0.1 is a cautious choice, not a measured one"),
-        ({"target": {"intermediate_size": 260}}, 0.1, "new entries have guessed moments"),
+        ({"target": {"intermediate_size": 260}}, 0.1, "new entries have estimated moments"),
     ],
 )
 def test_where_the_warm_up_begins(recipe, start, reason):
@@ -79,16 +79,16 @@ def test_a_source_with_frozen_tensors_is_warmed_up():
 def test_what_is_not_known_is_said_instead():
     found, text = advised(None, Trained({}, (), False), target=DOUBLE, optimizer="reset")
     assert found == {"schedule": {"warmup_from": 0.0, "warmup_steps": "1%"}}
-    assert "# learning_rate: the source does not say its own" in text
+    assert "# learning_rate: the source does not state its own" in text
     assert (
-        "# gradient_clipping: how the gradients' norm changes is not known, since the source has no second moments"
+        "# gradient_clipping: how the norm of the gradients changes is not known, since the source has no second moments"
         in text
     )
     assert "with the run file's default 0.95" in text
     _, text = advised(None, target={"num_hidden_layers": 6}, depth={"method": "stack", "new": "copy"})
     assert (
         "since this growth does not keep the function" in text
-        and "which one suits an inexact growth is not known" in text
+        and "which one suits a growth that is not function-preserving is not known" in text
     )
     _, text = advised(0.7, Trained({"optimizer": {"gradient_clipping": 0.0}}, ADAMW, False), target=DOUBLE)
     assert "multiply the threshold by 0.7; the source was trained without" in text
@@ -150,7 +150,7 @@ def test_a_source_without_a_rate_gets_the_published_one_of_its_size():
     text = advice_text(advise(plan, Trained({}, (), False), None))
     assert yaml.safe_load(text)["schedule"] == {"learning_rate": 4.5e-4, "warmup_from": 0.0, "warmup_steps": "1%"}
     assert (
-        "published, not this source's, which does not say its own: the median of peaks from scratch near 264," in text
+        "published, not this source's, which does not state its own: the median of peaks from scratch near 264," in text
     )
     assert "GPT-3 (arXiv 2005.14165) 0.0006, 0.0003" in text and "1% of train_steps" not in text
 

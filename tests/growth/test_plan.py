@@ -73,7 +73,7 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         (
             "llama",
             {"target": {"num_hidden_layers": 5}, "depth": {"method": "map", "map": [0, 1, 2, 2]}},
-            r"depth\.map lists 4 layers, target\.num_hidden_layers is 5",
+            r"depth\.map lists 4 layers, but target\.num_hidden_layers is 5",
         ),
         ("llama", {"target": {"hidden_size": 96_000_000}}, r"hidden_size: 96,000,000 is more than the 4,194,304 that"),
         ("llama", {"target": {"num_hidden_layers": 99_999}}, r"num_hidden_layers: 99,999 is more than the 16,384 that"),
@@ -100,7 +100,7 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         (
             "gemma3_text",
             {"target": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
-            r"rope_parameters: factor is no kind of layer; they are full_attention, sliding_attention",
+            r"rope_parameters: factor is not a valid kind of layer; the kinds are full_attention, sliding_attention",
         ),
     ],
 )

@@ -110,14 +110,14 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
         importlib.import_module("grow_checkpoint").main()
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "num_hidden_layers" in shown and "tokens: 20 a parameter. Up to about there growth pays" in " ".join(
+    assert "num_hidden_layers" in shown and "tokens: 20 per parameter. In publications, growth pays" in " ".join(
         shown.split()
     )
     monkeypatch.setattr(sys, "argv", ["grow_checkpoint", "--source", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("grow_checkpoint").main()
     assert ended.value.code == 2
-    assert "--recipe and --output: both are needed" in capsys.readouterr().err
+    assert "--recipe and --output: both are required" in capsys.readouterr().err
 
 
 SMOLLM2 = {
@@ -149,7 +149,7 @@ def test_an_unusual_shape_is_said_where_nothing_else_fits():
     source = small_architecture("llama", **SMOLLM2)
     (found, *_) = suggest_targets(source, 165 * 10**6, ParallelLayout())
     assert list(found.target) == ["num_hidden_layers"] and found.shape < 17
-    expected = "deeper than published models near its size, 19 (SmolLM2-135M) to 64 (GPT-2) wide a layer"
+    expected = "deeper than published models near its size, 19 (SmolLM2-135M) to 64 (GPT-2) hidden size per layer"
     assert expected.replace("GPT-2", "Pythia-160M") in found.warnings or expected in found.warnings
 
 
@@ -198,5 +198,5 @@ def test_a_recipe_is_written_where_it_can_be_and_of_a_row_that_is_there(tmp_path
         assert run(monkeypatch, *suggest, *options) == 2
         assert message in capsys.readouterr().err.replace("\n", "")
     assert run(monkeypatch, "--source", tmp_path / "source", "--write-recipe", tmp_path / "new.yaml") == 2
-    assert "--write-recipe: belongs to --suggest" in capsys.readouterr().err
+    assert "--write-recipe: needs --suggest" in capsys.readouterr().err
     assert (tmp_path / "here.yaml").read_text() == "kept" and not (tmp_path / "new.yaml").exists()

@@ -182,7 +182,7 @@ def test_verify_and_export(source, recipe, tmp_path):
     assert same_function(open_source(source["zero"]), open_source(tmp_path / "exported")) <= 1e-5
     assert run_tool("export_huggingface", out, tmp_path / "rounded").returncode == 0
     done = run_tool("verify_checkpoint", tmp_path / "rounded", "--against", out, "--samples", 2, "--length", 12)
-    assert done.returncode == 0 and "times what rounding its weights to 16 bits does" in done.stdout, done.stdout
+    assert done.returncode == 0 and "times the effect of rounding its weights to 16 bits" in done.stdout, done.stdout
     done = run_tool(
         "verify_checkpoint", tmp_path / "rounded", "--tolerance", 0, "--against", out, "--samples", 1, "--length", 8
     )

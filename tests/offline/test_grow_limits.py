@@ -150,7 +150,7 @@ def test_killed_and_run_again_gives_the_same_bytes(home, tmp_path, point):
 
 def test_what_was_finished_is_not_written_again(home, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "seal", broken(errno.EIO))
-    with pytest.raises(CheckpointError, match=r"Input/output error .*; nothing was published.*same command goes on"):
+    with pytest.raises(CheckpointError, match=r"Input/output error .*; nothing was published.*same command continues"):
         grow_checkpoint(plan_request(request(home, tmp_path / "out")))
     monkeypatch.undo()
     monkeypatch.setattr("incr_ds.offline.run.write_file", broken(errno.EIO))
@@ -197,7 +197,7 @@ def test_room_is_checked_before_the_first_byte(home, tmp_path, monkeypatch):
             {"f_bavail": 10},
             rf"out: needs [\d,]+ bytes, {10 * real.f_frsize:,} are free on its disk; nothing was written",
         ),
-        ({"f_files": 100, "f_favail": 3}, r"out: needs 15 files, its disk allows 3 more"),
+        ({"f_files": 100, "f_favail": 3}, r"out: needs 15 files, but its disk allows 3 more"),
     ):
         monkeypatch.setattr(os, "statvfs", lambda _, change=change: Changed(real, change))
         with pytest.raises(CheckpointError, match=message):

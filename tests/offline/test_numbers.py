@@ -99,7 +99,7 @@ def cut_off(source, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     request = incr_ds.GrowthRequest(**vars(source(with_nonfinite)) | {"allow_nonfinite": True})
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="the same command goes on from there"):
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="the same command continues from there"):
         patch.setattr(workspace, "seal", fail)
         incr_ds.grow_checkpoint(incr_ds.plan_request(request))
     return request
@@ -132,7 +132,7 @@ def export(monkeypatch, capsys, *arguments):
     return code, " ".join((shown.out + shown.err).split())
 
 
-def test_export_refuses_nan_and_infinity_unless_it_is_told_to_take_them(source, tmp_path, monkeypatch, capsys):
+def test_export_refuses_nan_and_infinity_unless_they_are_allowed(source, tmp_path, monkeypatch, capsys):
     folder, output = source(with_nonfinite).source, tmp_path / "new" / "exported"
     code, shown = export(monkeypatch, capsys, folder, output)
     assert code == 2 and not output.parent.exists()

@@ -55,7 +55,7 @@ def test_a_growth_in_fp32_is_judged_strictly_whatever_its_source_is(home, tmp_pa
 def test_a_growth_in_16_bits_is_judged_by_what_rounding_does_to_its_source(home, tmp_path, source):
     shown, report = verified(grown(home, tmp_path, source, "bfloat16"), home / source)
     assert shown.returncode == 0 and "logits kept" in shown.stdout
-    assert "3 times what rounding its weights to 16 bits does to the source, 0.00" in shown.stdout
+    assert "3 times the effect of rounding its weights to 16 bits on the source, 0.00" in shown.stdout
     assert 1e-3 < report["rounding"] < 0.03 and report["tolerance"] == ROUNDING_FACTOR * report["rounding"]
     assert 1e-3 < report["relative_difference"] < 2 * report["rounding"]
 
@@ -142,13 +142,13 @@ def test_sentences_are_the_tokens_where_a_folder_has_a_tokenizer(tokenizer, home
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     source = open_source(tmp_path / "model")
     found = usual_tokens(source, [home / "float32", tmp_path / "model"])
-    assert found.origin == "of the sentences that are shipped"
+    assert found.origin == "of the built-in sentences"
     assert [batch.shape for batch in found.batches] == [(1, 128)] * 8
     assert torch.equal(torch.cat(found.batches), torch.cat(sentence_batches(tokenizer, 330, 8, 128)))
     shown = run_tool("verify_checkpoint", tmp_path / "model", "--against", tmp_path / "model")
-    assert "tokens of the sentences that are shipped" in shown.stdout and "logits kept" in shown.stdout
+    assert "tokens of the built-in sentences" in shown.stdout and "logits kept" in shown.stdout
     shown = run_tool("verify_checkpoint", tmp_path / "model", "--against", tmp_path / "model", "--samples", 5000)
-    assert shown.returncode == 2 and "--samples 5000: the sentences that are shipped give" in shown.stderr
+    assert shown.returncode == 2 and "--samples 5000: the built-in sentences give" in shown.stderr
 
 
 def test_a_tokenizer_that_does_not_fit_is_said_and_random_tokens_taken(tokenizer, home):
@@ -157,7 +157,8 @@ def test_a_tokenizer_that_does_not_fit_is_said_and_random_tokens_taken(tokenizer
     assert found.origin.startswith(f"drawn at random ({tokenizer}: tokenizer: has token ")
     assert torch.equal(torch.cat(found.batches), torch.cat(random_batches(101, 2, 12)))
     assert (
-        usual_tokens(source, []).origin == "drawn at random (no tokenizer beside the weights; --data names a data set)"
+        usual_tokens(source, []).origin
+        == "drawn at random (no tokenizer beside the weights; pass a data set with --data)"
     )
 
 
@@ -169,4 +170,4 @@ def test_code_in_a_tokenizer_does_not_run_for_the_sentences(tokenizer, home, tmp
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n")
     found = usual_tokens(open_source(home / "float32"), [tmp_path], samples=2, length=12)
-    assert "needs Python code that lies in the folder" in found.origin and not (tmp_path / "canary").exists()
+    assert "needs Python code in the folder" in found.origin and not (tmp_path / "canary").exists()

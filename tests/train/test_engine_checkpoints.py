@@ -1,4 +1,4 @@
-"""Saving and loading: a resumed run is the uninterrupted one, bit for bit; what does not fit is refused."""
+"""Saving and loading: a resumed run is the uninterrupted one, bit for bit; a checkpoint of another run is refused."""
 
 import re
 

@@ -177,10 +177,10 @@ def test_operators_of_another_growth_are_named():
     with pytest.raises(GrowthError) as caught:
         plan_growth(small_architecture("qwen3"), recipe)
     for text in (
-        "the fitted operators are not of this growth; fit it again",
-        "fitted.axes.hidden.amplitude: 1 factors, the axis has 144 positions",
-        "fitted.axes.vocab: not an axis that is fitted; they are hidden, ffn, heads, kv_heads",
-        "fitted.layers: 2 entries, the target has 5 layers",
+        "the fitted operators belong to another growth; fit again",
+        "fitted.axes.hidden.amplitude: 1 factors, but the axis has 144 positions",
+        "fitted.axes.vocab: not an axis that can be fitted; these can: hidden, ffn, heads, kv_heads",
+        "fitted.layers: 2 entries, but the target has 5 layers",
         "fitted.layers: 7 is not a layer of the source",
     ):
         assert text in str(caught.value)

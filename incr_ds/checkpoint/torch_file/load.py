@@ -1,4 +1,4 @@
-"""Safe loading of DeepSpeed's .pt files: tensors and plain containers only, mapped from disk, nothing executed."""
+"""Loads DeepSpeed's .pt files safely: only tensors and plain containers, mapped from disk, with no code run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LIST = threading.Lock()  # one thread at a time changes torch's list; opening a
 
 
 class Stub:
-    """Stands in for a DeepSpeed class; keeps what it was built from, does nothing."""
+    """Replaces a DeepSpeed class. It stores the arguments that it was built from and does nothing."""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         self.arguments = arguments
@@ -54,16 +54,16 @@ Allowed = Sequence[
 
 
 def stubs_alone() -> AbstractContextManager[None]:
-    """Inside, torch.load allows the stubs and nothing else."""
+    """A context in which torch.load allows only the stubs."""
     return _only([(Stub, name) for name in INERT_TYPES])
 
 
 @contextmanager
 def _only(allowed: Allowed) -> Iterator[None]:
-    """Inside, torch.load allows these types and nothing else.
+    """A context in which torch.load allows only these types.
 
-    Its list belongs to the whole process, and other packages add to it: megatron-core allows numpy's own functions, which
-    would then run instead of their stubs.
+    torch's list belongs to the whole process, and other packages add to it: megatron-core allows numpy's own functions,
+    which would then run instead of their stubs.
     """
     with _LIST:
         others = torch.serialization.get_safe_globals()
@@ -79,9 +79,9 @@ def _only(allowed: Allowed) -> Iterator[None]:
 def load_pt(path: Path, *, trust: bool = False) -> Any:
     """Load a .pt file with its tensors mapped from disk.
 
-    Only tensors, containers and DeepSpeed's own few types are read, the latter as stubs. CheckpointError if the file is
-    missing, damaged, or refers to any other global; ``trust`` unpickles without that limit, which runs whatever code
-    the file's author put there.
+    Reads only tensors, containers and a few types of DeepSpeed, as stubs. Raises CheckpointError if the file is missing,
+    damaged, or refers to any other global. ``trust`` unpickles without that limit, which runs any code that the file's
+    author put there.
     """
     _check_before_loading(path)
     with _named_failures(path), stubs_alone():
@@ -89,9 +89,9 @@ def load_pt(path: Path, *, trust: bool = False) -> Any:
 
 
 def load_pt_of(path: Path, types: Allowed) -> Any:
-    """Load a .pt file into memory, with objects of ``types`` in it as they are and of no others.
+    """Load a .pt file into memory with real objects of ``types``, and of no other types.
 
-    For a library that needs its own objects back. Fails as ``load_pt`` does.
+    For a library that needs its own objects. Fails like ``load_pt``.
     """
     _check_before_loading(path)
     with _named_failures(path), _only(types):
@@ -108,17 +108,17 @@ def _check_before_loading(path: Path) -> None:
 
 @contextmanager
 def _named_failures(path: Path) -> Iterator[None]:
-    """Inside, what torch.load raises becomes a CheckpointError that says what is wrong with the file."""
+    """A context that turns torch.load's errors into a CheckpointError that explains what is wrong with the file."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
 
 
 def _check_own_name(path: Path) -> None:
-    """torch.save names the archive's inner folder after the file: a shard under another rank's name betrays itself."""
+    """Check the file's name. torch.save names the archive's inner folder after the file, so swapped shards show."""
     with zipfile.ZipFile(path) as archive:
         written_as = archive.namelist()[0].partition("/")[0]
     if written_as.endswith("_states") and written_as != path.stem:
@@ -131,10 +131,10 @@ def _check_own_name(path: Path) -> None:
 def _refusal(path: Path) -> str:
     try:
         foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(INERT_TYPES))
-    except Exception:  # whatever a damaged pickle raises while it is scanned: the refusal stands either way
+    except Exception:  # the pickle is damaged as well; it is refused in any case
         foreign = []
     named = ", ".join(foreign) or "an object that is not a tensor or a container"
     return (
-        f"{path}: refers to {named}; loading it would run code from the checkpoint, so it was refused. If you trust who "
-        "wrote this file, repeat with --trust."
+        f"{path}: refers to {named}; loading it would run code from the checkpoint, so it was refused. If you trust the "
+        "author of this file, repeat with --trust."
     )

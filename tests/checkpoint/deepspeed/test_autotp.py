@@ -90,7 +90,7 @@ def test_a_scaled_bias_is_unscaled_and_its_moments_too():
 
 
 def test_maps_that_are_not_understood():
-    with pytest.raises(CheckpointError, match=r"test: its affine map has version 2, version 1 is known"):
+    with pytest.raises(CheckpointError, match=r"test: its affine map has version 2, but only version 1 is known"):
         AffineMaps(info(replicated(1.0), 2), "test")
     strided = copy.deepcopy(replicated(1.0))
     strided["ranks"][0]["pieces"][0] |= {"shape": [2], "source": [0, [2]]}

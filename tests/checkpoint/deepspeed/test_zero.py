@@ -282,7 +282,7 @@ def test_tag_folder_and_unknown_tag(written):
     folder = written["z1", 1][0]
     with pytest.raises(CheckpointError, match=r"this is a tag folder; give its parent and --tag step"):
         open_source(folder / "step")
-    with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; folders there: step"):
+    with pytest.raises(CheckpointError, match=r"no folder for tag 'other'; existing folders: step"):
         open_source(folder, "other")
 
 
@@ -424,7 +424,7 @@ def test_frozen_parameters_that_were_left_out(damaged, case):
         open_source(folder)
 
 
-def test_zero_0_whose_order_cannot_be_told(damaged):
+def test_zero_0_whose_order_is_ambiguous(damaged):
     """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
     folder = damaged("z0")
 
@@ -580,7 +580,7 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masters_are_compared_as_numbers(dtype):
-    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is no case of swapped shards."""
+    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is not a case of swapped shards."""
     masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masters[0, :2] = torch.tensor([0.0, float("inf")])
     saved = masters.to(dtype, copy=True)

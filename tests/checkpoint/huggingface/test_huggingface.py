@@ -217,7 +217,7 @@ def test_a_git_lfs_pointer_says_how_to_fetch_the_file(written, name):
         open_source(folder)
 
 
-def test_a_pointer_in_place_of_the_tokenizer_is_told_before_anything_is_written(written, tmp_path):
+def test_a_pointer_in_place_of_the_tokenizer_is_refused_before_anything_is_written(written, tmp_path):
     folder, _ = written(shard="1GB")
     (folder / "tokenizer.json").write_text(POINTER)
     (tmp_path / "recipe.yaml").write_text("target: {}\noptimizer: reset\nlayout: {format: huggingface}\n")

@@ -34,7 +34,9 @@ def test_what_others_allow_is_neither_run_nor_refused_anew(tmp_path, allowed_els
     found = load_pt(tmp_path / "mp_rank_00_model_states.pt")
     assert torch.equal(found["weight"], torch.arange(3.0)) and isinstance(found["rng"], Stub)
     torch.save({"payload": Payload()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match="it was refused. If you trust who wrote this file, repeat with --trust"):
+    with pytest.raises(
+        CheckpointError, match="it was refused. If you trust the author of this file, repeat with --trust"
+    ):
         load_pt(tmp_path / "bad.pt")
     assert foreign in torch.serialization.get_safe_globals()
 
