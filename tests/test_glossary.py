@@ -21,13 +21,25 @@ OLD = {
     r"\boptimizer_groups\.json\b": "multipliers.json",
     r"\b_?[Ll]eanWalk\b|backend: lean\b|\"lean\"": "recompute",
     r"\bShardedTensor\b|\bModuleParameter\b": "RankParameter",
-    r"\boptimizer: (exact|keep)\b": "optimizer: rescale, copy",
-    r"\bexact: (required|preferred)\b": "function_preserving",
+    r"(\b|\\n)optimizer: (exact|keep)\b": "optimizer: rescale, copy",
+    r"(\b|\\n)exact: (required|preferred)\b": "function_preserving",
     r"\bincr_ds[./](source|target|crew|grow|grown|verify|command|reading)\b(?!_)": "today's packages",
 }
 # They say what an old name has become.
 ALLOWED = {"docs/DECISIONS.md", "tests/test_glossary.py", "incr_ds/arch/multipliers.py", "incr_ds/config/training.py"}
 BENCHMARK = "bench_dynamics"  # measures how closely a grown model's training follows its source's: its dynamics
+
+
+# Phrases that code avoids in messages, comments and docstrings, and what to write instead.
+UNCLEAR = {
+    r"(?<![Tt]here )\bis no [a-z]": "is not a valid",
+    r"\btold\b": "reported, printed, given",
+    r"\bfor people\b": "readable, for users",
+    r"\b(not to|cannot) be had\b": "not available",
+    r"\b[Ww]ho(so)?ever\b": "name the user, process or function",
+    r"\b[Ww]hat does not fit\b": "name what is checked",
+    r'"""(Of|By) [a-z]': "start with what it is or does: a noun phrase or a verb",
+}
 
 
 def texts():
@@ -47,6 +59,19 @@ def test_old_names_are_gone(old):
         if re.search(old, line)
     ]
     assert not found, f"{OLD[old]}: {found}"
+
+
+@pytest.mark.parametrize("phrase", UNCLEAR)
+def test_code_avoids_unclear_phrases(phrase):
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()[:100]}"
+        for folder in ("incr_ds", "tools", "launchers", "ds_configs")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".yaml", ".sh", ".sbatch", ".cu", ".cuh")
+        for line in path.read_text().splitlines()
+        if re.search(phrase, line)
+    ]
+    assert not found, f"{UNCLEAR[phrase]}: {found}"
 
 
 @pytest.mark.parametrize(

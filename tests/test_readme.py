@@ -65,6 +65,25 @@ def test_paths_and_links(page):
             assert list(ROOT.glob(path.rstrip("./"))), path
 
 
+def anchors(page):
+    """The anchor that GitHub gives each heading: in lower case, without punctuation, with a dash for each space."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors(page):
+    for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", page.read_text()):
+        assert anchor in anchors(page.parent / link if link else page), f"{link}#{anchor}"
+
+
+def test_every_decision_is_in_the_index():
+    page = ROOT / "docs" / "DECISIONS.md"
+    entries = [anchor for anchor in anchors(page) if re.match(r"\d{4}-\d\d-\d\d", anchor)]
+    assert len(entries) > 40
+    assert sorted(re.findall(r"\]\(#([^)]*)\)", page.read_text())) == sorted(entries)
+
+
 @pytest.mark.parametrize(("page", "kind"), [("recipe.md", GrowthRecipe), ("run_file.md", RunSettings)])
 def test_documented_settings_are_valid_and_complete(page, kind):
     """The example of the page parses, and every key that exists is named on the page."""

@@ -1,8 +1,8 @@
-// The C functions of the row kernels: which template a call means. Whoever includes this defines
+// The C functions of the row kernels, which map a call to a template. The including file defines
 //
 //   template <typename Rows> int each_row(const RowCall& call)
 //
-// to run Rows::lane and merge its values for every row; 0 or an error number comes back.
+// to run Rows::lane and merge its values for every row. It returns 0 or an error number.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Jobs in threads, where the result of one may start the next."""
+"""Runs jobs in threads. The result of one may start the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from incr_ds.offline.process_group import StoppedError
 
 
 class Stages:
-    """Jobs and what follows each. What follows runs in the thread that calls ``finish``, one at a time.
+    """Jobs, each with a callback for its result. Callbacks run one at a time in the thread that calls ``finish``.
 
     ``has_failed`` says whether another process has failed.
     """
@@ -27,14 +27,16 @@ class Stages:
     def start(
         self, pool: ThreadPoolExecutor, then: Callable[[Any], None] | None, work: Callable[..., Any], *arguments: Any
     ) -> None:
-        """Run ``work`` in ``pool``, and give its result to ``then``."""
+        """Run ``work`` in ``pool``, and pass its result to ``then``."""
         job = pool.submit(work, *arguments)
         self._then[job] = then
         job.add_done_callback(self._finished.put)
 
     def finish(self) -> None:
-        """Wait for all jobs, also for those that others start. Raises what a job raises, and StoppedError if another process
-        has failed."""
+        """Wait for all jobs, including those that callbacks start.
+
+        Raises a job's error, and StoppedError if another process has failed.
+        """
         while self._then:
             job = self._finished.get()
             then, result = self._then.pop(job), job.result()
@@ -46,8 +48,10 @@ class Stages:
 
 @contextmanager
 def job_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads, because all that takes time (copies, arithmetic, checksums, writes) runs outside Python's lock, and threads
-    share one process's memory. One thread of torch each; what waits is cancelled when a job fails."""
+    """A pool of threads. All slow work (copies, arithmetic, checksums, writes) runs outside Python's lock.
+
+    Threads share the memory of one process. Each has one thread of torch. If a job fails, waiting jobs are cancelled.
+    """
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool

@@ -82,7 +82,9 @@ def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     # ZeRO-3 has a model file for each data-parallel rank, and the first one has all that is needed.
     models = {rank: name for (rank, data), name in found.zero_3_models.items() if data == 0} | dict(found.models)
     if not found.optimizers and not models:
-        raise CheckpointError(f"{folder}: no file {ANY_MODEL_FILE}; this is not a tag's folder of a DeepSpeed checkpoint.")
+        raise CheckpointError(
+            f"{folder}: no file {ANY_MODEL_FILE}; this is not a tag's folder of a DeepSpeed checkpoint."
+        )
     ranks = range(max(*(rank for rank, _ in found.optimizers), *models, -1) + 1)
     num_data = max((data for _, data in found.optimizers), default=-1) + 1
     dtype = "bfloat16" if any(name.startswith(OPTIMIZER_PREFIXES["bfloat16"]) for name in names) else "float32"
