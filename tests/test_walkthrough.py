@@ -63,7 +63,7 @@ def test_generate_writes_the_same_greedily_and_other_text_when_it_draws(folder):
 def test_generate_names_what_it_cannot_use(folder, tmp_path):
     source = open_described(folder / "smollm2-135m")
     with pytest.raises(
-        IncrError, match="transformers finds no tokenizer that it can load .*; name one with --tokenizer"
+        IncrError, match="transformers finds no tokenizer that it can load .*; pass one with --tokenizer"
     ):
         generate_text(source, tmp_path, "x", 3)
     with pytest.raises(IncrError, match="--prompt: the tokenizer gives no tokens for it"):

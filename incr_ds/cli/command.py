@@ -82,7 +82,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
 @contextmanager
 def _training_packages() -> Iterator[None]:
-    """ConfigError for an import of what only the extra ``train`` installs; anything else that is missing is a defect."""
+    """Raise ConfigError if an import needs the extra ``train``. Any other missing package is a defect."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -82,7 +82,7 @@ class CudaRows:
         return result
 
     def _run(self, name: str, call: _RowCall, student: Tensor) -> None:
-        with torch.cuda.device_of(student):  # the runtime launches on the current device
+        with torch.cuda.device_of(student):
             # CPU tensors are for the same library built for the host, which tests use.
             call.stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else None
             error = getattr(self._library, f"incr_ds_{name}")(ctypes.byref(call))

@@ -83,18 +83,16 @@ def distillation_loss(
     float 0.0, and the loss is the cross entropy (and z-loss) alone. ``divergence`` is KL(teacher || student),
     KL(student || teacher), or their Jensen-Shannon mean; sparse teachers support only the first.
 
-    Head rows from ``vocab_size`` on are padding: they count in no sum and get no gradient. The two heads may be padded
-    differently. With ``group`` the vocabulary is cut over its ranks. Hidden states and labels are then the same on all of
-    them, and each holds the rows of both heads from ``vocab_start`` on (default: equal parts). Every rank gets the same
-    loss, the whole gradient of ``student_hidden``, and its own rows' gradient of ``student_head``. With
-    ``sequence_parallel`` each rank passes an equal part of the tokens instead (hidden states, labels, sparse entries) and
-    gets the gradient of that part.
+    Head rows from ``vocab_size`` on are padding: they count in no sum and get no gradient. The heads may be padded differently.
+    With ``group`` the vocabulary is cut over its ranks. Hidden states and labels are then the same on all of them, and each holds
+    the rows of both heads from ``vocab_start`` on (default: equal parts). Every rank gets the same loss, the whole gradient of
+    ``student_hidden``, and its own rows' gradient of ``student_head``. With ``sequence_parallel`` each rank passes an equal part
+    of the tokens instead (hidden states, labels, sparse entries) and gets the gradient of that part.
 
     ``budget_bytes`` bounds the logits' memory and must be the same on every rank. With ``head_gradient``, fp32 [V, Hs]
     (fp64 for fp64), the head's gradient, times ``gradient_scale`` (0-d, default 1), is added to that buffer during this
-    call, and autograd gets no gradient for the head. A backward with another scale then makes the hidden gradient NaN.
-    Wrong arguments raise ValueError. A second derivative, a second backward, and inputs that changed before the backward
-    raise RuntimeError.
+    call, and autograd gets no gradient for the head. A backward with another scale then makes the hidden gradient NaN. Wrong
+    arguments raise ValueError. A second derivative or backward, and inputs changed before the backward, raise RuntimeError.
     """
     teacher = resolve_teacher(teacher, teacher_hidden, teacher_head, teacher_softcap, alpha)
     check_shapes(student_hidden, student_head, labels, teacher)

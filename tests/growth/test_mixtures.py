@@ -100,7 +100,7 @@ def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_f
         (
             {},
             {"optimizer": "rescale", "layout": {"data_parallel": 2}},
-            "has no Adam moments, and optimizer: rescale needs them",
+            "has no Adam moments, but optimizer: rescale needs them",
         ),
         ({}, {"layout": {"tensor_parallel": 2}}, "mixtral does not support tensor or pipeline parallelism here"),
         ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),

@@ -1,4 +1,4 @@
-"""What is wrong with a run is told before anything slow is imported, all of it at once."""
+"""What is wrong with a run is reported before anything slow is imported, all of it at once."""
 
 import json
 import subprocess

@@ -244,7 +244,7 @@ def test_bad_sources(source, recipe, tmp_path):
     path = recipe()
     cases = [
         (tmp_path / "nowhere", "not a folder"),
-        (source["huggingface"], "has no Adam moments, and optimizer: rescale needs them; set optimizer: reset"),
+        (source["huggingface"], "has no Adam moments, but optimizer: rescale needs them; set optimizer: reset"),
         (tmp_path, "neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder"),
     ]
     for folder, message in cases:
@@ -366,7 +366,10 @@ def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_pa
     assert found["target_loss"] == pytest.approx(expected.target_loss) and found["tokens"] == 8 * 127
     again = run_tool("grow_checkpoint", *grow, "--output", tmp_path / "again")
     change = expected.target_loss - expected.source_loss
-    assert f"{change:+.4f}, over 1016 tokens drawn at random (no tokenizer beside the weights; --data " in again.stdout
+    assert (
+        f"{change:+.4f}, over 1016 tokens drawn at random (no tokenizer beside the weights; pass a data set "
+        in again.stdout
+    )
 
 
 def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path):

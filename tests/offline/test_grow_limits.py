@@ -195,7 +195,7 @@ def test_room_is_checked_before_the_first_byte(home, tmp_path, monkeypatch):
     for change, message in (
         (
             {"f_bavail": 10},
-            rf"out: needs [\d,]+ bytes, {10 * real.f_frsize:,} are free on its disk; nothing was written",
+            rf"out: needs [\d,]+ bytes, but {10 * real.f_frsize:,} are free on its disk; nothing was written",
         ),
         ({"f_files": 100, "f_favail": 3}, r"out: needs 15 files, but its disk allows 3 more"),
     ):

@@ -114,7 +114,7 @@ def refuse_growth(folder):
 def test_a_source_without_moments(tmp_path):
     drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path / "source")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {"intermediate_size": 260}}))
-    with pytest.raises(GrowthError, match=r"no Adam moments, and optimizer: rescale needs them; set optimizer: reset"):
+    with pytest.raises(GrowthError, match=r"no Adam moments, but optimizer: rescale needs them; set optimizer: reset"):
         open_grown(tmp_path / "source", tmp_path / "recipe.yaml")
     recipe = {"target": {"intermediate_size": 260}, "optimizer": "reset"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -447,7 +447,7 @@ def only_weights(folder, message, live=None):
     for name, weight in (live or {}).items():
         assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
     assert list(checkpoint.self_check())
-    with pytest.raises(GrowthError, match=message + r".*and optimizer: rescale needs them; set optimizer: reset"):
+    with pytest.raises(GrowthError, match=message + r".*but optimizer: rescale needs them; set optimizer: reset"):
         check_moments(checkpoint, GrowthRecipe(target={}))
     check_moments(checkpoint, GrowthRecipe(target={}, optimizer="reset"))
     with pytest.raises(CheckpointError, match=message):
