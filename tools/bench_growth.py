@@ -27,7 +27,7 @@ from incr_ds.config.json_file import read_json
 from incr_ds.errors import ConfigError
 from incr_ds.offline.plan import GrowthRequest, PlannedGrowth, plan_files
 from incr_ds.offline.run import grow_checkpoint
-from incr_ds.sharding.placement import optimizer_groups
+from incr_ds.sharding.optimizer_groups import optimizer_groups
 from incr_ds.testing.contest import Contestant, Result, race
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 

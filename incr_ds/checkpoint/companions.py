@@ -1,10 +1,15 @@
-"""Files that belong to a model besides its weights: its tokenizer and its generation settings."""
+"""Files that stand beside a model's tensors: its config, its tokenizer, the multipliers of its tensors, what names the tag."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from incr_ds.arch.multipliers import FILE as MULTIPLIERS_FILE
+from incr_ds.arch.multipliers import Multipliers, multipliers_text
+from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.config.json_file import refuse_pointer
 
 TOKENIZER_FILES = (
@@ -20,15 +25,30 @@ TOKENIZER_FILES = (
 )
 
 
-def companions(source: Path) -> list[Path]:
-    """Those of TOKENIZER_FILES that exist in the folder ``source``. Raises CheckpointError for one that was not fetched."""
+@dataclass(frozen=True)
+class Companions:
+    """``config`` is config.json's text. The tokenizer's files are copied from the folder ``tokenizer``. ``texts`` are further
+    files by name, such as latest or an index."""
+
+    config: str
+    tokenizer: Path | None
+    multipliers: Mapping[str, Multipliers] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write all of them into ``folder``."""
+        texts = {"config.json": self.config, **self.texts}
+        if self.multipliers:
+            texts[MULTIPLIERS_FILE] = multipliers_text(self.multipliers)
+        for name, text in texts.items():
+            write_atomically(folder / name, text)
+        for path in tokenizer_files(self.tokenizer) if self.tokenizer is not None else ():
+            shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Those of TOKENIZER_FILES that the folder ``source`` has; CheckpointError for one that was not fetched."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     for path in found:
         refuse_pointer(path)
     return found
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the companions of ``source``."""
-    for path in companions(source):
-        shutil.copyfile(path, target / path.name)

@@ -12,7 +12,7 @@ import torch
 
 from incr_ds.arch.multipliers import Multipliers, multipliers_text, read_multipliers, without_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
-from incr_ds.checkpoint.companions import companions
+from incr_ds.checkpoint.companions import tokenizer_files
 from incr_ds.checkpoint.deepspeed.releases import TESTED, needs_bare_states
 from incr_ds.checkpoint.deepspeed.writer import ADAMW_DEFAULTS, NativeTarget, native_files
 from incr_ds.checkpoint.deepspeed.zero3_writer import zero3_files
@@ -113,7 +113,7 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
 
     recipe, source = load_recipe(request.recipe, lambda: opened().architecture), opened()
     refuse_overlap(request.source, request.output)
-    companions(request.source)  # check early that the files to copy at the end are present
+    tokenizer_files(request.source)  # check early that the files to copy at the end are present
     return plan_files(request, source, recipe)
 
 

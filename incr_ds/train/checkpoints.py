@@ -23,9 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.multipliers import FILE as MULTIPLIERS_FILE
-from incr_ds.arch.multipliers import Multipliers, multipliers_text
-from incr_ds.checkpoint.companions import TOKENIZER_FILES
+from incr_ds.arch.multipliers import Multipliers
+from incr_ds.checkpoint.companions import Companions
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folders
@@ -178,15 +177,9 @@ def _health(folder: Path) -> Health | None:
 def _write_companions(
     folder: Path, tag: str, run: RunSettings, architecture: Architecture, multipliers: Mapping[str, Multipliers] | None
 ) -> None:
-    (folder / "latest").write_text(tag, encoding="utf-8")
-    if multipliers:
-        (folder / MULTIPLIERS_FILE).write_text(multipliers_text(multipliers), encoding="utf-8")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
-    (folder / "config.json").write_text(config_text(architecture, dtype), encoding="utf-8")
-    if run.data.tokenizer is not None:
-        for name in TOKENIZER_FILES:
-            if (Path(run.data.tokenizer) / name).is_file():
-                shutil.copyfile(Path(run.data.tokenizer) / name, folder / name)
+    tokenizer = None if run.data.tokenizer is None else Path(run.data.tokenizer)
+    Companions(config_text(architecture, dtype), tokenizer, multipliers or {}, {"latest": tag}).write(folder)
 
 
 def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:

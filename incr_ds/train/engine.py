@@ -24,7 +24,7 @@ from incr_ds.losses.head import LossSettings
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.placement import group_count, group_multipliers, optimizer_groups, trained_shards
+from incr_ds.sharding.optimizer_groups import group_count, group_multipliers, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import initialize_distributed

@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
-from incr_ds.sharding.placement import (
-    check_layout,
-    group_count,
-    group_multipliers,
-    optimizer_groups,
-    rank_parameters,
-    sharded_dimension,
-    split_bounds,
-    stage_layers,
-)
+from incr_ds.sharding.optimizer_groups import group_count, group_multipliers, optimizer_groups
+from incr_ds.sharding.placement import check_layout, rank_parameters, sharded_dimension, split_bounds, stage_layers
 from incr_ds.testing.pico import pico_architecture
 
 

@@ -17,7 +17,7 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
-from incr_ds.sharding.placement import group_count
+from incr_ds.sharding.optimizer_groups import group_count
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run

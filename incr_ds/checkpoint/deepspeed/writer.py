@@ -27,12 +27,8 @@ from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.joined import joined_parameters
 from incr_ds.sharding.megatron_modules import Modules, module_parameters, num_pipeline_layers
-from incr_ds.sharding.placement import (
-    optimizer_groups,
-    rank_parameters,
-    split_bounds,
-    with_joined,
-)
+from incr_ds.sharding.optimizer_groups import optimizer_groups
+from incr_ds.sharding.placement import rank_parameters, split_bounds, with_joined
 
 FORMAT_VERSION = TESTED
 ADAMW_DEFAULTS: Mapping[str, Any] = {

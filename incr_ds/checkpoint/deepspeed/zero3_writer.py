@@ -19,7 +19,7 @@ from incr_ds.checkpoint.sink import Sink
 from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile
 from incr_ds.checkpoint.torch_file.write import LossScaler, archive_of
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.placement import optimizer_groups
+from incr_ds.sharding.optimizer_groups import optimizer_groups
 
 Groups = tuple[tuple[RankParameter, ...], ...]
 

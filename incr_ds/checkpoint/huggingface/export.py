@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from incr_ds.checkpoint.base import LogicalCheckpoint
-from incr_ds.checkpoint.companions import copy_companions
+from incr_ds.checkpoint.companions import Companions
 from incr_ds.checkpoint.finite import FiniteCheckpoint, nonfinite_notes
 from incr_ds.checkpoint.huggingface.writer import huggingface_files, index_text, published_config_text
-from incr_ds.checkpoint.publish import publish, refuse_overlap, write_atomically
+from incr_ds.checkpoint.publish import publish, refuse_overlap
 from incr_ds.checkpoint.streaming import Slices, write_file
 
 
@@ -31,10 +31,9 @@ def export_huggingface(
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
             write_file(file, folder, Slices(watched.read))
-        write_atomically(folder / "config.json", published_config_text(source.architecture, dtype))
-        if (index := index_text(files)) is not None:
-            write_atomically(folder / "model.safetensors.index.json", index)
-        copy_companions(beside, folder)
+        index = index_text(files)
+        texts = {} if index is None else {"model.safetensors.index.json": index}
+        Companions(published_config_text(source.architecture, dtype), beside, texts=texts).write(folder)
         facts["notes"] = list(nonfinite_notes(watched.found))
     return nonfinite_notes(watched.found)
 

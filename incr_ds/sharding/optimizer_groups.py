@@ -1,0 +1,74 @@
+"""The optimizer's parameter groups on a rank: which parameters share a group, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.multipliers import UNCHANGED, Multipliers
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.errors import LayoutError
+from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.placement import rank_parameters, stage_layers
+
+
+def optimizer_groups(
+    shards: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None = None, at_least: int = 1
+) -> tuple[tuple[RankParameter, ...], ...]:
+    """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
+
+    Tensors with the same ``multipliers`` share a group, and groups are ordered by multipliers. Groups are halved until
+    there are ``at_least`` that many. ZeRO's flat buffers follow this order, so an engine and the checkpoint that it loads
+    need the same arguments. Raises LayoutError if there are fewer tensors than groups.
+    """
+    found: dict[tuple[bool, Multipliers], list[RankParameter]] = {}
+    for shard in shards:
+        own = group_multipliers((shard,), multipliers)
+        found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
+    groups = [tuple(found[key]) for key in sorted(found)]
+    if len(shards) < at_least:
+        raise LayoutError(
+            f"layout: a pipeline stage trains {len(shards)} tensors, and the optimizer has {at_least} parameter groups "
+            "on another stage; DeepSpeed needs the same number on every stage. Train more of its layers, use fewer stages, or "
+            "set optimizer.multipliers: none."
+        )
+    while len(groups) < at_least:
+        largest = max(range(len(groups)), key=lambda index: len(groups[index]))
+        middle = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:middle], groups[largest][middle:]]
+    return tuple(groups)
+
+
+def group_count(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    multipliers: Mapping[str, Multipliers] | None,
+    frozen: Collection[str] = (),
+) -> int:
+    """Number of parameter groups on every rank of a layout.
+
+    DeepSpeed sums gradient norms over pipeline stages group by group, so all stages get as many groups as the stage that
+    needs the most. Raises LayoutError if all tensors of a stage are ``frozen``.
+    """
+    counts = []
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
+        trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
+        if not trained:
+            decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]
+            raise LayoutError(
+                f"model.freeze: pipeline stage {stage} of {layout.pipeline_parallel}, with decoder layers {decoder[0]} to "
+                f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train one of "
+                "its tensors (a norm is enough), use fewer stages, or pipeline_parallel: 1."
+            )
+        counts.append(len(optimizer_groups(trained, multipliers)))
+    return max(counts)
+
+
+def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:
+    """The ``shards`` whose tensors are not ``frozen``."""
+    return tuple(shard for shard in shards if shard.tensor.name not in frozen)
+
+
+def group_multipliers(group: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None) -> Multipliers:
+    """The multipliers of one group of ``optimizer_groups``."""
+    return (multipliers or {}).get(group[0].tensor.name, UNCHANGED)
