@@ -59,7 +59,7 @@ def same(found, expected):
             assert torch.equal(found.read(spec.name, state), expected.read(spec.name, state)), (spec.name, state)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.booleans(), layouts(), layouts())
 def test_from_any_layout_to_any_other(tied, first, second):
     """FFN of 51: thirds are even for Megatron, uneven nowhere else needed; the vocabulary of 101 is uneven everywhere."""

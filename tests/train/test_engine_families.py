@@ -50,7 +50,7 @@ CASES = {
 }
 LATER = (
     "smollm3",
-    "granite-tensor",
+    "granite",
     "cohere",
     "olmo3",
     "ministral3",

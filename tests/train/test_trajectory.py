@@ -61,7 +61,7 @@ def largest_difference(first, second):
     [
         pytest.param(True, "zero2", False, marks=pytest.mark.slow),
         (True, "pipeline", False),
-        (False, "pipeline", True),
+        pytest.param(False, "pipeline", True, marks=pytest.mark.slow),
     ],
 )
 def test_forty_steps_through_the_engine_are_the_sources(sources, tmp_path, tied, name, on_load):
