@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import CheckpointFacts, LogicalCheckpoint, State, row_portions
+from incr_ds.checkpoint.base import LogicalCheckpoint, State, row_portions
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
 
@@ -23,18 +22,9 @@ class FiniteCheckpoint:
     """
 
     def __init__(self, source: LogicalCheckpoint, *, otherwise: str, allowed: bool = False) -> None:
+        self.facts, self.architecture = source.facts, source.architecture
         self._source, self._otherwise, self._allowed = source, otherwise, allowed
         self.found: dict[str, int] = {}
-
-    @property
-    def facts(self) -> CheckpointFacts:
-        """The source's facts."""
-        return self._source.facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The source's architecture."""
-        return self._source.architecture
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor. Raises CheckpointError with the tensor's name and the number of bad elements in it."""

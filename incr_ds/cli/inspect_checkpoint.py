@@ -83,7 +83,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
         return
     console.print(checkpoint_table(checkpoint))
     console.print(tensor_tree(architecture))
-    for note in architecture.notes:
+    for note in (*architecture.notes, *facts.notes):
         console.print(f"note: {note}")
     console.print(
         "manifest: every file as published"

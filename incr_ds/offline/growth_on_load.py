@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers, read_multipliers
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, LogicalCheckpoint, State
+from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State
 from incr_ds.checkpoint.finite import FiniteCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.config.growth import GrowthRecipe
@@ -32,25 +31,15 @@ class GrownCheckpoint:
     def __init__(self, plan: GrowthPlan, source: LogicalCheckpoint, multipliers: Mapping[str, Multipliers]) -> None:
         self.plan, self.multipliers = plan, multipliers
         self._source, self._grown = source, GrownTensors(plan, source)
-        self._architecture = plan.target
+        self.architecture = plan.target
         reset = plan.recipe.optimizer == "reset"
         kind = f"{source.facts.kind}, grown on load"
         step = 0 if reset else source.facts.step
-        self._facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
-
-    @property
-    def facts(self) -> CheckpointFacts:
-        """The source's facts, except the kind and the step."""
-        return self._facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The grown model."""
-        return self._architecture
+        self.facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one grown tensor, at least fp32."""
-        spec = self._architecture.by_name[name]
+        spec = self.architecture.by_name[name]
         stated = bounds or ()
         rest = tuple((0, size) for size in spec.shape[len(stated) :])
         return self._grown.read(spec.tied_to or name, state, (*stated, *rest))

@@ -25,15 +25,10 @@ class JoinedParameter:
     members: tuple[TensorSpec, ...]
 
     @property
-    def tensor(self) -> TensorSpec:
-        """The first of the tensors."""
-        return self.members[0]
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[experts, rows, columns]."""
         rows = sum(spec.shape[0] for spec in self.members)
-        return (self.num_experts, rows // self.num_experts, self.tensor.shape[1])
+        return (self.num_experts, rows // self.num_experts, self.members[0].shape[1])
 
     @property
     def rows_shape(self) -> tuple[int, int]:

@@ -54,3 +54,11 @@ def test_settings_come_back():
     multipliers = Multipliers(0.25, 0.5, 4.0)
     assert multipliers.applied(group) == {"lr": 0.025, "eps": 5e-9, "weight_decay": 0.4, "betas": (0.9, 0.95)}
     assert multipliers.removed(multipliers.applied(group)) == group
+
+
+def test_a_file_under_its_old_name_is_not_passed_over(tmp_path):
+    (tmp_path / "optimizer_groups.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer_groups\.json: this file is multipliers\.json now; grow or train"
+    ):
+        read_multipliers(tmp_path)

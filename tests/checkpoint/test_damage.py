@@ -143,6 +143,12 @@ def test_an_entry_of_another_kind_is_a_message_or_nothing(tmp_path, layout):
             5,
             r"optimizer_state_dict.base_optimizer_state.state: Input should be a valid dictionary, found int",
         ),
+        (
+            "mp_rank_00_model_states.pt",
+            ("global_steps",),
+            "many",
+            "global_steps: Input should be a valid integer, .*found str",
+        ),
         ("zero_pp_rank_0_mp_rank_00_optim_states.pt", ("partition_count",), [2, 3], "partition_count: .* found list"),
         (
             "zero_pp_rank_1_mp_rank_00_optim_states.pt",
@@ -177,4 +183,14 @@ def test_what_does_not_fit_is_named(tmp_path, file, entry, value, said):
     inside = ("optimizer_state_dict",) if "optim" in file else ()
     torch.save(replaced(content, (*inside, *entry), value), path)
     with pytest.raises(CheckpointError, match=f"{file}: .*{said}"):
+        open_source(tmp_path / "source")
+
+
+def test_moments_that_only_some_pipeline_stages_have_are_damage(tmp_path):
+    write_synthetic(tmp_path, pico_architecture(num_hidden_layers=2, vocab_size=11), pipeline_parallel=2)
+    (path,) = tmp_path.rglob("zero_pp_rank_0_mp_rank_01_optim_states.pt")
+    content = torch.load(path, weights_only=False)
+    torch.save(replaced(content, ("optimizer_state_dict", "base_optimizer_state", "state"), {}), path)
+    said = r"has no exp_avg, .*mp_rank_00_optim_states\.pt has them\. Copy the files of model-parallel rank 1 again"
+    with pytest.raises(CheckpointError, match=said):
         open_source(tmp_path / "source")

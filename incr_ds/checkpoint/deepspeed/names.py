@@ -47,9 +47,8 @@ class TagFiles:
 
     @property
     def tensor_ranks(self) -> int:
-        """Tensor ranks that have layer files; 0 without a pipeline. Layer 1 is the first decoder layer of our pipelines and
-        the embedding of Megatron's: every checkpoint has it, of every tensor rank."""
-        return len([tensor for layer, tensor in self.layers if layer == 1])
+        """Number of tensor ranks that have layer files; 0 without a pipeline."""
+        return len({tensor for _, tensor in self.layers})
 
 
 def tag_files(names: Iterable[str]) -> TagFiles:

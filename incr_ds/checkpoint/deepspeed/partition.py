@@ -107,6 +107,13 @@ def share_size(numel: int, num_ranks: int) -> int:
     return math.ceil(numel / num_ranks)
 
 
+def share_bounds(numel: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """ZeRO-3: the elements of a parameter that ``rank`` holds, (first, stop); an empty range if padding fills its share."""
+    share = share_size(numel, num_ranks)
+    first = min(rank * share, numel)
+    return first, min(first + share, numel)
+
+
 def scattered_parameters(
     group_shapes: Sequence[Mapping[str, tuple[int, ...]]], num_ranks: int
 ) -> dict[str, FlatParameter]:
@@ -116,11 +123,12 @@ def scattered_parameters(
         start = 0
         for name, shape in shapes.items():
             numel = math.prod(shape)
-            share = share_size(numel, num_ranks)
-            lengths = [max(0, min(share, numel - rank * share)) for rank in range(num_ranks)]
-            pieces = tuple(Piece(rank, group, start, length) for rank, length in enumerate(lengths) if length)
-            parameters[name] = FlatParameter(tuple(shape), pieces)
-            start += share
+            bounds = [share_bounds(numel, num_ranks, rank) for rank in range(num_ranks)]
+            pieces = (
+                Piece(rank, group, start, stop - first) for rank, (first, stop) in enumerate(bounds) if first < stop
+            )
+            parameters[name] = FlatParameter(tuple(shape), tuple(pieces))
+            start += share_size(numel, num_ranks)
     return parameters
 
 

@@ -35,7 +35,7 @@ class ZeroCheckpoint:
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder = folder / tag
-        self._architecture = architecture
+        self.architecture = architecture
         self._ranks = open_ranks(self._folder, architecture, trust)
         self._tensor_parallel, self._pipeline_parallel = _model_degrees(self._folder, self._ranks)
         self._is_megatron = is_megatron(name for rank in self._ranks for name in rank.shards.parameters)
@@ -43,24 +43,14 @@ class ZeroCheckpoint:
             self._ranks = with_frozen_layers(self._folder, self._ranks, architecture, self._tensor_parallel)
         where = (self._folder, self._ranks, architecture, self._tensor_parallel)
         self._tensors = megatron_tensors(*where) if self._is_megatron else assembled_tensors(*where)
-        self._facts = self._collect_facts()
-
-    @property
-    def facts(self) -> CheckpointFacts:
-        """What is known without reading a tensor."""
-        return self._facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The model that the checkpoint holds."""
-        return self._architecture
+        self.facts = self._collect_facts()
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor (fp32 masters and moments), joined over tensor ranks. Frozen tensors have zero moments."""
-        spec = self._architecture.by_name[name]
+        spec = self.architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
-        if state not in self._facts.states:
-            raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
+        if state not in self.facts.states:
+            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
         return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
 
     def self_check(self) -> Iterator[str]:
@@ -71,23 +61,24 @@ class ZeroCheckpoint:
         Trainer exported beside the tag must equal the masters. Tied and replicated copies must be equal in every state.
         Raises CheckpointError that names the first tensor that does not match.
         """
-        exported = exported_weights(self._folder.parent, self._architecture)
+        exported = exported_weights(self._folder.parent, self.architecture)
         for rank in self._ranks:
             check_padding(rank)
             check_duplicates(rank)
             modules = module_weights(self._folder, rank)
-            check_aliases(rank, modules, self._architecture)
+            check_aliases(rank, modules, self.architecture)
             for parameter, logical in rank.names.items():
                 if parameter in modules:
                     check_master(rank, parameter, modules[parameter])
                 yield logical
         for name, tensor in self._tensors.items():
-            for _ in check_copies(tensor, self._facts.states):
+            for _ in check_copies(tensor, self.facts.states):
                 pass
             if exported is not None:
                 check_exported(self, exported, name)
 
     def _collect_facts(self) -> CheckpointFacts:
+        no_moments = self._why_no_moments()  # before steps are compared: a rank without moments has none
         first = self._ranks[0]
         for rank in self._ranks[1:]:
             if (rank.step, rank.stage) != (first.step, first.stage):
@@ -102,7 +93,7 @@ class ZeroCheckpoint:
             "zero_stage": first.stage,
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
-        no_moments, where = self._why_no_moments(), (self._ranks, self._architecture, self._tensor_parallel)
+        where = (self._ranks, self.architecture, self._tensor_parallel)
         return CheckpointFacts(
             self._folder,
             f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind,
@@ -120,7 +111,7 @@ class ZeroCheckpoint:
 
     def _frozen(self) -> tuple[str, ...]:
         """The tensors that were not trained."""
-        joined = joined_parameters(self._architecture)
+        joined = joined_parameters(self.architecture)
         parameters = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.frozen}
         members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
         return tuple(sorted({*(parameters - joined.keys()), *members}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from incr_ds.checkpoint.base import State
 from incr_ds.checkpoint.deepspeed.names import layer_file, model_file, optimizer_file
 from incr_ds.checkpoint.deepspeed.partition import FlatParameter, contiguous_parameters, partition_size
 from incr_ds.checkpoint.deepspeed.releases import TESTED
-from incr_ds.checkpoint.sink import Sink
-from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile, block_parts, parameter_tensor
-from incr_ds.checkpoint.torch_file.write import Archive, archive_of
+from incr_ds.checkpoint.streaming import Part, StreamedTensor, TargetFile, block_parts, parameter_tensor
+from incr_ds.checkpoint.torch_file.write import ArchiveFile
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import RankParameter
@@ -97,7 +95,7 @@ class NativeTarget:
 
 
 @dataclass(frozen=True)
-class ModelFile:
+class ModelFile(ArchiveFile):
     """mp_rank_XX_model_states.pt: metadata, and the module's weights unless the pipeline stores them by layer."""
 
     target: NativeTarget
@@ -108,16 +106,8 @@ class ModelFile:
         """Path inside the target folder."""
         return f"{self.target.tag}/{model_file(self.model_rank)}"
 
-    @property
-    def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The module's weights, unless the pipeline stores them by layer."""
-        return self._archive().streamed
-
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
-        self._archive().write(sink, Path(self.path).stem, slices)
-
-    def _archive(self) -> Archive:
+    def content(self) -> dict[str, Any]:
+        """The metadata, the shapes of the parameters by optimizer group, and the weights if they are here."""
         target = self.target
         content = self.metadata()
         shards = target.shards(self.model_rank)
@@ -127,7 +117,7 @@ class ModelFile:
         if not target.has_layer_files:
             module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
             content["module"] = module | {alias: module[owner] for alias, owner in content["shared_params"].items()}
-        return archive_of(content)
+        return content
 
     def metadata(self) -> dict[str, Any]:
         """The content of every model file, in which ``module`` and ``param_shapes`` are still empty."""
@@ -159,7 +149,7 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class LayerFile:
+class LayerFile(ArchiveFile):
     """layer_LL-model_TT-model_states.pt: one pipeline layer's weights on one tensor-parallel rank."""
 
     target: NativeTarget
@@ -172,22 +162,14 @@ class LayerFile:
         """Path inside the target folder."""
         return f"{self.target.tag}/{layer_file(self.layer, self.tensor_rank)}"
 
-    @property
-    def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The layer's weights."""
-        return self._archive().streamed
-
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
-        self._archive().write(sink, Path(self.path).stem, slices)
-
-    def _archive(self) -> Archive:
+    def content(self) -> dict[str, StreamedTensor]:
+        """The weights by their names in the layer."""
         held = [shard for shard in self.target.shards(self.model_rank) if shard.pipeline_layer == self.layer]
-        return archive_of({shard.local_name: _weight(shard, self.target.dtype) for shard in held})
+        return {shard.local_name: _weight(shard, self.target.dtype) for shard in held}
 
 
 @dataclass(frozen=True)
-class OptimizerFile:
+class OptimizerFile(ArchiveFile):
     """zero_pp_rank_D_mp_rank_XX_optim_states.pt: one rank's partition of fp32 masters and Adam moments."""
 
     target: NativeTarget
@@ -198,15 +180,6 @@ class OptimizerFile:
     def path(self) -> str:
         """Path inside the target folder."""
         return f"{self.target.tag}/{optimizer_file(self.model_rank, self.data_rank, self.target.dtype_name)}"
-
-    @property
-    def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The partitions of masters and moments, per parameter group."""
-        return archive_of(self.content()).streamed
-
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
-        archive_of(self.content()).write(sink, Path(self.path).stem, slices)
 
     def content(self) -> dict[str, Any]:
         """The file's content."""

@@ -6,18 +6,16 @@ Format facts were read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, runtime/engi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from incr_ds.checkpoint.base import State
 from incr_ds.checkpoint.deepspeed.names import model_file, optimizer_file
-from incr_ds.checkpoint.deepspeed.partition import scattered_parameters, share_size
-from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, ModelFile, NativeTarget, held_parts
-from incr_ds.checkpoint.sink import Sink
-from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, TargetFile
-from incr_ds.checkpoint.torch_file.write import LossScaler, archive_of
+from incr_ds.checkpoint.deepspeed.partition import share_bounds, share_size
+from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, ModelFile, NativeTarget
+from incr_ds.checkpoint.streaming import Part, StreamedTensor, TargetFile, block_parts
+from incr_ds.checkpoint.torch_file.write import ArchiveFile, LossScaler
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import optimizer_groups
 
@@ -60,7 +58,7 @@ def _cut(group: tuple[RankParameter, ...], num_data: int, sub_group_size: int) -
 
 
 @dataclass(frozen=True)
-class ShareModelFile:
+class ShareModelFile(ArchiveFile):
     """zero_pp_rank_D_mp_rank_XX_model_states.pt: metadata, and an empty placeholder for every weight."""
 
     target: NativeTarget
@@ -78,18 +76,18 @@ class ShareModelFile:
         """Empty, since the optimizer files hold the weights."""
         return ()
 
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
+    def content(self) -> dict[str, Any]:
+        """The metadata, the shapes of the parameters by sub-group, and empty placeholders."""
         content = ModelFile(self.target, self.model_rank).metadata()
         groups = [group for groups in sub_groups(self.target, self.model_rank, self.sub_group_size) for group in groups]
         names = [shard.parameter for group in groups for shard in group] + list(content["shared_params"])
         content["module"] = {name: torch.empty(0, dtype=self.target.dtype) for name in names}
         content["param_shapes"] = [{shard.parameter: torch.Size(shard.shape) for shard in group} for group in groups]
-        archive_of(content).write(sink, Path(self.path).stem, slices)
+        return content
 
 
 @dataclass(frozen=True)
-class ShareOptimizerFile:
+class ShareOptimizerFile(ArchiveFile):
     """[bf16_]zero_pp_rank_D_mp_rank_XX_optim_states.pt: one rank's share of every master and moment."""
 
     target: NativeTarget
@@ -101,15 +99,6 @@ class ShareOptimizerFile:
     def path(self) -> str:
         """Path inside the target folder."""
         return f"{self.target.tag}/{optimizer_file(self.model_rank, self.data_rank, self.target.dtype_name)}"
-
-    @property
-    def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The shares of masters and moments, per sub-group."""
-        return archive_of(self.content()).streamed
-
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
-        archive_of(self.content()).write(sink, Path(self.path).stem, slices)
 
     def content(self) -> dict[str, Any]:
         """The file's content. This loader, unlike those of other stages, reads the loss scale from the file."""
@@ -140,12 +129,12 @@ class ShareOptimizerFile:
 
     def _shares(self, group: tuple[RankParameter, ...], state: State) -> StreamedTensor:
         parts: list[Part] = []
-        length = 0
+        num_data, length = self.target.layout.data_parallel, 0
         for shard in group:
-            share = share_size(shard.numel, self.target.layout.data_parallel)
-            placed = scattered_parameters([{shard.parameter: shard.shape}], self.target.layout.data_parallel)
-            held = held_parts(shard, placed[shard.parameter], self.data_rank, state)
-            padding = share - sum(part.stop - part.first for part in held)
-            parts += [*held, *([Part("", state, (), 0, padding)] if padding else [])]
+            share = share_size(shard.numel, num_data)
+            first, stop = share_bounds(shard.numel, num_data, self.data_rank)
+            parts += block_parts(shard.blocks, shard.shape, state, first, stop)
+            if stop - first < share:
+                parts.append(Part("", state, (), 0, share - (stop - first)))
             length += share
         return StreamedTensor((length,), torch.float32, tuple(parts))

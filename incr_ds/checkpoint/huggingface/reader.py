@@ -36,7 +36,7 @@ class HuggingFaceCheckpoint:
     """A folder that ``save_pretrained`` wrote. Slices are mapped from disk when they are read."""
 
     def __init__(self, folder: Path, architecture: Architecture, *, trust: bool = False) -> None:
-        self._architecture = architecture
+        self.architecture = architecture
         saved_in = _tensor_files(weights_file(folder) or folder / SINGLE, trust)
         refuse_adapters(saved_in, str(folder))
         files = tuple(sorted(set(saved_in.values())))
@@ -50,34 +50,24 @@ class HuggingFaceCheckpoint:
         check_shapes(architecture, shapes, str(folder))
         kind = "safetensors" if files[0].suffix == ".safetensors" else ".bin"
         kind = f"Hugging Face {kind}"
-        self._facts = CheckpointFacts(folder, kind, ("weight",), None, files, recorded=counters({}, folder))
-
-    @property
-    def facts(self) -> CheckpointFacts:
-        """What is known without reading a tensor."""
-        return self._facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The model that the checkpoint holds."""
-        return self._architecture
+        self.facts = CheckpointFacts(folder, kind, ("weight",), None, files, recorded=counters({}, folder))
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one weight in its stored dtype."""
         if state != "weight":
-            raise CheckpointError(f"{self._facts.path}: a Hugging Face folder has no {state}; use optimizer: reset.")
-        spec = self._architecture.by_name[name]
+            raise CheckpointError(f"{self.facts.path}: a Hugging Face folder has no {state}; use optimizer: reset.")
+        spec = self.architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         found: torch.Tensor = self._slice(spec.tied_to or name)[first:stop][inside]
         return found
 
     def self_check(self) -> Iterator[str]:
         """Check that tied copies are equal, and yield the name of each tensor. Raises CheckpointError otherwise."""
-        for spec in self._architecture.tensors:
+        for spec in self.architecture.tensors:
             if spec.tied_to is not None and spec.name in self._file_of:
                 if not self._are_equal(spec.name, spec.tied_to, spec.shape[0]):
                     raise CheckpointError(
-                        f"{self._facts.path}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
+                        f"{self.facts.path}: tie_word_embeddings is true, but {spec.name} differs from {spec.tied_to}."
                     )
             yield spec.name
 

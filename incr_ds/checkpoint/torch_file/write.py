@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -40,6 +42,28 @@ class LossScaler:
 _STANDS_FOR = {
     f"c{LossScaler.__module__}\n{LossScaler.__name__}\n".encode(): b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n"
 }
+
+
+class ArchiveFile(ABC):
+    """A .pt file of a target. Its ``content`` has streamed tensors in place of those that come from a reader."""
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """Path inside the target folder."""
+
+    @abstractmethod
+    def content(self) -> Any:
+        """The file's content."""
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The tensors that come from a reader."""
+        return archive_of(self.content()).streamed
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        archive_of(self.content()).write(sink, PurePosixPath(self.path).stem, slices)
 
 
 @dataclass(frozen=True)

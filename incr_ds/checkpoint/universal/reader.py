@@ -44,7 +44,7 @@ class UniversalCheckpoint:
     """A folder ``zero/`` with one folder per parameter. Files are mapped on first use."""
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
-        self._folder, self._architecture, self._trust = folder / tag, architecture, trust
+        self._folder, self.architecture, self._trust = folder / tag, architecture, trust
         self._joined = joined_parameters(architecture)
         parameters = sorted(self._parameters())
         self._is_megatron = is_megatron(parameters)
@@ -70,7 +70,7 @@ class UniversalCheckpoint:
         kind = "DeepSpeed universal, Megatron-DeepSpeed" if self._is_megatron else "DeepSpeed universal"
         states, no_moments = self._states()
         step = None if no_moments else self._step()
-        self._facts = CheckpointFacts(
+        self.facts = CheckpointFacts(
             self._folder,
             kind,
             states,
@@ -81,23 +81,13 @@ class UniversalCheckpoint:
             recorded=counters(model, folder),
         )
 
-    @property
-    def facts(self) -> CheckpointFacts:
-        """What is known without reading a tensor."""
-        return self._facts
-
-    @property
-    def architecture(self) -> Architecture:
-        """The model that the checkpoint holds."""
-        return self._architecture
-
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor, fp32."""
-        spec = self._architecture.by_name[name]
+        spec = self.architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         owner = spec.tied_to or name
-        if state not in self._facts.states:
-            raise CheckpointError(f"{self._folder}: no {state}: {self._facts.no_moments}; use optimizer: reset.")
+        if state not in self.facts.states:
+            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
         if owner in self._fused:
             return self._fused[owner].read(state, first, stop)[inside]
         return self._tensor(owner, state)[first:stop][inside]
@@ -109,9 +99,9 @@ class UniversalCheckpoint:
 
     def self_check(self) -> Iterator[str]:
         """Check that every state of every parameter exists and has its shape, and that all steps are equal."""
-        step = self._facts.step
+        step = self.facts.step
         for name, folder in self._folders.items():
-            for state in self._facts.states:
+            for state in self.facts.states:
                 self._tensor(name, state)
             if (
                 step is not None
@@ -153,7 +143,7 @@ class UniversalCheckpoint:
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: contains no tensor `param`; not a file of a universal checkpoint.")
         check_dtype(tensor.dtype, f"{name} ({state})", str(path))
-        spec = self._architecture.by_name.get(name) or self._joined.get(name)
+        spec = self.architecture.by_name.get(name) or self._joined.get(name)
         # A conversion from ZeRO-3 leaves tensors flattened.
         if spec is not None and tensor.dim() == 1 and tensor.numel() == spec.numel:
             tensor = tensor.view(spec.shape)

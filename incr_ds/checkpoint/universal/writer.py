@@ -8,9 +8,7 @@ runtime/base_optimizer.py, runtime/zero/stage3.py, runtime/engine.py).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ import torch
 from incr_ds.checkpoint.base import STATES, State
 from incr_ds.checkpoint.deepspeed.names import model_file
 from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, NativeTarget
-from incr_ds.checkpoint.sink import Sink
-from incr_ds.checkpoint.streaming import Slices, StreamedTensor, TargetFile, parameter_tensor
-from incr_ds.checkpoint.torch_file.write import Archive, archive_of
+from incr_ds.checkpoint.streaming import StreamedTensor, TargetFile, parameter_tensor
+from incr_ds.checkpoint.torch_file.write import ArchiveFile
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.megatron_modules import module_parameters
 
@@ -31,7 +28,7 @@ PARAMETER_GROUPS = 256
 
 
 @dataclass(frozen=True)
-class _ArchiveFile(ABC):
+class _TagFile(ArchiveFile):
     """A .pt file below the tag's folder."""
 
     target: NativeTarget
@@ -42,23 +39,9 @@ class _ArchiveFile(ABC):
         """Path inside the target folder."""
         return f"{self.target.tag}/{self.inner}"
 
-    @property
-    def tensors(self) -> tuple[StreamedTensor, ...]:
-        """The tensors that come from a reader."""
-        return archive_of(self.content()).streamed
-
-    def write(self, sink: Sink, slices: Slices) -> None:
-        """Write the file."""
-        archive: Archive = archive_of(self.content())
-        archive.write(sink, Path(self.inner).stem, slices)
-
-    @abstractmethod
-    def content(self) -> Any:
-        """The file's content."""
-
 
 @dataclass(frozen=True)
-class StateFile(_ArchiveFile):
+class StateFile(_TagFile):
     """zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt: one state of one parameter, and how tensor ranks cut it."""
 
     tensor: RankParameter
@@ -89,7 +72,7 @@ class StateFile(_ArchiveFile):
 
 
 @dataclass(frozen=True)
-class StepFile(_ArchiveFile):
+class StepFile(_TagFile):
     """zero/PARAMETER/step.pt: the optimizer's step, equal for all parameters."""
 
     def content(self) -> Any:
@@ -98,7 +81,7 @@ class StepFile(_ArchiveFile):
 
 
 @dataclass(frozen=True)
-class GlobalStateFile(_ArchiveFile):
+class GlobalStateFile(_TagFile):
     """zero/optimizer_state.pt: all that is not per parameter, both where ZeRO-1 and 2 and where ZeRO-3 expect it."""
 
     def content(self) -> Any:
@@ -113,7 +96,7 @@ class GlobalStateFile(_ArchiveFile):
 
 
 @dataclass(frozen=True)
-class MetadataFile(_ArchiveFile):
+class MetadataFile(_TagFile):
     """mp_rank_XX_model_states.pt, and its name under ZeRO-3: counters, no weights."""
 
     def content(self) -> Any:
