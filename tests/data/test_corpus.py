@@ -122,7 +122,7 @@ def test_max_bytes_says_what_was_left_out(prepared, tmp_path):
         ({"tokenizer": "train:magic"}, "unknown trainer 'magic'; known: train:sentencepiece"),
         ({"tokenizer": "/no/tokenizer"}, "--tokenizer /no/tokenizer: not a folder"),
         ({"vocabulary_size": 100}, "--vocab-size 100: expected at least 320"),
-        ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try a smaller --vocab-size"),
+        ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try another --vocab-size"),
         ({"held_out": 1.5}, "--held-out 1.5: expected a fraction"),
         ({"max_bytes": 3}, "--max-bytes 3: too small"),
     ],

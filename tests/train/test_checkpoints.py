@@ -101,6 +101,14 @@ def test_keep_last_0_keeps_all(tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 5
 
 
+def test_keep_steps_are_never_deleted(tmp_path):
+    run = run_settings(tmp_path, checkpoint={"interval": 1, "keep_last": 1, "keep_steps": [2, 3]})
+    for step in range(1, 6):
+        save(run, step)
+    left = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_00000002", "step_00000003", "step_00000005"]
+
+
 def test_the_newest_whole_one_is_taken_and_damage_is_reported(tmp_path):
     run, said = run_settings(tmp_path), []
     assert newest_complete(run, said.append) is None
