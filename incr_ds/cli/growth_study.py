@@ -163,9 +163,14 @@ def _seconds(text: str | None) -> float | None:
 
 def _show_plan(planned: Any) -> None:
     rows = [["run", "steps", "FLOPs", "starts from"]]
-    rows += [[job.name, f"{job.steps:,}", f"{job.flops:.2e}", str(job.start or "fresh weights")] for job in planned]
+    rows += [[job.name, f"{job.steps:,}", f"{job.flops:.2e}", _origin(job.start)] for job in planned]
     _print_table(rows)
     console.print(f"{len(planned)} runs, {sum(job.flops for job in planned):.3e} FLOPs")
+
+
+def _origin(start: Path | None) -> str:
+    """A checkpoint by its run and step."""
+    return "fresh weights" if start is None else "/".join(start.parts[-5:-2] + start.parts[-1:])
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -39,6 +39,12 @@ def _figure(columns: int = 1, **shared: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False, **shared)[0]
 
 
+def _save(figure: Any, path: Path) -> None:
+    if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _colours(results: Results) -> dict[str, Any]:
     from matplotlib import colormaps
 
@@ -64,15 +70,17 @@ def _draw_costs(results: Results, path: Path) -> None:
             axes.plot(costs, losses, linestyle="-" if own.growth else "--", **style)
             axes.fill_between(costs, lows, highs, color=colours[arm], alpha=0.2)
     front = _front([(cost, loss) for cost, loss, *_ in points])
-    axes.step(*zip(*front, strict=True), where="post", color="black", linewidth=0.8, alpha=0.5, label="Pareto front")
+    if front:
+        axes.step(
+            *zip(*front, strict=True), where="post", color="black", linewidth=0.8, alpha=0.5, label="Pareto front"
+        )
     axes.set(
         xscale="log",
         xlabel="total FLOPs (source, teacher and decay counted)",
         ylabel="held-out loss after decay (nats per token)",
     )
     axes.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _mean_point(over: list[Branch]) -> tuple[float, float, float, float]:
@@ -114,8 +122,7 @@ def _draw_ratios(results: Results, path: Path) -> None:
         axes.set_xticks(study.tokens_per_parameter, [str(budget) for budget in study.tokens_per_parameter])
         axes.grid(alpha=0.25)
     columns[0].set_ylabel("cost relative to scratch")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _draw_curves(results: Results, path: Path) -> None:
@@ -144,8 +151,7 @@ def _draw_curves(results: Results, path: Path) -> None:
             )
     axes.set(xlabel="training tokens", ylabel="held-out loss before decay (nats per token)")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _held_out(run: Path) -> list[tuple[int, float]]:

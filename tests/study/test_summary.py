@@ -88,7 +88,7 @@ def test_losses_after_growth_are_read_from_the_trunks(tmp_path):
 
 def test_a_study_that_is_not_complete_claims_nothing(tmp_path):
     study = tiny_study(tmp_path)
-    assert summary(collect(opened(study)))["best_arm"] is None
+    assert write_study_report(collect(opened(study)), tmp_path / "report", "")["best_arm"] is None
     results = write_results(study)
     gone = next(job for job, _ in results.measured if job.name == "stack/seed1-lr0.01-budget20/branch-902")
     (Path(gone.run["output"]) / "result.json").unlink()
