@@ -86,7 +86,7 @@ def test_the_same_bytes_for_any_number_of_processes(home, tmp_path, printed, siz
 
 
 FAULTS = {
-    "disk": (2, r"out: No space left on device (process 1 of 3) (while writing); nothing was published."),
+    "disk": (2, r"out: No space left on device (rank 1 of 3) (while writing); nothing was published."),
     "kill": (2, "out: another process ended or cannot be reached"),
 }
 
@@ -109,8 +109,8 @@ def test_a_failing_process_fails_all_and_publishes_nothing(home, tmp_path, print
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        pytest.param("recipe", "process 1 of 2: ", marks=pytest.mark.slow),
-        ("plan", "process 1 of 2 sees other files (sizes or times) there, or another recipe, than process 0"),
+        pytest.param("recipe", "rank 1 of 2: ", marks=pytest.mark.slow),
+        ("plan", "rank 1 of 2 sees other files (sizes or times) there, or another recipe, than rank 0"),
     ],
 )
 def test_mistakes_of_one_process_leave_nothing(home, tmp_path, printed, fault, message):

@@ -100,7 +100,7 @@ def test_infinity_in_a_moment_is_named_on_every_rank_unless_moments_are_left(tmp
     said = run_processes(refuse_or_start, 2, str(tmp_path), {"data_parallel": 2, "zero_stage": 1})
     assert said[0] == said[1] and said[0][1] is None
     count = r"model\.layers\.2\.mlp\.up_proj\.weight \(exp_avg_sq\): 2 of 24,000 numbers are not finite"
-    assert re.search(rf"growth on load: refused on rank [01]: .*source/grown: {count}", said[0][0])
+    assert re.search(rf"rank [01] of 2: growth on load: refused: .*source/grown: {count}", said[0][0])
     assert "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start" in said[0][0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET, "optimizer": "reset"}))
     assert refuse_growth(tmp_path) is None, "moments that are not grown do not matter"
