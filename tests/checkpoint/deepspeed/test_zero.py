@@ -13,8 +13,9 @@ from incr_ds.checkpoint.finite import FiniteCheckpoint
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, GrowthError
+from incr_ds.growth.rules import MOMENT_RULES, refuse
 from incr_ds.offline.compare import logical_parts
-from incr_ds.offline.plan import GrowthRequest, check_moments, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.sharding.joined import joined_parameters
 from incr_ds.testing.processes import run_processes
@@ -451,8 +452,8 @@ def only_weights(folder, message, live=None):
         assert torch.equal(checkpoint.read(name).to(weight.dtype), weight), name
     assert list(checkpoint.self_check())
     with pytest.raises(GrowthError, match=message + r".*but optimizer: rescale needs them; set optimizer: reset"):
-        check_moments(checkpoint, GrowthRecipe(target={}))
-    check_moments(checkpoint, GrowthRecipe(target={}, optimizer="reset"))
+        refuse(MOMENT_RULES, "x", checkpoint.facts, GrowthRecipe(target={}))
+    refuse(MOMENT_RULES, "x", checkpoint.facts, GrowthRecipe(target={}, optimizer="reset"))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read("model.norm.weight", "exp_avg")
 
