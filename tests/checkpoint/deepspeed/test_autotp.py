@@ -1,6 +1,7 @@
 """Checkpoints of DeepSpeed's AutoTP are read whole: uneven vocabularies and heads, replicated biases, scaled pieces."""
 
 import copy
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ from autotp_engines import case_model, write_autotp
 
 from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
 from incr_ds.checkpoint.opening import open_source
-from incr_ds.errors import CheckpointError
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, GrowthError
+from incr_ds.growth.rules import MOMENT_RULES, refuse
 from incr_ds.testing.processes import run_processes
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}
@@ -62,6 +65,26 @@ def test_replicated_copies_must_be_equal(written, tmp_path):
         CheckpointError, match=r"model\.norm\.weight: exp_avg_sq of .* on model-parallel rank 0 .* rank 1 differ"
     ):
         list(open_source(tmp_path / "copy").self_check())
+
+
+def test_zero_0_with_a_rank_whose_moments_match_no_names_gives_weights_and_says_which(written, tmp_path):
+    """Each rank's optimizer numbers its own parameters. The other rank's moments alone are not enough."""
+    shutil.copytree(written / "z0", tmp_path / "copy")
+    path = tmp_path / "copy" / "step" / "mp_rank_01_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    content["optimizer"]["param_groups"][0]["params"].reverse()
+    torch.save(content, path)
+    checkpoint = open_source(tmp_path / "copy")
+    reason = (
+        r"mp_rank_01_model_states.pt: ZeRO-0's optimizer numbers \d+ parameters in 1 group\(s\) without names, and none of "
+        r"the module's orders matches \(save with ZeRO-1\); weights are the module's, in torch.float32"
+    )
+    assert checkpoint.facts.states == ("weight",) and re.fullmatch(reason, checkpoint.facts.no_moments)
+    for name, weight in case_model(CASES["z0"]).named_parameters():
+        assert torch.equal(checkpoint.read(name), weight.data), name
+    assert list(checkpoint.self_check())
+    with pytest.raises(GrowthError, match=reason + r"\), but optimizer: rescale needs them; set optimizer: reset"):
+        refuse(MOMENT_RULES, "copy", checkpoint.facts, GrowthRecipe(target={}))
 
 
 def replicated(scale):
