@@ -1,4 +1,4 @@
-"""How closely a grown model trains as its source: losses of the same 40 AdamW steps, with the multipliers and without."""
+"""Losses of a grown model and its source over the same 40 AdamW steps, with the learning-rate multipliers and without."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def batch():
 @pytest.mark.parametrize("family", FAMILIES)
 # With Mistral's sliding window of 5, shorter than the sequence, the masks matter.
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_loss_and_gradients_equal_transformers(family, tied, attention):
+def test_loss_and_gradients_equal_transformers(family: str, tied: bool, attention):
     checkpoint = drawn_checkpoint(pico_architecture(family, tied=tied))
     ours, theirs = plain(checkpoint, attention=attention), transformers_model(checkpoint)
     input_ids, labels = batch()

@@ -1,4 +1,4 @@
-"""Steps that must not change the weights, and requests that make no sense."""
+"""Steps that must not change the weights, and invalid requests."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A run that grows its source as it loads begins where a run on the grown checkpoint begins, to the bit."""
+"""A run that grows its source on load starts with the same bits as a run on the grown checkpoint."""
 
 import re
 
@@ -94,7 +94,7 @@ class InfiniteMoment(SyntheticCheckpoint):
 
 
 def test_infinity_in_a_moment_is_named_on_every_rank_unless_moments_are_left(tmp_path):
-    """One rank finds it: the others, which would wait for it as they build their engines, hear of it."""
+    """One rank finds it. The others get its message, too, instead of waiting for it while they build their engines."""
     write_source(tmp_path, InfiniteMoment)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))
     said = run_processes(refuse_or_start, 2, str(tmp_path), {"data_parallel": 2, "zero_stage": 1})

@@ -1,4 +1,4 @@
-"""The loop's own decisions, with a stand-in engine of one number in one process; the real engine is tested elsewhere."""
+"""The loop's own decisions, with a stand-in engine that has one number. Other tests have the real engine."""
 
 import json
 import math

@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("autotp")
     run_processes(write_autotp, 2, str(folder), CASES)
     return folder
@@ -48,13 +49,13 @@ def test_every_tensor_is_read(written, case):
 
 
 def test_deepspeed_left_its_maps(written):
-    """So that what was read above was read by them."""
+    """Without these maps the test above would not cover them."""
     content = torch.load(written / "z1-tied" / "step" / "mp_rank_01_model_states.pt", weights_only=False)
     maps = content["universal_checkpoint_info"]["affine_map"]["params"]
     assert {r"^model\.layers\.0\.mlp\.down_proj\.bias$", r"^model\.embed_tokens\.weight$"} <= set(maps)
 
 
-def test_replicated_copies_must_be_equal(written, tmp_path):
+def test_replicated_copies_must_be_equal(written, tmp_path: Path):
     """A norm is on both tensor ranks, each with its own optimizer file."""
     shutil.copytree(written / "z1-tied", tmp_path / "copy")
     path = tmp_path / "copy" / "step" / "zero_pp_rank_0_mp_rank_01_optim_states.pt"
@@ -67,7 +68,7 @@ def test_replicated_copies_must_be_equal(written, tmp_path):
         list(open_source(tmp_path / "copy").self_check())
 
 
-def test_zero_0_with_a_rank_whose_moments_match_no_names_gives_weights_and_says_which(written, tmp_path):
+def test_zero_0_with_a_rank_whose_moments_match_no_names_gives_weights_and_says_which(written, tmp_path: Path):
     """Each rank's optimizer numbers its own parameters. The other rank's moments alone are not enough."""
     shutil.copytree(written / "z0", tmp_path / "copy")
     path = tmp_path / "copy" / "step" / "mp_rank_01_model_states.pt"

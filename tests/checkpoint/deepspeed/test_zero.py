@@ -1,4 +1,4 @@
-"""The ZeRO reader against real DeepSpeed engines: stages, data-parallel sizes, dtypes, orders of the flat buffers."""
+"""The ZeRO reader against real DeepSpeed engines: stages, data-parallel degrees, dtypes, orders of flat buffers."""
 
 import shutil
 from collections.abc import Callable
@@ -138,7 +138,7 @@ def test_a_tied_alias_reads_its_owner(written):
 
 
 @pytest.fixture
-def damaged(written, tmp_path):
+def damaged(written, tmp_path: Path):
     def copy(case, ranks=3):
         shutil.copytree(written(case, ranks).folder, tmp_path / "copy")
         return tmp_path / "copy"
@@ -160,7 +160,7 @@ def test_missing_shard(damaged):
 
 
 def test_missing_last_shard(damaged):
-    """Nothing in the file names tells; the model file remembers how many ranks there were."""
+    """File names do not show it. The model file records the number of ranks."""
     folder = damaged("z1")
     optimizer_file(folder, 2).unlink()
     with pytest.raises(CheckpointError, match=r"written with 3 data-parallel ranks, found 2 optimizer file"):
@@ -191,7 +191,7 @@ def swap(first, second):
 
 
 def copy_content(source, target):
-    """As if rank ``target`` had written what rank ``source`` holds: no name inside the file tells."""
+    """Write the content of rank ``source`` as rank ``target`` would: names inside the file do not show it."""
     torch.save(torch.load(source, weights_only=False), target)
 
 
@@ -250,7 +250,7 @@ class Payload:
         return pathlib.Path.touch, (pathlib.Path(self.canary),)
 
 
-def test_a_payload_does_not_run(damaged, tmp_path):
+def test_a_payload_does_not_run(damaged, tmp_path: Path):
     folder = damaged("z1")
     path = folder / "step" / "mp_rank_00_model_states.pt"
     canary = tmp_path / "canary"
@@ -284,7 +284,7 @@ def test_fp16_with_a_dynamic_loss_scaler(damaged):
 
 
 def test_weights_exported_by_a_trainer_must_be_the_masters(damaged):
-    """transformers' Trainer saves safetensors beside DeepSpeed's folder: the only proof that a ZeRO-3 checkpoint has."""
+    """transformers' Trainer saves safetensors beside DeepSpeed's folder, the only weights to check a ZeRO-3 checkpoint by."""
     folder = damaged("z3")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "latest").write_text("step")
@@ -406,7 +406,7 @@ def _fill_with_nan(content):
         ("z0", "*model_states.pt", "module", r"model.embed_tokens.weight: dtype complex64"),
     ],
 )
-def test_a_dtype_that_cannot_be_grown_is_refused(damaged, case, file, key, message):
+def test_a_dtype_that_cannot_be_grown_is_refused(damaged, case, file, key, message: str):
     folder = damaged(case)
 
     def change(content):
@@ -448,7 +448,7 @@ def test_frozen_parameters_that_were_left_out(damaged, case):
 
 
 def test_zero_0_whose_order_is_ambiguous(damaged):
-    """Groups that split tensors of one shape: in fp32 nothing says whose moments these are."""
+    """Groups split tensors of one shape. In fp32 nothing shows which moments belong to which tensor."""
     folder = damaged("z0")
 
     def regroup(content):
@@ -464,7 +464,7 @@ def test_zero_0_whose_order_is_ambiguous(damaged):
 
 
 def only_weights(folder, message, live=None):
-    """The weights of a checkpoint are read; that its moments cannot be used, and why, is said to who needs them."""
+    """Read the weights of a checkpoint. A growth that needs its moments gets the reason why they cannot be used."""
     checkpoint = open_source(folder)
     assert checkpoint.facts.states == ("weight",) and checkpoint.facts.step is None
     for name, weight in (live or {}).items():
@@ -523,8 +523,8 @@ def test_states_that_are_not_adams_alone(written, damaged, case, optimizer):
     only_weights(folder, message, written(case).live)
 
 
-def test_a_reset_growth_of_an_sgd_source(written, damaged, tmp_path):
-    """It has no moments, and AdamW's default settings: those of SGD would not load."""
+def test_a_reset_growth_of_an_sgd_source(written, damaged, tmp_path: Path):
+    """The target has no moments, and AdamW's default settings, since SGD's would not load."""
     folder = damaged("z1")
 
     def to_sgd(content):
@@ -548,7 +548,7 @@ def test_a_reset_growth_of_an_sgd_source(written, damaged, tmp_path):
 
 
 @pytest.mark.parametrize("leave", ["further state", "no moments"])
-def test_a_universal_checkpoint_of_another_optimizer(damaged, tmp_path, leave):
+def test_a_universal_checkpoint_of_another_optimizer(damaged, tmp_path: Path, leave):
     (tmp_path / "recipe.yaml").write_text("target: {}\nlayout: {format: universal}\n")
     grow_checkpoint(plan_request(GrowthRequest(damaged("z1"), tmp_path / "recipe.yaml", tmp_path / "universal")))
     (tmp_path / "universal" / "manifest.json").unlink()
@@ -603,7 +603,7 @@ def test_a_frozen_parameter_that_was_not_saved(damaged):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_masters_are_compared_as_numbers(dtype):
-    """Minus zero is zero, and NaN where NaN was saved is the same: a model that diverged is not a case of swapped shards."""
+    """Minus zero equals zero, and NaN equals NaN. A model that diverged is not reported as swapped shards."""
     masters = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masters[0, :2] = torch.tensor([0.0, float("inf")])
     saved = masters.to(dtype, copy=True)
