@@ -91,7 +91,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# A failed disk is the slow case: test_process_group.py has its wording.
+@pytest.mark.parametrize("fault", [pytest.param("disk", marks=pytest.mark.slow), "kill"])
 def test_a_failing_process_fails_all_and_publishes_nothing(home, tmp_path: Path, printed, fault):
     """Afterwards, fewer processes continue from the finished files of all."""
     code, message = FAULTS[fault]
