@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from incr_ds.cli.command import command, console, loading, print_json
+from incr_ds.cli.options import Json
 from incr_ds.errors import ConfigError
 from incr_ds.launch.packages import require
 
@@ -43,7 +44,7 @@ def main(
     proof: Annotated[Path | None, typer.Option(help="What verify_checkpoint.py --json printed.")] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint or export of the result, to write a sample.")] = None,
     prompt: Annotated[str, typer.Option(help="Beginning of the sample.")] = "def ",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Report what growth saves: by a study of many runs (--config), or from three runs (--source, --grown, --scratch)."""
     require("matplotlib")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.options import Json
 
 
 @command
@@ -17,7 +18,7 @@ def main(
     packages: Annotated[
         Path | None, typer.Option(help="Folder of .py files (default: this Python's site-packages).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Write the text of the growth study. With the versions of constraints.txt it is the same on every machine."""
     from incr_ds.study.text import write_texts

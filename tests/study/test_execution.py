@@ -76,7 +76,7 @@ def test_a_study_goes_on_after_a_kill_and_reports(tmp_path):
         [sys.executable, str(TOOL), "--config", str(path)],
         env=environment(),
         start_new_session=True,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     until = time.monotonic() + 300
     while not list((tmp_path / "out").glob("*/*/trunk/checkpoints/step_*")) and time.monotonic() < until:
