@@ -5,10 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow test-triton test-deepspeed check lint types setup clean
+.PHONY: quickstart study-small test test-slow test-triton test-deepspeed check lint types setup clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
+
+# A slice of the growth study, at most 30 minutes.
+study-small: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/study_text.sh
+	DS_ACCELERATOR=cpu $(BIN)/python tools/growth_study.py --config ds_configs/studies/small.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs/quickstart
-source_checkpoint=$runs/source/checkpoints/step_00000300
+source_checkpoint=$runs/source/checkpoints/step_00000200
 text=${TEXT:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')}
 
 # Two processes: on two GPUs if there are two, otherwise on the CPU. One thread each, so that they do not compete for cores.
@@ -45,9 +45,9 @@ step "3/7 grow it, with Adam's moments" "See docs/recipe.md for the keys of a re
     python tools/grow_checkpoint.py --source "$source_checkpoint" --recipe ds_configs/growth/quickstart.yaml --output $runs/grown_checkpoint --workers 1
 step "   prove it" "The grown model computes something else than its source. This is a defect: please report it with the message above." verify_growth
 step "4/7 continue the grown model, with its source as teacher, in a pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
-step "5/7 pre-train the same model from scratch" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
+step "5/7 pre-train the same model from scratch, for the FLOPs of source and grown model together" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \
-    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000200 $runs/huggingface --dtype float32
+    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000150 $runs/huggingface --dtype float32
 step "7/7 report" "The runs are done; repeat this one command." \
     python tools/growth_study.py --source $runs/source --grown $runs/grown --scratch $runs/scratch --growth $runs/grown_checkpoint \
     --proof $runs/proof.json --model $runs/huggingface --prompt 'def ' --output $runs

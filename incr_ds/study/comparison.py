@@ -133,9 +133,11 @@ def table_rows(study: Study) -> Sequence[tuple[str, str]]:
             f"source {source.bits_per_byte:.4f}   grown {grown.bits_per_byte:.4f}   scratch {scratch.bits_per_byte:.4f}"
         )
         rows.append(("bits per byte, final", bits))
+    total = grown.flops + source.flops
     rows += [
+        ("in one sentence", _in_one_sentence(source, grown, scratch)),
         ("FLOPs, scratch", f"{scratch.flops:.3e}"),
-        ("FLOPs, grown (teacher counted)", f"{grown.flops:.3e}; with the source's {grown.flops + source.flops:.3e}"),
+        ("FLOPs, grown (teacher counted)", f"{grown.flops:.3e}; with the source's {total:.3e}"),
         ("scratch's final loss", _reached_text(study.saving)),
     ]
     return rows
@@ -154,6 +156,18 @@ def _saving(source: Curve, grown: Curve, scratch: Curve) -> Saving | None:
         return None
     spent, whole = point.flops, scratch.last.flops
     return Saving(point, 1.0 - spent / whole, 1.0 - (spent + source.last.flops) / whole)
+
+
+def _in_one_sentence(source: Point, grown: Point, scratch: Point) -> str:
+    """Both accountings of the cost, for a reader who knows neither."""
+    total, lower = grown.flops + source.flops, "lower" if grown.loss < scratch.loss else "higher"
+    equal = abs(total / scratch.flops - 1.0) < 0.01
+    spent = "the same FLOPs" if equal else f"{total / scratch.flops:.2f} times the FLOPs"
+    return (
+        f"for {spent} as training from scratch, training the small model and growing it gives a loss that is "
+        f"{abs(grown.loss - scratch.loss):.3f} {lower} ({grown.loss:.3f} against {scratch.loss:.3f}); if the small model exists "
+        f"anyway, it is {grown.flops / scratch.flops:.2f} times the FLOPs"
+    )
 
 
 def _reached_text(saving: Saving | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from incr_ds.checkpoint.lock import locked
 from incr_ds.checkpoint.publish import MANIFEST
+from incr_ds.checkpoint.runs import step_folders
 from incr_ds.config.json_file import read_json
 from incr_ds.config.study import StudySettings
 from incr_ds.errors import CheckpointError
@@ -77,24 +78,36 @@ def is_done(job: Job) -> bool:
     """Whether a job is finished, or can never be because its trunk diverged."""
     if job.measured is not None:
         return result_of(job) is not None
-    return (job.final / MANIFEST).is_file() or (Path(job.run["output"]) / RESULT).is_file()
+    output = Path(job.run["output"])
+    return (output / RESULT).is_file() or any(
+        folder.name >= job.final.name and (folder / MANIFEST).is_file() for folder in step_folders(output)
+    )
 
 
-def execute(study: StudySettings, seconds: float | None, report: Callable[[Progress], None]) -> bool:
-    """Run jobs for at most ``seconds`` (None: to the end). ``report`` hears of progress. Returns whether all are done."""
+def execute(
+    study: StudySettings,
+    seconds: float | None,
+    report: Callable[[Progress], None],
+    select: Callable[[Design], tuple[Job, ...]] = jobs,
+) -> bool:
+    """Run the jobs that ``select`` names, for at most ``seconds`` (None: to the end). Returns whether all are done.
+
+    ``report`` hears of progress.
+    """
     design, deadline = opened(study), None if seconds is None else time.monotonic() + seconds
     with locked(Path(study.output)), _pool(study) as (pool, stop):
         running: dict[Future[float], Job] = {}
         started, trained = time.monotonic(), 0.0
         try:
             while not stop.is_set():
-                left = [job for job in jobs(design) if not is_done(job)]
+                left = [job for job in select(design) if not is_done(job)]
                 names = {job.name for job in running.values()}
                 for job in left:
                     if len(running) < study.processes and job.name not in names and _can_start(job):
                         running[pool.submit(run_job, job, study)] = job
                         names.add(job.name)
-                report(_progress(design, left, running, trained, time.monotonic() - started))
+                known = (select(design), select(assumed(study)))
+                report(_progress(known, left, running, trained, time.monotonic() - started))
                 if not running:
                     return not left
                 finished = _wait(running, deadline, stop)
@@ -105,7 +118,7 @@ def execute(study: StudySettings, seconds: float | None, report: Callable[[Progr
         wait(running)
         for future in running:
             future.result()
-    return all(is_done(job) for job in jobs(design))
+    return all(is_done(job) for job in select(design))
 
 
 def _wait(running: dict[Future[float], Job], deadline: float | None, stop: Any) -> set[Future[float]]:
@@ -132,11 +145,16 @@ def _pool(study: StudySettings) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
 
 
 def _progress(
-    design: Design, left: list[Job], running: dict[Future[float], Job], trained: float, seconds: float
+    jobs_known: tuple[tuple[Job, ...], tuple[Job, ...]],
+    left: list[Job],
+    running: dict[Future[float], Job],
+    trained: float,
+    seconds: float,
 ) -> Progress:
-    known = jobs(design)
+    """How far the jobs are, of those that are known and of those that are expected once all rates are decided."""
+    known, in_all = jobs_known
     total, open_flops = sum(job.flops for job in known), sum(job.flops for job in left)
-    expected = sum(job.flops for job in jobs(assumed(design.study)))
+    expected = sum(job.flops for job in in_all)
     speed = trained / seconds if trained else None
     return Progress(
         done=len(known) - len(left),

@@ -128,15 +128,17 @@ def early_losses(results: Results, arm: str, budget: int) -> dict[str, float]:
     job = next((job for job, _ in results.measured if _is_chosen(results, job, arm, budget)), None)
     if job is None or not job.of_source or job.start is None:
         return {}
-    losses = _training_losses(job.start.parents[1])
+    losses = training_losses(job.start.parents[1])
     source = job.before[job.of_source - 1]
-    before = _training_losses(source.parents[1])
+    before = training_losses(source.parents[1])
     step = int(source.name.removeprefix("step_"))
-    found = {"before": _mean(before, step)}
+    found = {"before": mean_loss(before, step)}
     found |= {
-        str(after): losses[after] if after == 1 else _mean(losses, after) for after in EARLY_STEPS if after in losses
+        str(after): losses[after] if after == 1 else mean_loss(losses, after)
+        for after in EARLY_STEPS
+        if after in losses
     }
-    found["spike"] = max(_mean(losses, after) for after in range(1, min(SPIKE_STEPS, max(losses)) + 1))
+    found["spike"] = max(mean_loss(losses, after) for after in range(1, min(SPIKE_STEPS, max(losses)) + 1))
     return found
 
 
@@ -219,7 +221,8 @@ def _branch(job: Job, result: Mapping[str, Any]) -> Branch:
     )
 
 
-def _training_losses(folder: Path) -> dict[int, float]:
+def training_losses(folder: Path) -> dict[int, float]:
+    """Training cross entropy of a run by step."""
     return {row["step"]: row["ce"] for row in _train_rows(folder)}
 
 
@@ -227,7 +230,7 @@ def _train_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
     return (row for row in read_metrics(folder / FILE) if row["kind"] == "train")
 
 
-def _mean(losses: Mapping[int, float], last: int) -> float:
-    """The mean over the ``WINDOW`` steps that end with ``last``, as far as they exist."""
+def mean_loss(losses: Mapping[int, float], last: int) -> float:
+    """The mean loss over the ``WINDOW`` steps that end with ``last``, as far as they exist."""
     found = [losses[step] for step in range(last - WINDOW + 1, last + 1) if step in losses]
     return sum(found) / len(found)

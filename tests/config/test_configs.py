@@ -51,13 +51,12 @@ def test_deepspeed_files_hold_only_what_deepspeed_owns(path):
     assert "stage" not in content.get("zero_optimization", {})
 
 
-def test_grown_and_scratch_differ_in_their_beginning_only():
+def test_grown_and_scratch_differ_in_their_beginning_and_length_only():
     grown, scratch = (
         load_settings(CONFIGS / "runs" / f"quickstart-{name}.yaml", RunSettings) for name in ("grown", "scratch")
     )
     for name in ("seed", "precision", "layout", "batch", "data", "evaluation", "optimizer"):
         assert getattr(grown, name) == getattr(scratch, name), name
-    assert grown.schedule.train_steps == scratch.schedule.train_steps
 
 
 def write_run(folder, **changes):
@@ -91,7 +90,7 @@ def test_every_mistake_is_listed_with_its_key(tmp_path):
         ("evaluation.samples=20", "evaluation.samples 20 is not a multiple .*nearest: 16 or 32"),
         ("layout.pipeline_parallel=2.5", "layout.pipeline_parallel: Input should be a valid integer, found 2.5"),
         ("schedule.decay=wsd", "decay: wsd needs decay_steps"),
-        ("schedule.warmup_steps=400", "warmup_steps 400 .* exceed train_steps 300"),
+        ("schedule.warmup_steps=400", "warmup_steps 400 .* exceed train_steps 200"),
         ("model.initialize_from=x", "name exactly one of config .* and initialize_from"),
         ("data.validation=null", "evaluation needs data.validation"),
         ("model.config.name=x", "--set model.config.name=x: config is a single value"),

@@ -11,6 +11,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.study.design import Job, jobs, open_design
 from incr_ds.study.execution import assumed
+from incr_ds.study.probe import probe_jobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,22 @@ def test_every_run_file_is_valid(tmp_path):
     for name, job in by_name(tiny_study(tmp_path)).items():
         run = parse_settings(job.run, RunSettings, name)
         assert run.schedule.train_steps == job.steps
+
+
+def test_a_probe_is_the_beginning_of_the_trunks(tmp_path):
+    design = open_design(tiny_study(tmp_path), lambda arm: None)
+    found = {job.name: job for job in probe_jobs(design, 100)}
+    # The undecided source takes its first rate, up to the growth at half of the largest budget.
+    assert list(found) == ["source/seed0-lr0.01/trunk", "stack/seed0-lr0.01-budget20/trunk"]
+    source, trunk = found.values()
+    assert source.steps == source.run["schedule"]["train_steps"] == 451 and trunk.start == source.final
+    whole = by_name(tiny_study(tmp_path))[trunk.name]
+    assert trunk.steps == 100 and trunk.run["checkpoint"] == whole.run["checkpoint"]
+    assert trunk.flops == pytest.approx(whole.flops * 100 / whole.steps)
+    with pytest.raises(
+        ConfigError, match=r"--probe 900: stack/seed0-lr0.01-budget20/trunk has only 271 steps; probe fewer"
+    ):
+        probe_jobs(design, 900)
 
 
 def test_a_decayed_source_is_a_branch_of_its_arm(tmp_path):

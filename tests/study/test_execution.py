@@ -87,6 +87,10 @@ def test_a_study_goes_on_after_a_kill_and_reports(tmp_path):
     assert not all(is_done(job) for job in jobs(opened(study)))
     short = run_tool("--config", str(path), "--for", "1s")
     assert short.returncode == 0 and "the same command goes on" in short.stdout, short.stdout + short.stderr
+    probed = run_tool("--config", str(path), "--probe", "5", "--json")
+    assert probed.returncode == 0, probed.stderr
+    ranking = json.loads(probed.stdout)["ranking"]
+    assert [item["arm"] for item in ranking] == ["stack"] and 0 < ranking[0]["loss"] < 4.0
     done = run_tool("--config", str(path), "--report", str(tmp_path / "report"), "--json")
     assert done.returncode == 0, done.stderr
     check_costs(study)

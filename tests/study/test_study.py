@@ -41,6 +41,41 @@ def test_losses_at_equal_steps_and_the_saving(folders):
     assert numbers["bits_per_byte"] == {"source": 2.0, "grown": 1.25, "scratch": 1.6}
 
 
+def test_one_sentence_states_both_accountings(folders, tmp_path):
+    sentence = dict(table_rows(study_of(folders)))["in one sentence"]
+    # Source 2e7, grown 1.5e8, scratch 1.2e8; the losses are 2.5 and 3.2.
+    assert sentence == (
+        "for 1.42 times the FLOPs as training from scratch, training the small model and growing it gives a loss that is 0.700 "
+        "lower (2.500 against 3.200); if the small model exists anyway, it is 1.25 times the FLOPs"
+    )
+    folders["scratch"] = write_run(tmp_path / "longer", [8.0, 6.0, 4.0, 2.0], 1.7e8 / 30)
+    sentence = dict(table_rows(study_of(folders)))["in one sentence"]
+    assert (
+        "for the same FLOPs as training from scratch" in sentence and "0.500 higher (2.500 against 2.000)" in sentence
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config", "a.yaml", "--source", "x"],
+            "--config and --source: a study file names its own runs; give one or",
+        ),
+        (["--source", "x"], "--grown, --scratch, --output: expected a value; or give --config STUDY.yaml"),
+        (
+            ["--config", str(TOOL.parents[1] / "ds_configs/studies/small.yaml"), "--for", "5x"],
+            "--for 5x: expected a time",
+        ),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_level_that_is_not_reached_is_said_so(folders, tmp_path: Path):
     folders["grown"] = write_run(tmp_path / "worse", [4.0, 3.9, 3.8, 3.7], 5e6)
     study = study_of(folders)
