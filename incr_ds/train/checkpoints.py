@@ -27,7 +27,8 @@ from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.companions import Companions
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
-from incr_ds.checkpoint.runs import CHECKPOINTS, step_folders
+from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError
 from incr_ds.train.health import Health
@@ -78,7 +79,7 @@ def save_checkpoint(
 
     Raises CheckpointError on all ranks if any rank could not write. The folder then does not appear.
     """
-    final = step_folder(run, state.position.step)
+    final = step_folder(Path(run.output), state.position.step)
     tag = f"global_step{state.position.step}"
     client_state = asdict(state)
     with ExitStack() as stack:
@@ -104,21 +105,27 @@ def load_checkpoint(
     engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture
 ) -> TrainingState:
     """Load one of the run's own checkpoints. Refuse it unless ``run``, its ``data`` (fingerprints) and model continue it."""
+    state = saved_state(run, folder, data, architecture, run.layout)
+    engine.load(folder, f"global_step{state.position.step}")
+    return state
+
+
+def saved_state(
+    run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture, layout: ParallelLayout
+) -> TrainingState:
+    """Read where one of the run's own checkpoints stands, from its manifest.
+
+    Refuse it unless ``run``, its ``data`` (fingerprints), and the model and layout of the stage continue it.
+    """
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
-    on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture))
-    client_state = engine.load(folder, facts["tag"])
+    on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture, layout))
     return TrainingState(
-        position=Position(**client_state["position"]),
-        evaluated_step=client_state["evaluated_step"],
-        data=client_state["data"],
-        settings=client_state["settings"],
-        health=Health(**client_state.get("health", {})),
+        position=Position(**facts["position"]),
+        evaluated_step=facts["evaluated_step"],
+        data=facts["data"],
+        settings=facts["settings"],
+        health=Health(**facts.get("health", {})),
     )
-
-
-def step_folder(run: RunSettings, step: int) -> Path:
-    """Path of the checkpoint after ``step`` steps."""
-    return Path(run.output) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def remove_unfinished(run: RunSettings) -> None:

@@ -17,10 +17,11 @@ from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
-from incr_ds.train import inputs, loop
+from incr_ds.train import inputs, loop, pretraining
 from incr_ds.train.engine import StepResult
-from incr_ds.train.loop import DivergedError, pretrain
+from incr_ds.train.loop import DivergedError
 from incr_ds.train.metrics import TIMINGS, read_metrics
+from incr_ds.train.pretraining import pretrain
 
 LENGTH = 8
 SKIPPED = 4.25  # the loss of steps whose gradients are not finite here
@@ -59,7 +60,7 @@ class OneNumber:
         self.number, client_state = json.loads((folder / tag / "state.json").read_text())
         return client_state
 
-    def close(self):
+    def release(self):
         self.closed = True
 
 
@@ -80,8 +81,8 @@ def world(tmp_path, monkeypatch):
         world["engines"].append(OneNumber(run, lambda step, number: world["on_step"](step, number)))
         return world["engines"][-1]
 
-    monkeypatch.setattr(loop, "build_engine", build_engine)
-    monkeypatch.setattr(loop, "initialize_distributed", lambda layout: None)
+    monkeypatch.setattr(pretraining, "build_engine", build_engine)
+    monkeypatch.setattr(pretraining, "initialize_distributed", lambda layout: None)
     return world
 
 
@@ -248,7 +249,7 @@ def test_no_resume_refuses_a_run_that_has_checkpoints(world):
 
 
 def test_the_teacher_costs_flops_only_while_its_weight_lasts(world, monkeypatch):
-    monkeypatch.setattr(loop, "open_described", lambda path: loop.find_start(settings(world, "run")))
+    monkeypatch.setattr(pretraining, "open_described", lambda path: pretraining.find_start(settings(world, "run")))
     taught = settings(world, "taught", distillation={"teacher": "t", "weight": 0.5, "anneal_steps": 2})
     alone = settings(world, "alone")
     pretrain(taught)

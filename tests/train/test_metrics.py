@@ -23,7 +23,7 @@ def held_out(loss):
 
 
 def write(folder, steps, step=None):
-    metrics = MetricsFile(folder, step, print)
+    metrics = MetricsFile(folder, None if step is None else Position(step=step), print)
     for number in steps:
         metrics.append(row(Position(step=number, tokens=8 * number), train_row(float(number))))
     metrics.close()
@@ -50,7 +50,7 @@ def test_a_new_start_drops_every_row_and_a_half_written_line_is_not_one(tmp_path
     ("line", "message"),
     [
         ('{"step', "not valid JSON"),
-        ("[]", "not a valid row of metrics: expected an object whose kind is train or evaluation"),
+        ("[]", "not a valid row of metrics: expected an object whose kind is train, evaluation, growth"),
         ('{"a": 1}', "not a valid row of metrics"),
         ('{"kind": "train", "step": "two"}', "step: expected int, found 'two'"),
         ('{"kind": "train", "step": 2, "tokens": 1, "flops": 1, "loss": "low"}', "loss: expected float, found 'low'"),
@@ -90,14 +90,14 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path):
 
 
 def test_the_keys_of_a_row_are_public():
-    position = ["kind", "step", "consumed_samples", "tokens", "flops"]
+    position = ["kind", "step", "consumed_samples", "tokens", "flops", "stage"]
     train = ["loss", "ce", "divergence", "alpha", "temperature", "learning_rate", "gradient_norm", "skipped"]
     assert list(row(Position(), train_row(1.0))) == [*position, *train, "tokens_per_second", "mfu", "seconds"]
     assert list(row(Position(), held_out(1.0))) == [*position, "loss", "perplexity", "bits_per_byte", "seconds"]
 
 
 def test_the_monitor_keeps_rows_and_shows_plain_lines(tmp_path, capsys):
-    with RunMonitor(tmp_path, resumed_step=None, train_steps=20, tensorboard=True) as monitor:
+    with RunMonitor(tmp_path, resumed=None, train_steps=20, tensorboard=True) as monitor:
         monitor.record(Position(step=10, tokens=80), train_row(3.25))
         monitor.record(Position(step=10, tokens=80), held_out(3.5))
     assert [item["kind"] for item in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "evaluation"]
