@@ -36,8 +36,6 @@ def check_model(run: RunSettings) -> list[str]:
         from incr_ds.launch.stages import check_teachers, first_architecture, plan_stages, stage_lines
 
         stages = plan_stages(run, first_architecture(run))
-        for stage in stages[1:]:
-            deepspeed_config(stage.run)
         check_teachers(stages)
         return stage_lines(stages)
     if isinstance(run.model.initialize_from, GrowthStart):

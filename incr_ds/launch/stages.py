@@ -29,6 +29,7 @@ from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.sharding.optimizer_groups import group_count
 from incr_ds.sharding.placement import check_layout
 
@@ -88,6 +89,7 @@ def plan_stages(run: RunSettings, first: Architecture) -> tuple[Stage, ...]:
         with _named(f"growth.{number - 1}"):
             stages.append(_grown_stage(run, stages[-1], number))
             _check_stage(stages[-1])
+            deepspeed_config(stages[-1].run)
     return tuple(stages)
 
 

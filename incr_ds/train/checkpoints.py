@@ -29,7 +29,7 @@ from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.config.training import RunSettings
+from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError
 from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
@@ -208,7 +208,7 @@ def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | Non
 
 
 def _prune(run: RunSettings, newest: Path) -> None:
-    """Delete what ``keep_last`` does not keep; the newest healthy checkpoint stays in any case."""
+    """Delete what ``keep_last`` does not keep. The newest healthy checkpoint stays, and those that the run is made from."""
     if not run.checkpoint.keep_last:
         return
     # A later folder can only be a damaged one that resuming skipped. It must not cause the removal of a whole one.
@@ -219,11 +219,21 @@ def _prune(run: RunSettings, newest: Path) -> None:
     kept = complete[: run.checkpoint.keep_last]
     healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
     for folder in complete:
-        if folder not in (*kept, healthy):
+        if folder not in (*kept, healthy, *_origins(run)):
             # The manifest is deleted first: a half-deleted folder must not look complete.
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
     _prune_set_aside(newest.parent, healthy or kept[-1])
+
+
+def _origins(run: RunSettings) -> set[Path]:
+    """What the run's model was grown from, and its teacher. In a run that grows, both may be checkpoints of its own."""
+    source = run.model.initialize_from
+    named = (
+        source.source if isinstance(source, GrowthStart) else source,
+        run.distillation and run.distillation.teacher,
+    )
+    return {Path(folder) for folder in named if folder}
 
 
 def _prune_set_aside(folder: Path, oldest: Path) -> None:

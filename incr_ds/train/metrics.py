@@ -136,24 +136,39 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _is_before(content: dict[str, Any], position: Position) -> bool:
+def _is_before(content: dict[str, Any], position: Position, evaluated_step: int | None) -> bool:
     """Whether a row belongs to a run's way to ``position``. Files of older versions state no stage."""
-    return bool(content["step"] <= position.step and content.get("stage", 0) <= position.stage)
+    step, stage = content["step"], content.get("stage", 0)
+    repeated = (
+        content["kind"] == KINDS[EvaluationRow]
+        and stage == position.stage
+        and evaluated_step is not None
+        and step > evaluated_step
+    )
+    return bool(step <= position.step and stage <= position.stage and not repeated)
 
 
 class MetricsFile:
     """Appends rows. Opening it drops the rows past ``resumed``, so that a resumed run leaves one clean curve."""
 
-    def __init__(self, folder: Path, resumed: Position | None, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resumed: Position | None,
+        say: Callable[[str], None] = print,
+        *,
+        evaluated_step: int | None = None,
+    ) -> None:
         """``resumed``: the position that the run resumes from, or None for a new run (every old row is dropped).
 
+        ``evaluated_step`` is the last step that it has evaluated, if that is known. A later evaluation is repeated.
         Damaged lines are reported through ``say`` and dropped, since they must not keep a run from resuming.
         """
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             found = _rows(self.path, lambda damage: say(f"dropped a damaged line: {damage}"))
-            kept = [] if resumed is None else [item for item in found if _is_before(item, resumed)]
+            kept = [] if resumed is None else [item for item in found if _is_before(item, resumed, evaluated_step)]
             write_atomically(self.path, "".join(json.dumps(_strict(item)) + "\n" for item in kept))
         self._stream = open(self.path, "a", encoding="utf-8")
 

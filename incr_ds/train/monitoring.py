@@ -53,10 +53,20 @@ class Silence:
 class RunMonitor:
     """Writes metrics.jsonl, and tensorboard if wanted. Shows a progress bar on a terminal, otherwise plain lines."""
 
-    def __init__(self, output: Path, *, resumed: Position | None, train_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        resumed: Position | None,
+        train_steps: int,
+        tensorboard: bool,
+        evaluated_step: int | None = None,
+    ) -> None:
         self._console = Console(soft_wrap=True, highlight=False)
         resumed_step = None if resumed is None else resumed.step
-        self._metrics = MetricsFile(output, resumed, lambda text: self._console.print(text, markup=False))
+        self._metrics = MetricsFile(
+            output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
+        )
         self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
         self._progress = Progress(
             TextColumn("step"),

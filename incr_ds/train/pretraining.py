@@ -81,8 +81,7 @@ def train_run(run: RunSettings, *, resume: bool = True, stop: Stop | None = None
 def _train_stages(session: Session, newest: Path | None) -> Outcome:
     """Train from the checkpoint ``newest`` to the end of the last stage, or until a stop."""
     state = None if newest is None else _resumed_state(session, newest)
-    number = 0 if state is None else _next_stage(session, state)
-    resumed = None if state is None else state.position
+    number, resumed = 0 if state is None else _next_stage(session, state), state
     with ExitStack() as screen:
         monitors: list[Monitor] = []
 
@@ -96,13 +95,13 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
 
         for stage in session.stages[number:]:
             outcome = _train_stage(session, stage, state, newest, monitor)
-            _free_memory()
             state, newest = outcome.state, outcome.checkpoint
             is_last = stage is session.stages[-1]
             stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
             if stopped or is_last:
                 _say_end(monitor(), session, replace(outcome, stopped=stopped))
                 break
+            _free_memory()
         together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
     return replace(outcome, stopped=stopped)
 
@@ -189,18 +188,23 @@ def _resumed_state(session: Session, newest: Path) -> TrainingState:
 
 
 def _next_stage(session: Session, state: TrainingState) -> int:
-    """The stage to train next: the state's own, or the one after it if that is over."""
+    """The stage to train next: the state's own, or the one after it if that is over, with its last evaluation."""
     number = state.position.stage
-    over = state.position.step >= session.stages[number].last_step and number + 1 < len(session.stages)
+    run, step = session.stages[number].run, state.position.step
+    evaluated = run.evaluation is None or state.evaluated_step == step
+    over = step >= run.schedule.last_step and evaluated and number + 1 < len(session.stages)
     return number + 1 if over else number
 
 
-def open_monitor(run: RunSettings, resumed: Position | None) -> Monitor:
+def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
     """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes."""
     if not is_first_rank():
         return Silence()
     steps = run.schedule.last_step
-    return RunMonitor(Path(run.output), resumed=resumed, train_steps=steps, tensorboard=run.tensorboard)
+    position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
+    return RunMonitor(
+        Path(run.output), resumed=position, evaluated_step=evaluated, train_steps=steps, tensorboard=run.tensorboard
+    )
 
 
 def _growth_row(stage: Stage, seconds: float) -> GrowthRow:

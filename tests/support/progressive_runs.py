@@ -1,5 +1,7 @@
 """Child processes of test_progressive: runs that grow on the way, and the same training as commands of their own."""
 
+import os
+import signal
 from pathlib import Path
 
 import yaml
@@ -8,6 +10,7 @@ from incr_ds.config.fields import merged, parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
+from incr_ds.train import checkpoints, loop, pretraining
 from incr_ds.train.distributed import initialize_distributed
 from incr_ds.train.pretraining import train_run
 from incr_ds.train.ranks import on_rank_zero
@@ -79,3 +82,56 @@ def grow(folder, source, target, changes):
     path = target.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**recipe, "layout": changes.get("layout", {"data_parallel": 2})}))
     grow_checkpoint(plan_request(GrowthRequest(Path(source), path, target)))
+
+
+def train(folder, output, changes):
+    """One run. Returns where it ended."""
+    run = settings_of(content_of(folder, output, **changes))
+    initialize_distributed(run.layout)
+    return train_run(run).position
+
+
+def train_all(folder, cases):
+    """Several runs, by name, one after the other."""
+    for name, changes in cases.items():
+        train(folder, name, changes)
+
+
+def train_until_killed(folder, output, changes, when):
+    """One run in which a process is killed (SIGKILL) at ``when``: (``point``, step)."""
+    point, step = when
+    rank = int(os.environ["RANK"])
+    if point == "step":  # after the step, before it is evaluated and saved
+        _kill_after(loop, "train_step", lambda state: state.position.step == step and rank == 1)
+    elif point == "save":  # all ranks have written; nothing is published
+        _kill_before(checkpoints, "_write_companions", lambda _, tag, *rest: tag == f"global_step{step}")
+    elif point == "build":  # the large model
+        _kill_before(pretraining, "build_engine", lambda run, *rest: run.schedule.start_step == step and rank == 1)
+    elif point == "fill":  # its masters and moments; the run resumes right at the growth, so that it is the first call
+        _kill_after(pretraining, "load_start", lambda _: rank == 0)
+    elif point == "evaluate":  # after the row of the growth
+        _kill_before(loop, "evaluate_if_due", lambda job, state: job.stage == 1 and rank == 0)
+    train(folder, output, changes)
+
+
+def _kill_before(module, name, condition):
+    wrapped = getattr(module, name)
+
+    def killing(*arguments):
+        if condition(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return wrapped(*arguments)
+
+    setattr(module, name, killing)
+
+
+def _kill_after(module, name, condition):
+    wrapped = getattr(module, name)
+
+    def killing(*arguments):
+        result = wrapped(*arguments)
+        if condition(result):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, killing)

@@ -6,23 +6,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from progressive_runs import GROWTH, LAST, train_both_ways
+from progressive_runs import GROWTH, LAST, growth, train, train_all, train_both_ways, train_until_killed
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.testing.memory import SMALL, small_architecture
-from incr_ds.testing.processes import run_processes
+from incr_ds.testing.processes import ProcessError, run_processes
 from incr_ds.train.flops import forward_flops_per_token
 from incr_ds.train.metrics import TIMINGS, read_metrics
 
 TARGET = {"hidden_size": 144, "num_hidden_layers": 4, "intermediate_size": 331}
 TAUGHT = {"teacher": "before-growth", "weight": 0.5, "anneal_steps": 3}
-# The same run in one command and in three: ZeRO-1 with a teacher, ZeRO-3 in bf16; a pipeline and tensor ranks are slow ones.
-CASES = {
-    "data": {"distillation": TAUGHT},
-    "zero3-bf16": {"layout": {"data_parallel": 2, "zero_stage": 3}, "precision": "bf16"},
-}
+# The same run in one command and in three.
+CASES = {"data": {"distillation": TAUGHT}}
 SLOW_CASES = {
+    "zero3-bf16": {"layout": {"data_parallel": 2, "zero_stage": 3}, "precision": "bf16"},
     "pipeline": {"layout": {"pipeline_parallel": 2}, "distillation": TAUGHT},
     "tensor": {"layout": {"tensor_parallel": 2}, "precision": "bf16"},
     "zero2-wsd": {
@@ -50,6 +48,10 @@ def write_material(folder):
 def rows_of(folder, *leave_out):
     found = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in item.items() if key not in (*TIMINGS, *leave_out)} for item in found]
+
+
+def numbers(item):
+    return {key: value for key, value in item.items() if isinstance(value, int | float)}
 
 
 def assert_same_checkpoints(one, other):
@@ -121,3 +123,67 @@ def test_the_model_before_the_growth_teaches_from_the_growth_on(both_ways):
         weights = [item["alpha"] for item in rows_of(folder / name / "one") if item["kind"] == "train"]
         taught = [0.5, 0.5 - 0.5 / 3, 0.5 - 1.0 / 3, 0.0] if "distillation" in changes else [0.0] * 4
         assert weights == pytest.approx([0.0] * 4 + taught)
+
+
+# The points at which a process is killed, one after the other on the same output, and the newest checkpoint afterwards.
+KILLS = {
+    ("step", GROWTH): 3,  # the last step of the small model is lost
+    ("save", GROWTH): 3,
+    ("build", GROWTH): 4,
+    ("fill", GROWTH): 4,
+    ("evaluate", GROWTH): 4,
+    ("step", 5): 4,  # nothing of the large model is saved yet
+    ("step", 7): 6,
+}
+FEW_KILLS = (("save", GROWTH), ("evaluate", GROWTH), ("step", 7))
+
+
+def test_a_run_that_is_killed_before_in_and_after_the_growth_ends_as_the_calm_one_bit_for_bit(both_ways):
+    folder, cases = both_ways
+    name, kills = ("data", FEW_KILLS) if "data" in cases else ("pipeline", tuple(KILLS))
+    changes = {**cases[name], "growth": growth(folder)}
+    for when in kills:
+        with pytest.raises(ProcessError, match="ended without a result; it was killed|failed"):
+            run_processes(train_until_killed, 2, str(folder), "killed", changes, when)
+        found = max(path.name for path in (folder / "killed" / "checkpoints").glob("step_*"))
+        assert found == f"step_{KILLS[when]:08d}", when
+    run_processes(train, 2, str(folder), "killed", changes)
+    assert rows_of(folder / "killed") == rows_of(folder / name / "one")
+    last = f"checkpoints/step_{LAST:08d}"
+    assert_same_checkpoints(folder / "killed" / last, folder / name / "one" / last)
+
+
+def test_two_growths_in_changing_layouts_train_as_in_one_layout(tmp_path):
+    """Data parallel, then a pipeline, then ZeRO-3 with other micro-batches: the losses are those of one layout."""
+    write_material(tmp_path)
+    deeper = {"target": {"num_hidden_layers": 5}, "depth": {"method": "append", "new": "copy"}}
+    (tmp_path / "deeper.yaml").write_text(yaml.safe_dump(deeper))
+    second = {"at_step": 6, "recipe": str(tmp_path / "deeper.yaml"), "rewarmup_steps": 0, "learning_rate": 5e-3}
+    changing = [
+        {**growth(tmp_path)[0], "layout": {"pipeline_parallel": 2}},
+        {**second, "layout": {"data_parallel": 2, "zero_stage": 3}, "micro_batch_size": 2},
+    ]
+    taught = {"distillation": TAUGHT, "checkpoint": {"interval": 100, "keep_last": 1}}
+    cases = {
+        "same": {**taught, "growth": [*growth(tmp_path), second]},
+        "changing": {**taught, "growth": changing},
+    }
+    run_processes(train_all, 2, str(tmp_path), cases)
+    same, other = rows_of(tmp_path / "same", "gradient_norm"), rows_of(tmp_path / "changing", "gradient_norm")
+    assert [item["stage"] for item in other if item["kind"] == "growth"] == [1, 2]
+    assert len(same) == len(other)
+    for one, two in zip(same, other, strict=True):
+        assert numbers(one) == pytest.approx(numbers(two), rel=2e-4, abs=1e-6), one
+    rates = [item["learning_rate"] for item in other if item["kind"] == "train"]
+    cosine = [0.5 * (1 + np.cos(np.pi * (step - 2) / 6)) for step in range(2, 8)]
+    ramp = [1, 1, 0.5, 0.75, 0.5, 0.5]
+    expected = [1 / 3, 2 / 3, *(share * rate for share, rate in zip(ramp, cosine, strict=True))]
+    assert rates == pytest.approx([1e-2 * rate for rate in expected])
+    # The teacher is the model before the newest growth, and its weight is annealed anew.
+    weights = [item["alpha"] for item in other if item["kind"] == "train"]
+    assert weights == pytest.approx([0, 0, 0, 0, 0.5, 1 / 3, 0.5, 1 / 3])
+    # keep_last: 1 keeps the newest and the one that the last stage is grown from and taught by.
+    kept = sorted(path.name for path in (tmp_path / "changing" / "checkpoints").iterdir())
+    assert kept == ["step_00000006", "step_00000008"]
+    final = open_source(tmp_path / "changing" / "checkpoints" / "step_00000008")
+    assert final.architecture.num_layers == 5 and final.facts.layout["zero_stage"] == 3
