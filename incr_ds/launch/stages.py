@@ -144,7 +144,9 @@ def _derived(
         content[name] = {**content[name], **changes}
     teaching = _teaching(run, number)
     content |= {"growth": [], "distillation": None if teaching is None else teaching.model_dump()}
-    return parse_settings(content, RunSettings, f"the run from step {content['schedule']['start_step']} on")
+    advised = number > 0 and run.growth[number - 1].rewarmup_steps is None
+    hint = " (the re-warm-up is the advised one; state rewarmup_steps for another)" if advised else ""
+    return parse_settings(content, RunSettings, f"the run from step {content['schedule']['start_step']} on{hint}")
 
 
 def _teaching(run: RunSettings, number: int) -> DistillationSettings | None:

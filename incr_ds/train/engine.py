@@ -32,6 +32,7 @@ from incr_ds.train.loading import check_files, own_settings, safe_loading
 from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.optimizer import adapt_steps, build_adamw
 from incr_ds.train.ranks import on_every_rank
+from incr_ds.train.releasing import forget_modules
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -194,6 +195,8 @@ class TrainingEngine:
 
     def release(self) -> None:
         """Free what DeepSpeed holds. The engine cannot be used afterwards; the processes stay connected."""
+        if self._run.layout.zero_stage == 3:
+            forget_modules(self._engine.module)
         self._engine.destroy()
 
     def close(self) -> None:

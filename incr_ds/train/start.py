@@ -77,7 +77,7 @@ def check_growth(start: Start) -> None:
         on_every_rank(
             lambda: grown.check_finite(with_moments=start.with_moments, share=rank, shares=num_ranks),
             "growth on load: refused",
-            "Nothing was trained.",
+            "No step was taken with it.",
         )
 
 

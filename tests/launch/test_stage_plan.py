@@ -185,7 +185,13 @@ def test_a_wrong_recipe_of_a_later_growth_is_refused_before_the_run_starts(folde
     [
         ((50, "gone", {}), {}, ConfigError, "growth.0: .*gone.yaml: cannot be read"),
         ((50, "deep", {"micro_batch_size": 3}), {}, ConfigError, "(?s)growth.0: .*8 is not a multiple of micro_batch_size 3"),
-        ((195, "deep", {}), {}, ConfigError, "(?s)growth.0: .*rewarmup_steps 40 exceed the 5 steps from 195 to 200"),
+        (
+            (195, "deep", {}),
+            {},
+            ConfigError,
+            r"(?s)growth.0: the run from step 195 on \(the re-warm-up is the advised one; state rewarmup_steps for another"
+            r"\): 1 problem.*rewarmup_steps 40 exceed the 5 steps from 195 to 200",
+        ),
         (
             (50, "deep", {"layout": {"data_parallel": 2, "zero_stage": 0}}),
             {},

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import yaml
@@ -92,8 +93,18 @@ def train(folder, output, changes):
 
 
 def train_all(folder, cases):
-    """Several runs, by name, one after the other."""
+    """Several runs, by name, one after the other. Each stage of a run must leave no engine behind."""
+    alive, build = [], pretraining.build_engine
+
+    def watched(*arguments):
+        assert not [engine for engine in alive if engine() is not None]
+        engine = build(*arguments)
+        alive.extend(weakref.ref(part) for part in (engine._engine, engine.module, engine._engine.optimizer))
+        return engine
+
+    pretraining.build_engine = watched
     for name, changes in cases.items():
+        alive.clear()
         train(folder, name, changes)
 
 

@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from incr_ds.errors import CheckpointError
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.flops import device_peak, forward_flops_per_token, training_flops_per_token
-from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, TrainRow, read_metrics, row
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, TrainRow, read_metrics, row
 from incr_ds.train.monitoring import RunMonitor
 
 
@@ -105,6 +106,34 @@ def test_the_monitor_keeps_rows_and_shows_plain_lines(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "step 10/20  loss 3.2500 (ce 3.2500, kl 0.5000, a 0.250)  lr 1.00e-03  |g| 2.000" in shown
     assert "step 10/20  held-out loss 3.5000  perplexity 2.00\n" in shown
+
+
+def test_a_growth_is_a_row_without_a_loss_and_shown_on_the_board(tmp_path, capsys):
+    growth = GrowthRow(
+        recipe="deep.yaml", parameters_before=1000, parameters=2500, function_preserving=False, seconds=1.5
+    )
+    with RunMonitor(tmp_path, resumed=None, train_steps=20, tensorboard=True) as monitor:
+        monitor.record(Position(step=10, tokens=80, stage=1), growth)
+    (found,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert found["kind"] == "growth" and found["stage"] == 1 and "loss" not in found
+    line = "step 10/20  grown from 1,000 to 2,500 parameters by deep.yaml, which does not keep the function, in 1.5 s"
+    assert line in capsys.readouterr().out
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("growth/parameters")] == [(10, 2500.0)]
+    assert board.Tensors("growth/recipe/text_summary")[0].tensor_proto.string_val == [b"deep.yaml"]
+
+
+def test_resuming_before_a_growth_drops_the_rows_of_the_larger_model_at_the_same_step(tmp_path):
+    metrics = MetricsFile(tmp_path, None)
+    small, large = Position(step=4), Position(step=4, stage=1)
+    growth = GrowthRow(recipe="r", parameters_before=1, parameters=2, function_preserving=True, seconds=1.0)
+    for position, values in ((small, held_out(3.0)), (large, growth), (large, held_out(2.0))):
+        metrics.append(row(position, values))
+    metrics.close()
+    MetricsFile(tmp_path, small, evaluated_step=4).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row(small, held_out(3.0))]
+    MetricsFile(tmp_path, small, evaluated_step=2).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []  # the evaluation will be repeated
 
 
 def test_flops_are_those_of_the_formula():
