@@ -60,17 +60,27 @@ def check_growth_steps(growth: Sequence[GrowthStep], first: int, last: int, layo
 
 
 def check_teacher(
-    distillation: DistillationSettings | None, growth: Sequence[GrowthStep], first: int, *, starts_grown: bool
+    distillation: DistillationSettings | None,
+    growth: Sequence[GrowthStep],
+    first: int,
+    *,
+    starts_grown: bool,
+    tag: str | None,
 ) -> None:
     """Raise ValueError if the teacher is the model before a growth and there is none, or if its weight would begin too late.
 
-    ``starts_grown`` says whether the run begins with a growth on load.
+    ``starts_grown`` says whether the run begins with a growth on load, and ``tag`` names that source's tag.
     """
     if distillation is None:
         return
     if distillation.teacher == BEFORE_GROWTH and not (growth or starts_grown):
         raise ValueError(
             f"distillation.teacher: {BEFORE_GROWTH} needs a growth: the section growth, or model.initialize_from with a recipe"
+        )
+    if distillation.teacher == BEFORE_GROWTH and starts_grown and tag is not None:
+        raise ValueError(
+            f"distillation.teacher: {BEFORE_GROWTH} reads the source's latest tag, but model.tag is {tag}; let the source's file "
+            "latest name that tag, and remove model.tag"
         )
     if distillation.start_step is not None and distillation.start_step > first:
         raise ValueError(

@@ -268,7 +268,7 @@ class RunSettings(Settings):
         first, last = self.schedule.start_step, self.schedule.last_step
         check_growth_steps(self.growth, first, last, self.layout)
         starts_grown = isinstance(self.model.initialize_from, GrowthStart)
-        check_teacher(self.distillation, self.growth, first, starts_grown=starts_grown)
+        check_teacher(self.distillation, self.growth, first, starts_grown=starts_grown, tag=self.model.tag)
         return self
 
     @property

@@ -150,16 +150,16 @@ def _loaded(
 ) -> tuple[TrainingState, str]:
     """Load what the stage continues from or starts with. Returns the state, and a description of it."""
     settings = session.run.model_dump(mode="json")
+    changes = [] if state is None else changed_settings(state.settings, settings)
+    changed = f"; changed settings: {', '.join(changes)}" if changes else ""
     if start is None and newest is not None and state is not None:
         engine.load(newest, f"global_step{state.position.step}")
-        changes = changed_settings(state.settings, settings)
-        changed = f"; changed settings: {', '.join(changes)}" if changes else ""
         return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
     assert start is not None
     load_start(engine, start)
     position = begin(stage.run) if state is None else replace(state.position, stage=stage.number)
     fresh = TrainingState(position=position, evaluated_step=-1, data=session.data.fingerprints, settings=settings)
-    return fresh, start.description
+    return fresh, start.description + changed
 
 
 def load_start(engine: TrainingEngine, start: Start) -> None:

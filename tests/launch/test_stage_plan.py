@@ -146,6 +146,11 @@ def test_without_a_stated_re_warm_up_the_growths_advice_decides_and_says_so(fold
         ([(50, "deep", {"rewarmup_from": 0.5})], {}, "rewarmup_from 0.5 needs rewarmup_steps"),
         ([(50, "deep", {"batch": 3})], {}, "growth.0.batch: unknown key"),
         ([], {"distillation": BEFORE}, "distillation.teacher: before-growth needs a growth: the section growth, or"),
+        (
+            [],
+            {"distillation": BEFORE, "model": {"config": None, "tag": "t", "initialize_from": {"source": "a", "recipe": "b"}}},
+            "before-growth reads the source's latest tag, but model.tag is t; let the source's file latest name that tag",
+        ),
         ([(50, "deep", {})], {"distillation": {**BEFORE, "start_step": 0}}, "start_step 0: with teacher: before-growth the"),
     ],
 )  # fmt: skip

@@ -160,6 +160,15 @@ def test_a_growth_to_come_may_be_changed_and_that_is_said(world, capsys):
     assert pretrain(grown(world, "less", 2)).position.stage == 1
 
 
+def test_a_change_is_said_also_if_the_run_resumes_right_at_a_growth(world, capsys):
+    world["on_step"] = stop_at(2)
+    stoppable(grown(world, "run", 2, 6, evaluation=None))
+    world["on_step"] = lambda step, number: number
+    pretrain(grown(world, "run", 2, 7, evaluation=None))
+    assert [engine.steps for engine in world["engines"]] == [2, 5, 1], "the small model is not built again"
+    assert "changed settings: growth.1.at_step: 6 -> 7" in capsys.readouterr().out
+
+
 def test_a_model_file_changed_behind_a_growth_is_refused(world):
     stopped_after_growth(world)
     recipe = {"target": {"num_hidden_layers": 5}, "depth": {"method": "append"}}
