@@ -50,6 +50,7 @@ COMMANDS = {
     "incr-generate": "generate",
     "incr-evaluate": "evaluate",
     "incr-growth-study": "growth_study",
+    "incr-study-text": "study_text",
 }
 
 setup(

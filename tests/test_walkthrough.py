@@ -26,7 +26,7 @@ SENTENCES = [f"The capital of country {number} is city {number * number % 97}." 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory):
     """A model of SmolLM2's widths and two layers, with a tokenizer, and text."""
     folder = tmp_path_factory.mktemp("walk")
     source = folder / "smollm2-135m"
@@ -60,7 +60,7 @@ def test_generate_writes_the_same_greedily_and_other_text_when_it_draws(folder):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_generate_names_what_it_cannot_use(folder, tmp_path):
+def test_generate_names_what_it_cannot_use(folder, tmp_path: Path):
     source = open_described(folder / "smollm2-135m")
     with pytest.raises(
         IncrError, match="transformers finds no tokenizer that it can load .*; pass one with --tokenizer"

@@ -1,4 +1,4 @@
-"""How closely a grown model trains as its source: losses of the same 40 AdamW steps, with the multipliers and without."""
+"""Losses of a grown model and its source over the same 40 AdamW steps, with the learning-rate multipliers and without."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from incr_ds.arch.multipliers import UNCHANGED, Multipliers
 from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.options import Json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
@@ -40,7 +41,7 @@ RULES = ("multipliers", "one rate", "reset")
 @command
 def main(
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON here.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Train tiny tied models in fp64 and their growths on the same tokens; print by how many nats losses differ."""
     rows = [measure(*growth) for growth in GROWTHS]

@@ -15,6 +15,7 @@ from rich.table import Table
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.family import families
 from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.options import Json
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.apply import GrownTensors
 from incr_ds.growth.planner import plan_growth
@@ -34,7 +35,7 @@ FACTORS = {"integer x 2": 2, "integer x 3": 3, "uneven": None}
 @command
 def main(
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON here.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure the largest logit difference, relative to the source's largest logit, through unmodified transformers."""
     rows = [measure(name, growth) for name in sorted(families()) for growth in FACTORS]

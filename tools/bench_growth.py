@@ -96,7 +96,7 @@ def write_source(folder: Path, parameters: float) -> int:
 
 
 def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
-    """Everyone turns folder/source into the universal format; the copy moves as many bytes."""
+    """Each program turns folder/source into the universal format; the copy moves as many bytes."""
     (folder / "reshard.yaml").write_text(RESHARD)
     inputs = tuple(sorted((folder / "source" / "grown").glob("*.pt")))
     optimizer = tuple(path for path in inputs if "optim" in path.name)
@@ -235,7 +235,8 @@ def main(
     memory: Annotated[Path, typer.Option(help="A folder on tmpfs.")] = Path("/dev/shm"),
     parameters: Annotated[float, typer.Option(min=1e6, help="Size of the source on disk.")] = 5e8,
     memory_parameters: Annotated[
-        float, typer.Option(min=0, help="Size on tmpfs, of which the converter needs 60 bytes each; 0 leaves it out.")
+        float,
+        typer.Option(min=0, help="Size on tmpfs; the converter needs 60 bytes for each parameter; 0 leaves it out."),
     ] = 2.5e8,
     smaller: Annotated[float, typer.Option(min=0, help="A second size on disk, for the trend; 0 leaves it out.")] = 1e8,
     workers: Annotated[str, typer.Option(help="Worker counts, separated by commas.")] = "1,2",

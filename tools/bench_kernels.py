@@ -14,6 +14,7 @@ from incr_ds.bench.measure import Measurement, copy_bandwidth, machine, measure_
 from incr_ds.bench.report import HEADINGS, rows, summarise, write_report
 from incr_ds.bench.variants import VARIANTS
 from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.options import Json
 from incr_ds.errors import ConfigError
 from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_loss, plan_recompute
 
@@ -50,7 +51,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Begin no further shape after this time.")] = 480.0,
     budget_gb: Annotated[float, typer.Option(help="Memory for logits that the printed plan has.")] = 2.5,
     only: Annotated[list[str] | None, typer.Option(help="Variants whose name contains this.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure every variant on this machine: a CUDA device in bf16, else the CPU in fp32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ from rich.table import Table
 from incr_ds.arch.architecture import architecture_from_config, read_config
 from incr_ds.bench.measure import WARM_UP, machine, milliseconds, pass_memory
 from incr_ds.cli.command import command, console, print_json
+from incr_ds.cli.options import Json
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
@@ -67,7 +68,7 @@ def main(
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 4096,
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes.")] = 20,
     only: Annotated[list[str] | None, typer.Option(help="These variants.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure each setting in a process of its own, since Liger changes transformers for a whole process."""
     unknown = [name for name in only or [] if name not in VARIANTS]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, console, loading, print_json, progress_bar
+from incr_ds.cli.options import Config, Json, Tag, Trust
 from incr_ds.launch.packages import require
 
 
@@ -18,10 +19,10 @@ def main(
     data: Annotated[str, typer.Option(help="Held-out Megatron data set: path without .bin.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Samples to evaluate.")] = 64,
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    tag: Tag = None,
+    config: Config = None,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Print loss, perplexity and bits per byte of FOLDER on DATA."""
     require("megatron.core")

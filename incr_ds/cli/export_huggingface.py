@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, console, loading
+from incr_ds.cli.options import Config, Tag, Trust
 
 
 class Dtype(StrEnum):
@@ -23,12 +24,12 @@ class Dtype(StrEnum):
 def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint to export.")],
     output: Annotated[Path, typer.Argument(help="Folder to publish; must not exist or be empty.")],
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
+    tag: Tag = None,
+    config: Config = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the weights; default: the run's, or the folder's.")
     ] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
+    trust: Trust = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Export NaN and infinity, too.")] = False,
 ) -> None:
     """Export FOLDER to OUTPUT, which AutoModelForCausalLM.from_pretrained loads."""

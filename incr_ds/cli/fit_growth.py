@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, console, loading, print_json, progress_bar
+from incr_ds.cli.options import Json
 from incr_ds.errors import ConfigError
 from incr_ds.launch.packages import require
 
@@ -17,7 +18,7 @@ def main(
     config: Annotated[Path, typer.Option(help="Run file whose model.initialize_from names source and recipe.")],
     output: Annotated[Path, typer.Option(help="Recipe to write (YAML).")],
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Learn factors of the recipe's operators with the run's data, batches, schedule and AdamW. The source is frozen."""
     from incr_ds.checkpoint.publish import check_writable, write_atomically

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, loading, print_json
+from incr_ds.cli.options import Config, Json, Tag, Trust
 
 
 @command
@@ -20,10 +21,10 @@ def main(
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1: less repetition.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for drawing tokens.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if FOLDER has none.")] = None,
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    tag: Tag = None,
+    config: Config = None,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Print PROMPT and what the model in FOLDER adds to it. Runs on the CPU in fp32."""
     with loading():

@@ -9,6 +9,7 @@ import typer
 
 from incr_ds.checkpoint.deepspeed.releases import TESTED
 from incr_ds.cli.command import command, loading
+from incr_ds.cli.options import Config, Json, Tag, Trust
 from incr_ds.errors import ConfigError
 
 
@@ -21,8 +22,8 @@ def main(
     write_recipe: Annotated[Path | None, typer.Option(help="For --suggest: write a row as this recipe file.")] = None,
     row: Annotated[int, typer.Option(min=1, help="For --write-recipe: which row.")] = 1,
     layout: Annotated[str, typer.Option(help="For --suggest: tensor x pipeline x data, like 2x2x4.")] = "1x1x1",
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the source folder.")] = None,
+    tag: Tag = None,
+    config: Config = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and write nothing.")] = False,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Threads that write files.")] = 1,
     memory_budget: Annotated[str, typer.Option(help="Anonymous memory of the process, at most.")] = "2GiB",
@@ -32,9 +33,9 @@ def main(
     data: Annotated[
         Path | None, typer.Option(help="Megatron data set to measure inexact growths on; default: random.")
     ] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the source run code.")] = False,
+    trust: Trust = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Grow NaN and infinity, too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Grow SOURCE by RECIPE into OUTPUT, or with --suggest list what it could grow to.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from incr_ds.cli.command import command, console, loading, print_json
+from incr_ds.cli.options import Config, Json, Tag, Trust
 from incr_ds.cli.run_folder import located
 from incr_ds.errors import ConfigError
 
@@ -17,10 +18,10 @@ from incr_ds.errors import ConfigError
 @command
 def main(
     folders: Annotated[list[Path], typer.Argument(help="A checkpoint folder; or the word diff and two folders.")],
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in the folder.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoint run code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    tag: Tag = None,
+    config: Config = None,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Print what a folder holds without reading a tensor; or, with `diff A B`, every tensor that differs (exit code 1)."""
     if len(folders) == 3 and str(folders[0]) == "diff":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from incr_ds.cli.command import command, console, loading, print_json, progress_bar
+from incr_ds.cli.options import Json
 from incr_ds.launch.packages import require
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def main(
     max_bytes: Annotated[int | None, typer.Option(help="Read at most this much text.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Let the tokenizer folder run its own code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Tokenize text. A file is one document; in .jsonl files each line is one (key text). Equal documents share a split."""
     require("megatron.core")

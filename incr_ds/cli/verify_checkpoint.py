@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from incr_ds.cli.command import command, console, loading, print_json
+from incr_ds.cli.options import Config, Json, Tag, Trust
 from incr_ds.offline.tolerance import EXACT, ROUNDING_FACTOR
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 @command
 def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint to verify.")],
-    tag: Annotated[str | None, typer.Option(help="DeepSpeed tag; default: what `latest` names.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Hugging Face config.json, if not in FOLDER.")] = None,
+    tag: Tag = None,
+    config: Config = None,
     against: Annotated[Path | None, typer.Option(help="Source checkpoint with the expected logits.")] = None,
     data: Annotated[
         Path | None,
@@ -40,8 +41,8 @@ def main(
             "the source if FOLDER has 16-bit weights. If given, it also applies to growths that are not function-preserving.",
         ),
     ] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let pickles in the checkpoints run code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    trust: Trust = False,
+    json: Json = False,
 ) -> None:
     """Check FOLDER. Exit codes: 0 if it is sound (and computes what --against computes, if its recipe is
     function-preserving), 2 if a file is wrong, 1 if logits differ or cannot be compared."""

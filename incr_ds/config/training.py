@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -197,10 +197,14 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Saving every ``interval`` steps and at the end. The newest ``keep_last`` are kept (0 keeps all)."""
+    """Saving every ``interval`` steps, at ``keep_steps`` and at the end.
+
+    The newest ``keep_last`` are kept (0 keeps all), and those of ``keep_steps`` are never deleted.
+    """
 
     interval: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=0)
+    keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
 
 
 class DivergenceSettings(Settings):

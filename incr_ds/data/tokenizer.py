@@ -51,7 +51,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise ConfigError(f"--tokenizer train:sentencepiece: {_reason(error)}; try a smaller --vocab-size.") from error
+        raise ConfigError(f"--tokenizer train:sentencepiece: {_reason(error)}; try another --vocab-size.") from error
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     unprefixed: dict[str, Any] = {

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.arch.architecture import Architecture, max_axis_size
+from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.family import mixtures
 from incr_ds.arch.rotary import BASIC, ROPE_TYPES, STEADY, rotary_kinds
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import ConfigError, GrowthError, IncrError
+from incr_ds.growth.rules import wrong_size
 
 GROWING = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "positions", "experts")
 CHOSEN = "num_experts_per_tok"
@@ -79,23 +80,14 @@ def checked_changes(source: Architecture, recipe: GrowthRecipe, where: str) -> d
 def _check_change(source: Architecture, field: str, value: Any, recipe: GrowthRecipe, where: str) -> None:
     axes = {field: axis for axis, field in growing_fields(source).items()}
     if field in axes:
-        check_size(field, axes[field], value, where)
+        if wrong := wrong_size(field, axes[field], value):
+            raise GrowthError(f"{where}: {wrong}")
     elif axis := source.family.config.follows.get(field):
         _check_follows(field, value, source.family.axes[axis], recipe, source.sizes[axis], where)
     elif not _is_free(source, field, value) and value != source.config.get(field):
         raise GrowthError(
             f"{where}: target.{field}: {value!r} differs from the source's {source.config.get(field)!r}, and no operator "
             f"grows it; fields that can grow: {_listed(axes)}."
-        )
-
-
-def check_size(field: str, axis: str, value: Any, where: str) -> None:
-    """Raise GrowthError unless ``value`` is a number of positions, layers or experts that a plan can hold."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise GrowthError(f"{where}: target.{field}: expected a positive whole number, found {value!r}.")
-    if value > max_axis_size(axis):
-        raise GrowthError(
-            f"{where}: target.{field}: {value:,} is more than the {max_axis_size(axis):,} that a plan can hold."
         )
 
 

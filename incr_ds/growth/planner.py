@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from incr_ds.arch.architecture import Architecture, architecture_from_config
-from incr_ds.arch.family import families
 from incr_ds.arch.restated import restated
-from incr_ds.arch.rotary import STEADY, rotary_frequencies, rotary_kinds
 from incr_ds.config.growth import GrowthRecipe, methods
 from incr_ds.errors import ConfigError, GrowthError, IncrError
 from incr_ds.growth.axis import FRESH, AxisGrowth, identity
@@ -18,7 +14,8 @@ from incr_ds.growth.changes import ROTARY, checked_changes, growing_fields
 from incr_ds.growth.depth import LayerSource, keeps_order, map_layers
 from incr_ds.growth.fitted import fitted_axes
 from incr_ds.growth.plan import GrowthPlan
-from incr_ds.growth.upcycling import check_mixture, check_upcycling, chosen_experts, dense_part, upcycled
+from incr_ds.growth.rules import HEAD_RULES, REQUEST_RULES, becomes_mixture, refuse, refuse_inexact
+from incr_ds.growth.upcycling import chosen_experts, dense_part, upcycled
 from incr_ds.growth.width import (
     PADDING,
     fitting_kv_heads,
@@ -43,16 +40,10 @@ def plan_growth(source: Architecture, recipe: GrowthRecipe, where: str = "recipe
 
     A target of another model_type is a mixture of experts into which ``source`` is upcycled. A mixture stays a mixture.
     """
-    if source.family.upcycles:
-        check_mixture(source, recipe, where)
-    if recipe.target.get("model_type", source.family.model_type) == source.family.model_type:
-        if "experts" in recipe.model_fields_set:
-            raise GrowthError(
-                f"{where}: experts: how a dense model becomes a mixture; set target.model_type, or leave the section out."
-            )
+    refuse(REQUEST_RULES, where, source, recipe)
+    if not becomes_mixture(source, recipe):
         return _plan_dense(source, recipe, where)
-    mixture = check_upcycling(source, recipe, where)
-    return upcycled(_plan_dense(source, dense_part(source, recipe), where), recipe, mixture, where)
+    return upcycled(_plan_dense(source, dense_part(source, recipe), where), recipe, where)
 
 
 def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> GrowthPlan:
@@ -66,9 +57,8 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
         sizes["layers"] = len(depth.map)
     if "kv_heads" not in source.family.axes:
         sizes["kv_heads"] = sizes["heads"]
-    _check_head_size(source, sizes, where)
+    refuse(HEAD_RULES, where, source, sizes)
     if sizes["head_dim"] != source.sizes["head_dim"]:
-        _check_larger_heads(source, sizes["head_dim"], where)
         sizes["query_dim"] = sizes["head_dim"]
     try:
         layers = map_layers(depth.method, source.num_layers, sizes["layers"], depth.map)
@@ -79,10 +69,7 @@ def _plan_dense(source: Architecture, recipe: GrowthRecipe, where: str) -> Growt
         axes = fitted_axes(source, recipe, axes, layers, where)
     target = _target_architecture(source, sizes, changes, layers, axes["hidden"], where)
     inexact = _inexact(source, target, recipe, axes, layers)
-    if recipe.function_preserving == "required" and inexact:
-        raise GrowthError(
-            f"{where}: function_preserving: required, but {'; '.join(inexact)}. Change it, or set function_preserving: preferred."
-        )
+    refuse_inexact(recipe, inexact, where)
     notes = (
         *_method_notes(recipe, axes, layers),
         *inexact,
@@ -112,62 +99,6 @@ def _grow_axes(source: Architecture, sizes: Mapping[str, int], recipe: GrowthRec
             old["head_dim"], sizes["head_dim"], scaled_by_size=family.scores_scale is None
         )
     return {**{axis: identity(axis, size) for axis, size in old.items()}, **grown}
-
-
-def _check_head_size(source: Architecture, sizes: Mapping[str, int], where: str) -> None:
-    """Check that both grow together if a head's size is hidden / heads, since that size itself cannot grow."""
-    axes, head_dim = source.family.axes, source.sizes["head_dim"]
-    if "head_dim" in axes or sizes["hidden"] == head_dim * sizes["heads"]:
-        return
-    heads = sizes["hidden"] // head_dim
-    nearest = [
-        f"{axes['heads']}: {n} with {axes['hidden']}: {n * head_dim}"
-        for n in (heads, heads + 1)
-        if n >= source.sizes["heads"]
-    ]
-    raise GrowthError(
-        f"{where}: target: {axes['hidden']} {sizes['hidden']} with {axes['heads']} {sizes['heads']} does not keep the head "
-        f"size of {head_dim}, which {source.family.model_type} takes from the two; nearest sizes that work: {'; '.join(nearest)}."
-    )
-
-
-def _check_larger_heads(source: Architecture, head_dim: int, where: str) -> None:
-    """Check that only plain rotary positions and the scale of the scores depend on a head's size, if it grows."""
-    if head_dim < source.sizes["head_dim"]:
-        raise GrowthError(
-            f"{where}: target.head_dim: {head_dim} is smaller than the source's {source.sizes['head_dim']}; growth only adds."
-        )
-    if "query_dim" not in source.sizes:
-        able = ", ".join(name for name, family in families().items() if "query_dim" in family.derived)
-        raise GrowthError(
-            f"{where}: target.head_dim: {source.family.model_type}'s queries and keys pass through more than the rotary "
-            f"positions, and no operator grows them; head_dim grows in {able}."
-        )
-    _check_rotations(source, head_dim, where)
-
-
-def _check_rotations(source: Architecture, head_dim: int, where: str) -> None:
-    """Check that pair i of the source rotates as fast as the pair of the larger head that it moves to; see grow_head_size."""
-    (rope,) = rotary_kinds(source.config)
-    kind = rope["rope_type"]
-    if kind not in STEADY:
-        raise GrowthError(
-            f"{where}: target.head_dim: under rope_type {kind} how fast a pair turns depends on more than the config, and no "
-            f"operator moves it; head_dim grows under {', '.join(STEADY)}."
-        )
-    factor = head_dim // source.sizes["head_dim"]
-    if head_dim % source.sizes["head_dim"]:
-        return  # grow_head_size lists the sizes that work
-    old, strength = rotary_frequencies(source.config)
-    new, new_strength = rotary_frequencies({**source.config, source.family.axes["head_dim"]: head_dim})
-    unlike = np.flatnonzero(~np.isclose(new[::factor], old, rtol=1e-6, atol=0.0))
-    if len(unlike) or strength != new_strength:
-        pair = int(unlike[0]) if len(unlike) else 0
-        raise GrowthError(
-            f"{where}: target.head_dim: {head_dim}: pair {pair} of a head turns {old[pair]:.6g} radians per position, but the "
-            f"pair {factor * pair} that it moves to {new[factor * pair]:.6g}, under rope_type {kind}. YaRN rounds the ends of "
-            "its ramp to whole pairs unless rope_parameters has truncate: false; such a source cannot grow its heads."
-        )
 
 
 def _target_architecture(

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from incr_ds.kernels.dispatch import Backend
-from incr_ds.kernels.rows import Divergence
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss, distillation_loss
 from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, Teacher, TopKTeacher
 
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Settings that are the same for a whole run; see ``distillation_loss``."""
-
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    divergence: Divergence = "forward_kl"
-    backend: Backend = "auto"
-    budget_bytes: int | None = None
-    sequence_parallel: bool = False
-    softcap: float | None = None
-    teacher_softcap: float | None = None
+# distillation_loss, or a functools.partial of it that fixes the settings of a whole run.
+Loss = Callable[..., DistillationLoss]
 
 
 class DistillationHead(nn.Module):
@@ -40,14 +27,14 @@ class DistillationHead(nn.Module):
         group: dist.ProcessGroup | None,
         vocab_start: int,
         vocab_size: int,
-        settings: LossSettings | None = None,
+        loss: Loss = distillation_loss,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.group = group
         self.vocab_start = vocab_start
         self.vocab_size = vocab_size
-        self.settings = settings or LossSettings()
+        self.loss = loss
 
     def forward(
         self,
@@ -64,7 +51,7 @@ class DistillationHead(nn.Module):
 
         ``teacher`` replaces the two teacher arguments and has the same leading dimensions.
         """
-        return distillation_loss(
+        return self.loss(
             hidden.flatten(0, -2),
             self.weight,
             labels.flatten(),
@@ -76,14 +63,6 @@ class DistillationHead(nn.Module):
             group=self.group,
             vocab_start=self.vocab_start,
             vocab_size=self.vocab_size,
-            z_loss=self.settings.z_loss,
-            label_smoothing=self.settings.label_smoothing,
-            divergence=self.settings.divergence,
-            backend=self.settings.backend,
-            budget_bytes=self.settings.budget_bytes,
-            sequence_parallel=self.settings.sequence_parallel,
-            softcap=self.settings.softcap,
-            teacher_softcap=self.settings.teacher_softcap if teacher_hidden is not None else None,
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -17,8 +18,8 @@ from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
 from incr_ds.errors import LayoutError
-from incr_ds.losses.distillation import DistillationLoss
-from incr_ds.losses.head import LossSettings
+from incr_ds.losses.distillation import DistillationLoss, distillation_loss
+from incr_ds.losses.head import Loss
 from incr_ds.model.attention import check_attention, check_capped_scores
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.liger import use_liger
@@ -55,7 +56,7 @@ class ModelRequest:
     settings: ModelSettings
     dtype: torch.dtype
     device: torch.device
-    loss: LossSettings = LossSettings()
+    loss: Loss = distillation_loss
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -140,7 +141,7 @@ def _factory(
 ) -> LayerFactory:
     settings = request.settings
     taught = None if request.teacher is None else request.teacher.architecture.logit_softcap
-    loss = replace(request.loss, softcap=architecture.logit_softcap, teacher_softcap=taught)
+    loss = partial(request.loss, softcap=architecture.logit_softcap, teacher_softcap=taught)
     return LayerFactory(
         architecture,
         ranks,

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.losses.head import DistillationHead, LossSettings
+from incr_ds.losses.distillation import distillation_loss
+from incr_ds.losses.head import DistillationHead, Loss
 from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
@@ -41,7 +42,7 @@ class LayerFactory:
     device: torch.device
     attention: Attention
     activation_checkpointing: bool = False
-    loss: LossSettings = LossSettings()
+    loss: Loss = distillation_loss
 
     @cached_property
     def config(self) -> PretrainedConfig:

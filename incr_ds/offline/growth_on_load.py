@@ -18,7 +18,7 @@ from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
-from incr_ds.offline.plan import check_moments
+from incr_ds.growth.rules import MOMENT_RULES, refuse
 from incr_ds.sharding.blocks import Bounds
 
 
@@ -63,6 +63,6 @@ def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[Grow
     """Open ``source`` as it would be after growth by ``recipe``. Raises IncrError for what cannot be done."""
     settings = load_recipe(recipe, lambda: open_described(source, tag).architecture)
     opened = open_described(source, tag)
-    check_moments(opened, settings)
+    refuse(MOMENT_RULES, str(opened.facts.path), opened.facts, settings)
     plan = plan_growth(opened.architecture, settings, str(recipe))
     return GrownCheckpoint(plan, opened, grown_multipliers(plan, read_multipliers(source))), settings

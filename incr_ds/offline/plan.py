@@ -24,12 +24,12 @@ from incr_ds.checkpoint.publish import refuse_overlap
 from incr_ds.checkpoint.streaming import TargetFile, tensor_bytes
 from incr_ds.checkpoint.universal.writer import universal_files
 from incr_ds.config.growth import GrowthRecipe, TargetLayout
-from incr_ds.errors import GrowthError
 from incr_ds.growth.apply import BYTES_PER_ELEMENT
 from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.growth.rules import MOMENT_RULES, refuse
 from incr_ds.offline.memory_budget import anonymous_bytes, portion_elements
 from incr_ds.sharding.megatron_modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.sharding.placement import check_layout
@@ -126,7 +126,7 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
     _check_layout(plan, str(request.recipe))
-    check_moments(source, recipe)
+    refuse(MOMENT_RULES, str(source.facts.path), source.facts, recipe)
     dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
     # Only this release is known to load files without a state.
@@ -177,16 +177,6 @@ def _frozen_note(frozen: Sequence[str]) -> tuple[str, ...]:
         return ()
     more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
     return (f"frozen in the source, so without moments (zero in the target): {', '.join(frozen[:3])}{more}",)
-
-
-def check_moments(source: LogicalCheckpoint, recipe: GrowthRecipe) -> None:
-    """Raise GrowthError if the recipe needs Adam's moments and the source has none."""
-    if recipe.optimizer != "reset" and "exp_avg" not in source.facts.states:
-        why = f" ({source.facts.no_moments})" if source.facts.no_moments else ""
-        raise GrowthError(
-            f"{source.facts.path}: a {source.facts.kind} source has no Adam moments{' to use' if why else ''}{why}, but "
-            f"optimizer: {recipe.optimizer} needs them; set optimizer: reset in the recipe."
-        )
 
 
 def _dtype(asked: str, otherwise: str) -> torch.dtype:

@@ -1,12 +1,12 @@
-"""Processes that grow one checkpoint together: how they communicate, and how one failure becomes the failure of all."""
+"""Processes that work together: how they communicate, and how one failure becomes the failure of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
-from incr_ds.errors import CheckpointError, IncrError
+from incr_ds.errors import IncrError
 
 T = TypeVar("T")
 
@@ -67,54 +67,62 @@ class StoppedError(Exception):
 class _Failure:
     """A failure that every process raises. ``number`` is the errno of a disk failure."""
 
+    kind: type[Exception]
     text: str
     number: int | None = None
     file: str | None = None
 
-    def error(self) -> Exception:
-        if self.number is None:
-            return CheckpointError(self.text)
-        return OSError(self.number, self.text, self.file)
+    def error(self, where: str = "") -> Exception:
+        if self.number is not None:
+            return OSError(self.number, self.text + (f" ({where})" if where else ""), self.file)
+        return self.kind(f"{where}: {self.text}" if where else self.text)
 
 
 def agree(group: ProcessGroup, work: Callable[[], T]) -> T:
     """Do ``work`` in every process and return its result if all succeed. Otherwise raise the first failing one's error.
 
-    If processes fail in different ways, the message names the process. Any error except IncrError and OSError ends its own
-    process, and the others with a ConnectionError.
+    If processes fail in different ways, the message names the rank. IncrError and OSError keep their kind. Any other error
+    becomes a RuntimeError.
     """
     if group.size == 1:
         return work()
-    failure: _Failure | None = None
-    stopped = False
-    try:
-        result = work()
-    except IncrError as error:
-        failure = _Failure(str(error))
-    except OSError as error:
-        failure = _Failure(error.strerror or str(error), error.errno or 0, error.filename)
-    except StoppedError:
-        stopped = True
+    result, error = _attempted(work)
+    failure = None if error is None or isinstance(error, StoppedError) else _failure(error)
     if failure is not None:
         group.warn()
     failures = group.gather(failure)
     if first := next((item for item in failures if item is not None), None):
-        raise _with_rank(first, failures).error()
-    if stopped:
+        alike = all(item == first for item in failures)
+        raise first.error("" if alike else f"rank {failures.index(first)} of {group.size}") from error
+    if error is not None:
         raise ConnectionError(0, "another process failed without a message")
-    return result
+    return cast(T, result)
 
 
-def _with_rank(first: _Failure, failures: Sequence[_Failure | None]) -> _Failure:
-    rank = failures.index(first)
-    if all(item == first for item in failures):
-        return first
-    text = (
-        f"{first.text} (process {rank} of {len(failures)})"
-        if first.number is not None
-        else (f"process {rank} of {len(failures)}: {first.text}")
-    )
-    return _Failure(text, first.number, first.file)
+def on_first(group: ProcessGroup, work: Callable[[], T]) -> T:
+    """Do ``work`` in the first process and return its result in all. Its error is raised in all, as ``agree`` does."""
+    if group.size == 1:
+        return work()
+    result, error = _attempted(work) if group.rank == 0 else (None, None)
+    result, failure = group.gather((result, error and _failure(error)))[0]
+    if failure is not None:
+        raise failure.error() from error
+    return cast(T, result)
+
+
+def _attempted(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _failure(error: Exception) -> _Failure:
+    if isinstance(error, IncrError):
+        return _Failure(type(error), str(error))
+    if isinstance(error, OSError):
+        return _Failure(OSError, error.strerror or str(error), error.errno or 0, error.filename)
+    return _Failure(RuntimeError, f"{type(error).__name__}: {error}")
 
 
 def shares(sizes: Sequence[int], size: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from incr_ds.growth.gradients import gradient_norm_ratio
 from incr_ds.offline.grown_files import write_companions
 from incr_ds.offline.memory_budget import check_disk
 from incr_ds.offline.plan import PlannedGrowth
-from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, agree, shares
+from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, agree, on_first, shares
 from incr_ds.offline.stages import Stages, job_threads
 
 FLUSHING = 4  # threads that wait for the disk while others write, since a disk can flush several files at once
@@ -51,7 +51,7 @@ def grow_checkpoint(
             space.done.update(done)
             watched.found.update(found)
         facts = _facts(planned, hashes, watched.found)
-        agree(group, lambda: _publish(planned, space, facts, ratio) if group.rank == 0 else None)
+        on_first(group, lambda: _publish(planned, space, facts, ratio))
     return facts
 
 
@@ -72,8 +72,8 @@ def _open_together(planned: PlannedGrowth, group: ProcessGroup, stack: ExitStack
     if len(set(keys)) > 1:
         other = next(rank for rank, found in enumerate(keys) if found != keys[0])
         raise CheckpointError(
-            f"{request.source}: process {other} of {group.size} sees other files (sizes or times) there, or another recipe, than "
-            "process 0; all must see the same folders."
+            f"{request.source}: rank {other} of {group.size} sees other files (sizes or times) there, or another recipe, than "
+            "rank 0; all must see the same folders."
         )
     return Workspace(request.output, key, group.rank, done[0]) if group.rank else space
 

@@ -208,7 +208,10 @@ def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | Non
 
 
 def _prune(run: RunSettings, newest: Path) -> None:
-    """Delete what ``keep_last`` does not keep. The newest healthy checkpoint stays, and those that the run is made from."""
+    """Delete what ``keep_last`` and ``keep_steps`` do not keep.
+
+    The newest healthy checkpoint stays, and those that the run is made from.
+    """
     if not run.checkpoint.keep_last:
         return
     # A later folder can only be a damaged one that resuming skipped. It must not cause the removal of a whole one.
@@ -218,8 +221,9 @@ def _prune(run: RunSettings, newest: Path) -> None:
     ]
     kept = complete[: run.checkpoint.keep_last]
     healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
+    for_good = [step_folder(Path(run.output), step) for step in run.checkpoint.keep_steps]
     for folder in complete:
-        if folder not in (*kept, healthy, *_origins(run)):
+        if folder not in (*kept, *for_good, healthy, *_origins(run)):
             # The manifest is deleted first: a half-deleted folder must not look complete.
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.deepspeed_config import deepspeed_config
-from incr_ds.losses.head import LossSettings
+from incr_ds.losses.distillation import distillation_loss
+from incr_ds.losses.head import Loss
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
@@ -75,7 +77,7 @@ def build_engine(
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
     dtype = DTYPES[run.precision]
-    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss_settings(run))
+    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run))
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
@@ -90,10 +92,9 @@ def build_engine(
     return TrainingEngine(engine, runner, record, model, trained, run)
 
 
-def _loss_settings(run: RunSettings) -> LossSettings:
-    taught = run.distillation
-    divergence = "forward_kl" if taught is None else taught.divergence
-    return LossSettings(z_loss=run.loss.z_loss, divergence=divergence, backend=run.loss.backend)
+def _loss(run: RunSettings) -> Loss:
+    divergence = "forward_kl" if run.distillation is None else run.distillation.divergence
+    return partial(distillation_loss, z_loss=run.loss.z_loss, backend=run.loss.backend, divergence=divergence)
 
 
 class TrainingEngine:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from incr_ds.arch.architecture import Architecture, check_context
 from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.config.json_file import read_json
@@ -27,7 +25,7 @@ from incr_ds.data.fingerprint import (
 from incr_ds.data.index_file import IndexFile, open_index
 from incr_ds.data.samples import Samples, open_held_out_data, open_training_data
 from incr_ds.errors import CheckpointError
-from incr_ds.train.ranks import on_every_rank, on_rank_zero
+from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 
 CACHE, RECORD = "data_index", "data_sets.json"
 # Chunks (64 MiB each) between two exchanges: no rank may wait for long in a collective operation.
@@ -80,25 +78,21 @@ def _opened_indices(prefixes: list[str]) -> list[str]:
 
 def _described(index: IndexFile) -> DataSet:
     chunks: list[Chunk] = []
-    total, num_ranks = num_chunks(index), dist.get_world_size() if dist.is_initialized() else 1
-    for first in range(0, total, CHUNKS_AT_ONCE * num_ranks):
-        chunks += _scanned(index, range(first, min(first + CHUNKS_AT_ONCE * num_ranks, total)))
+    total, at_once = num_chunks(index), CHUNKS_AT_ONCE * all_ranks().size
+    for first in range(0, total, at_once):
+        chunks += _scanned(index, range(first, min(first + at_once, total)))
     return on_rank_zero(lambda: combine(index, chunks))
 
 
 def _scanned(index: IndexFile, numbers: range) -> list[Chunk]:
     """Read the chunks with these numbers, each on one rank."""
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ranks = all_ranks()
     mine = on_every_rank(
-        lambda: {number: scan_chunk(index, number) for number in numbers[rank::num_ranks]},
+        lambda: {number: scan_chunk(index, number) for number in numbers[ranks.rank :: ranks.size]},
         f"{index.prefix}.bin: reading failed",
         "Check that all ranks can read the file.",
     )
-    shares: list[Any] = [mine]
-    if dist.is_initialized():
-        shares = [None] * num_ranks
-        dist.all_gather_object(shares, mine)
-    found = {number: chunk for share in shares for number, chunk in share.items()}
+    found = {number: chunk for share in ranks.gather(mine) for number, chunk in share.items()}
     return [found[number] for number in numbers]
 
 

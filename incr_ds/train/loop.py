@@ -118,7 +118,7 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
             state = evaluate_if_due(job, state)
             stopped = any_rank(bool(stop.reason))
         step = state.position.step
-        due = due or step == last or step % run.checkpoint.interval == 0
+        due = due or step == last or step % run.checkpoint.interval == 0 or step in run.checkpoint.keep_steps
         if stopped or (due and (state.health.is_good or step == last)):
             newest, saved, due = save_checkpoint(job.engine, run, job.architecture, state, job.multipliers), step, False
             job.monitor.say(f"saved {newest}")

@@ -6,12 +6,14 @@ Without a process group there is a single rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from incr_ds.errors import CheckpointError, IncrError
+from incr_ds.offline.process_group import SINGLE_PROCESS, ProcessGroup, SingleProcess, agree, on_first
 
 Result = TypeVar("Result")
 
@@ -37,40 +39,39 @@ def together() -> None:
         dist.barrier()
 
 
+@dataclass(frozen=True)
+class _Ranks(SingleProcess):
+    """The ranks of torch.distributed's default group. A launcher ends all of them when one ends."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+
+def all_ranks() -> ProcessGroup:
+    """The ranks of this run."""
+    return _Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
+
+
 def on_rank_zero(work: Callable[[], Result]) -> Result:
     """Run ``work`` on rank 0 and return its result on all ranks. An error is raised on all ranks, too."""
-    if not dist.is_initialized():
-        return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: Result = outcome[0]
-    return result
+    return on_first(all_ranks(), work)
 
 
 def on_every_rank(work: Callable[[], Result], what: str, remedy: str) -> Result:
     """Run ``work`` on all ranks and return its result. If it fails on any rank, raise CheckpointError on all.
 
-    The message consists of ``what``, the failed ranks with their reasons, and the sentence ``remedy``.
+    The message names the first failed rank and consists of ``what``, the reason, and the sentence ``remedy``.
     """
-    reason, result = None, None
-    try:
-        result = work()
-    except IncrError as error:
-        reason = str(error).removesuffix(".")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-    reasons = [reason]
-    if dist.is_initialized():
-        reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
-    if failed:
-        raise CheckpointError(f"{what} on {'; '.join(failed)}. {remedy}")
-    return cast(Result, result)
+
+    def explained() -> Result:
+        try:
+            return work()
+        except IncrError as error:
+            raise CheckpointError(f"{what}: {str(error).removesuffix('.')}. {remedy}") from error
+        except Exception as error:
+            raise CheckpointError(f"{what}: {type(error).__name__}: {error}. {remedy}") from error
+
+    return agree(all_ranks(), explained)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
-
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers, read_multipliers
@@ -19,7 +17,7 @@ from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stages import check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.sharding.placement import check_layout
-from incr_ds.train.ranks import on_every_rank
+from incr_ds.train.ranks import all_ranks, on_every_rank
 from incr_ds.train.resuming import check_layout_matches
 
 
@@ -73,9 +71,9 @@ def check_growth(start: Start) -> None:
     """
     grown = start.weights
     if isinstance(grown, GrownCheckpoint):
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        ranks = all_ranks()
         on_every_rank(
-            lambda: grown.check_finite(with_moments=start.with_moments, share=rank, shares=num_ranks),
+            lambda: grown.check_finite(with_moments=start.with_moments, share=ranks.rank, shares=ranks.size),
             "growth on load: refused",
             "No step was taken with it.",
         )

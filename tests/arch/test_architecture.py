@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from incr_ds.testing.pico import FAMILIES, TRAINED_BESIDE, pico_architecture, pi
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tensors_are_those_of_transformers(family, tied):
+def test_tensors_are_those_of_transformers(family: str, tied: bool):
     architecture = pico_architecture(family, tied=tied)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**pico_config(family, tied=tied)))
@@ -41,7 +42,7 @@ ON = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
 @pytest.mark.parametrize("on", [False, True], ids=["as filled", "switched on"])
 @pytest.mark.parametrize("name", sorted(families() | mixtures()))
 def test_no_config_field_of_transformers_is_ignored(name, on):
-    """Every field of the config class has a place in the family file, and those said to have no effect have none."""
+    """The family file declares every field of the config class, and fields declared to have no effect have none."""
     family = (families() | mixtures())[name]
     assert family.model_type == name
     assert set(AutoConfig.for_model(name).to_dict()) <= family.known_fields
@@ -65,7 +66,7 @@ def test_no_config_field_of_transformers_is_ignored(name, on):
     ],
 )
 def test_a_field_that_changes_the_mathematics_shows(name, field):
-    """Were it declared to have no effect, the test above would see it."""
+    """The test above would notice if it were declared to have no effect."""
     config, tokens = probed_config(name, on=True), torch.arange(20).reshape(2, 10)
     changed = logits_of({**config, field: other_than(config[field])}, tokens)
     assert not torch.equal(logits_of(config, tokens), changed)
@@ -92,7 +93,7 @@ def other_than(value):
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_shapes_and_order_of_every_family(family):
+def test_shapes_and_order_of_every_family(family: str):
     architecture = small_architecture(family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture.config))
@@ -101,7 +102,7 @@ def test_shapes_and_order_of_every_family(family):
 
 
 @pytest.mark.parametrize("name", sorted(mixtures()))
-def test_tensors_of_mixtures_are_those_of_the_files(name, tmp_path):
+def test_tensors_of_mixtures_are_those_of_the_files(name, tmp_path: Path):
     """transformers joins experts in memory and saves them one by one."""
     architecture = small_architecture(name)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture.config)).save_pretrained(tmp_path)
@@ -111,7 +112,7 @@ def test_tensors_of_mixtures_are_those_of_the_files(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(families() | mixtures()))
-def test_a_complete_config_is_taken_as_it_is(name, tmp_path):
+def test_a_complete_config_is_taken_as_it_is(name, tmp_path: Path):
     """What transformers saves gives the architecture that transformers fills in, without asking it again."""
     asked = small_architecture(name)
     config = AutoConfig.for_model(**asked.config)
@@ -124,7 +125,7 @@ def test_a_complete_config_is_taken_as_it_is(name, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["wide", 0, True, 24.0])
-def test_sizes_of_a_complete_config(tmp_path, value):
+def test_sizes_of_a_complete_config(tmp_path: Path, value):
     config = {**pico_architecture().config, "hidden_size": value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -134,8 +135,8 @@ def test_sizes_of_a_complete_config(tmp_path, value):
 
 
 @pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**7), ("vocab_size", 10**18)])
-def test_sizes_that_no_model_has(tmp_path, field, value):
-    """A declaration of ten million layers would fill the memory before anything else was looked at."""
+def test_sizes_that_no_model_has(tmp_path: Path, field, value):
+    """A config with ten million layers is refused before its tensors are listed, which would fill the memory."""
     (tmp_path / "config.json").write_text(json.dumps({**pico_architecture().config, field: value}))
     with pytest.raises(ConfigError, match=rf"config.json: {field}: {value} is above \d+, more than any model has"):
         saved_architecture(tmp_path / "config.json")
@@ -151,14 +152,14 @@ def test_sizes_that_no_model_has(tmp_path, field, value):
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported; supported: "),
     ],
 )
-def test_numbers_that_growth_computes_with(tmp_path, change, said):
+def test_numbers_that_growth_computes_with(tmp_path: Path, change, said):
     (tmp_path / "config.json").write_text(json.dumps({**pico_architecture().config, **change}))
     with pytest.raises(ConfigError, match=f"config.json: {said}"):
         saved_architecture(tmp_path / "config.json")
 
 
-def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_path):
-    """It takes longer to import than many checkpoints take to grow."""
+def test_reading_a_checkpoint_and_laying_it_out_anew_starts_no_transformers(tmp_path: Path):
+    """Importing transformers takes longer than growing many checkpoints."""
     config = dict(pico_architecture().config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     program = (
@@ -210,7 +211,7 @@ def test_biases_follow_the_config():
         ({"hidden_size": "wide"}, r"transformers refuses this llama config: .*hidden_size"),
     ],
 )
-def test_refused_configs(change, message):
+def test_refused_configs(change, message: str):
     with pytest.raises(ConfigError, match=message):
         architecture_from_config({**pico_config(), **change}, "test")
 
@@ -220,7 +221,7 @@ READ_OUTSIDE = {"auto_map", "output_cross_attentions"}
 
 
 @pytest.mark.parametrize("name", sorted(families() | mixtures()))
-def test_what_a_model_reads_of_its_config_is_found_in_its_source(name, monkeypatch):
+def test_what_a_model_reads_of_its_config_is_found_in_its_source(name, monkeypatch: pytest.MonkeyPatch):
     """Every attribute that transformers asks a config for, from building a model to its loss, is one that the search finds."""
     config = AutoConfig.for_model(**small_architecture(name).config)
     asked = set()
@@ -257,11 +258,11 @@ def test_what_a_model_reads_of_its_config_is_found_in_its_source(name, monkeypat
         ("llama", "per_layer_config", {"0": {"intermediate_size": 60}}, False),
     ],
 )
-def test_a_field_that_nothing_reads_changes_nothing(family, field, value, harmless):
+def test_a_field_that_nothing_reads_changes_nothing(family: str, field, value, harmless):
     assert changes_nothing(field, value, family) == harmless
 
 
-def test_files_that_are_no_config(tmp_path):
+def test_files_that_are_no_config(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read .* name one with --config FILE"):
         read_config(tmp_path / "config.json")
     for text, message in (("{", "not valid JSON"), ("[1]", "expected a JSON object, found list")):

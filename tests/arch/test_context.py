@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ def run_tool(name, *arguments):
     return ended.value.code
 
 
-def test_tools_measure_within_a_short_context(tmp_path, capsys):
+def test_tools_measure_within_a_short_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """GPT-2 with 64 positions: 128 tokens a sample are too many."""
     source, recipe, output = tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown"
     drawn_model(small_architecture("gpt2"), torch.float32).save_pretrained(source)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from incr_ds.testing.memory import drawn_model, small_architecture
 
 
 @pytest.fixture
-def request_for(tmp_path):
+def request_for(tmp_path: Path):
     def write(family, layout="{format: huggingface}"):
         architecture = small_architecture(family, initializer_range=0.05)
         drawn_model(architecture, torch.float32).save_pretrained(tmp_path / "source")
@@ -36,7 +37,7 @@ def request_for(tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_transformers_writes_and_loads(request_for, family):
+def test_transformers_writes_and_loads(request_for, family: str):
     request = request_for(family)
     incr_ds.grow_checkpoint(incr_ds.plan_request(request))
     tokens = random_batches(101, 2, 12)
@@ -118,8 +119,8 @@ SMOLLM2 = {  # HuggingFaceTB/SmolLM2-135M, sizes shrunk
 }
 
 
-def test_the_targets_config_is_the_sources_with_what_changed(tmp_path):
-    """Fields that nothing reads go along, and none comes in that the source does not have."""
+def test_the_targets_config_is_the_sources_with_what_changed(tmp_path: Path):
+    """Fields that nothing reads are kept, and no field is added that the source does not have."""
     given = {key: value for key, value in SMOLLM2.items() if key not in ("rope_interleaved", "is_llama_config")}
     published_as(tmp_path / "source", drawn_model(architecture_from_config(given, "test"), torch.float32), SMOLLM2)
     request = incr_ds.GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown")

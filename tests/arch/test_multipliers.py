@@ -1,5 +1,7 @@
 """Multipliers of single tensors: how they combine, and the file that holds them."""
 
+from pathlib import Path
+
 import pytest
 
 from incr_ds.arch.multipliers import (
@@ -13,7 +15,7 @@ from incr_ds.arch.multipliers import (
 from incr_ds.errors import CheckpointError, ConfigError
 
 
-def test_the_file_reads_back(tmp_path):
+def test_the_file_reads_back(tmp_path: Path):
     multipliers = {
         "a": Multipliers(0.5, 0.25, 2.0),
         "b": Multipliers(0.1, 1 / 3, 10.0),
@@ -36,7 +38,7 @@ def test_the_file_reads_back(tmp_path):
         ('{"version": 2, "groups": []}', ConfigError, "version"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, text, kind, message):
+def test_what_is_wrong_is_named(tmp_path: Path, text, kind, message: str):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(kind, match=message):
         read_multipliers(tmp_path)
@@ -56,7 +58,7 @@ def test_settings_come_back():
     assert multipliers.removed(multipliers.applied(group)) == group
 
 
-def test_a_file_under_its_old_name_is_not_passed_over(tmp_path):
+def test_a_file_under_its_old_name_is_not_passed_over(tmp_path: Path):
     (tmp_path / "optimizer_groups.json").write_text("{}")
     with pytest.raises(
         CheckpointError, match=r"optimizer_groups\.json: this file is multipliers\.json now; grow or train"

@@ -1,8 +1,9 @@
-"""The benchmark measures what it says: everyone makes the same tensors from the same source, and the copy moves as much."""
+"""The benchmark is fair: all programs make the same tensors from the same source, and the copy moves as many bytes."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import bench_growth
 import pytest
@@ -17,7 +18,7 @@ STATES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("bench")
     bench_growth.write_source(folder, 2e6)
     return folder
@@ -28,7 +29,7 @@ def test_the_size_is_about_what_was_asked(parameters):
     assert 0.75 < bench_growth.architecture_of(parameters).num_parameters / parameters < 1.25
 
 
-def test_everyone_makes_the_same_tensors(home, tmp_path):
+def test_everyone_makes_the_same_tensors(home, tmp_path: Path):
     (tmp_path / "reshard.yaml").write_text(bench_growth.RESHARD)
     grow_checkpoint(plan_request(GrowthRequest(home / "source", tmp_path / "reshard.yaml", tmp_path / "ours")))
     bench_growth.load_everything(home / "source" / "grown", tmp_path / "naive")
@@ -53,7 +54,7 @@ def test_the_mappings_are_where_the_parameters_are(home):
         assert torch.equal(torch.cat(found[spec.name]), truth.read(spec.name).reshape(-1)), spec.name
 
 
-def test_a_race_measures_each(tmp_path):
+def test_a_race_measures_each(tmp_path: Path):
     (tmp_path / "input").write_bytes(bytes(3_000_000))
     hungry = "x = bytearray(60_000_000); import time; time.sleep(0.3); "
     write = f"import os; os.makedirs({str(tmp_path / 'out')!r}); open({str(tmp_path / 'out' / 'a')!r}, 'wb').write(bytes(5000))"
@@ -74,7 +75,7 @@ def test_a_race_measures_each(tmp_path):
         race([failing], rounds=1)
 
 
-def test_the_copy_moves_as_many_bytes(home, tmp_path):
+def test_the_copy_moves_as_many_bytes(home, tmp_path: Path):
     inputs = sorted((home / "source" / "grown").glob("*.pt"))
     wanted = sum(path.stat().st_size for path in inputs if "optim" in path.name)
     command = [sys.executable, "-S", "-c", bench_growth.COPY, str(wanted), str(tmp_path / "copied"), *map(str, inputs)]
@@ -83,7 +84,7 @@ def test_the_copy_moves_as_many_bytes(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_tool(tmp_path):
+def test_the_whole_tool(tmp_path: Path):
     report = tmp_path / "report.json"
     command = [sys.executable, "tools/bench_growth.py", "--disk", tmp_path, "--memory", tmp_path, "--parameters", "2e6"]
     command += ["--smaller", "0", "--memory-parameters", "1e6", "--rounds", "1", "--json", report]

@@ -1,6 +1,7 @@
 """The benchmark runs on a machine without CUDA, says what it could not run, and writes what it found."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_no_shape_begins_after_the_time_is_over():
     assert list(measure_grid([TINY, TINY], VARIANTS[:1], 1, torch.float32, CPU, seconds=-1)) == []
 
 
-def test_the_command_writes_numbers_table_and_figure(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_numbers_table_and_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setitem(SHAPES, Grid.small, [TINY])
     arguments = [
         "bench_kernels.py",
@@ -108,7 +111,9 @@ def test_the_command_writes_numbers_table_and_figure(tmp_path, monkeypatch, caps
         assert "<svg" in (tmp_path / figure).read_text()
 
 
-def test_an_unknown_variant_is_a_mistake_of_the_user(tmp_path, monkeypatch, capsys):
+def test_an_unknown_variant_is_a_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--output", str(tmp_path), "--only", "cutlass"])
     with pytest.raises(SystemExit) as ended:
         main()

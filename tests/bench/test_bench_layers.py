@@ -1,6 +1,7 @@
 """Each kernel setting is measured in a process of its own, or is listed with the reason why not."""
 
 import json
+from pathlib import Path
 
 import pytest
 from bench_layers import VARIANTS, main
@@ -14,7 +15,9 @@ def run(monkeypatch, *arguments):
 
 
 @pytest.mark.slow
-def test_settings_are_measured_or_say_why_not(tmp_path, monkeypatch, capsys):
+def test_settings_are_measured_or_say_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     sizes = ("--layers", 1, "--batch", 1, "--sequence-length", 16, "--repeats", 2)
     only = ("--only", "cudnn-liger", "--only", "torch")
     assert run(monkeypatch, "--output", tmp_path, *sizes, *only, "--json") == 0
@@ -33,6 +36,8 @@ def test_every_setting_of_the_run_file_has_a_variant():
     assert {"optimizer": {"implementation": "deepspeed"}} in settings
 
 
-def test_an_unknown_variant_is_a_mistake_of_the_user(tmp_path, monkeypatch, capsys):
+def test_an_unknown_variant_is_a_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     assert run(monkeypatch, "--output", tmp_path, "--only", "flash") == 2
     assert "--only flash: unknown; the variants are sdpa, cudnn, liger" in capsys.readouterr().err

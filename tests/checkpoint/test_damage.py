@@ -1,7 +1,8 @@
-"""Whatever byte of a source is damaged: a message or the same tensors, never a traceback, never other tensors."""
+"""A damaged byte anywhere in a source gives a message or the same tensors, never a traceback or other tensors."""
 
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ ROUNDS = 40
 
 
 def tensors(checkpoint):
-    """Every tensor, once all that a growth checks has been checked."""
+    """Read every tensor, after all checks of a growth."""
     for file in checkpoint.facts.files:
         check_file(file, None)
     list(checkpoint.self_check())
@@ -31,7 +32,7 @@ def tensors(checkpoint):
 
 
 def is_refused(folder, truth, changed):
-    """Whether a message says that ``folder`` is wrong, or has no moments; what is read must be the same tensors still."""
+    """Whether a message reports that ``folder`` is wrong or has no moments. Tensors that are read must be unchanged."""
     try:
         checkpoint = open_source(folder)
         read = tensors(checkpoint)
@@ -43,7 +44,7 @@ def is_refused(folder, truth, changed):
 
 
 def damage(content, draw):
-    """Half of a file, a bit, or a byte; more often in headers, pickles and directories than in tensors."""
+    """Cut a file in half, flip a bit or replace a byte, more often in headers, pickles and directories than in tensors."""
     if draw.random() < 0.2:
         return content[: draw.randrange(len(content))]
     places = range(len(content)), range(len(content))[:3000], range(len(content))[-1500:]
@@ -54,7 +55,7 @@ def damage(content, draw):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(20 * ROUNDS, marks=pytest.mark.slow)])
-def test_damage_is_a_message_or_nothing(tmp_path, layout, rounds):
+def test_damage_is_a_message_or_nothing(tmp_path: Path, layout, rounds):
     """Without a manifest, as DeepSpeed leaves its checkpoints."""
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), **LAYOUTS[layout])
     folder = tmp_path / "source"
@@ -74,7 +75,7 @@ def test_damage_is_a_message_or_nothing(tmp_path, layout, rounds):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"..", b"../other", b"/etc", b"a\0b", b"x" * 5000, b"a/../../b", b"tag\nmore"]
 )
-def test_the_named_tag_is_a_folder_beside(tmp_path, content):
+def test_the_named_tag_is_a_folder_beside(tmp_path: Path, content):
     shutil.copytree(tmp_path, tmp_path / "source")
     (tmp_path / "source" / "latest").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"latest: expected the name of a folder beside it, found .*--tag"):
@@ -85,7 +86,7 @@ ABSENT = object()
 
 
 def entries(content, path=(), depth=4):
-    """The path of every entry of nested containers, of the first in long ones."""
+    """The path of every entry of nested containers; in long ones, of the first entries only."""
     yield path
     if depth and isinstance(content, dict | list | tuple):
         found = list(content.items() if isinstance(content, dict) else enumerate(content))
@@ -106,8 +107,8 @@ def replaced(content, path, value):
 
 
 @pytest.mark.parametrize("layout", ["zero-1", "zero-3", "pipeline", pytest.param("universal", marks=pytest.mark.slow)])
-def test_an_entry_of_another_kind_is_a_message_or_nothing(tmp_path, layout):
-    """Whatever stands in the place of an entry of a pickle, or if nothing does."""
+def test_an_entry_of_another_kind_is_a_message_or_nothing(tmp_path: Path, layout):
+    """Any entry of a pickle replaced by another value, or removed."""
     layers, cut = (2, {"pipeline_parallel": 2}) if layout == "pipeline" else (1, LAYOUTS[layout])
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=layers, vocab_size=11), **cut)
     folder = tmp_path / "source"
@@ -176,7 +177,7 @@ def test_an_entry_of_another_kind_is_a_message_or_nothing(tmp_path, layout):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, file, entry, value, said):
+def test_what_does_not_fit_is_named(tmp_path: Path, file, entry, value, said):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), data_parallel=2)
     (path,) = tmp_path.rglob(file)
     content = torch.load(path, weights_only=False)
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_named(tmp_path, file, entry, value, said):
         open_source(tmp_path / "source")
 
 
-def test_moments_that_only_some_pipeline_stages_have_are_damage(tmp_path):
+def test_moments_that_only_some_pipeline_stages_have_are_damage(tmp_path: Path):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=2, vocab_size=11), pipeline_parallel=2)
     (path,) = tmp_path.rglob("zero_pp_rank_0_mp_rank_01_optim_states.pt")
     content = torch.load(path, weights_only=False)

@@ -26,7 +26,7 @@ def test_equal_checkpoints_do_not_differ():
 
 
 @pytest.mark.parametrize("portion", [1, 1 << 20])
-def test_changed_elements_are_counted(monkeypatch, portion):
+def test_changed_elements_are_counted(monkeypatch: pytest.MonkeyPatch, portion):
     monkeypatch.setattr("incr_ds.checkpoint.difference._ELEMENTS", portion)
     architecture = pico_architecture()
     first, second = tensors(architecture), tensors(architecture)

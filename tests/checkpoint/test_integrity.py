@@ -1,7 +1,8 @@
-"""Any byte that is not what was written is found, and the tensor that it belongs to is named."""
+"""Every changed byte is found, and the message names the tensor that it belongs to."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from incr_ds.testing.pico import pico_architecture
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(tmp_path_factory: pytest.TempPathFactory):
     """A native checkpoint of two data-parallel ranks with a manifest."""
     folder = tmp_path_factory.mktemp("integrity")
     write_synthetic(folder, pico_architecture(), data_parallel=2)
@@ -29,7 +30,7 @@ def flip(path, offset):
     path.write_bytes(content)
 
 
-def test_the_flipped_byte_of_every_tensor_is_named(published, tmp_path):
+def test_the_flipped_byte_of_every_tensor_is_named(published, tmp_path: Path):
     """First, middle and last byte of every extent that the manifest lists, one file at a time."""
     shutil.copytree(published, tmp_path / "copy")
     files = read_manifest(published)["files"]
@@ -50,7 +51,7 @@ def test_the_flipped_byte_of_every_tensor_is_named(published, tmp_path):
     assert check_folder(tmp_path / "copy") is not None
 
 
-def test_bytes_outside_of_tensors(published, tmp_path):
+def test_bytes_outside_of_tensors(published, tmp_path: Path):
     """Headers, pickles, padding, every other file, and the manifest itself."""
     shutil.copytree(published, tmp_path / "copy")
     for path in sorted(path for path in (tmp_path / "copy").rglob("*") if path.is_file()):
@@ -68,7 +69,7 @@ def test_bytes_outside_of_tensors(published, tmp_path):
         check_folder(tmp_path / "copy")
 
 
-def test_every_byte_of_the_manifest_counts(published, tmp_path):
+def test_every_byte_of_the_manifest_counts(published, tmp_path: Path):
     shutil.copytree(published, tmp_path / "copy")
     path = tmp_path / "copy" / "manifest.json"
     content = path.read_bytes()
@@ -83,8 +84,8 @@ def test_every_byte_of_the_manifest_counts(published, tmp_path):
         path.write_bytes(content)
 
 
-def test_without_a_manifest_the_checksums_of_torch_save_count(published, tmp_path):
-    """What DeepSpeed itself wrote has no manifest; torch.load would read the flipped byte without a word."""
+def test_without_a_manifest_the_checksums_of_torch_save_count(published, tmp_path: Path):
+    """DeepSpeed's own files have no manifest, and torch.load reads the flipped byte without an error."""
     shutil.copytree(published, tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
     path = next((tmp_path / "copy" / "grown").glob("zero_pp_rank_1*_optim_states.pt"))
@@ -108,7 +109,7 @@ def test_without_a_manifest_the_checksums_of_torch_save_count(published, tmp_pat
         path.write_bytes(whole)
 
 
-def test_a_changed_file_of_a_training_checkpoint_is_explained_by_its_own_checksums(published, tmp_path):
+def test_a_changed_file_of_a_training_checkpoint_is_explained_by_its_own_checksums(published, tmp_path: Path):
     """Its manifest lists files only; the damaged tensor is still named."""
     shutil.copytree(published, tmp_path / "copy")
     manifest = read_manifest(tmp_path / "copy")
@@ -125,7 +126,7 @@ def test_a_changed_file_of_a_training_checkpoint_is_explained_by_its_own_checksu
         check_folder(tmp_path / "copy")
 
 
-def test_old_and_foreign_files_pass(tmp_path):
+def test_old_and_foreign_files_pass(tmp_path: Path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "text").write_text("no archive")
     check_records(tmp_path / "old.pt")

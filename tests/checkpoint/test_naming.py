@@ -1,6 +1,7 @@
 """Tensor names as other programs write them: without the base model's prefix, inside wrappers, beside old buffers; adapters."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from incr_ds.testing.memory import drawn_model, small_architecture
 
 
 @pytest.fixture
-def published(tmp_path):
+def published(tmp_path: Path):
     """published(family, rename, extra) -> (folder, weights): a folder whose tensors have other names."""
 
     def write(family, rename, extra=(), **changes):
@@ -33,7 +34,7 @@ def without_prefix(family):
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_names_without_the_base_models_prefix(published, family):
+def test_names_without_the_base_models_prefix(published, family: str):
     """As AutoModel saves them, and as the Hub's own GPT-2 has them; with the buffers of old releases, in either spelling."""
     own = families()[family]
     inside = own.layers_path + ".0"

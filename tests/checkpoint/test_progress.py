@@ -1,6 +1,7 @@
 """Tokens seen in training, as every kind of checkpoint records them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from incr_ds.testing.pico import pico_architecture
         ({"position": "x", "tokens": [5]}, None),
     ],
 )
-def test_tokens_in_a_model_file(tmp_path, layout, noted, tokens):
+def test_tokens_in_a_model_file(tmp_path: Path, layout, noted, tokens):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), **layout)
     path = min((tmp_path / "source").rglob("*mp_rank_00_model_states.pt"))
     torch.save(torch.load(path, weights_only=False) | noted, path)
@@ -39,7 +40,7 @@ def test_tokens_in_a_model_file(tmp_path, layout, noted, tokens):
         ("5", None),
     ],
 )
-def test_tokens_that_the_trainer_counted(tmp_path, content, tokens):
+def test_tokens_that_the_trainer_counted(tmp_path: Path, content, tokens):
     drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path)
     (tmp_path / "trainer_state.json").write_text(content)
     assert open_source(tmp_path).facts.recorded.tokens == tokens

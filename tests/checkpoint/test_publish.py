@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -23,7 +24,7 @@ from incr_ds.errors import CheckpointError
 
 
 @pytest.fixture
-def published(tmp_path):
+def published(tmp_path: Path):
     final = tmp_path / "out"
     with publish(final, "test checkpoint", {"step": 7}) as folder:
         (folder / "inner").mkdir()
@@ -82,14 +83,14 @@ def test_every_damage_is_named(published, name):
         ('{"manifest_version": 2, "files": {}}', r"its own checksum does not match its content"),
     ],
 )
-def test_what_is_no_manifest(tmp_path, text, message):
+def test_what_is_no_manifest(tmp_path: Path, text, message: str):
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_manifest(tmp_path)
 
 
-def test_a_failure_publishes_nothing(tmp_path):
+def test_a_failure_publishes_nothing(tmp_path: Path):
     message = r"out: disk on fire \(while writing\); nothing was published"
     with pytest.raises(CheckpointError, match=message), publish(tmp_path / "out", "test", {}) as folder:
         (folder / "a").write_text("half")
@@ -97,7 +98,7 @@ def test_a_failure_publishes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_exists_is_kept(published, tmp_path):
+def test_what_exists_is_kept(published, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"out: exists already and is not an empty folder"):
         refuse_existing(published)
     with pytest.raises(CheckpointError, match=r"exists already"), publish(published, "test", {}):
@@ -112,7 +113,7 @@ def test_what_exists_is_kept(published, tmp_path):
     verify_manifest(tmp_path / "empty")
 
 
-def test_leftovers_of_dead_processes_are_removed(tmp_path):
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     living = temporary_folder(tmp_path / "out")
@@ -123,7 +124,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path):
         assert living.exists() and not dead.exists()
 
 
-def test_write_atomically_replaces(tmp_path):
+def test_write_atomically_replaces(tmp_path: Path):
     path = tmp_path / "latest"
     for text in ("one", "two"):
         write_atomically(path, text)

@@ -1,7 +1,8 @@
-"""Tools take the output folder of a run: its newest complete checkpoint, and say which; exports keep the run's dtype."""
+"""Tools accept a run's output folder, use its newest complete checkpoint and name it. Exports keep the run's dtype."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from incr_ds.testing.pico import pico_architecture
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with steps 10 and 20, a copy that somebody kept, and a step 30 that lost a file."""
+def run(tmp_path_factory: pytest.TempPathFactory):
+    """A run with steps 10 and 20, a copy that a user kept, and a step 30 that lost a file."""
     home = tmp_path_factory.mktemp("runs")
     write_synthetic(home, pico_architecture(num_hidden_layers=1, vocab_size=11))
     for name in ("step_00000010", "step_00000020", "step_00000030", "step_00000020.bak", "damaged_step_00000040.1"):
@@ -30,13 +31,13 @@ def run(tmp_path_factory):
     return home / "run"
 
 
-def test_the_newest_complete_checkpoint_is_taken(run, tmp_path):
+def test_the_newest_complete_checkpoint_is_taken(run, tmp_path: Path):
     assert newest_in_run(run) == run / "checkpoints" / "step_00000020"
     for folder in (run / "checkpoints" / "step_00000010", tmp_path, tmp_path / "nowhere"):
         assert newest_in_run(folder) == folder
 
 
-def test_a_run_without_a_complete_checkpoint_says_what_each_lacks(run, tmp_path):
+def test_a_run_without_a_complete_checkpoint_says_what_each_lacks(run, tmp_path: Path):
     shutil.copytree(run / "checkpoints" / "step_00000030", tmp_path / "checkpoints" / "step_00000030")
     (tmp_path / "checkpoints" / "step_00000040").mkdir()
     with pytest.raises(
@@ -45,7 +46,7 @@ def test_a_run_without_a_complete_checkpoint_says_what_each_lacks(run, tmp_path)
         newest_in_run(tmp_path)
 
 
-def test_every_tool_takes_a_run_and_says_which_checkpoint(run, tmp_path):
+def test_every_tool_takes_a_run_and_says_which_checkpoint(run, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {"num_hidden_layers": 2}}))
     grow = ("grow_checkpoint", "--source", run, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "grown")
     suggest = (
@@ -73,7 +74,7 @@ def test_every_tool_takes_a_run_and_says_which_checkpoint(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_keeps_the_dtype_of_the_run(tmp_path, dtype):
+def test_an_export_keeps_the_dtype_of_the_run(tmp_path: Path, dtype):
     write_synthetic(tmp_path, pico_architecture(num_hidden_layers=1, vocab_size=11), dtype=dtype)
     done = run_tool("export_huggingface", tmp_path / "source", tmp_path / "out")
     assert done.returncode == 0 and f"parameters in {dtype}" in done.stdout
@@ -90,6 +91,6 @@ def stored(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_export_of_a_hugging_face_folder_keeps_its_dtype(tmp_path, dtype):
+def test_an_export_of_a_hugging_face_folder_keeps_its_dtype(tmp_path: Path, dtype):
     drawn_model(small_architecture("llama"), dtype).save_pretrained(tmp_path)
     assert own_dtype(open_source(tmp_path)) == dtype

@@ -1,8 +1,9 @@
-"""Files streamed block by block hold what a writer with everything in memory would have put there."""
+"""Files streamed block by block equal those of a writer that holds everything in memory."""
 
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("block", [1, 7, 10_000])
-def test_an_archive_reads_as_torch_wrote_it(tmp_path, block):
+def test_an_archive_reads_as_torch_wrote_it(tmp_path: Path, block):
     path = tmp_path / "mp_rank_00_model_states.pt"
     with Sink(path) as sink:
         archive_of(content(streamed_tensor)).write(sink, path.stem, Slices(Reader(), block))
@@ -138,7 +139,7 @@ def test_an_archive_reads_as_torch_wrote_it(tmp_path, block):
         assert extent["xxh3"] == xxhash.xxh3_128(own).hexdigest()
 
 
-def test_mapped_tensors_are_aligned(tmp_path):
+def test_mapped_tensors_are_aligned(tmp_path: Path):
     path = tmp_path / "a.pt"
     with Sink(path) as sink:
         archive_of(content(streamed_tensor)).write(sink, "a", Slices(Reader()))
@@ -149,7 +150,7 @@ def test_mapped_tensors_are_aligned(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tensor_past_four_gigabytes(tmp_path):
+def test_a_tensor_past_four_gigabytes(tmp_path: Path):
     """Sizes and offsets beyond 32 bits, in torch and in Python's zip reader."""
     count = (1 << 30) + 5
 
@@ -170,7 +171,7 @@ def test_a_tensor_past_four_gigabytes(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_safetensors_shards(tmp_path, dtype):
+def test_safetensors_shards(tmp_path: Path, dtype):
     architecture = pico_architecture(tied=True)
     generator = torch.Generator().manual_seed(0)
     weights = {spec.name: torch.randn(spec.shape, generator=generator) for spec in architecture.stored}

@@ -1,7 +1,8 @@
-"""A workspace is one run's at a time, is taken over only where its bytes are right, and replaces only what was published."""
+"""One run at a time uses a workspace. It is taken over only if its bytes are right, and replaces only what was published."""
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -38,13 +39,13 @@ def interrupted(final, key="key"):
     return space
 
 
-def test_published_whole(tmp_path):
+def test_published_whole(tmp_path: Path):
     publish(tmp_path / "out")
     assert list(verify_manifest(tmp_path / "out")["files"]) == ["inner/a"]
     assert hidden(tmp_path) == []
 
 
-def test_an_interrupted_run_is_taken_over(tmp_path):
+def test_an_interrupted_run_is_taken_over(tmp_path: Path):
     interrupted(tmp_path / "out")
     with open_workspace(tmp_path / "out", "key") as space:
         assert set(space.done) == {"inner/a", "b"}
@@ -56,7 +57,7 @@ def test_an_interrupted_run_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"twO", b"tw", None])
-def test_damaged_leftovers_are_written_anew(tmp_path, damage):
+def test_damaged_leftovers_are_written_anew(tmp_path: Path, damage):
     path = interrupted(tmp_path / "out").folder / "b"
     path.unlink() if damage is None else path.write_bytes(damage)
     with open_workspace(tmp_path / "out", "key") as space:
@@ -64,7 +65,7 @@ def test_damaged_leftovers_are_written_anew(tmp_path, damage):
 
 
 @pytest.mark.parametrize("kept", range(3))
-def test_a_torn_journal(tmp_path, kept):
+def test_a_torn_journal(tmp_path: Path, kept):
     space = interrupted(tmp_path / "out")
     journal = space.folder.with_name(space.folder.name + ".jsonl")
     lines = journal.read_text().splitlines(keepends=True)
@@ -76,28 +77,28 @@ def test_a_torn_journal(tmp_path, kept):
         )
 
 
-def test_another_plan_starts_over(tmp_path):
+def test_another_plan_starts_over(tmp_path: Path):
     interrupted(tmp_path / "out", "old")
     publish(tmp_path / "out")
     assert list(verify_manifest(tmp_path / "out")["files"]) == ["inner/a"]
     assert hidden(tmp_path) == []
 
 
-def test_a_mistake_leaves_nothing(tmp_path):
+def test_a_mistake_leaves_nothing(tmp_path: Path):
     with pytest.raises(GrowthError, match="impossible"), open_workspace(tmp_path / "out", "key") as space:
         write(space, "a", b"1")
         raise GrowthError("impossible")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_run_at_a_time(tmp_path):
+def test_one_run_at_a_time(tmp_path: Path):
     with open_workspace(tmp_path / "out", "key"):
         with pytest.raises(CheckpointError, match=rf"out: process {os.getpid()} on .* is writing to it; wait for it"):
             publish(tmp_path / "out")
     publish(tmp_path / "out")
 
 
-def test_overwrite_replaces_what_was_published(tmp_path):
+def test_overwrite_replaces_what_was_published(tmp_path: Path):
     publish(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"exists already .*--overwrite replaces a published checkpoint"):
         publish(tmp_path / "out", b"new")
@@ -108,7 +109,7 @@ def test_overwrite_replaces_what_was_published(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_overwrite_leaves_other_folders_alone(tmp_path):
+def test_overwrite_leaves_other_folders_alone(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("1")
     with pytest.raises(CheckpointError, match=r"contains no manifest\.json, so incr_ds did not publish it"):
@@ -116,7 +117,7 @@ def test_overwrite_leaves_other_folders_alone(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "1"
 
 
-def test_a_crash_between_the_two_renames_loses_nothing(tmp_path):
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path):
     publish(tmp_path / "out")
     os.rename(tmp_path / "out", tmp_path / ".out.replaced")
     with pytest.raises(CheckpointError, match="exists already"):

@@ -1,4 +1,4 @@
-"""What a user can do wrong at the command line of any tool: one screen of text, exit code 2, no traceback, nothing written."""
+"""Mistakes on any tool's command line: one screen of text, exit code 2, no traceback, nothing written."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ LONG = "x" * 5000
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     """A source, a recipe, a text, and three runs."""
     folder = tmp_path_factory.mktemp("console")
     write_synthetic(folder, pico_architecture(num_hidden_layers=1, vocab_size=11))
@@ -64,7 +64,7 @@ WORKING = ["grow", "export", "prepare", "study"]
 
 
 @pytest.mark.parametrize("name", WORKING)
-def test_the_same_commands_work(home, tmp_path, name):
+def test_the_same_commands_work(home, tmp_path: Path, name):
     assert run_tool(*tools(home, tmp_path / "out")[name]).returncode == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -82,7 +82,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("where", OUTPUTS)
 @pytest.mark.parametrize("name", WORKING)
-def test_an_output_that_cannot_be_is_one_message(home, tmp_path, name, where):
+def test_an_output_that_cannot_be_is_one_message(home, tmp_path: Path, name, where):
     (tmp_path / "file").write_text("content")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
     make, message = OUTPUTS[where]
@@ -93,7 +93,7 @@ def test_an_output_that_cannot_be_is_one_message(home, tmp_path, name, where):
 
 @pytest.mark.parametrize("name", WORKING)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_full_or_read_only_disk_is_one_message(home, tmp_path, monkeypatch, name, number):
+def test_a_full_or_read_only_disk_is_one_message(home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, number):
     """The write fails where the kernel would let it fail: at every fsync, replace and savefig."""
 
     def fail(*_, **__):
@@ -133,23 +133,23 @@ def test_a_full_or_read_only_disk_is_one_message(home, tmp_path, monkeypatch, na
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_a_value_that_no_option_has_is_named(home, arguments, message):
+def test_a_value_that_no_option_has_is_named(home, arguments, message: str):
     text = refused(*(str(home / "source") if part == "SOURCE" else part for part in arguments))
     assert message in text
 
 
-def test_what_may_be_repeated_still_may(home, tmp_path):
+def test_what_may_be_repeated_still_may(home, tmp_path: Path):
     more = ["--input", home / "recipe.yaml"]
     assert run_tool(*tools(home, tmp_path / "out")["prepare"], *more).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["proof", "growth", "model"])
-def test_a_study_whose_extras_are_missing_writes_nothing(home, tmp_path, name):
+def test_a_study_whose_extras_are_missing_writes_nothing(home, tmp_path: Path, name):
     refused(*tools(home, tmp_path / "out")["study"], f"--{name}", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_that_could_not_be_written_is_said_before_the_fit(home, tmp_path):
+def test_a_recipe_that_could_not_be_written_is_said_before_the_fit(home, tmp_path: Path):
     run = tmp_path / "run.yaml"
     (tmp_path / "file").write_text("")
     run.write_text("output: x\n")
@@ -180,7 +180,7 @@ def test_an_error_is_at_most_a_screen_and_no_escape_sequence():
     assert error_text(OSError("burnt")) == "burnt"
 
 
-def test_a_folder_is_writable_or_it_is_said_why(tmp_path):
+def test_a_folder_is_writable_or_it_is_said_why(tmp_path: Path):
     check_writable(tmp_path)
     check_writable(tmp_path / "new" / "folder")
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from incr_ds.testing.synthetic import SyntheticCheckpoint
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory: pytest.TempPathFactory):
     """The same model in two layouts, and a wider one."""
     home = tmp_path_factory.mktemp("inspect")
     recipes = {

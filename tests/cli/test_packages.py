@@ -1,4 +1,4 @@
-"""Without the packages of the extra `train` a model is grown, inspected, verified, exported and asked for text."""
+"""Without the packages of the extra `train`, a model can be grown, inspected, verified, exported and sampled."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ BY_PATH = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], ru
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     """A Hugging Face source with a tokenizer, a recipe, a data set and a run file."""
     folder = tmp_path_factory.mktemp("packages")
     architecture = small_architecture("llama", vocab_size=400)
@@ -68,7 +68,7 @@ def in_turn(*commands):
     return without(IN_TURN, json.dumps([[str(word) for word in command] for command in commands]))
 
 
-def test_the_offline_commands_need_none_of_them(home, tmp_path):
+def test_the_offline_commands_need_none_of_them(home, tmp_path: Path):
     grown, exported = tmp_path / "grown", tmp_path / "exported"
     done = in_turn(
         ["grow_checkpoint", "--source", home / "source", "--recipe", home / "recipe.yaml", "--output", grown],
@@ -95,7 +95,7 @@ def test_the_offline_commands_need_none_of_them(home, tmp_path):
         ("verify_checkpoint SOURCE --against SOURCE --data HOME/x", "megatron-core is"),
     ],
 )
-def test_a_command_that_needs_one_says_what_to_install(home, tmp_path, command, packages):
+def test_a_command_that_needs_one_says_what_to_install(home, tmp_path: Path, command, packages):
     words = {"SOURCE": str(home / "source"), "OUT": str(tmp_path / "out"), "HOME": str(home)}
     for word, path in words.items():
         command = command.replace(word, path)
@@ -119,7 +119,7 @@ def test_what_is_installed_is_not_asked_for():
 
 
 def test_the_extra_has_these_packages_and_nothing_else_needs_them():
-    """Each is in the extra `train`, in no other, and not among what every installation has."""
+    """Each package is in the extra `train` only, and not in every installation."""
     found = {}
     for text in requires("incr_ds"):
         requirement = Requirement(text)

@@ -1,4 +1,4 @@
-"""Every shipped settings file loads; what its author could get wrong is refused with the key and a way out."""
+"""Every shipped settings file loads. Mistakes in one are refused with the key and a remedy."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""JSON that somebody made to hang a reader, to fill its memory or to mislead it: one message each, at once."""
+"""JSON made to hang a reader, to fill its memory or to mislead it gets one message, at once."""
 
 import json
 import os

@@ -37,6 +37,6 @@ def test_blocks_begin_on_a_page(file):
 
 
 def test_help_and_wrong_options_need_no_torch():
-    """Torch takes seconds to load; who asks how a tool is used does not wait for it."""
+    """Torch takes seconds to load, and --help need not wait for it."""
     program = "import sys; sys.path.insert(0, 'tools'); import grow_checkpoint; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

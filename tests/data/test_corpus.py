@@ -42,7 +42,7 @@ def request(folder: Path, **changes) -> CorpusRequest:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("corpus")
     texts = write_texts(folder / "texts")
     facts = prepare_corpus(request(folder))
@@ -87,7 +87,7 @@ def test_the_same_input_gives_the_same_files(prepared):
         assert (folder / "again" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
-def test_a_tokenizer_folder_can_be_reused_and_json_lines_are_documents(prepared, tmp_path):
+def test_a_tokenizer_folder_can_be_reused_and_json_lines_are_documents(prepared, tmp_path: Path):
     folder, _, _ = prepared
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": "three", "id": 4}\n')
     facts = prepare_corpus(
@@ -105,7 +105,7 @@ def test_a_tokenizer_folder_can_be_reused_and_json_lines_are_documents(prepared,
     assert "validation" not in facts.splits
 
 
-def test_max_bytes_says_what_was_left_out(prepared, tmp_path):
+def test_max_bytes_says_what_was_left_out(prepared, tmp_path: Path):
     folder, texts, _ = prepared
     total = sum(len(text.encode()) for text in texts)
     facts = prepare_corpus(request(folder, output=tmp_path / "part", max_bytes=total // 2))
@@ -122,32 +122,32 @@ def test_max_bytes_says_what_was_left_out(prepared, tmp_path):
         ({"tokenizer": "train:magic"}, "unknown trainer 'magic'; known: train:sentencepiece"),
         ({"tokenizer": "/no/tokenizer"}, "--tokenizer /no/tokenizer: not a folder"),
         ({"vocabulary_size": 100}, "--vocab-size 100: expected at least 320"),
-        ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try a smaller --vocab-size"),
+        ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try another --vocab-size"),
         ({"held_out": 1.5}, "--held-out 1.5: expected a fraction"),
         ({"max_bytes": 3}, "--max-bytes 3: too small"),
     ],
 )
-def test_wrong_requests_are_refused_and_leave_nothing(prepared, tmp_path, changes, message):
+def test_wrong_requests_are_refused_and_leave_nothing(prepared, tmp_path: Path, changes, message: str):
     folder, _, _ = prepared
     with pytest.raises(ConfigError, match=message):
         prepare_corpus(request(folder, **({"output": tmp_path / "new" / "deep" / "bad"} | changes)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_split_without_documents_is_refused(tmp_path):
+def test_a_split_without_documents_is_refused(tmp_path: Path):
     (tmp_path / "one.txt").write_text("a single document " * 200)
     with pytest.raises(ConfigError, match=r"none of 1 document\(s\) fell into (train|validation); give more documents"):
         prepare_corpus(request(tmp_path, inputs=(tmp_path / "one.txt",)))
 
 
-def test_bad_json_lines_name_file_and_line(prepared, tmp_path):
+def test_bad_json_lines_name_file_and_line(prepared, tmp_path: Path):
     folder, _, _ = prepared
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
     with pytest.raises(ConfigError, match="b.jsonl, line 2: expected a JSON object with the key text"):
         prepare_corpus(request(folder, inputs=(tmp_path / "b.jsonl",), output=tmp_path / "b"))
 
 
-def test_files_that_are_not_text_are_reported_or_refused(prepared, tmp_path):
+def test_files_that_are_not_text_are_reported_or_refused(prepared, tmp_path: Path):
     folder, _, _ = prepared
     write_texts(tmp_path / "texts", 12)
     (tmp_path / "texts" / "latin.txt").write_bytes(b"caf\xe9")
@@ -172,7 +172,7 @@ def test_the_share_that_is_held_out_is_the_one_asked_for():
     assert math.isclose(held_out / 5000, 0.2, abs_tol=0.02)
 
 
-def test_training_a_tokenizer_repeats_where_it_samples(tmp_path):
+def test_training_a_tokenizer_repeats_where_it_samples(tmp_path: Path):
     """More text than the trainer looks at: which part it looks at must not differ from process to process."""
     train_sentencepiece(many_texts(), 700, tmp_path / "first")
     program = f"from test_corpus import *; train_sentencepiece(many_texts(), 700, Path({str(tmp_path)!r}) / 'second')"
@@ -199,7 +199,7 @@ class Own(LlamaTokenizer):
 
 
 @pytest.fixture
-def with_code(prepared, tmp_path):
+def with_code(prepared, tmp_path: Path):
     """A tokenizer folder whose class is a Python file in it, and the file that this writes when it runs."""
     folder, _, _ = prepared
     shutil.copytree(folder / "out" / "code_tokenizer", tmp_path / "own")
@@ -210,7 +210,9 @@ def with_code(prepared, tmp_path):
     return folder, tmp_path / "own", tmp_path / "canary"
 
 
-def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(with_code, tmp_path, monkeypatch):
+def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(
+    with_code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder, own, canary = with_code
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
@@ -219,7 +221,7 @@ def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(with_code, tm
     assert not canary.exists() and not list(tmp_path.glob("*out*"))
 
 
-def test_code_in_a_tokenizer_folder_runs_for_who_trusts_it(with_code, tmp_path, monkeypatch):
+def test_code_in_a_tokenizer_folder_runs_for_who_trusts_it(with_code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, own, canary = with_code
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -239,7 +241,7 @@ def test_code_in_a_tokenizer_folder_runs_for_who_trusts_it(with_code, tmp_path, 
     ],
     ids=lambda text: text[:25],
 )
-def test_a_damaged_tokenizer_folder_is_one_message(prepared, tmp_path, file, text):
+def test_a_damaged_tokenizer_folder_is_one_message(prepared, tmp_path: Path, file, text):
     folder, _, _ = prepared
     shutil.copytree(folder / "out" / "code_tokenizer", tmp_path / "own")
     (tmp_path / "own" / file).write_text(text)
@@ -247,7 +249,7 @@ def test_a_damaged_tokenizer_folder_is_one_message(prepared, tmp_path, file, tex
         prepare_corpus(request(folder, tokenizer=str(tmp_path / "own"), output=tmp_path / "out"))
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(prepared, tmp_path):
+def test_what_a_killed_run_left_is_removed_by_the_next(prepared, tmp_path: Path):
     folder, _, _ = prepared
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -260,7 +262,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(prepared, tmp_path):
     assert living.exists() and not dead.exists()
 
 
-def test_a_pipe_among_the_texts_is_named_not_waited_for(prepared, tmp_path):
+def test_a_pipe_among_the_texts_is_named_not_waited_for(prepared, tmp_path: Path):
     folder, _, _ = prepared
     write_texts(tmp_path / "texts", 12)
     os.mkfifo(tmp_path / "texts" / "pipe.txt")
@@ -268,7 +270,7 @@ def test_a_pipe_among_the_texts_is_named_not_waited_for(prepared, tmp_path):
         prepare_corpus(request(tmp_path, tokenizer=str(folder / "out" / "code_tokenizer")))
 
 
-def test_a_json_line_nested_100000_deep_is_named(prepared, tmp_path):
+def test_a_json_line_nested_100000_deep_is_named(prepared, tmp_path: Path):
     folder, _, _ = prepared
     (tmp_path / "b.jsonl").write_text(
         '{"text": "fine"}\n{"text": "no", "more": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
@@ -290,7 +292,7 @@ def test_a_json_line_nested_100000_deep_is_named(prepared, tmp_path):
         ('{"splits": {"validation": {"tokens": "many", "bytes": 5}}}', r"splits\.validation\.tokens: Input should be"),
     ],
 )
-def test_facts_that_are_none_are_named(tmp_path, facts, message):
+def test_facts_that_are_none_are_named(tmp_path: Path, facts, message: str):
     (tmp_path / "code_facts.json").write_text(facts)
     with pytest.raises(ConfigError, match=rf"code_facts\.json: (.|\n)*{message}"):
         tokens_per_byte(str(tmp_path / "code_validation_text_document"))

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def write_data(prefix, dtype=np.uint16, first=0):
     return str(prefix)
 
 
-def test_a_data_set_is_described_by_its_content_wherever_it_lies(tmp_path):
+def test_a_data_set_is_described_by_its_content_wherever_it_lies(tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     here, there = write_data(tmp_path / "a", first=7), write_data(tmp_path / "elsewhere" / "b", first=7)
     found = describe(here)
@@ -34,7 +35,7 @@ def test_a_data_set_is_described_by_its_content_wherever_it_lies(tmp_path):
     assert found.fingerprint == describe(there).fingerprint != describe(write_data(tmp_path / "c", first=8)).fingerprint
 
 
-def test_one_changed_token_at_equal_size_is_another_data_set(tmp_path):
+def test_one_changed_token_at_equal_size_is_another_data_set(tmp_path: Path):
     prefix = write_data(tmp_path / "a")
     before = describe(prefix)
     content = bytearray((tmp_path / "a.bin").read_bytes())
@@ -43,7 +44,7 @@ def test_one_changed_token_at_equal_size_is_another_data_set(tmp_path):
     assert describe(prefix).fingerprint != before.fingerprint
 
 
-def test_any_split_of_the_chunks_gives_the_same_answer(tmp_path, monkeypatch):
+def test_any_split_of_the_chunks_gives_the_same_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fingerprint, "CHUNK_BYTES", 8)
     index = open_index(write_data(tmp_path / "a"))
     numbers = range(num_chunks(index))
@@ -54,7 +55,7 @@ def test_any_split_of_the_chunks_gives_the_same_answer(tmp_path, monkeypatch):
     assert [(chunk.smallest, chunk.largest) for chunk in chunks][-1] == (16, 17)
 
 
-def test_a_record_holds_until_a_file_changes(tmp_path):
+def test_a_record_holds_until_a_file_changes(tmp_path: Path):
     prefix = write_data(tmp_path / "a")
     record = record_of([describe(prefix)])
     assert recorded(record, [prefix]) == {prefix: describe(prefix)}
@@ -70,25 +71,25 @@ def test_a_record_holds_until_a_file_changes(tmp_path):
 @pytest.mark.parametrize(
     "damaged", [{}, {"sets": 1}, {"sets": {"x": {}}, "checksum": ""}, {"sets": {}, "checksum": "0"}]
 )
-def test_a_damaged_record_is_as_good_as_none(tmp_path, damaged):
+def test_a_damaged_record_is_as_good_as_none(tmp_path: Path, damaged):
     assert recorded(damaged, [write_data(tmp_path / "a")]) == {}
 
 
-def test_one_changed_character_of_a_record_is_noticed(tmp_path):
+def test_one_changed_character_of_a_record_is_noticed(tmp_path: Path):
     prefix = write_data(tmp_path / "a")
     text = json.dumps(record_of([describe(prefix)]))
     assert recorded(json.loads(text), [prefix])
     assert recorded(json.loads(text.replace('"largest": 17', '"largest": 16')), [prefix]) == {}
 
 
-def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path):
     found = describe(write_data(tmp_path / "a", first=482))
     found.check_tokens(500)
     with pytest.raises(ConfigError, match="a.bin: token id 499 exceeds the model's vocab_size 499"):
         found.check_tokens(499)
 
 
-def test_a_negative_token_is_refused(tmp_path):
+def test_a_negative_token_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="a.bin: token id -1 is negative, which is not a valid id"):
         describe(write_data(tmp_path / "a", np.int32, first=-1)).check_tokens(500)
 
@@ -111,7 +112,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_wrong_entry_of_an_index_is_named(tmp_path, name):
+def test_a_wrong_entry_of_an_index_is_named(tmp_path: Path, name):
     offset, packed, message = DAMAGE[name]
     prefix = write_data(tmp_path / "a")
     patched(tmp_path / "a.idx", offset, packed)
@@ -120,7 +121,7 @@ def test_a_wrong_entry_of_an_index_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("code", [0, 6, 7, 9, 200])
-def test_a_type_code_that_is_not_one_of_token_ids_is_refused(tmp_path, code):
+def test_a_type_code_that_is_not_one_of_token_ids_is_refused(tmp_path: Path, code):
     prefix = write_data(tmp_path / "a")
     patched(tmp_path / "a.idx", 17 - HEADER.size, bytes([code]))
     with pytest.raises(
@@ -140,7 +141,7 @@ def test_a_type_code_that_is_not_one_of_token_ids_is_refused(tmp_path, code):
         (lambda p: p.with_suffix(".bin").write_bytes(b"123"), "x.bin: ends 1 bytes into a token of 2 bytes"),
     ],
 )
-def test_damaged_data_is_refused(tmp_path, damage, message):
+def test_damaged_data_is_refused(tmp_path: Path, damage, message: str):
     write_data(tmp_path / "x")
     damage(tmp_path / "x")
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,7 @@
 """Order of samples: expected token values are worked out from the documents, not from the code under test."""
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def write_data(prefix, first=0, count=TOKENS, cut=31):
 
 
 @pytest.fixture(scope="module")
-def corpus_folder(tmp_path_factory):
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("data")
     write_data(folder / "a")
     write_data(folder / "b", first=10000)
@@ -96,7 +97,7 @@ def test_resuming_continues_the_order(corpus_folder):
     )
 
 
-def test_order_depends_on_the_seed_and_not_on_the_cache(corpus_folder, tmp_path):
+def test_order_depends_on_the_seed_and_not_on_the_cache(corpus_folder, tmp_path: Path):
     def order(seed, cache):
         samples = open_corpus(describe(str(corpus_folder / "a")), LENGTH, seed, cache)
         return [samples.tokens(i)[0] for i in range(30)]
@@ -131,20 +132,20 @@ def test_too_few_held_out_samples_are_refused(corpus_folder):
         open_held_out_data(describe(str(corpus_folder / "b")), LENGTH, corpus_folder / "cache", 999)
 
 
-def test_less_than_one_sample_is_refused(tmp_path):
+def test_less_than_one_sample_is_refused(tmp_path: Path):
     write_data(tmp_path / "tiny", count=6)
     with pytest.raises(ConfigError, match="tiny.bin: 6 tokens, fewer than one sample of sequence_length 7"):
         open_corpus(describe(str(tmp_path / "tiny")), LENGTH, 0, tmp_path / "cache")
 
 
-def test_an_index_of_other_data_is_not_reused(tmp_path):
+def test_an_index_of_other_data_is_not_reused(tmp_path: Path):
     prefix = write_data(tmp_path / "x")
     open_corpus(describe(prefix), LENGTH, 0, tmp_path / "cache")
     write_data(tmp_path / "x", count=200)
     assert open_corpus(describe(prefix), LENGTH, 0, tmp_path / "cache").samples_per_epoch == 199 // LENGTH
 
 
-def test_a_damaged_index_is_built_again(corpus_folder, tmp_path):
+def test_a_damaged_index_is_built_again(corpus_folder, tmp_path: Path):
     data = describe(str(corpus_folder / "a"))
     expected = [tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(number)) for number in range(20)]
     for pattern in ("*document_index.npy", "*sample_index.npy", "*shuffle_index.npy"):
@@ -159,7 +160,7 @@ def test_a_damaged_index_is_built_again(corpus_folder, tmp_path):
     assert tuple(open_corpus(data, LENGTH, 3, tmp_path).tokens(0)) == expected[0]
 
 
-def test_an_index_that_is_no_array_is_built_again_and_never_unpickled(corpus_folder, tmp_path):
+def test_an_index_that_is_no_array_is_built_again_and_never_unpickled(corpus_folder, tmp_path: Path):
     data = describe(str(corpus_folder / "a"))
     expected = tuple(open_corpus(data, LENGTH, 3, tmp_path / "cache").tokens(0))
     (stored,) = (tmp_path / "cache").rglob("*shuffle_index.npy")

@@ -49,7 +49,7 @@ def _rotated(queries, keys, cos, sin, unsqueeze_dim=1):
 
 
 @pytest.fixture
-def fp64_norms(monkeypatch):
+def fp64_norms(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cohere, "apply_rotary_pos_emb", _rotated)
     for names, forward in (
         (NORMS, _rms_norm),

@@ -1,5 +1,7 @@
 """The advice beside a grown checkpoint: its values, their reasons, and that pretrain.py takes it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -98,7 +100,7 @@ def test_another_layout_alone_needs_none():
     assert advised(target={}) == (None, "")
 
 
-def test_llama_pro_end_to_end(tmp_path):
+def test_llama_pro_end_to_end(tmp_path: Path):
     drawn_model(small_architecture("llama"), torch.float32).save_pretrained(tmp_path / "source")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"recipe": "llama-pro", "target": {"num_hidden_layers": 5}}))
     planned = plan_request(GrowthRequest(tmp_path / "source", tmp_path / "recipe.yaml", tmp_path / "grown"))
@@ -116,7 +118,7 @@ def test_llama_pro_end_to_end(tmp_path):
     assert run.model.initialize_from == "grown"
 
 
-def test_later_files_win_and_mistakes_name_all_files(tmp_path):
+def test_later_files_win_and_mistakes_name_all_files(tmp_path: Path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
     (tmp_path / "more.yaml").write_text("schedule: {learning_rate: 0.2, warmup_step: 3}\n")
     with pytest.raises(

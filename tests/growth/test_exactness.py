@@ -30,7 +30,7 @@ LAYER_NORM = [name for name, family in families().items() if family.norm == "lay
 # Their eps serves other norms too, or is not in the config.
 SHARED_EPS = ("olmo2", "olmo3", "gemma3_text", "qwen3", "opt")
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
-# Like others in whatever growth sees of them; test_everything_at_once has them in a default run, too.
+# Growth treats these as others. In a default run, test_everything_at_once still has them.
 ALIKE = ("smollm3", "ministral3", "stablelm", "starcoder2", "olmo3")
 
 
@@ -51,7 +51,7 @@ def difference(family, target, tied=False, length=17, **recipe):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
-def test_everything_at_once(fp64_norms, family, tied, new):
+def test_everything_at_once(fp64_norms, family: str, tied: bool, new):
     width = {"ffn": {"new": new}, "heads": {"new": "copy" if family in EQUAL else new}}
     assert difference(family, everything(family), tied, width=width) <= 1e-12
 
@@ -59,7 +59,7 @@ def test_everything_at_once(fp64_norms, family, tied, new):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "centred", "integer"])
 @pytest.mark.parametrize("family", unlike(OTHERS))
-def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
+def test_hidden_of_every_other_family(fp64_norms, family: str, hidden, tied: bool):
     """Each method on each family: kept to 1e-12, refused, or said to be inexact (and then it is)."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
@@ -94,7 +94,7 @@ def test_hidden_of_every_other_family(fp64_norms, family, hidden, tied):
     ("method", "hidden"), [("integer", 192), ("integer", 288), ("isometric", 102), ("isometric", 222), ("zero", 144)]
 )
 @pytest.mark.parametrize("breaking", ["per-element", "none"])
-def test_hidden(fp64_norms, method, hidden, tied, breaking):
+def test_hidden(fp64_norms, method, hidden, tied: bool, breaking):
     width = {"hidden": method, "symmetry_breaking": {"method": breaking}}
     assert difference("llama", {"hidden_size": hidden}, tied, width=width) <= 1e-12
 
@@ -112,8 +112,8 @@ def test_interleaved_copies(fp64_norms, hidden, breaking):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("breaking", ["per-element", "diagonal", "none"])
-def test_drawn_copies(fp64_norms, family, breaking):
-    """All old ones first, then any of them, more than once or not at all: of neurons, heads, and isometric positions."""
+def test_drawn_copies(fp64_norms, family: str, breaking):
+    """Drawn copies of neurons, heads and isometric positions: first every old one, then any, repeatedly or not at all."""
     width = {"order": "drawn", "ffn": {"new": "copy"}, "heads": {"new": "copy"}}
     width["symmetry_breaking"] = {"method": breaking, "seed": 3}
     sizes = {"ffn": 700, "hidden": 225, "heads": 15, "kv_heads": 5}
@@ -128,7 +128,7 @@ def test_drawn_copies(fp64_norms, family, breaking):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_zero_padding_with_scaled_eps(fp64_norms, family, tied):
+def test_zero_padding_with_scaled_eps(fp64_norms, family: str, tied: bool):
     assert difference(family, {"hidden_size": 144}, tied, width={"hidden": "zero-scaled-eps"}) <= 1e-12
 
 
@@ -144,7 +144,7 @@ def test_heads(fp64_norms, heads, new):
 @pytest.mark.parametrize("heads", [(9, 3), (12, 3), (15, 3), (12, 6), (18, 6)])
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
 @pytest.mark.parametrize("family", EQUAL)
-def test_query_heads_under_one_norm(fp64_norms, family, new, heads):
+def test_query_heads_under_one_norm(fp64_norms, family: str, new, heads):
     """OLMo-2's norm goes over all query heads at once: copies are scaled to keep its mean square, fresh ones are zero."""
     target = {"hidden_size": 16 * heads[0], "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     if new == "zero-output" and heads[1] > 3:  # fresh key heads move the mean square of the keys
@@ -161,7 +161,7 @@ def test_query_heads_under_one_norm(fp64_norms, family, new, heads):
 @pytest.mark.parametrize(
     "breaking", [{"method": "noise", "snr_db": 3.0}, {"method": "diagonal"}], ids=lambda b: b["method"]
 )
-def test_symmetry_breaking(fp64_norms, family, tied, breaking):
+def test_symmetry_breaking(fp64_norms, family: str, tied: bool, breaking):
     """Twice the hidden size and the heads: each of the copies differs from the other, and together they are the source."""
     width = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": breaking}
     target = {"hidden_size": 192, "intermediate_size": 500, "num_attention_heads": 12}
@@ -199,7 +199,7 @@ def test_noise_has_its_size_and_cancels():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("family", "hidden"), [("llama", 222), ("qwen3", 222), ("gpt2", 208), ("olmo2", 288)])
-def test_whole_copies_and_padding(fp64_norms, family, hidden, tied):
+def test_whole_copies_and_padding(fp64_norms, family: str, hidden, tied: bool):
     """LEMON's expansion: 222 = 2 x 96 + 30."""
     target = {"hidden_size": hidden}
     if family in HIDDEN_PER_HEAD:
@@ -247,7 +247,7 @@ def test_inexact_padding_is_as_published_and_says_so(fp64_norms, width, reason):
 @pytest.mark.parametrize(
     ("family", "new"), [("llama", "random"), ("llama", "constant"), ("phi3", "constant"), ("gpt_neox", "random")]
 )
-def test_padded_units_are_as_asked_and_change_the_function(fp64_norms, family, new):
+def test_padded_units_are_as_asked_and_change_the_function(fp64_norms, family: str, new):
     """Initial value padding of FFN neurons and heads: old entries stay, all others are drawn or the constant."""
     architecture = small_architecture(family)
     model = drawn_model(architecture)
@@ -276,7 +276,7 @@ def test_padded_units_are_as_asked_and_change_the_function(fp64_norms, family, n
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
+def test_copies_of_the_next_layer_are_as_published(fp64_norms, family: str):
     """bert2BERT's AKI: columns as FPI splits them; rows beyond the first copies are those of the layer above."""
     architecture = small_architecture(family)
     model = drawn_model(architecture)
@@ -303,7 +303,7 @@ def test_copies_of_the_next_layer_are_as_published(fp64_norms, family):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
+def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family: str, tied: bool):
     """New entries start as the mean of the old ones; they take probability, which the plan says."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     model = drawn_model(architecture)
@@ -323,7 +323,7 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family, tied):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "granite", "smollm3"])
-def test_larger_heads(fp64_norms, family, head_dim, tied):
+def test_larger_heads(fp64_norms, family: str, head_dim, tied: bool):
     """Pairs of the rotary positions move to where they turn as fast; together with everything else too."""
     assert difference(family, {"head_dim": head_dim}, tied, length=50) <= 1e-12
     assert difference(family, {**EVERYTHING, "head_dim": head_dim}, tied, width={"heads": {"new": "copy"}}) <= 1e-12
@@ -387,7 +387,7 @@ def test_larger_heads_under_scaled_rotary_positions(fp64_norms, kind):
         ),
     ],
 )
-def test_heads_that_cannot_grow(family, changes, head_dim, message):
+def test_heads_that_cannot_grow(family: str, changes, head_dim, message: str):
     with pytest.raises(GrowthError, match=message):
         plan_growth(small_architecture(family, **changes), recipe_of(target={"head_dim": head_dim}))
 
@@ -466,12 +466,12 @@ def test_halved_layers_write_half_as_strongly():
 
 @pytest.mark.parametrize("new", ["zero-output", "identity"])
 @pytest.mark.parametrize("family", unlike(OTHERS))
-def test_depth_of_every_other_family(fp64_norms, family, new):
+def test_depth_of_every_other_family(fp64_norms, family: str, new):
     assert difference(family, {"num_hidden_layers": 5}, depth={"new": new}) <= 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_growing_by_nothing_is_the_identity(fp64_norms, family):
+def test_growing_by_nothing_is_the_identity(fp64_norms, family: str):
     architecture = small_architecture(family)
     source = model_checkpoint(architecture, drawn_model(architecture), with_moments=True)
     grown = grown_tensors(source, recipe_of(target={}))
@@ -496,7 +496,7 @@ def everything_again(family):
 
 
 @pytest.mark.parametrize("family", unlike(FAMILIES))
-def test_two_growths_in_a_row_keep_the_function(fp64_norms, family):
+def test_two_growths_in_a_row_keep_the_function(fp64_norms, family: str):
     architecture = small_architecture(family, tie_word_embeddings=True)
     model = drawn_model(architecture)
     width = {"heads": {"new": "copy" if family in EQUAL else "zero-output"}}
@@ -589,7 +589,7 @@ def test_any_shape_is_exact_or_refused(
     tied=st.booleans(),
 )
 def test_any_shape_of_every_other_family_is_exact_or_refused(
-    fp64_norms, family, units, ffn, layers, method, breaking, new, silent, depth, tied
+    fp64_norms, family: str, units, ffn, layers, method, breaking, new, silent, depth, tied: bool
 ):
     """Shapes that the family's own rules allow: whole heads where hidden is heads times their size, OLMo-2's equal copies."""
     target = {"hidden_size": 96 + 16 * units, "intermediate_size": ffn, "num_hidden_layers": layers}

@@ -43,7 +43,7 @@ def norm(found):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_the_ratio_is_that_of_the_gradients(fp64_norms, name, tied):
+def test_the_ratio_is_that_of_the_gradients(fp64_norms, name, tied: bool):
     family, content = CASES[name]
     architecture = small_architecture(family, tie_word_embeddings=tied)
     model = drawn_model(architecture)

@@ -1,6 +1,7 @@
-"""Mixtures of experts as sources: more of them, wider ones, in a wider and deeper model, from folder to folder."""
+"""Mixtures of experts as sources: more and wider experts, in a wider and deeper model, from folder to folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ FFN = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
 
 
 @pytest.fixture
-def request_for(tmp_path):
+def request_for(tmp_path: Path):
     def write(family, target, older=False, **recipe):
         config = AutoConfig.for_model(**small_architecture(family).config)
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
@@ -47,7 +48,7 @@ def compared(request):
     return incr_ds.compare(*pair, random_batches(101, 3, 16)).relative_difference
 
 
-# The sources have 4 experts, of which 2 are chosen.
+# The sources have 4 experts, and the router chooses 2.
 GROWTHS = {
     "twice as many": {"num_local_experts": 8, "num_experts_per_tok": 4},
     "three times as many": {"num_local_experts": 12, "num_experts_per_tok": 6},
@@ -63,7 +64,7 @@ GROWTHS = {
 
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize(("family", "new"), [("mixtral", "copy"), ("qwen3_moe", "zero-output")])
-def test_a_grown_mixture_computes_the_same(request_for, family, new, growth):
+def test_a_grown_mixture_computes_the_same(request_for, family: str, new, growth):
     target = {FFN[family] if field == "ffn" else field: size for field, size in GROWTHS[growth].items()}
     if family == "mixtral" and "hidden_size" in target:  # transformers wants whole heads
         target["hidden_size"] = 144
@@ -106,12 +107,12 @@ def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_f
         ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),
     ],
 )
-def test_what_a_mixture_cannot_become(request_for, target, recipe, message):
+def test_what_a_mixture_cannot_become(request_for, target, recipe, message: str):
     with pytest.raises((GrowthError, LayoutError), match=message):
         incr_ds.plan_request(request_for("mixtral", target, **recipe))
 
 
-def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path):
+def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path: Path):
     """Native ZeRO-1 and 3 and universal: each is read back as the plan says, and computes what the source did."""
     source = tmp_path / "source"
     write_zero(
@@ -153,7 +154,7 @@ def write_zero(folder, checkpoint):
     grow_checkpoint(plan_files(incr_ds.GrowthRequest(folder.parent, recipe_file, folder), checkpoint, recipe))
 
 
-def test_experts_cut_over_ranks_are_refused(tmp_path):
+def test_experts_cut_over_ranks_are_refused(tmp_path: Path):
     architecture = small_architecture("mixtral")
     write_zero(tmp_path / "source", SyntheticCheckpoint(architecture))
     stated = json.loads((tmp_path / "source" / "config.json").read_text())

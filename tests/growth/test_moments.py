@@ -1,4 +1,4 @@
-"""Adam's moments after growth: the AdamW trajectory goes on as the source's, and fresh entries cannot jump."""
+"""Adam's moments after growth: AdamW's trajectory continues the source's, and fresh entries cannot jump."""
 
 import pytest
 import torch
@@ -59,12 +59,12 @@ def doubled(architecture):
 EVEN_COPIES = {"ffn": {"new": "copy"}, "heads": {"new": "copy"}, "symmetry_breaking": {"method": "none"}}
 
 
-# Both of llama; of the others the one that is more of a test: tied heads where the norm has a bias or none comes before.
+# Both for llama; for other families the harder case: tied heads where the norm has a bias, or where no norm precedes.
 TRAINED = [("llama", False), ("llama", True), ("qwen3", True), ("gpt2", True), ("gpt_neox", False), ("opt", True)]
 
 
 @pytest.mark.parametrize(("family", "tied"), [*TRAINED, ("olmo2", False), ("phi3", False)])
-def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
+def test_forty_adamw_steps_are_the_sources(fp64_norms, family: str, tied: bool):
     """With lr, eps and decay multiplied as the plan says, integer copies train as one."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
@@ -89,7 +89,7 @@ def test_forty_adamw_steps_are_the_sources(fp64_norms, family, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", sorted(families()))
-def test_gradients_of_copies_follow_the_rule(fp64_norms, family, tied):
+def test_gradients_of_copies_follow_the_rule(fp64_norms, family: str, tied: bool):
     """The factors that scale exp_avg are those of the gradient itself, also where copies are uneven."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
@@ -102,7 +102,7 @@ def test_gradients_of_copies_follow_the_rule(fp64_norms, family, tied):
 
 
 @pytest.mark.parametrize("family", sorted(mixtures()))
-def test_gradients_of_copied_experts_follow_the_rule(fp64_norms, family):
+def test_gradients_of_copied_experts_follow_the_rule(fp64_norms, family: str):
     """Each of three copies of an expert, and its row of the router, gets a third of the gradient. transformers computes the
     shares of experts in fp32."""
     architecture = small_architecture(family)

@@ -104,7 +104,7 @@ from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architec
         ),
     ],
 )
-def test_impossible_requests_are_refused(family, content, message):
+def test_impossible_requests_are_refused(family: str, content, message: str):
     with pytest.raises(GrowthError, match=f"(?s)^grow\\.yaml: .*{message}"):
         plan_growth(small_architecture(family), recipe_of(**content), "grow.yaml")
 
@@ -120,7 +120,7 @@ def test_impossible_requests_are_refused(family, content, message):
         ({"hidden": "random", "std": -0.1}, "width.std: Input should be greater than 0"),
     ],
 )
-def test_numbers_that_no_weight_can_come_of(width, message):
+def test_numbers_that_no_weight_can_come_of(width, message: str):
     with pytest.raises(ConfigError, match=message):
         recipe_of(target={"hidden_size": 192}, width=width)
 
@@ -184,8 +184,8 @@ def test_every_method_keeps_the_source_in_order(method, old, added):
     ],
 )
 @pytest.mark.parametrize("family", sorted(families()))
-def test_any_slice_is_the_slice_of_the_whole(family, hidden, new, breaking):
-    """Of weights and moments, rows and columns at once, as tensor ranks and pipeline stages cut them and finer."""
+def test_any_slice_is_the_slice_of_the_whole(family: str, hidden, new, breaking):
+    """Parts of weights and moments, cut along rows and columns at once: as tensor and pipeline ranks cut them, and finer."""
     architecture = small_architecture(family, tie_word_embeddings=True)
     source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
     units = {"new": new}
@@ -288,7 +288,7 @@ def test_per_layer_fields_follow_the_layer_map():
 
 @pytest.mark.parametrize("optimizer", ["rescale", "copy", "reset-new", "reset"])
 @pytest.mark.parametrize("family", sorted(families()))
-def test_unchanged_tensors_are_what_the_arithmetic_gives(family, optimizer):
+def test_unchanged_tensors_are_what_the_arithmetic_gives(family: str, optimizer):
     """A growth of the FFN and of the depth leaves norms, attention and embeddings of old layers as they are."""
     architecture = small_architecture(family)
     source = model_checkpoint(architecture, drawn_model(architecture, torch.float32), with_moments=True)
@@ -333,7 +333,7 @@ SMOLLM2 = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 
         ({"hidden_size": 770}, r"Nearest sizes that work: hidden_size: 765 or 774\."),
     ],
 )
-def test_head_counts_that_a_new_hidden_size_asks_for(target, message):
+def test_head_counts_that_a_new_hidden_size_asks_for(target, message: str):
     """SmolLM2-135M: 9 query heads of 64 in 3 groups."""
     source = small_architecture("llama", **SMOLLM2)
     with pytest.raises(GrowthError, match=message):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from incr_ds.testing.memory import drawn_model, small_architecture
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_every_suggestion_can_be_grown(family):
+def test_every_suggestion_can_be_grown(family: str):
     source = small_architecture(family)
     layout = ParallelLayout(data_parallel=2)
     found = suggest_targets(source, 3 * source.num_parameters, layout)
@@ -89,7 +90,7 @@ def test_large_models_get_sizes_that_kernels_like_in_groups_that_stay():
         ("inf", "like 3e9, 1.3B"),
     ],
 )
-def test_impossible_budgets(text, message):
+def test_impossible_budgets(text, message: str):
     with pytest.raises(ConfigError, match=message):
         suggest_targets(small_architecture("llama"), parse_count(text), ParallelLayout())
 
@@ -101,7 +102,7 @@ def test_numbers_and_layouts_as_people_write_them():
         parse_layout("2x2")
 
 
-def test_the_tool(tmp_path, monkeypatch, capsys):
+def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     source = small_architecture("llama")
     drawn_model(source).save_pretrained(tmp_path)
     arguments = ["--source", str(tmp_path), "--suggest", str(3 * source.num_parameters)]
@@ -161,7 +162,9 @@ def run(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize(("family", "row"), [("llama", 2), ("olmo2", 1)])
-def test_a_row_becomes_a_recipe_that_grows(tmp_path, monkeypatch, capsys, family, row):
+def test_a_row_becomes_a_recipe_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str, row
+):
     source = small_architecture(family)
     drawn_model(source).save_pretrained(tmp_path / "source")
     suggest = ("--source", tmp_path / "source", "--suggest", 3 * source.num_parameters, "--layout", "1x2x2")
@@ -185,7 +188,9 @@ def _written(folder, text):
     return folder / "other.yaml"
 
 
-def test_a_recipe_is_written_where_it_can_be_and_of_a_row_that_is_there(tmp_path, monkeypatch, capsys):
+def test_a_recipe_is_written_where_it_can_be_and_of_a_row_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     source = small_architecture("llama")
     drawn_model(source).save_pretrained(tmp_path / "source")
     suggest = ("--source", tmp_path / "source", "--suggest", 3 * source.num_parameters)

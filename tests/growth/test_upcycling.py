@@ -42,7 +42,7 @@ def published(grown, folder):
 
 
 @pytest.fixture
-def fp64_norms(fp64_norms, monkeypatch):
+def fp64_norms(fp64_norms, monkeypatch: pytest.MonkeyPatch):
     """Mixtures too; and shares of the chosen experts that are not rounded to fp32."""
     from transformers.models.mixtral import modeling_mixtral
     from transformers.models.qwen3_moe import modeling_qwen3_moe
@@ -64,8 +64,8 @@ def fp64_norms(fp64_norms, monkeypatch):
 @pytest.mark.parametrize("growth", [{}, GROWTH], ids=["as wide", "wider and deeper"])
 @pytest.mark.parametrize(("new", "experts", "chosen", "ffn"), [("copy", 5, 2, None), ("virtual-groups", 15, 10, 50)])
 @pytest.mark.parametrize(("dense", "mixture"), PAIRS)
-def test_the_function_stays(fp64_norms, tmp_path, dense, mixture, new, experts, chosen, ffn, growth):
-    """250 neurons: five copies of all, or three times five parts of 50, of which two whole FFNs are picked."""
+def test_the_function_stays(fp64_norms, tmp_path: Path, dense, mixture, new, experts, chosen, ffn, growth):
+    """250 neurons: five copies of all, or three times five parts of 50. The router picks two whole FFNs."""
     architecture = small_architecture(dense, tie_word_embeddings=dense == "qwen3")
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), upcycling(mixture, experts, chosen, new, ffn, growth))
@@ -75,7 +75,7 @@ def test_the_function_stays(fp64_norms, tmp_path, dense, mixture, new, experts, 
     assert relative_difference(source, model) <= 1e-12
 
 
-def test_unmodified_transformers_keeps_it_to_fp32s_rounding(tmp_path):
+def test_unmodified_transformers_keeps_it_to_fp32s_rounding(tmp_path: Path):
     architecture = small_architecture("qwen3")
     source = drawn_model(architecture)
     grown = grown_tensors(model_checkpoint(architecture, source), upcycling("qwen3_moe"))
@@ -100,7 +100,7 @@ def test_virtual_groups_have_one_router_row_and_their_part_of_the_neurons():
     assert torch.equal(part, router[4:12, 3:40])
 
 
-def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_norms, tmp_path):
+def test_dropped_neurons_start_from_the_statistics_of_what_they_replace(fp64_norms, tmp_path: Path):
     """Drop-upcycling as published: half of the neurons, others in each expert, normal with their mean and deviation."""
     architecture = small_architecture("qwen3")
     model = drawn_model(architecture)
@@ -151,9 +151,9 @@ def test_any_slice_is_the_slice_of_the_whole(dense, mixture, new, experts, ffn):
     tied=st.booleans(),
 )
 def test_any_mixture_keeps_the_function(
-    fp64_norms, tmp_path, dense, mixture, parts, groups, chosen, heads, layers, tied
+    fp64_norms, tmp_path: Path, dense, mixture, parts, groups, chosen, heads, layers, tied: bool
 ):
-    """``groups`` whole FFNs in ``parts`` each, of which whole ones are picked."""
+    """``groups`` whole FFNs, each in ``parts`` experts. The router picks whole FFNs."""
     architecture = small_architecture(dense, tie_word_embeddings=tied)
     source = drawn_model(architecture)
     growth = {
@@ -170,7 +170,7 @@ def test_any_mixture_keeps_the_function(
 
 
 @pytest.mark.parametrize(("dense", "mixture"), PAIRS)
-def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path, dense, mixture):
+def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path: Path, dense, mixture):
     """One expert that is always picked is the dense model; a grown model becomes a mixture as any other."""
     architecture = small_architecture(dense)
     model = drawn_model(architecture)
@@ -224,7 +224,7 @@ def test_a_growth_and_then_a_mixture_keep_the_function(fp64_norms, tmp_path, den
         ),
     ],
 )
-def test_what_cannot_be_is_refused(dense, recipe, message):
+def test_what_cannot_be_is_refused(dense, recipe, message: str):
     with pytest.raises(GrowthError, match=message):
         plan_growth(small_architecture(dense), recipe)
 

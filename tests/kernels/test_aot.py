@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,14 +32,14 @@ def check(usages):
         assert usage["shared"] <= MOST_SHARED, usage
 
 
-def test_bf16_kernels_compile_within_their_budgets(tmp_path):
+def test_bf16_kernels_compile_within_their_budgets(tmp_path: Path):
     usages = compiled(tmp_path, "bf16")
     assert len(usages) == 18 and {usage["logits"] for usage in usages} == {"bf16"}
     check(usages)
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_within_its_budgets(tmp_path):
+def test_every_kernel_compiles_within_its_budgets(tmp_path: Path):
     usages = compiled(tmp_path)
     assert len(usages) == 54
     check(usages)

@@ -1,4 +1,4 @@
-"""The CUDA rows compile for sm_90a within their budgets, once, whatever happens meanwhile; no GPU needed."""
+"""The CUDA rows compile for sm_90a within their budgets, once, even if a compiler is interrupted; no GPU needed."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ BUILD = "from incr_ds.kernels.cuda_library import build_library; print(build_lib
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INCR_DS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield build_library()
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch):
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Makes the script that runs as nvcc, and an empty cache."""
     monkeypatch.setenv("INCR_DS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -75,14 +76,14 @@ def test_rows_that_are_not_aligned_are_refused(built):
 
 
 @needs_nvcc
-def test_a_built_library_is_not_built_again(built, monkeypatch, tmp_path):
+def test_a_built_library_is_not_built_again(built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     before = built.stat().st_mtime_ns
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert build_library() == built and built.stat().st_mtime_ns == before
 
 
-def test_changed_sources_are_another_library(monkeypatch):
+def test_changed_sources_are_another_library(monkeypatch: pytest.MonkeyPatch):
     before = library_path()
     monkeypatch.setattr(cuda_library, "OPTIONS", (*cuda_library.OPTIONS, "-lineinfo"))
     cuda_library._fingerprint.cache_clear()
@@ -102,7 +103,7 @@ def test_a_failing_nvcc_is_quoted_and_leaves_nothing_behind(compiler):
         build_library()
 
 
-def test_without_nvcc_the_build_says_so(compiler, monkeypatch, tmp_path):
+def test_without_nvcc_the_build_says_so(compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KernelError, match="must be built, but there is no nvcc in CUDA_HOME or on PATH"):
         build_library()
@@ -112,7 +113,7 @@ def test_without_nvcc_the_build_says_so(compiler, monkeypatch, tmp_path):
 SLOW = 'echo run >>"$CUDA_HOME/runs"; while [ "$1" != -o ]; do shift; done; sleep 0.5; echo library >"$2"'
 
 
-def test_processes_that_ask_at_once_compile_once(compiler, tmp_path):
+def test_processes_that_ask_at_once_compile_once(compiler, tmp_path: Path):
     compiler(SLOW)
     asking = [
         subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, text=True, env=os.environ)
@@ -124,7 +125,7 @@ def test_processes_that_ask_at_once_compile_once(compiler, tmp_path):
     assert library_path().read_text() == "library\n"
 
 
-def test_a_killed_build_is_no_obstacle(compiler, tmp_path):
+def test_a_killed_build_is_no_obstacle(compiler, tmp_path: Path):
     compiler('echo run >>"$CUDA_HOME/runs"; exec sleep 20')
     killed = subprocess.Popen([sys.executable, "-c", BUILD], env=os.environ, start_new_session=True)
     deadline = time.monotonic() + 60

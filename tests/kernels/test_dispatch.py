@@ -1,8 +1,9 @@
-"""Which row kernels run, said once, and refusals that say why."""
+"""Which row kernels run (logged once), and refusals with their reasons."""
 
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_automatic_choice_is_logged_once(caplog):
     ]
 
 
-def test_automatic_choice_on_a_cuda_device_is_triton_where_it_can_be_imported(caplog, monkeypatch):
+def test_automatic_choice_on_a_cuda_device_is_triton_where_it_can_be_imported(caplog, monkeypatch: pytest.MonkeyPatch):
     with caplog.at_level(logging.INFO):
         assert row_kernels("auto", CUDA, torch.bfloat16).name == "triton"
     assert row_kernels("auto", CUDA, torch.float64).name == "torch"
@@ -46,7 +47,7 @@ def without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "incr_ds.kernels.triton_rows", None)
 
 
-def test_a_request_that_cannot_be_met_says_why(monkeypatch):
+def test_a_request_that_cannot_be_met_says_why(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ValueError, match="'triton' cannot run: its kernels compute in fp32, but the tensors are float64"
     ):
@@ -61,7 +62,7 @@ def test_a_request_that_cannot_be_met_says_why(monkeypatch):
         row_kernels("triton", CPU, torch.float32)
 
 
-def test_cuda_rows_say_what_is_missing(monkeypatch, tmp_path):
+def test_cuda_rows_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ValueError, match="'cuda' cannot run: its kernels compute in fp32, but the tensors are float64"):
         row_kernels("cuda", CUDA, torch.float64)
     with pytest.raises(ValueError, match="'cuda' cannot run: the tensors are on 'cpu', not on a CUDA device. Use"):

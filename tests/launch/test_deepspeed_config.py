@@ -37,7 +37,7 @@ def test_the_run_file_is_enough():
     assert config["gradient_clipping"] == 1.0
 
 
-def test_what_deepspeed_owns_is_kept_and_the_rest_derived(tmp_path):
+def test_what_deepspeed_owns_is_kept_and_the_rest_derived(tmp_path: Path):
     own = {"zero_optimization": {"overlap_comm": False, "stage": 2}, "comms_logger": {"enabled": True}}
     config = deepspeed_config(with_json(tmp_path, own))
     assert config["zero_optimization"] == {"overlap_comm": False, "stage": 2}
@@ -46,7 +46,7 @@ def test_what_deepspeed_owns_is_kept_and_the_rest_derived(tmp_path):
     assert config["bf16"] == {"enabled": True} and config["gradient_clipping"] == 0.7
 
 
-def test_every_disagreement_is_named_at_once(tmp_path):
+def test_every_disagreement_is_named_at_once(tmp_path: Path):
     own = {
         "train_batch_size": 16,
         "zero_optimization": {"stage": 1},
@@ -95,7 +95,7 @@ def test_every_disagreement_is_named_at_once(tmp_path):
         ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
     ],
 )
-def test_a_malformed_json_is_named(tmp_path, content, text):
+def test_a_malformed_json_is_named(tmp_path: Path, content, text):
     with pytest.raises(ConfigError, match=text):
         deepspeed_config(with_json(tmp_path, content))
 
@@ -105,7 +105,7 @@ def test_a_missing_json_is_named():
         deepspeed_config(pico_run(deepspeed="absent.json"))
 
 
-def test_numbers_and_sections_as_deepspeed_files_have_them(tmp_path):
+def test_numbers_and_sections_as_deepspeed_files_have_them(tmp_path: Path):
     own = {
         "zero_optimization": {"reduce_bucket_size": 5e8, "offload_param": None, "overlap_comm": None},
         "log_level": "info",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def material(tmp_path):
+def material(tmp_path: Path):
     builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
     builder.add_document([1, 2, 3], [3])
     builder.finalize(str(tmp_path / "x.idx"))
@@ -77,14 +77,14 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_
 
 
 @pytest.mark.parametrize("started", ["3", "two"])
-def test_another_number_of_processes_is_refused(material, monkeypatch, started):
+def test_another_number_of_processes_is_refused(material, monkeypatch: pytest.MonkeyPatch, started):
     for name, value in {**LAUNCHED, "WORLD_SIZE": started}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"needs 2 processes, but {started} were started"):
         check_world_size(run_of(material, layout={"data_parallel": 2}).layout)
 
 
-def test_a_rank_that_no_launcher_started_says_how_to_start(material, monkeypatch):
+def test_a_rank_that_no_launcher_started_says_how_to_start(material, monkeypatch: pytest.MonkeyPatch):
     for name in ("WORLD_SIZE", *LAUNCHED):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="no WORLD_SIZE, RANK, .* in the environment: start training with a launcher"):
@@ -102,7 +102,7 @@ def test_a_rank_that_no_launcher_started_says_how_to_start(material, monkeypatch
         ("", "output: '': not a valid path"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused(material, output, message):
+def test_an_output_that_cannot_be_written_is_refused(material, output, message: str):
     where = output if output.startswith("/") or not output else f"{material}/{output}"
     with pytest.raises(IncrError, match=message):
         check_run(run_of(material, output=where))

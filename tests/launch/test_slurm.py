@@ -50,7 +50,7 @@ if [ "$1" = show ]; then echo node1; else echo "$@" >> requeued; fi
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path: Path):
     (tmp_path / "bin").mkdir()
     for name, text in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_queued_again(cluster):
         ("ends: 1\nsaves: false", 1, "no step was saved since the start (exit 1); not queued again"),
     ],
 )
-def test_a_run_that_would_fail_again_is_not_queued_again(cluster, run_file, expected, message):
+def test_a_run_that_would_fail_again_is_not_queued_again(cluster, run_file, expected, message: str):
     with job(cluster, run_file) as process:
         code, shown = ended(process)
     assert code == expected and message in shown

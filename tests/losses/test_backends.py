@@ -19,7 +19,7 @@ FP32_ERRORS = [1e-6] * 5 + [3e-6] * 2
 
 
 @pytest.fixture(autouse=True)
-def several_blocks_per_row(monkeypatch):
+def several_blocks_per_row(monkeypatch: pytest.MonkeyPatch):
     """V = 101 then takes several steps of every loop, the last one partly filled; recompute has 7 blocks of columns."""
     monkeypatch.setattr(planner, "COLUMN_QUANTUM", 16)
     monkeypatch.setattr(triton_rows, "STATISTICS_LAUNCH", RowLaunch(32, 1))
@@ -84,8 +84,8 @@ CAPS = [{"softcap": 2.0}, {"teacher_softcap": 3.0}, {"softcap": 4.0, "teacher_so
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("caps", CAPS, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_capped_logits_equal_the_reference(backend, caps, divergence):
-    """Whose gradient is autograd's through the cap."""
+def test_capped_logits_equal_the_reference(backend: str, caps, divergence):
+    """The reference's gradient is autograd's through the cap."""
     problem = make_problem(torch.float32)
     settings = {
         "alpha": 0.3,
@@ -104,7 +104,7 @@ def test_capped_logits_equal_the_reference(backend, caps, divergence):
 
 
 @pytest.mark.parametrize("backend", ["torch", "recompute"])
-def test_capped_logits_and_sparse_teachers(backend):
+def test_capped_logits_and_sparse_teachers(backend: str):
     problem = make_problem()
     settings = {"alpha": 0.4, "temperature": 1.5, "teacher": sparse(problem, "bucket"), "softcap": 3.0}
     expected = outcome(problem, **settings, backend="reference")
@@ -130,14 +130,14 @@ def test_capped_logits_of_low_precision(dtype):
         ({"teacher_softcap": -1.0, "alpha": 0.5}, "the teacher's softcap is -1.0, expected a positive number"),
     ],
 )
-def test_caps_that_are_none_are_refused(arguments, message):
+def test_caps_that_are_none_are_refused(arguments, message: str):
     with pytest.raises(ValueError, match=message):
         outcome(make_problem(), **{"alpha": 0.0, **arguments})
 
 
 @pytest.mark.parametrize("kind", ["bucket", "none", "sampled"])
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_sparse_teachers_equal_the_reference(kind, backend):
+def test_sparse_teachers_equal_the_reference(kind, backend: str):
     dtype = torch.float32 if backend == "triton" else torch.float64
     problem = make_problem(torch.float32)
     settings = {
@@ -154,7 +154,7 @@ def test_sparse_teachers_equal_the_reference(kind, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_padding_is_outside_every_sum(backend):
+def test_padding_is_outside_every_sum(backend: str):
     """Each model has its own padding behind 101 entries; garbage in it must not matter."""
     dtype = torch.float32 if backend == "triton" else torch.float64
     plain, settings = make_problem(dtype), {"alpha": 0.5, "label_smoothing": 0.1, "z_loss": 0.01, "backend": backend}
@@ -173,7 +173,7 @@ def test_padding_is_outside_every_sum(backend):
     ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("recompute", torch.bfloat16)]
 )
 @pytest.mark.parametrize("budget", [None, 12_000], ids=["one chunk", "many chunks"])
-def test_no_less_accurate_than_eager(backend, dtype, budget):
+def test_no_less_accurate_than_eager(backend: str, dtype, budget):
     problem = make_problem(dtype, tokens=64, scale=0.5)
     settings = {"alpha": 0.5, "temperature": 1.0, "z_loss": 1e-3}
     exact = outcome(problem.to(torch.float64), **settings, backend="reference")
@@ -184,7 +184,7 @@ def test_no_less_accurate_than_eager(backend, dtype, budget):
 
 
 def eager(problem):
-    """The same loss by autograd over whole logits in the inputs' dtype, with fp32 softmax: what people write."""
+    """The same loss by autograd over whole logits in the inputs' dtype, with an fp32 softmax, as it is usually written."""
     kept = problem.labels != -100
     logits = (problem.hidden @ problem.head.T)[kept].float()
     scores = (problem.teacher_hidden @ problem.teacher_head.T)[kept].float()
@@ -200,7 +200,7 @@ def eager(problem):
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16), ("recompute", torch.bfloat16)]
 )
-def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(backend, dtype):
+def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(backend: str, dtype):
     problem = make_problem(torch.float32)
     with torch.autocast("cpu", dtype):
         found = outcome(problem, alpha=0.5, backend=backend)
@@ -214,13 +214,13 @@ def test_autocast_takes_low_precision_operands_and_keeps_the_gradients_dtype(bac
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_repeats_are_the_same_bits(backend):
+def test_repeats_are_the_same_bits(backend: str):
     first, second = (outcome(make_problem(torch.float32), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_without_gradients_values_are_the_same(backend):
+def test_without_gradients_values_are_the_same(backend: str):
     problem = make_problem(torch.float32)
     for divergence in DIVERGENCES:
         kept = distillation_loss(*problem.tensors, alpha=0.5, divergence=divergence, backend=backend)
@@ -232,7 +232,7 @@ def test_without_gradients_values_are_the_same(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "recompute"])
 @pytest.mark.parametrize("budget", [None, 20_000])
-def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget, backend):
+def test_the_heads_gradient_goes_straight_into_a_given_buffer(budget, backend: str):
     problem, scale = make_problem(torch.bfloat16), torch.tensor(8.0)
     expected = outcome(problem.to(torch.float64), alpha=0.5, backend="reference")[6]
     buffer = torch.ones(V, HS)

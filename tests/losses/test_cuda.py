@@ -33,7 +33,7 @@ def make_problem(dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("budget", [None, 3_000_000], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("backend", ["triton", "torch", "recompute", CUDA_ROWS])
-def test_no_less_accurate_than_eager(backend, budget):
+def test_no_less_accurate_than_eager(backend: str, budget):
     exact = outcome(make_problem(torch.float64), alpha=0.5, z_loss=1e-3, backend="reference")
     ours = relative_errors(outcome(make_problem(), alpha=0.5, z_loss=1e-3, backend=backend, budget_bytes=budget), exact)
     theirs = relative_errors(eager(make_problem()), exact)
@@ -44,7 +44,7 @@ def test_no_less_accurate_than_eager(backend, budget):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
-def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend):
+def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend: str):
     options = {"alpha": 0.5, "temperature": temperature, "divergence": divergence, "label_smoothing": 0.1}
     expected = outcome(make_problem(torch.float64), **options, backend="reference")
     found = outcome(make_problem(torch.float32), **options, backend=backend)
@@ -52,7 +52,7 @@ def test_rows_equal_the_reference_in_fp32(divergence, temperature, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
-def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend):
+def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend: str):
     problem = make_problem()
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         for temperature in (1.0, 2.5):
@@ -65,7 +65,7 @@ def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "recompute", CUDA_ROWS])
-def test_repeats_are_the_same_bits(backend):
+def test_repeats_are_the_same_bits(backend: str):
     first, second = (outcome(make_problem(), alpha=0.5, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -91,7 +91,7 @@ def test_nothing_synchronises():
 
 
 @pytest.mark.parametrize("backend", ["auto", "recompute"])
-def test_memory_stays_within_the_budget_and_the_gradients(backend):
+def test_memory_stays_within_the_budget_and_the_gradients(backend: str):
     problem, budget = make_problem(), 4_000_000
     distillation_loss(*problem.tensors, alpha=0.5, budget_bytes=budget, backend=backend)
     torch.cuda.reset_peak_memory_stats()

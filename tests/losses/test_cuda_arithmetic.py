@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc in
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(tmp_path_factory: pytest.TempPathFactory):
     library = tmp_path_factory.mktemp("host") / "rows.so"
     source = Path(__file__).parent / "host_rows.cu"
     options = ["-O1", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-ffp-contract=off", "-Werror=all-warnings"]
@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def host(rows, monkeypatch):
+def host(rows, monkeypatch: pytest.MonkeyPatch):
     """backend="cuda" then means the host's rows."""
     monkeypatch.setattr(distillation, "row_kernels", lambda backend, device, dtype: rows)
     return "cuda"
@@ -116,7 +116,7 @@ def test_statistics_of_extreme_rows(rows):
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-3])
 def test_a_small_divergence_keeps_its_digits(distance, rows):
-    """Logits that differ by 1e-3 have a divergence near 5e-7, of which the usual form in fp32 keeps nothing."""
+    """Logits that differ by 1e-3 have a divergence near 5e-7, which the usual form in fp32 loses completely."""
     generator = torch.Generator().manual_seed(0)
     student = 3 * torch.randn(4, 2048, generator=generator)
     teacher = student + distance * torch.randn(4, 2048, generator=generator)

@@ -1,4 +1,4 @@
-"""The function's manners: what it returns, what it refuses, and how it sits in autograd."""
+"""The function's contract: what it returns, what it refuses, and how it works with autograd."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_only_the_loss_has_a_gradient():
 
 @pytest.mark.parametrize("backend", ["torch", "recompute"])
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_what_needs_no_gradient_gets_none(frozen, backend):
+def test_what_needs_no_gradient_gets_none(frozen, backend: str):
     problem = make_problem()
     expected = outcome(make_problem(), alpha=0.5)[5:]
     getattr(problem, frozen).requires_grad_(False)
@@ -117,7 +117,7 @@ def test_a_tied_embedding_gets_the_gradient_of_both_uses():
 
 
 @pytest.mark.parametrize("backend", ["torch", "recompute"])
-def test_no_tokens_at_all_is_zero(backend):
+def test_no_tokens_at_all_is_zero(backend: str):
     hidden, head = torch.zeros(0, HS, requires_grad=True), torch.randn(V, HS, requires_grad=True)
     loss = distillation_loss(
         hidden, head, torch.zeros(0, dtype=torch.long), alpha=0.0, z_loss=0.1, backend=backend

@@ -1,12 +1,14 @@
 """The module computes the function's loss, over any leading dimensions and with its settings."""
 
+from functools import partial
+
 import pytest
 import torch
 from loss_problem import V, make_problem
 from torch import nn
 
 from incr_ds.losses.distillation import distillation_loss
-from incr_ds.losses.head import DistillationHead, LossSettings
+from incr_ds.losses.head import DistillationHead
 from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, TopKTeacher
 
 
@@ -35,7 +37,7 @@ def test_the_module_is_the_function(index):
     options = {"z_loss": 0.1, "label_smoothing": 0.2, "backend": "torch", "budget_bytes": 5_000}
     if index == 0:
         options["divergence"] = "jsd"
-    module = DistillationHead(nn.Parameter(problem.head.detach()), None, 0, V, LossSettings(**options))
+    module = DistillationHead(nn.Parameter(problem.head.detach()), None, 0, V, partial(distillation_loss, **options))
     ours = module(
         problem.hidden.unflatten(0, (3, 4)), problem.labels.unflatten(0, (3, 4)), teacher=batched(teacher), alpha=0.5,
         temperature=torch.tensor(2.0),

@@ -42,7 +42,7 @@ def taught_by_itself(problem):
     ("backend", "dtype"), [*BACKENDS, ("torch", torch.bfloat16), ("recompute", torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype, divergence):
+def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend: str, dtype, divergence):
     problem = taught_by_itself(make_problem(dtype))
     for temperature in (1.0, 2.5):
         result = distillation_loss(
@@ -55,7 +55,7 @@ def test_a_student_equal_to_its_teacher_has_exactly_no_divergence(backend, dtype
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("distance", [1e-2, 1e-3])
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_a_small_divergence_keeps_its_digits_in_fp32(backend, distance, divergence):
+def test_a_small_divergence_keeps_its_digits_in_fp32(backend: str, distance, divergence):
     """Heads that are the identity: the logits are exact, so that only the divergence's own error shows."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(9, HS, generator=generator)
@@ -89,7 +89,7 @@ def test_chunks_and_blocks_change_nothing(budget, seed, divergence, backend):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
-def test_ignored_rows_have_no_gradient_and_do_not_count(backend, dtype):
+def test_ignored_rows_have_no_gradient_and_do_not_count(backend: str, dtype):
     problem = make_problem(dtype)
     kept = problem.labels != -100
     options = {"alpha": 0.5, "z_loss": 0.01, "label_smoothing": 0.1, "backend": backend}
@@ -104,7 +104,7 @@ def test_ignored_rows_have_no_gradient_and_do_not_count(backend, dtype):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
-def test_a_batch_without_a_valid_token_is_zero(backend, dtype):
+def test_a_batch_without_a_valid_token_is_zero(backend: str, dtype):
     problem = make_problem(dtype, ignored=range(11))
     result = distillation_loss(*problem.tensors, alpha=0.5, backend=backend)
     assert not any(part.any() for part in result[:6])
@@ -113,7 +113,7 @@ def test_a_batch_without_a_valid_token_is_zero(backend, dtype):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])
-def test_logits_of_ten_thousand_stay_finite(backend, divergence):
+def test_logits_of_ten_thousand_stay_finite(backend: str, divergence):
     problem = make_problem(torch.float32)
     far = LossProblem(
         (problem.hidden * 1e3).detach().requires_grad_(), problem.head, problem.labels,
@@ -128,7 +128,7 @@ def test_logits_of_ten_thousand_stay_finite(backend, divergence):
 
 
 @pytest.mark.parametrize("kernels", [TorchRows(), TritonRows()], ids=lambda kernels: kernels.name)
-def test_statistics_of_logits_with_minus_infinity(kernels, monkeypatch):
+def test_statistics_of_logits_with_minus_infinity(kernels, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton_rows, "STATISTICS_LAUNCH", RowLaunch(16, 1))
     logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(0))
     logits[0, 20:] = logits[1, :20] = logits[2, ::2] = -torch.inf

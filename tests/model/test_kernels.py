@@ -49,7 +49,7 @@ def test_the_preference_changes_no_number_where_cudnn_is_not(recompute):
     assert torch.equal(*losses)
 
 
-def test_liger_where_it_cannot_run_is_refused(monkeypatch):
+def test_liger_where_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ConfigError, match="liger: its kernels need a CUDA device, but this run is on 'cpu'; set transform"
     ):

@@ -1,5 +1,7 @@
 """The plain model is transformers' model: same names, same loss, same gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -7,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from incr_ds.arch.training import check_vocabularies
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
-from incr_ds.losses.head import LossSettings
+from incr_ds.losses.distillation import distillation_loss
 from incr_ds.model.build import check_parameters
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
@@ -21,7 +23,7 @@ ONE_RANK = TensorRanks(None, 0, 1)
 
 
 def plain(checkpoint, dtype=torch.float64, attention="sdpa", recompute=False, softcap=None):
-    loss = LossSettings(softcap=softcap)
+    loss = partial(distillation_loss, softcap=softcap)
     factory = LayerFactory(
         checkpoint.architecture,
         ONE_RANK,
@@ -52,7 +54,7 @@ def batch():
 @pytest.mark.parametrize("family", FAMILIES)
 # With Mistral's sliding window of 5, shorter than the sequence, the masks matter.
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_loss_and_gradients_equal_transformers(family, tied, attention):
+def test_loss_and_gradients_equal_transformers(family: str, tied: bool, attention):
     checkpoint = drawn_checkpoint(pico_architecture(family, tied=tied))
     ours, theirs = plain(checkpoint, attention=attention), transformers_model(checkpoint)
     input_ids, labels = batch()

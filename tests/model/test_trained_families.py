@@ -44,7 +44,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "variant"], ids=str)
 @pytest.mark.parametrize("family", TRAINED_BESIDE)
-def test_loss_and_gradients_equal_transformers(family, changes):
+def test_loss_and_gradients_equal_transformers(family: str, changes):
     checkpoint = drawn_checkpoint(small_architecture(family, **(VARIANTS[family] if changes == "variant" else changes)))
     # Gemma 2 caps its scores, which only the eager attention does, with a softmax in fp32.
     eager = family == "gemma2"
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_transformers(family, changes):
 
 
 @pytest.mark.parametrize("family", TRAINED_BESIDE)
-def test_fresh_weights_are_transformers_own(family):
+def test_fresh_weights_are_transformers_own(family: str):
     architecture = small_architecture(family, tie_word_embeddings=False)
     theirs = dict(transformers_fresh(architecture).named_parameters())
     fresh = FreshWeights(architecture, seed=0)
@@ -88,7 +88,7 @@ def transformers_fresh(architecture):
 
 
 @pytest.mark.parametrize(("family", "field"), [("gpt2", "embd_pdrop"), ("gpt_neox", "hidden_dropout")])
-def test_the_embedding_is_dropped_out_as_transformers_does(family, field):
+def test_the_embedding_is_dropped_out_as_transformers_does(family: str, field):
     others = {"resid_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {"attention_dropout": 0.0}
     checkpoint = drawn_checkpoint(small_architecture(family, **others, **{field: 0.5}))
     losses = []
@@ -112,7 +112,7 @@ def test_the_embedding_is_dropped_out_as_transformers_does(family, field):
         ("olmo3", "its norms of queries and keys are over all heads at once"),
     ],
 )
-def test_what_is_not_cut_over_tensor_ranks_says_why(family, reason):
+def test_what_is_not_cut_over_tensor_ranks_says_why(family: str, reason):
     with pytest.raises(
         LayoutError, match=f"tensor_parallel 2: {family} is not cut over tensor ranks: {reason}.*zero_stage 3"
     ):

@@ -1,4 +1,4 @@
-"""The offline story through its command line: a real ZeRO source, every target, and what happens on bad input."""
+"""Offline growth through its command line: a real ZeRO source, every target, and bad input."""
 
 import json
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ TARGET = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory: pytest.TempPathFactory):
     """A tied llama trained for a few steps on 2 ranks, ZeRO-1, bf16: {"zero": folder, "huggingface": folder}."""
     folder = tmp_path_factory.mktemp("source")
     run_processes(write_source, 2, str(folder))
@@ -38,7 +39,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path: Path):
     def write(**content):
         path = tmp_path / f"recipe{len(list(tmp_path.iterdir()))}.yaml"
         path.write_text(yaml.safe_dump({"target": TARGET, **content}))
@@ -55,7 +56,7 @@ def same_function(first, second):
     return compare(first, second, random_batches(101, 2, 12)).relative_difference
 
 
-def test_plan_only_writes_nothing(source, recipe, tmp_path):
+def test_plan_only_writes_nothing(source, recipe, tmp_path: Path):
     done = grow(source["zero"], recipe(), tmp_path / "out", "--plan-only")
     assert done.returncode == 0, done.stderr
     for shown in (
@@ -79,7 +80,7 @@ def test_plan_only_writes_nothing(source, recipe, tmp_path):
     ],
 )
 @pytest.mark.parametrize("tied", ["zero"])
-def test_native_target_reads_back(source, recipe, tmp_path, layout, tied):
+def test_native_target_reads_back(source, recipe, tmp_path: Path, layout, tied: bool):
     """Every element of every state is where the layout says, whatever the grid: our reader joins it to the plan's tensors."""
     out = tmp_path / "out"
     done = grow(source[tied], recipe(layout=layout), out)
@@ -97,7 +98,7 @@ def test_native_target_reads_back(source, recipe, tmp_path, layout, tied):
     assert same_function(origin, target) <= 1e-5
 
 
-def test_native_target_loads_in_deepspeed(source, recipe, tmp_path):
+def test_native_target_loads_in_deepspeed(source, recipe, tmp_path: Path):
     folders = {}
     for stage in (1, 2):
         folders[stage] = tmp_path / f"stage{stage}"
@@ -116,7 +117,7 @@ def test_native_target_loads_in_deepspeed(source, recipe, tmp_path):
         assert found["moves"]
 
 
-def test_a_reset_optimizer_writes_no_moments_and_deepspeed_starts_anew(source, recipe, tmp_path):
+def test_a_reset_optimizer_writes_no_moments_and_deepspeed_starts_anew(source, recipe, tmp_path: Path):
     """Two thirds of the optimizer files would be zeros."""
     folders = {}
     for stage in (1, 2):
@@ -144,7 +145,7 @@ def optimizer_bytes(folder):
     return sum(path.stat().st_size for path in folder.rglob("*_optim_states.pt"))
 
 
-def test_huggingface_target(source, recipe, tmp_path):
+def test_huggingface_target(source, recipe, tmp_path: Path):
     out = tmp_path / "out"
     done = grow(source["zero"], recipe(layout={"format": "huggingface"}), out)
     assert done.returncode == 0, done.stderr
@@ -158,7 +159,7 @@ def test_huggingface_target(source, recipe, tmp_path):
     assert expected.relative_difference <= 1e-5
 
 
-def test_the_same_bytes_for_any_number_of_workers(source, recipe, tmp_path):
+def test_the_same_bytes_for_any_number_of_workers(source, recipe, tmp_path: Path):
     path = recipe(layout={"tensor_parallel": 2, "pipeline_parallel": 2}, width={"symmetry_breaking": {"seed": 5}})
     for workers in (1, 3):
         done = grow(source["zero"], path, tmp_path / f"w{workers}", "--workers", workers)
@@ -167,7 +168,7 @@ def test_the_same_bytes_for_any_number_of_workers(source, recipe, tmp_path):
     assert one == three and len(one) > 10
 
 
-def test_verify_and_export(source, recipe, tmp_path):
+def test_verify_and_export(source, recipe, tmp_path: Path):
     out = tmp_path / "out"
     assert grow(source["zero"], recipe(layout={"pipeline_parallel": 2}), out).returncode == 0
     compared = ("--against", source["zero"], "--samples", 2, "--length", 12)
@@ -211,7 +212,7 @@ def test_verify_and_export(source, recipe, tmp_path):
         (lambda p: p.with_name("extra.bin").write_bytes(b"x"), "extra.bin: not in the manifest"),
     ],
 )
-def test_verify_finds_every_damage(source, recipe, tmp_path, change, message):
+def test_verify_finds_every_damage(source, recipe, tmp_path: Path, change, message: str):
     out = tmp_path / "out"
     assert grow(source["huggingface"], recipe(layout={"format": "huggingface"}), out).returncode == 0
     change(out / "model.safetensors")
@@ -233,14 +234,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD)
-def test_bad_recipes(source, recipe, tmp_path, content, message):
+def test_bad_recipes(source, recipe, tmp_path: Path, content, message: str):
     done = grow(source["zero"], recipe(**content), tmp_path / "out")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_sources(source, recipe, tmp_path):
+def test_bad_sources(source, recipe, tmp_path: Path):
     path = recipe()
     cases = [
         (tmp_path / "nowhere", "not a folder"),
@@ -267,7 +268,7 @@ def test_bad_sources(source, recipe, tmp_path):
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
+def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path: Path):
     """A byte of a moment that no other file repeats: only the checksum can tell."""
     first = tmp_path / "first"
     assert grow(source["zero"], recipe(), first).returncode == 0
@@ -281,7 +282,7 @@ def test_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-def test_what_describes_a_published_source_must_match_its_manifest(source, recipe, tmp_path):
+def test_what_describes_a_published_source_must_match_its_manifest(source, recipe, tmp_path: Path):
     """An eps that nobody published would be taken for the model's: no shape tells."""
     first, same_size = tmp_path / "first", recipe(target={})
     assert grow(source["zero"], recipe(), first).returncode == 0
@@ -306,7 +307,7 @@ def test_what_describes_a_published_source_must_match_its_manifest(source, recip
     )
 
 
-def test_an_existing_output_is_kept(source, recipe, tmp_path):
+def test_an_existing_output_is_kept(source, recipe, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("1")
     done = grow(source["zero"], recipe(), tmp_path / "out")
@@ -316,8 +317,8 @@ def test_an_existing_output_is_kept(source, recipe, tmp_path):
 
 @pytest.mark.parametrize("output", [".", "inner", "step/inner", ".."])
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_an_output_in_its_source_is_refused(source, recipe, tmp_path, output, overwrite):
-    """It would make files foreign to the source's manifest, or replace the source while it is read."""
+def test_an_output_in_its_source_is_refused(source, recipe, tmp_path: Path, output, overwrite):
+    """Such an output would add files that the source's manifest lacks, or replace the source while it is read."""
     folder = tmp_path / "own" / "source"
     shutil.copytree(source["zero"], folder)
     path = recipe()
@@ -329,7 +330,7 @@ def test_an_output_in_its_source_is_refused(source, recipe, tmp_path, output, ov
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path):
+def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path: Path):
     os.symlink(source["zero"], tmp_path / "source")
     recipe(layout={"data_parallel": 32}).rename(tmp_path / "recipe.yaml")
     process = multiprocessing.get_context("forkserver").Process(
@@ -346,7 +347,7 @@ def test_kill_during_growth_leaves_no_target(source, recipe, tmp_path):
     assert not list(tmp_path.glob(".out.incomplete-*")), "what the killed run left is cleaned up"
 
 
-def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_path):
+def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_path: Path):
     """As many tokens as stated, of the source's vocabulary, through both models; more than the budget is not loaded."""
     layout = {"format": "huggingface"}
     grow = (
@@ -372,7 +373,7 @@ def test_an_inexact_growth_shows_what_it_does_to_the_loss(source, recipe, tmp_pa
     )
 
 
-def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path):
+def test_models_larger_than_the_budget_are_not_measured(source, recipe, tmp_path: Path):
     from incr_ds.cli.grow import _described, _step_0
     from incr_ds.offline.plan import GrowthRequest, plan_request
 

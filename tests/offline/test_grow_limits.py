@@ -26,7 +26,7 @@ from incr_ds.testing.synthetic import SyntheticCheckpoint
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     """A folder with a source of two data-parallel ranks, a recipe of five files, and the grown target."""
     folder = tmp_path_factory.mktemp("limits")
     write_synthetic(folder, pico_architecture(), data_parallel=2)
@@ -51,7 +51,7 @@ def test_the_synthetic_source_is_what_its_checkpoint_says(home):
 
 
 @pytest.mark.parametrize(("workers", "budget"), [(3, 2 << 30), (1, None), (8, None)])
-def test_bytes_do_not_depend_on_workers_or_memory(home, tmp_path, workers, budget):
+def test_bytes_do_not_depend_on_workers_or_memory(home, tmp_path: Path, workers, budget):
     """A budget of None: the smallest that the plan accepts, so that every read is a row or a few."""
     if budget is None:
         with pytest.raises(ConfigError, match=rf"with {workers} worker\(s\); it needs --memory-budget") as caught:
@@ -80,7 +80,7 @@ WITH_MOMENTS = (
     ],
     ids=str,
 )
-def test_an_embedding_larger_than_the_budget(tmp_path, layout, states):
+def test_an_embedding_larger_than_the_budget(tmp_path: Path, layout, states):
     """330,000 x 318 in fp32 are 400 MiB a state; the whole process stays below 370 MiB with two workers."""
     architecture = pico_architecture(
         tied=True, vocab_size=330_000, hidden_size=258, num_hidden_layers=2, intermediate_size=51
@@ -124,7 +124,7 @@ def anonymous_bytes_of(process):
 
 
 @pytest.mark.parametrize("point", [*(pytest.param(point, marks=pytest.mark.slow) for point in POINTS[:2]), *POINTS[2:]])
-def test_killed_and_run_again_gives_the_same_bytes(home, tmp_path, point):
+def test_killed_and_run_again_gives_the_same_bytes(home, tmp_path: Path, point):
     """At every boundary of the journal: five model and layer files, four optimizer files, then publication."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["incr_ds.offline.run", "transformers.models.llama.configuration_llama"])
@@ -148,7 +148,7 @@ def test_killed_and_run_again_gives_the_same_bytes(home, tmp_path, point):
         shutil.rmtree(tmp_path / "out")
 
 
-def test_what_was_finished_is_not_written_again(home, tmp_path, monkeypatch):
+def test_what_was_finished_is_not_written_again(home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workspace, "seal", broken(errno.EIO))
     with pytest.raises(CheckpointError, match=r"Input/output error .*; nothing was published.*same command continues"):
         grow_checkpoint(plan_request(request(home, tmp_path / "out")))
@@ -168,7 +168,7 @@ def broken(number):
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output")]
 )
-def test_a_failing_disk_publishes_nothing(home, tmp_path, monkeypatch, number, message):
+def test_a_failing_disk_publishes_nothing(home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number, message: str):
     """The disk fails in the middle of some file; the next run goes on and the bytes are the same."""
     write = sink.Sink.write
     written = [0]
@@ -189,7 +189,7 @@ def test_a_failing_disk_publishes_nothing(home, tmp_path, monkeypatch, number, m
     assert hidden(tmp_path) == []
 
 
-def test_room_is_checked_before_the_first_byte(home, tmp_path, monkeypatch):
+def test_room_is_checked_before_the_first_byte(home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     planned = plan_request(request(home, tmp_path / "out"))
     real = os.statvfs(tmp_path)
     for change, message in (

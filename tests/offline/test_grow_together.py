@@ -1,4 +1,4 @@
-"""Several processes grow one checkpoint: the same bytes for any number of them, and one failure is everybody's."""
+"""Several processes grow one checkpoint: the same bytes for any number of them, and one failure ends all."""
 
 import multiprocessing
 import subprocess
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     """A folder with a source, a recipe, and the target that one process makes."""
     folder = tmp_path_factory.mktemp("together")
     write_synthetic(folder, pico_architecture(), data_parallel=2)
@@ -68,7 +68,7 @@ def launch(size, folder, arguments, fault=None, names=("RANK", "WORLD_SIZE")):
 
 
 @pytest.fixture
-def printed(tmp_path_factory):
+def printed(tmp_path_factory: pytest.TempPathFactory):
     """A folder for what processes print, beside the output's."""
     return tmp_path_factory.mktemp("printed")
 
@@ -77,7 +77,7 @@ def printed(tmp_path_factory):
     ("size", "names"),
     [(3, ("RANK", "WORLD_SIZE")), pytest.param(2, ("SLURM_PROCID", "SLURM_NTASKS"), marks=pytest.mark.slow)],
 )
-def test_the_same_bytes_for_any_number_of_processes(home, tmp_path, printed, size, names):
+def test_the_same_bytes_for_any_number_of_processes(home, tmp_path: Path, printed, size, names):
     found = launch(size, printed, arguments(home, tmp_path / "out", "--workers", 2), names=names)
     assert [ended.code for ended in found] == [0] * size, found
     assert "published" in found[0].out and all(ended.out == "" for ended in found[1:])
@@ -86,14 +86,15 @@ def test_the_same_bytes_for_any_number_of_processes(home, tmp_path, printed, siz
 
 
 FAULTS = {
-    "disk": (2, r"out: No space left on device (process 1 of 3) (while writing); nothing was published."),
+    "disk": (2, r"out: No space left on device (rank 1 of 3) (while writing); nothing was published."),
     "kill": (2, "out: another process ended or cannot be reached"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_failing_process_fails_all_and_publishes_nothing(home, tmp_path, printed, fault):
-    """Then fewer processes go on from what all of them had finished."""
+# A failed disk is the slow case: test_process_group.py has its wording.
+@pytest.mark.parametrize("fault", [pytest.param("disk", marks=pytest.mark.slow), "kill"])
+def test_a_failing_process_fails_all_and_publishes_nothing(home, tmp_path: Path, printed, fault):
+    """Afterwards, fewer processes continue from the finished files of all."""
     code, message = FAULTS[fault]
     found = launch(3, printed, arguments(home, tmp_path / "out"), fault)
     assert [ended.code for ended in found] == [code, -9 if fault == "kill" else code, code], found
@@ -109,11 +110,11 @@ def test_a_failing_process_fails_all_and_publishes_nothing(home, tmp_path, print
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        pytest.param("recipe", "process 1 of 2: ", marks=pytest.mark.slow),
-        ("plan", "process 1 of 2 sees other files (sizes or times) there, or another recipe, than process 0"),
+        pytest.param("recipe", "rank 1 of 2: ", marks=pytest.mark.slow),
+        ("plan", "rank 1 of 2 sees other files (sizes or times) there, or another recipe, than rank 0"),
     ],
 )
-def test_mistakes_of_one_process_leave_nothing(home, tmp_path, printed, fault, message):
+def test_mistakes_of_one_process_leave_nothing(home, tmp_path: Path, printed, fault, message: str):
     found = launch(2, printed, arguments(home, tmp_path / "out"), fault)
     assert [ended.code for ended in found] == [2, 2]
     assert message in found[0].err and "error:" not in found[1].err
@@ -122,7 +123,7 @@ def test_mistakes_of_one_process_leave_nothing(home, tmp_path, printed, fault, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers(home, tmp_path, launcher):
+def test_launchers(home, tmp_path: Path, launcher):
     port = str(free_port())
     options = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port],
@@ -135,7 +136,7 @@ def test_launchers(home, tmp_path, launcher):
     assert hidden(tmp_path) == []
 
 
-def test_a_launch_without_a_meeting_point(monkeypatch):
+def test_a_launch_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -140,8 +140,8 @@ def test_overlapping_rectangles_are_refused():
         assemble((4, 3), held, "test")
 
 
-def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
-    """A read-only folder: said as such, nothing left behind. (Permissions do not bind root: the system call is made to fail.)"""
+def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A read-only folder is reported, and nothing is left behind. (Root ignores permissions, so the system call fails here.)"""
     lay_out(SyntheticCheckpoint(pico_architecture()), {}, tmp_path, "source")
     (tmp_path / "r.yaml").write_text("target: {}\n")
     planned = plan_request(GrowthRequest(tmp_path / "source", tmp_path / "r.yaml", tmp_path / "out"))

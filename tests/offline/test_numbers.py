@@ -1,9 +1,10 @@
-"""Sources whose numbers cannot be grown: dtypes that are none of a trained model's, and NaN and infinity."""
+"""Sources whose numbers cannot be grown: unsupported dtypes, NaN and infinity."""
 
 import errno
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ RECIPE = "target: {intermediate_size: 331}\noptimizer: reset\nlayout: {format: h
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path: Path):
     """source(change, pickled): a request to grow a folder whose tensor NAME went through ``change``."""
 
     def write(change, pickled=False):
@@ -70,7 +71,7 @@ def with_nonfinite(weight):
     return weight
 
 
-def test_nan_and_infinity_are_counted_and_named_and_leave_no_folder(source, tmp_path):
+def test_nan_and_infinity_are_counted_and_named_and_leave_no_folder(source, tmp_path: Path):
     request = incr_ds.GrowthRequest(**vars(source(with_nonfinite)) | {"output": tmp_path / "new" / "deep" / "grown"})
     planned = incr_ds.plan_request(request)
     with pytest.raises(
@@ -92,8 +93,8 @@ NOTE = f"numbers of the source that are not finite (NaN or infinity): 3 in {NAME
 
 
 @pytest.fixture
-def cut_off(source, monkeypatch):
-    """A request to grow NaN, whose run was cut off when every file was written but nothing published."""
+def cut_off(source, monkeypatch: pytest.MonkeyPatch):
+    """A request to grow NaN. Its run was interrupted after every file was written and before anything was published."""
 
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -132,7 +133,9 @@ def export(monkeypatch, capsys, *arguments):
     return code, " ".join((shown.out + shown.err).split())
 
 
-def test_export_refuses_nan_and_infinity_unless_they_are_allowed(source, tmp_path, monkeypatch, capsys):
+def test_export_refuses_nan_and_infinity_unless_they_are_allowed(
+    source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     folder, output = source(with_nonfinite).source, tmp_path / "new" / "exported"
     code, shown = export(monkeypatch, capsys, folder, output)
     assert code == 2 and not output.parent.exists()
@@ -145,7 +148,7 @@ def test_export_refuses_nan_and_infinity_unless_they_are_allowed(source, tmp_pat
     assert written.isnan().sum() == 1 and written[249, 95] == torch.inf and written[0, 0] == -torch.inf
 
 
-def test_export_refuses_numbers_that_its_dtype_cannot_hold(source, tmp_path):
+def test_export_refuses_numbers_that_its_dtype_cannot_hold(source, tmp_path: Path):
     def enlarge(weight):
         weight[7, 3], weight[8, 3], weight[9, 3] = 65504.0, 70000.0, -1e30
         return weight

@@ -64,7 +64,7 @@ def digest(folder):
 
 
 def digests(case, home):
-    """Of a growth written in memory's layout, and of one of what was written: so readers count, too."""
+    """Digests of a growth from memory, and of a growth from the files just written, so that readers are covered, too."""
     kind, _, name = case.partition(": ")
     if kind == "family":
         source, recipe, layout = SyntheticCheckpoint(small_architecture(name)), {"target": {}}, FAMILIES[name]
@@ -91,7 +91,7 @@ SLOW = {"layout: zero-2 bf16", "layout: universal pipeline", "layout: huggingfac
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
-def test_bytes_are_what_they_were(case, tmp_path):
+def test_bytes_are_what_they_were(case, tmp_path: Path):
     assert digests(case, tmp_path) == json.loads(KNOWN.read_text())[case]
 
 

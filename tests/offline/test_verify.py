@@ -1,6 +1,7 @@
-"""What verify_checkpoint.py says of a growth: kept, not kept, not meant to be kept, or not to be compared."""
+"""What verify_checkpoint.py reports: the function is kept, not kept, not meant to be kept, or cannot be compared."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ TOKENS = ("--samples", 2, "--length", 12)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory):
     """A source in fp32 and one in bf16."""
     folder = tmp_path_factory.mktemp("verify")
     for dtype in (torch.float32, torch.bfloat16):
@@ -44,7 +45,7 @@ def verified(folder, source, *more):
 
 
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
-def test_a_growth_in_fp32_is_judged_strictly_whatever_its_source_is(home, tmp_path, source):
+def test_a_growth_in_fp32_is_judged_strictly_whatever_its_source_is(home, tmp_path: Path, source):
     shown, report = verified(grown(home, tmp_path, source), home / source)
     assert shown.returncode == 0 and "logits kept" in shown.stdout
     assert f"allowed {EXACT:g}: rounding of fp32 arithmetic" in shown.stdout.replace("0.0001", f"{EXACT:g}")
@@ -52,7 +53,7 @@ def test_a_growth_in_fp32_is_judged_strictly_whatever_its_source_is(home, tmp_pa
 
 
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
-def test_a_growth_in_16_bits_is_judged_by_what_rounding_does_to_its_source(home, tmp_path, source):
+def test_a_growth_in_16_bits_is_judged_by_what_rounding_does_to_its_source(home, tmp_path: Path, source):
     shown, report = verified(grown(home, tmp_path, source, "bfloat16"), home / source)
     assert shown.returncode == 0 and "logits kept" in shown.stdout
     assert "3 times the effect of rounding its weights to 16 bits on the source, 0.00" in shown.stdout
@@ -61,7 +62,7 @@ def test_a_growth_in_16_bits_is_judged_by_what_rounding_does_to_its_source(home,
 
 
 def test_the_rounding_is_measured_on_the_source_itself():
-    """Of the weights as they are and at another scale, whichever moves a logit most."""
+    """The change, at the weights' own scale or at another one, that moves a logit most."""
     architecture = small_architecture("llama")
     model, batches = drawn_model(architecture, torch.float32), random_batches(101, 2, 12)
     rounded = model_checkpoint(architecture, drawn_model(architecture, torch.float32).to(torch.bfloat16))
@@ -76,7 +77,7 @@ def test_the_rounding_is_measured_on_the_source_itself():
     assert found.rounding == pytest.approx(max(expected, found.relative_difference), rel=1e-5)
 
 
-def test_a_growth_that_is_not_function_preserving_by_its_recipe_says_so(home, tmp_path):
+def test_a_growth_that_is_not_function_preserving_by_its_recipe_says_so(home, tmp_path: Path):
     folder = grown(home, tmp_path, recipe="solar", target={"num_hidden_layers": 4})
     shown, report = verified(folder, home / "float32")
     losses = f"{report['source_loss']:.4g} -> {report['target_loss']:.4g}"
@@ -86,14 +87,14 @@ def test_a_growth_that_is_not_function_preserving_by_its_recipe_says_so(home, tm
 
 
 @pytest.mark.parametrize(("tolerance", "code"), [("0.01", 1), ("5", 0)])
-def test_a_stated_tolerance_decides_even_for_such_a_growth(home, tmp_path, tolerance, code):
+def test_a_stated_tolerance_decides_even_for_such_a_growth(home, tmp_path: Path, tolerance, code):
     folder = grown(home, tmp_path, recipe="solar", target={"num_hidden_layers": 4})
     shown, report = verified(folder, home / "float32", "--tolerance", tolerance)
     assert shown.returncode == code and f"allowed {tolerance}: --tolerance" in shown.stdout
     assert ("logits kept" in shown.stdout) == (code == 0) == report["passed"]
 
 
-def test_a_changed_model_differs(home, tmp_path):
+def test_a_changed_model_differs(home, tmp_path: Path):
     other = drawn_model(small_architecture("llama"), torch.float32, seed=1)
     other.save_pretrained(tmp_path / "other")
     shown, report = verified(tmp_path / "other", home / "float32")
@@ -116,7 +117,7 @@ def spoiled(folder, value):
         (0.0, "source", r"LOGITS CANNOT BE COMPARED: every logit of the source is zero"),
     ],
 )
-def test_nan_and_zero_logits_are_reported_not_divided_by(home, tmp_path, value, wrong, verdict):
+def test_nan_and_zero_logits_are_reported_not_divided_by(home, tmp_path: Path, value, wrong, verdict):
     bad = spoiled(tmp_path / "bad", value)
     pair = (bad, home / "float32") if wrong == "target" else (home / "float32", bad)
     shown, report = verified(*pair)
@@ -127,14 +128,14 @@ def test_nan_and_zero_logits_are_reported_not_divided_by(home, tmp_path, value, 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("tokenizer") / "own"
     texts = [f"some words, {number} of them, as a text for a tokenizer of {number % 7} kinds" for number in range(400)]
     train_sentencepiece(texts, 330, folder)
     return folder
 
 
-def test_sentences_are_the_tokens_where_a_folder_has_a_tokenizer(tokenizer, home, tmp_path):
+def test_sentences_are_the_tokens_where_a_folder_has_a_tokenizer(tokenizer, home, tmp_path: Path):
     architecture = small_architecture("llama", vocab_size=330)
     drawn_model(architecture, torch.float32).save_pretrained(tmp_path / "model")
     assert not has_tokenizer(tmp_path / "model")
@@ -162,7 +163,7 @@ def test_a_tokenizer_that_does_not_fit_is_said_and_random_tokens_taken(tokenizer
     )
 
 
-def test_code_in_a_tokenizer_does_not_run_for_the_sentences(tokenizer, home, tmp_path):
+def test_code_in_a_tokenizer_does_not_run_for_the_sentences(tokenizer, home, tmp_path: Path):
     for file in tokenizer.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

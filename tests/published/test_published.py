@@ -96,7 +96,7 @@ def target_of(architecture):
 @pytest.mark.parametrize(
     "release", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in RELEASES]
 )
-def test_a_release_is_inspected_grown_and_loaded(tmp_path, capsys, release):
+def test_a_release_is_inspected_grown_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str], release):
     config = shrunk(RELEASES[release])
     source = tmp_path / "source"
     publish(source, config)

@@ -1,4 +1,4 @@
-"""Who holds which slice: arithmetic of cuts, names and order, against a whole tensor put together again."""
+"""Which rank holds which slice: cuts, names and order, checked by joining the slices to whole tensors."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_stage_layers():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1), (1, 3), (3, 2)])
-def test_every_element_is_held_as_often_as_it_should(tied, tensor, pipeline):
+def test_every_element_is_held_as_often_as_it_should(tied: bool, tensor, pipeline):
     """Cut tensors once over the tensor ranks, others once on each, a tied embedding on the first and the last stage."""
     architecture = pico_architecture("qwen3", tied=tied)
     layout = ParallelLayout(tensor_parallel=tensor, pipeline_parallel=pipeline)

@@ -15,7 +15,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders(tmp_path: Path):
     return {
         "source": write_run(tmp_path / "source", [8.0, 5.0, 4.0], 1e6),
         "grown": write_run(tmp_path / "grown", [4.0, 3.5, 3.0, 2.5], 5e6),
@@ -41,14 +41,14 @@ def test_losses_at_equal_steps_and_the_saving(folders):
     assert numbers["bits_per_byte"] == {"source": 2.0, "grown": 1.25, "scratch": 1.6}
 
 
-def test_a_level_that_is_not_reached_is_said_so(folders, tmp_path):
+def test_a_level_that_is_not_reached_is_said_so(folders, tmp_path: Path):
     folders["grown"] = write_run(tmp_path / "worse", [4.0, 3.9, 3.8, 3.7], 5e6)
     study = study_of(folders)
     assert study.saving is None and summary(study)["scratch_loss_reached"] is None
     assert ("scratch's final loss", "not reached by the grown model") in table_rows(study)
 
 
-def test_a_run_without_evaluation_is_refused(tmp_path):
+def test_a_run_without_evaluation_is_refused(tmp_path: Path):
     MetricsFile(tmp_path, None).close()
     with pytest.raises(CheckpointError, match="metrics.jsonl: no held-out evaluation; the run file needs"):
         read_curve("grown", tmp_path)
@@ -69,7 +69,7 @@ def test_a_run_that_grows_has_a_point_on_both_sides_of_the_growth(tmp_path):
     assert [item["kind"] for item in read_metrics(tmp_path / "merged.jsonl")] == ["evaluation", "growth", "evaluation"]
 
 
-def test_merged_metrics_name_their_run(folders, tmp_path):
+def test_merged_metrics_name_their_run(folders, tmp_path: Path):
     merge_metrics(folders, tmp_path / "metrics.jsonl")
     merged = read_metrics(tmp_path / "metrics.jsonl")
     assert [item["run"] for item in merged] == ["source"] * 3 + ["grown"] * 4 + ["scratch"] * 4
@@ -81,7 +81,7 @@ def test_long_tables_are_thinned_evenly():
     assert thinned([1, 2, 3]) == [1, 2, 3]
 
 
-def test_the_report_is_one_file_and_escapes_what_it_shows(folders, tmp_path):
+def test_the_report_is_one_file_and_escapes_what_it_shows(folders, tmp_path: Path):
     study = study_of(folders)
     draw_study(study, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -92,7 +92,7 @@ def test_the_report_is_one_file_and_escapes_what_it_shows(folders, tmp_path):
     assert "grown 2.5000   scratch 3.2000" in page
 
 
-def test_the_tool_writes_everything(folders, tmp_path):
+def test_the_tool_writes_everything(folders, tmp_path: Path):
     options = [part for run, folder in folders.items() for part in (f"--{run}", folder)]
     done = subprocess.run(
         [sys.executable, TOOL, *options, "--output", tmp_path / "out", "--json"],

@@ -15,7 +15,7 @@ SAVED = 2  # steps before the checkpoint
 
 
 def train_cases(folder, cases):
-    """By name: step results and final weights, of the whole run and of the one that resumed, and where it was saved."""
+    """Results by case name: steps and final weights of the whole run and of the resumed one, and the checkpoint's folder."""
     found = {name: train_case(str(Path(folder) / name), case) for name, case in cases.items()}
     return found
 
@@ -62,7 +62,7 @@ def values(engine, case):
 
 
 def load_grown(folders, layouts):
-    """By family: what a run in the layout that a checkpoint was grown for begins with."""
+    """Results by family: the first step of a run in the layout that a checkpoint was grown for."""
     found = {}
     for family, folder in folders.items():
         run = pico_run(model={"initialize_from": folder}, layout=layouts[family])

@@ -19,7 +19,7 @@ CASES = [
     Case("llama", tied=True, pipeline=2, accumulation=4),
     Case("mistral", tied=False, pipeline=2, accumulation=1, recompute=True),
     Case("qwen3", tied=True, tensor=2, pipeline=2, accumulation=4, divergence="reverse_kl", z_loss=0.01),
-    Case("llama", tied=False, data=2, zero=1, accumulation=4),
+    pytest.param(Case("llama", tied=False, data=2, zero=1, accumulation=4), marks=pytest.mark.slow),
     Case("qwen3", tied=True, data=2, zero=2, accumulation=1),
     Case("qwen2", tied=False, data=2, zero=3, accumulation=4, divergence="reverse_kl", z_loss=0.01),
     Case("llama", tied=True, data=2, zero=3, accumulation=1, recompute=True),

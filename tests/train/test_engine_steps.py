@@ -1,4 +1,4 @@
-"""Steps that must not change the weights, and requests that make no sense."""
+"""Steps that must not change the weights, and invalid requests."""
 
 import math
 
@@ -40,7 +40,11 @@ def spoil_the_second_step(layout):
     return results, same
 
 
-@pytest.mark.parametrize("layout", [{"data_parallel": 2, "zero_stage": 2}, {"pipeline_parallel": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({"data_parallel": 2, "zero_stage": 2}, marks=pytest.mark.slow), {"pipeline_parallel": 2}],
+    ids=str,
+)
 def test_a_step_with_gradients_that_are_not_finite_is_skipped_everywhere(layout):
     for results, same in run_processes(spoil_the_second_step, ParallelLayout(**layout).world_size, layout):
         assert [result.skipped for result in results] == [False, True, False]

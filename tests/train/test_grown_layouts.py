@@ -107,7 +107,12 @@ def test_a_grown_checkpoint_without_moments_trains_from_its_masters(name, by, tm
 
 
 @pytest.mark.parametrize(
-    "layout", [{"data_parallel": 2, "zero_stage": 1}, {"pipeline_parallel": 2}, {"data_parallel": 2, "zero_stage": 3}]
+    "layout",
+    [
+        pytest.param({"data_parallel": 2, "zero_stage": 1}, marks=pytest.mark.slow),
+        {"pipeline_parallel": 2},
+        {"data_parallel": 2, "zero_stage": 3},
+    ],
 )
 def test_bf16_runs_start_from_fp32_masters(layout, tmp_path):
     """Grown weights in fp32 keep the source's function; rounded to bf16 they keep it to a percent only."""

@@ -1,4 +1,4 @@
-"""Whatever DeepSpeed is installed loads what --target-deepspeed writes for it; `make test-deepspeed` installs others."""
+"""The installed DeepSpeed loads what --target-deepspeed writes for it; `make test-deepspeed` installs others."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""What a loaded checkpoint may decide: weights, masters, moments and steps; never settings, and never what code runs."""
+"""A loaded checkpoint decides weights, masters, moments and steps, but never settings or which code runs."""
 
 import os
 import shutil
@@ -143,7 +143,7 @@ class Payload:
 
 
 def messages_of_hostile_files(folder, output, layout, patterns, canary):
-    """What loading ends with where every file of a pattern holds a payload, by pattern."""
+    """The result of loading, by pattern of the files that hold a payload."""
     run, rank = run_of(output, layout, 1.0), int(os.environ["RANK"])
     engine = built(run)
     found = {}

@@ -120,7 +120,7 @@ def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path
     assert [item["step"] for item in whole if item["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert parts == whole
     assert f"resumed from {tmp_path}/parts/checkpoints/step_00000003, step 3" in shown[0]
-    assert "finished" in shown[0] and "finished" not in shown[1]  # only the first rank speaks
+    assert "finished" in shown[0] and "finished" not in shown[1]  # only the first rank prints
 
     final = [open_source(tmp_path / name / "checkpoints" / "step_00000006") for name in ("whole", "parts")]
     assert final[0].facts.step == 6 and final[0].facts.layout["data_parallel"] == LAYOUTS[layout].get(

@@ -27,7 +27,7 @@ def doubled(tied):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """By whether its embeddings are tied: a trained source's folder and the losses of its next steps; made when asked for."""
+    """A trained source's folder and the losses of its next steps, with tied embeddings or without; made on first use."""
     known = {}
 
     def made(tied):

@@ -70,7 +70,14 @@ class ModelRank:
 
 def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[ModelRank]:
     """Open every model-parallel rank with its files mapped. Raises CheckpointError for missing or unsupported files."""
-    return [_open_rank(paths, architecture, trust) for paths in _rank_files(folder)]
+    ranks = [_open_rank(paths, architecture, trust) for paths in _rank_files(folder)]
+    without = next((rank for rank in ranks if rank.no_moments), None)
+    if without is None or without.stage:
+        return ranks
+    # ZeRO-0 matches moments with names on each rank separately. Without those of one rank, all give their modules'
+    # weights: another rank's masters would not equal them in what both hold.
+    why = without.no_moments
+    return [_unpartitioned_rank(rank.index, rank.model_file, rank.model, architecture, why) for rank in ranks]
 
 
 def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
@@ -178,9 +185,11 @@ def _parameters(
     return contiguous_parameters(group_shapes, _paddings(first, group_shapes), sizes)
 
 
-def _unpartitioned_rank(index: int, model_path: Path, model: ModelStates, architecture: Architecture) -> ModelRank:
+def _unpartitioned_rank(
+    index: int, model_path: Path, model: ModelStates, architecture: Architecture, no_moments: str | None = None
+) -> ModelRank:
     """Open a rank of ZeRO-0, where one file holds the module and its optimizer."""
-    found = unpartitioned(model_path, model, architecture)
+    found = unpartitioned(model_path, model, architecture, no_moments)
     info = model.get("universal_checkpoint_info")
     names = plain_names(found.shards.parameters, architecture)
     files = (model_path,)

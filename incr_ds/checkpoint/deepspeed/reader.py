@@ -117,13 +117,10 @@ class ZeroCheckpoint:
         return tuple(sorted({*(parameters - joined.keys()), *members}))
 
     def _why_no_moments(self) -> str | None:
-        """The reason why there are no usable moments, or None.
-
-        ZeRO-0 matches moments with names on each rank separately. With ZeRO's partitions all ranks have moments or none has.
-        """
+        """The reason why there are no usable moments, or None. All ranks have moments or none has."""
         without = [rank for rank in self._ranks if rank.no_moments]
         complete = [rank for rank in self._ranks if not rank.no_moments]
-        if without and complete and without[0].stage:
+        if without and complete:
             raise CheckpointError(
                 f"{self._folder}: {without[0].no_moments}. {complete[0].files[0].name} has them. Copy the files of "
                 f"model-parallel rank {without[0].index} again, or use another tag."

@@ -59,12 +59,15 @@ class _Slot:
         return torch.equal(probe.to(weight.dtype), weight.flatten()[:_PROBED])
 
 
-def unpartitioned(path: Path, model: ModelStates, architecture: Architecture) -> Unpartitioned:
+def unpartitioned(
+    path: Path, model: ModelStates, architecture: Architecture, no_moments: str | None = None
+) -> Unpartitioned:
     """Read the module's weights, and match the optimizer's numbered parameters with their names.
 
     Within a parameter group the optimizer keeps the module's order. Shapes (and the masters' values, in reduced precision)
     must then leave exactly one possibility. Otherwise the optimizer's state is not used, since moments under a wrong name
-    would go unnoticed. Raises CheckpointError for what is not supported.
+    would go unnoticed. With ``no_moments``, the reason why another rank's state cannot be used, only weights are read.
+    Raises CheckpointError for what is not supported.
     """
     module = model.get("module")
     if not module:
@@ -79,12 +82,12 @@ def unpartitioned(path: Path, model: ModelStates, architecture: Architecture) ->
     for name, weight in weights.items():
         check_dtype(weight.dtype, name, str(path))
     dtype = next(iter(weights.values())).dtype
-    try:
-        return _with_moments(path, model, weights, dtype)
-    except MomentsError as error:
-        return Unpartitioned(
-            _shards_of_weights(weights), dtype, 0, (), f"{error}; weights are the module's, in {dtype}"
-        )
+    if no_moments is None:
+        try:
+            return _with_moments(path, model, weights, dtype)
+        except MomentsError as error:
+            no_moments = f"{error}; weights are the module's, in {dtype}"
+    return Unpartitioned(_shards_of_weights(weights), dtype, 0, (), no_moments)
 
 
 def _with_moments(

@@ -1,7 +1,9 @@
 """Checkpoints of DeepSpeed's AutoTP are read whole: uneven vocabularies and heads, replicated biases, scaled pieces."""
 
 import copy
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from autotp_engines import case_model, write_autotp
 
 from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
 from incr_ds.checkpoint.opening import open_source
-from incr_ds.errors import CheckpointError
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, GrowthError
+from incr_ds.growth.rules import MOMENT_RULES, refuse
 from incr_ds.testing.processes import run_processes
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}
@@ -22,7 +26,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("autotp")
     run_processes(write_autotp, 2, str(folder), CASES)
     return folder
@@ -45,13 +49,13 @@ def test_every_tensor_is_read(written, case):
 
 
 def test_deepspeed_left_its_maps(written):
-    """So that what was read above was read by them."""
+    """Without these maps the test above would not cover them."""
     content = torch.load(written / "z1-tied" / "step" / "mp_rank_01_model_states.pt", weights_only=False)
     maps = content["universal_checkpoint_info"]["affine_map"]["params"]
     assert {r"^model\.layers\.0\.mlp\.down_proj\.bias$", r"^model\.embed_tokens\.weight$"} <= set(maps)
 
 
-def test_replicated_copies_must_be_equal(written, tmp_path):
+def test_replicated_copies_must_be_equal(written, tmp_path: Path):
     """A norm is on both tensor ranks, each with its own optimizer file."""
     shutil.copytree(written / "z1-tied", tmp_path / "copy")
     path = tmp_path / "copy" / "step" / "zero_pp_rank_0_mp_rank_01_optim_states.pt"
@@ -62,6 +66,26 @@ def test_replicated_copies_must_be_equal(written, tmp_path):
         CheckpointError, match=r"model\.norm\.weight: exp_avg_sq of .* on model-parallel rank 0 .* rank 1 differ"
     ):
         list(open_source(tmp_path / "copy").self_check())
+
+
+def test_zero_0_with_a_rank_whose_moments_match_no_names_gives_weights_and_says_which(written, tmp_path: Path):
+    """Each rank's optimizer numbers its own parameters. The other rank's moments alone are not enough."""
+    shutil.copytree(written / "z0", tmp_path / "copy")
+    path = tmp_path / "copy" / "step" / "mp_rank_01_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    content["optimizer"]["param_groups"][0]["params"].reverse()
+    torch.save(content, path)
+    checkpoint = open_source(tmp_path / "copy")
+    reason = (
+        r"mp_rank_01_model_states.pt: ZeRO-0's optimizer numbers \d+ parameters in 1 group\(s\) without names, and none of "
+        r"the module's orders matches \(save with ZeRO-1\); weights are the module's, in torch.float32"
+    )
+    assert checkpoint.facts.states == ("weight",) and re.fullmatch(reason, checkpoint.facts.no_moments)
+    for name, weight in case_model(CASES["z0"]).named_parameters():
+        assert torch.equal(checkpoint.read(name), weight.data), name
+    assert list(checkpoint.self_check())
+    with pytest.raises(GrowthError, match=reason + r"\), but optimizer: rescale needs them; set optimizer: reset"):
+        refuse(MOMENT_RULES, "copy", checkpoint.facts, GrowthRecipe(target={}))
 
 
 def replicated(scale):

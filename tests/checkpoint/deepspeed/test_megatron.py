@@ -1,6 +1,7 @@
 """Megatron-DeepSpeed's names, fusions and paddings, in and out, against an oracle written from the format and a real engine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_what_megatron_wrote_is_read(tmp_path, grid, tied):
+def test_what_megatron_wrote_is_read(tmp_path: Path, grid, tied: bool):
     source = truth(tied)
     write(tmp_path, tensors_of(source), LAYERS, KV_HEADS, *grid, tied)
     write_config(tmp_path, source)
@@ -75,7 +76,7 @@ def test_what_megatron_wrote_is_read(tmp_path, grid, tied):
     list(found.self_check())
 
 
-def test_trained_padding_can_be_kept(tmp_path):
+def test_trained_padding_can_be_kept(tmp_path: Path):
     """With the padded size in config.json the rows are ordinary ones."""
     source = truth()
     write(tmp_path, tensors_of(source), LAYERS, KV_HEADS, 2, 1, 1, False)
@@ -87,7 +88,7 @@ def test_trained_padding_can_be_kept(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_every_file_is_what_megatron_would_hold(tmp_path, grid, tied):
+def test_every_file_is_what_megatron_would_hold(tmp_path: Path, grid, tied: bool):
     source = truth(tied)
     tensor, stages, data = grid
     out = lay_out(tmp_path, source, tensor_parallel=tensor, pipeline_parallel=stages, data_parallel=data)
@@ -130,7 +131,7 @@ def test_every_file_is_what_megatron_would_hold(tmp_path, grid, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_universal_with_megatron_names(tmp_path, tied):
+def test_universal_with_megatron_names(tmp_path: Path, tied: bool):
     source = truth(tied)
     out = lay_out(tmp_path, source, format="universal", tensor_parallel=2, pipeline_parallel=2)
     zero = out / "grown" / "zero"
@@ -150,7 +151,7 @@ def test_universal_with_megatron_names(tmp_path, tied):
     assert len(list(found.self_check())) == len(list(zero.iterdir())) - 1
 
 
-def test_a_real_pipeline_loads_it(tmp_path):
+def test_a_real_pipeline_loads_it(tmp_path: Path):
     """DeepSpeed's own pipeline module with Megatron's names, stages and order; every parameter NaN before."""
     source = truth(True)
     native = lay_out(tmp_path, source, "native", pipeline_parallel=2, vocabulary_multiple=1)
@@ -162,7 +163,7 @@ def test_a_real_pipeline_loads_it(tmp_path):
         same(open_source(again, "again"), source)
 
 
-def test_what_does_not_fit(tmp_path):
+def test_what_does_not_fit(tmp_path: Path):
     source = truth()
     write(tmp_path / "a", tensors_of(source), LAYERS, KV_HEADS, 2, 1, 1, False)
     write_config(tmp_path / "a", truth(intermediate_size=252))
@@ -194,7 +195,7 @@ def test_what_does_not_fit(tmp_path):
         lay_out(tmp_path, source, format="huggingface")
 
 
-def test_from_megatron_to_megatron_in_another_layout(tmp_path):
+def test_from_megatron_to_megatron_in_another_layout(tmp_path: Path):
     """Pure resharding, and back to the first layout: the same tensors."""
     source = truth()
     write(tmp_path / "source", tensors_of(source), LAYERS, KV_HEADS, 2, 1, 2, False)

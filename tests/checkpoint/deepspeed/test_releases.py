@@ -1,4 +1,4 @@
-"""What a release of DeepSpeed is given, and which are refused."""
+"""What is written for a release of DeepSpeed, and which releases are refused."""
 
 import pytest
 
@@ -31,6 +31,6 @@ def test_form_of_the_states(version, universal, stage, bare):
         ("newest", r"'newest': expected a release such as 0\.19\.8"),
     ],
 )
-def test_refused(version, message):
+def test_refused(version, message: str):
     with pytest.raises(LayoutError, match=message):
         needs_bare_states(version, True, 3)

@@ -1,5 +1,7 @@
 """A folder of transformers' Trainer under DeepSpeed is DeepSpeed's, moments included, proved by the weights beside it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from incr_ds.testing.processes import run_processes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_trainer_folder(tmp_path, stage):
+def test_a_trainer_folder(tmp_path: Path, stage):
     run_processes(train, 2, str(tmp_path), stage)
     folder = tmp_path / "checkpoint-2"
     checkpoint = open_source(folder)

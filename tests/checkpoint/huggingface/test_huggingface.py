@@ -1,7 +1,8 @@
-"""The Hugging Face reader against folders that transformers writes, and what it says of folders that are not whole."""
+"""The Hugging Face reader against folders that transformers writes, and its messages for incomplete folders."""
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from incr_ds.testing.memory import drawn_model, small_architecture
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path: Path):
     """write(tied, shard) -> (folder, {parameter: weight})."""
 
     def write(tied=False, shard="100KB"):
@@ -38,7 +39,7 @@ def change_index(folder, change):
 
 @pytest.mark.parametrize(("shard", "several"), [("100KB", True), ("1GB", False)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_is_read(written, tied, shard, several):
+def test_every_tensor_is_read(written, tied: bool, shard, several):
     folder, parameters = written(tied, shard)
     assert (len(shards(folder)) > 2) == several
     checkpoint = open_source(folder)
@@ -193,7 +194,7 @@ def test_bin_payloads_do_not_run(written):
 @pytest.mark.parametrize(
     "odd", [argparse.Namespace(seed=1), 5, [torch.ones(3)], None], ids=lambda odd: type(odd).__name__
 )
-def test_a_bin_file_that_holds_something_else_than_a_tensor(tmp_path, odd):
+def test_a_bin_file_that_holds_something_else_than_a_tensor(tmp_path: Path, odd):
     architecture = small_architecture("llama")
     drawn_model(architecture, torch.float32).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -217,7 +218,7 @@ def test_a_git_lfs_pointer_says_how_to_fetch_the_file(written, name):
         open_source(folder)
 
 
-def test_a_pointer_in_place_of_the_tokenizer_is_refused_before_anything_is_written(written, tmp_path):
+def test_a_pointer_in_place_of_the_tokenizer_is_refused_before_anything_is_written(written, tmp_path: Path):
     folder, _ = written(shard="1GB")
     (folder / "tokenizer.json").write_text(POINTER)
     (tmp_path / "recipe.yaml").write_text("target: {}\noptimizer: reset\nlayout: {format: huggingface}\n")

@@ -2,6 +2,7 @@
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class Payload:
         return foreign, ()
 
 
-def test_what_others_allow_is_neither_run_nor_refused_anew(tmp_path, allowed_elsewhere):
+def test_what_others_allow_is_neither_run_nor_refused_anew(tmp_path: Path, allowed_elsewhere):
     state = {"weight": torch.arange(3.0), "rng": np.arange(5), "args": argparse.Namespace(seed=1)}
     torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
     found = load_pt(tmp_path / "mp_rank_00_model_states.pt")
@@ -41,7 +42,7 @@ def test_what_others_allow_is_neither_run_nor_refused_anew(tmp_path, allowed_els
     assert foreign in torch.serialization.get_safe_globals()
 
 
-def test_threads_read_at_once(tmp_path):
+def test_threads_read_at_once(tmp_path: Path):
     torch.save({"rng": np.arange(5)}, tmp_path / "a.pt")
     before = set(torch.serialization.get_safe_globals())
     with ThreadPoolExecutor(8) as pool:

@@ -2,6 +2,7 @@
 
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from incr_ds.errors import CheckpointError
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path):
     """Two tensors of 48 bytes, in records of their own."""
     torch.save({"w": torch.arange(12.0).view(3, 4), "secret": torch.full((12,), 7.0)}, tmp_path / "a.pt")
     return tmp_path / "a.pt"
@@ -105,7 +106,7 @@ def test_numbers_in_a_pickle_reserve_nothing(saved, name):
         tracemalloc.stop()
 
 
-def test_kinds_of_tensors(tmp_path):
+def test_kinds_of_tensors(tmp_path: Path):
     """What torch itself saves passes: dtypes with and without storage classes, views, scalars, parameters, nothing."""
     whole = torch.arange(24.0).view(4, 6)
     content = {
@@ -131,7 +132,7 @@ def test_kinds_of_tensors(tmp_path):
             assert found[name].dtype == tensor.dtype and torch.equal(*bits), name
 
 
-def test_old_formats_are_named(tmp_path):
+def test_old_formats_are_named(tmp_path: Path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"old\.pt: in the format of torch before 1\.6.*torch\.save it again"):
         load_pt(tmp_path / "old.pt")
@@ -202,7 +203,7 @@ HOSTILE = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_pickle_that_asks_for_more_than_its_size_is_refused_at_once(saved, monkeypatch, name):
+def test_a_pickle_that_asks_for_more_than_its_size_is_refused_at_once(saved, monkeypatch: pytest.MonkeyPatch, name):
     message, *parts = HOSTILE[name]
     if "hundred thousand entries" in name:
         monkeypatch.setattr("incr_ds.checkpoint.torch_file.walk._MOST_READS", 1 << 16)
@@ -211,7 +212,7 @@ def test_a_pickle_that_asks_for_more_than_its_size_is_refused_at_once(saved, mon
         load_pt(saved)
 
 
-def test_a_subclass_of_tensor_does_not_hide_its_bounds(tmp_path):
+def test_a_subclass_of_tensor_does_not_hide_its_bounds(tmp_path: Path):
     """Its rebuild calls the plain one itself."""
     torch.save({"w": torch.arange(12.0).as_subclass(Noted), "secret": torch.ones(12)}, tmp_path / "a.pt")
     rewrite(tmp_path / "a.pt", lambda pickle: pickle.replace(b"K\x0ct", b"K\x60t", 1))
@@ -231,7 +232,7 @@ class Noted(torch.Tensor):
     ],
     ids=["sparse", "meta"],
 )
-def test_tensors_that_are_no_plain_ones_are_named(tmp_path, made):
+def test_tensors_that_are_no_plain_ones_are_named(tmp_path: Path, made):
     torch.save({"w": made()}, tmp_path / "a.pt")
     with pytest.raises(
         CheckpointError, match=r"a\.pt: contains the result of torch.*: a tensor that is sparse, quantized or w"

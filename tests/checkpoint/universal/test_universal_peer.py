@@ -1,4 +1,4 @@
-"""DeepSpeed's own converter: what it writes is read to the bit where it is right, and where it is wrong we are not."""
+"""DeepSpeed's own converter: its folders are read bit for bit, and its known faults are not repeated."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("peer")
     run_processes(write_cases, 2, str(folder), CASES)
     for name in CASES:
@@ -45,7 +45,7 @@ def test_a_conversion_is_read(written, case):
 
 
 def test_round_robin_gradients_are_converted_wrong_and_read_right(written):
-    """A pinned fault of DeepSpeed 0.19.8: its converter follows the order before shuffling. When this fails, it is fixed."""
+    """A known fault of DeepSpeed 0.19.8: its converter uses the order before shuffling. This test fails once that is fixed."""
     native, universal = (open_source(written / "z1-round-robin", tag) for tag in ("step", "universal"))
     live = torch.load(written / "z1-round-robin" / "live.pt")
     wrong = [name for name, weight in live.items() if not torch.equal(universal.read(name).to(weight.dtype), weight)]

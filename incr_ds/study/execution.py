@@ -1,0 +1,152 @@
+"""Runs the jobs of a study that are not done, side by side, until all are done or the time is over.
+
+What is done is read from the disk: a trunk by its last checkpoint, a branch by its result.json. So a study that was killed
+goes on where it was, and an arm that was added later uses what exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from incr_ds.checkpoint.lock import locked
+from incr_ds.checkpoint.publish import MANIFEST
+from incr_ds.config.json_file import read_json
+from incr_ds.config.study import StudySettings
+from incr_ds.errors import CheckpointError
+from incr_ds.study.design import Design, Job, final_job, jobs, open_design
+from incr_ds.study.worker import RESULT, initialize, run_job
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is: jobs and FLOPs that are done, of those that are known, and what is training now."""
+
+    done: int
+    known: int
+    flops_done: float
+    flops_known: float
+    running: tuple[str, ...]
+    seconds_left: float | None
+
+
+def opened(study: StudySettings) -> Design:
+    """The study's design with the learning rates that its results decide."""
+    design: Design = open_design(study, lambda arm: best_rate(design, arm))
+    return design
+
+
+def assumed(study: StudySettings) -> Design:
+    """The study's design as if the middle learning rate of every arm were the best, to see its size beforehand."""
+    return open_design(study, lambda arm: _middle(study.arms[arm].learning_rates))
+
+
+def best_rate(design: Design, arm: str) -> float | None:
+    """The learning rate with the lowest loss at the arm's first seed and largest budget; None until all are measured."""
+    stated = design.study.arms[arm].learning_rates
+    if len(stated) == 1:
+        return stated[0]
+    seed, budget = design.study.arm_seeds(arm)[0], design.study.budgets(arm)[-1]
+    losses = {}
+    for rate in stated:
+        job = final_job(design, arm, seed, rate, budget)
+        result = None if job is None else result_of(job)
+        if result is None:
+            return None
+        losses[rate] = result.get("loss", float("inf"))
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def result_of(job: Job) -> dict[str, Any] | None:
+    """What was measured after a job, or None. A trunk that diverged makes its branches diverged."""
+    for folder in (Path(job.run["output"]), job.start.parents[1] if job.start and job.measured else None):
+        if folder is not None and (folder / RESULT).is_file():
+            return read_json(folder / RESULT, CheckpointError)
+    return None
+
+
+def is_done(job: Job) -> bool:
+    """Whether a job is finished, or can never be because its trunk diverged."""
+    if job.measured is not None:
+        return result_of(job) is not None
+    return (job.final / MANIFEST).is_file() or (Path(job.run["output"]) / RESULT).is_file()
+
+
+def execute(study: StudySettings, seconds: float | None, report: Callable[[Progress], None]) -> bool:
+    """Run jobs for at most ``seconds`` (None: to the end). ``report`` hears of progress. Returns whether all are done."""
+    design, deadline = opened(study), None if seconds is None else time.monotonic() + seconds
+    with locked(Path(study.output)), _pool(study) as (pool, stop):
+        running: dict[Future[float], Job] = {}
+        started, trained = time.monotonic(), 0.0
+        try:
+            while not stop.is_set():
+                left = [job for job in jobs(design) if not is_done(job)]
+                names = {job.name for job in running.values()}
+                for job in left:
+                    if len(running) < study.processes and job.name not in names and _can_start(job):
+                        running[pool.submit(run_job, job, study)] = job
+                        names.add(job.name)
+                report(_progress(design, left, running, trained, time.monotonic() - started))
+                if not running:
+                    return not left
+                finished = _wait(running, deadline, stop)
+                trained += sum(running.pop(future).flops for future in finished if future.result() >= 0)
+        except BaseException:
+            stop.set()
+            raise
+        wait(running)
+        for future in running:
+            future.result()
+    return all(is_done(job) for job in jobs(design))
+
+
+def _wait(running: dict[Future[float], Job], deadline: float | None, stop: Any) -> set[Future[float]]:
+    """Wait for a job to end, or set ``stop`` at the deadline."""
+    while True:
+        finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        if deadline is not None and time.monotonic() > deadline:
+            stop.set()
+        if finished or stop.is_set():
+            return finished
+
+
+def _can_start(job: Job) -> bool:
+    return job.start is None or (job.start / MANIFEST).is_file()
+
+
+@contextmanager
+def _pool(study: StudySettings) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Processes that run jobs. They are spawned, so that each has its own torch and process group."""
+    context = get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(study.processes, context, initialize, (stop, study.threads)) as pool:
+        yield pool, stop
+
+
+def _progress(
+    design: Design, left: list[Job], running: dict[Future[float], Job], trained: float, seconds: float
+) -> Progress:
+    known = jobs(design)
+    total, open_flops = sum(job.flops for job in known), sum(job.flops for job in left)
+    expected = sum(job.flops for job in jobs(assumed(design.study)))
+    speed = trained / seconds if trained else None
+    return Progress(
+        done=len(known) - len(left),
+        known=len(known),
+        flops_done=total - open_flops,
+        flops_known=max(total, expected),
+        running=tuple(job.name for job in running.values()),
+        seconds_left=None if speed is None else (max(total, expected) - total + open_flops) / speed,
+    )
+
+
+def _middle(rates: list[float]) -> float:
+    return sorted(rates)[len(rates) // 2]
