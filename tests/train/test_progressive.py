@@ -104,7 +104,7 @@ def test_the_boundary_is_marked_between_two_evaluations(both_ways):
 
 
 def test_flops_count_each_stage_by_its_own_model_and_the_teacher_while_it_counts(both_ways):
-    """Counted by hand: 2 per element of a matrix, and 4 x layers x heads x head size x length for attention; three times to train."""
+    """Counted by hand: 2 per element of a matrix, 4 x heads x head size x length per layer for attention, all of it thrice."""
     folder, cases = both_ways
     attention = 4 * 6 * 8 * 16  # per layer: 6 heads of 8, 16 tokens
     small = 2 * (3 * (2 * 96 * 48 + 2 * 96 * 16 + 3 * 96 * 250) + 96 * 101) + 3 * attention
