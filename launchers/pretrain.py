@@ -23,7 +23,8 @@ Config = Annotated[
 ]
 Override = Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file; repeatable.")]
 PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Check the run, print the resolved settings and end.")
+    bool,
+    typer.Option("--print-config", help="Check the run, print its settings and stages, and end."),
 ]
 NoResume = Annotated[bool, typer.Option("--no-resume", help="Refuse to continue a run that has checkpoints.")]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by the deepspeed launcher.")]
@@ -48,12 +49,14 @@ def main(
         with StopRequest(launchers(local_rank >= 0)) as stop:
             run = load_settings(config, RunSettings, override)
             if print_config:
-                check_model(run)
+                stages = check_model(run)
                 typer.echo(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), nl=False)
+                for line in stages:
+                    typer.echo(f"# {line}")
                 return
             check_world_size(run.layout)
             check_run(run)
-            from incr_ds.train.loop import pretrain
+            from incr_ds.train.pretraining import pretrain
 
             if pretrain(run, resume=not no_resume, stop=stop).stopped:
                 raise typer.Exit(STOPPED)

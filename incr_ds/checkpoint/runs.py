@@ -1,4 +1,4 @@
-"""Finds the newest complete checkpoint in the output folder of a training run."""
+"""Where a training run keeps its checkpoints, and which one is the newest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from incr_ds.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"  # in the output folder
 _STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_folder(output: Path, step: int) -> Path:
+    """Path of a run's checkpoint after ``step`` steps."""
+    return output / CHECKPOINTS / f"step_{step:08d}"
 
 
 def step_folders(output: Path) -> list[Path]:

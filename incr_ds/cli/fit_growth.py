@@ -33,7 +33,7 @@ def main(
     require("deepspeed", "megatron.core")
     with loading():
         from incr_ds.train.fitting import fit_growth
-    steps = run.schedule.train_steps
+    steps = run.schedule.last_step - run.schedule.start_step
     with progress_bar(quiet=json) as progress:
         fit = fit_growth(run, lambda step, loss: progress("fitting", step + 1, steps) if progress else None)
     write_atomically(output, yaml_text(fit.recipe.model_dump(exclude_unset=True)))

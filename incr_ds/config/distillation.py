@@ -8,20 +8,24 @@ from pydantic import Field, model_validator
 
 from incr_ds.config.fields import Settings
 
+BEFORE_GROWTH = "before-growth"  # as teacher: the model as it was right before the newest growth
+
 
 class DistillationSettings(Settings):
     """Loss (1 - a) * CE + a * T^2 * D, with a annealed from ``weight`` to ``final_weight``.
 
     D is KL(teacher || student), KL(student || teacher) for ``divergence: reverse_kl``, or their Jensen-Shannon mean.
 
-    ``teacher`` is a folder in any supported checkpoint format. ``anneal_steps`` counts optimizer steps from the
-    start of the run.
+    ``teacher`` is a folder in any supported checkpoint format. ``before-growth`` is the model as it was right before
+    the newest growth of this run, with which it begins to teach. ``anneal_steps`` counts optimizer steps from that
+    growth, otherwise from ``start_step`` (None: the run's first step).
     """
 
     teacher: str
     weight: float = Field(default=0.5, ge=0.0, le=1.0)
     final_weight: float = Field(default=0.0, ge=0.0, le=1.0)
     anneal_steps: int = Field(ge=1)
+    start_step: int | None = Field(default=None, ge=0)
     anneal: Literal["linear", "cosine"] = "linear"
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = Field(default=1.0, gt=0.0)
@@ -29,6 +33,8 @@ class DistillationSettings(Settings):
 
     @model_validator(mode="after")
     def _anneals_downwards(self) -> Self:
+        if self.teacher == BEFORE_GROWTH and self.start_step is not None:
+            raise ValueError(f"start_step {self.start_step}: with teacher: {BEFORE_GROWTH} the growth's step decides")
         if self.final_weight > self.weight:
             raise ValueError(f"final_weight {self.final_weight} is above weight {self.weight}; the teacher fades out")
         return self

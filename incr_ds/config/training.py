@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.stages import GrowthStep, check_growth_steps, check_teacher
 
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%")
 
@@ -87,6 +88,11 @@ class ScheduleSettings(Settings):
     Linear warm-up starts at ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth). Then
     comes ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
     ``constant``. ``warmup_steps`` and ``decay_steps`` may be percentages of ``train_steps``, like 1%.
+
+    ``start_step`` and ``end_step`` cut this run out of a longer schedule of ``train_steps``: the steps taken before it,
+    and those taken when it ends (None: train_steps). Its learning rate, data and dropout are those of the same steps of
+    the whole. Over its first ``rewarmup_steps`` steps the rate rises linearly, from ``rewarmup_from`` times the
+    schedule's rate to the schedule's rate.
     """
 
     train_steps: int = Field(ge=1)
@@ -96,6 +102,10 @@ class ScheduleSettings(Settings):
     warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
     decay: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_steps: int = Field(default=0, ge=0)
+    start_step: int = Field(default=0, ge=0)
+    end_step: int | None = None
+    rewarmup_steps: int = Field(default=0, ge=0)
+    rewarmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +133,29 @@ class ScheduleSettings(Settings):
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         return self
+
+    @model_validator(mode="after")
+    def _part_fits(self) -> Self:
+        if not self.start_step < self.last_step <= self.train_steps:
+            raise ValueError(
+                f"start_step {self.start_step} and end_step {self.last_step} are not a part of the schedule's {self.train_steps} "
+                "steps: expected 0 <= start_step < end_step <= train_steps"
+            )
+        if self.rewarmup_steps and not self.start_step:
+            raise ValueError(
+                f"rewarmup_steps {self.rewarmup_steps} belongs to a run with a start_step; at step 0 it is warmup_steps"
+            )
+        if self.rewarmup_steps > self.last_step - self.start_step:
+            raise ValueError(
+                f"rewarmup_steps {self.rewarmup_steps} exceed the {self.last_step - self.start_step} steps from "
+                f"{self.start_step} to {self.last_step}"
+            )
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps of the whole schedule that are taken when this run ends."""
+        return self.train_steps if self.end_step is None else self.end_step
 
 
 class OptimizerSettings(Settings):
@@ -188,7 +221,10 @@ class DivergenceSettings(Settings):
 
 
 class RunSettings(Settings):
-    """A training run. ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet."""
+    """A training run. ``growth`` lists the steps at which its model grows.
+
+    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet.
+    """
 
     output: str
     seed: Seed = 0
@@ -203,6 +239,7 @@ class RunSettings(Settings):
     evaluation: EvaluationSettings | None = None
     checkpoint: CheckpointSettings
     distillation: DistillationSettings | None = None
+    growth: list[GrowthStep] = Field(default_factory=list)
     divergence: DivergenceSettings = DivergenceSettings()
     deepspeed: str | None = None
     peak_flops: float | None = Field(default=None, gt=0.0)
@@ -228,6 +265,14 @@ class RunSettings(Settings):
                 f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
                 f"{per_pass}; nearest: {nearest}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _growths_fit(self) -> Self:
+        first, last = self.schedule.start_step, self.schedule.last_step
+        check_growth_steps(self.growth, first, last, self.layout)
+        starts_grown = isinstance(self.model.initialize_from, GrowthStart)
+        check_teacher(self.distillation, self.growth, first, starts_grown=starts_grown, tag=self.model.tag)
         return self
 
     @property

@@ -19,8 +19,9 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     """Build the config for deepspeed.initialize.
 
     Raises ConfigError that lists every problem: a key that DeepSpeed does not know, a value of the wrong type, a value that
-    contradicts the run file, or a setting that belongs in the run file.
+    contradicts the run file, or a setting that belongs in the run file; and for a ZeRO stage that cannot be trained.
     """
+    _check_zero_stage(run)
     user = {} if run.deepspeed is None else read_deepspeed_file(Path(run.deepspeed))
     problems = [
         f"  {section}: state it in the run file's section {owner!r} instead, and remove it here"
@@ -80,3 +81,11 @@ def _fill_defaults(config: dict[str, Any]) -> None:
 
 def _dtype_name(run: RunSettings) -> str:
     return {"bf16": "bf16", "fp32": "fp32"}[run.precision]
+
+
+def _check_zero_stage(run: RunSettings) -> None:
+    if run.layout.zero_stage == 0:
+        raise ConfigError(
+            "layout.zero_stage 0: training needs 1, 2 or 3, because DeepSpeed's unpartitioned optimizer reports no "
+            "gradient norm and does not skip steps with non-finite gradients. zero_stage 1 computes the same."
+        )

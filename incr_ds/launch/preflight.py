@@ -9,6 +9,7 @@ from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.checkpoint.publish import check_writable
+from incr_ds.config.distillation import BEFORE_GROWTH, DistillationSettings
 from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
@@ -24,18 +25,27 @@ LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LONGEST_NAME = 200  # bytes of one name, which leaves room for suffixes
 
 
-def check_model(run: RunSettings) -> None:
-    """Check that the run's model is valid in its layout and sequence length. Raises ConfigError or LayoutError.
+def check_model(run: RunSettings) -> list[str]:
+    """Check that the run's models are valid in their layouts and sequence length. Raises IncrError if one is not.
 
-    A model that is grown on load depends on the source's tensors. In that case only the recipe is checked.
+    Returns a line for every stage of a run that grows. A model that is only grown on load depends on the source's tensors.
+    In that case only the recipe is checked.
     """
+    if run.growth:
+        # It plans growths, for which torch is needed.
+        from incr_ds.launch.stages import check_teachers, first_architecture, plan_stages, stage_lines
+
+        stages = plan_stages(run, first_architecture(run))
+        check_teachers(stages)
+        return stage_lines(stages)
     if isinstance(run.model.initialize_from, GrowthStart):
         load_settings(Path(run.model.initialize_from.recipe), GrowthRecipe)
-        return
+        return []
     architecture = _architecture(run)
     if architecture is not None:
         check_layout(architecture, run.layout)
         check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
+    return []
 
 
 def check_run(run: RunSettings) -> None:
@@ -101,10 +111,11 @@ def _check_output(output: str) -> None:
 
 
 def _check_folders(run: RunSettings) -> None:
-    origin = run.model.initialize_from
+    origin, steps = run.model.initialize_from, tuple(enumerate(run.growth))
     named = {
         "model.initialize_from": origin.source if isinstance(origin, GrowthStart) else origin,
-        "distillation.teacher": run.distillation.teacher if run.distillation else None,
+        "distillation.teacher": _teacher_folder(run.distillation),
+        **{f"growth.{number}.distillation.teacher": _teacher_folder(step.distillation) for number, step in steps},
         "data.tokenizer": run.data.tokenizer,
     }
     missing = [
@@ -112,3 +123,10 @@ def _check_folders(run: RunSettings) -> None:
     ]
     if missing:
         raise ConfigError("; ".join(missing) + ".")
+
+
+def _teacher_folder(settings: object) -> str | None:
+    """The folder that a section distillation names, if it names one."""
+    if not isinstance(settings, DistillationSettings) or settings.teacher == BEFORE_GROWTH:
+        return None
+    return settings.teacher

@@ -13,11 +13,11 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.family import families
+from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
-from incr_ds.errors import ConfigError, LayoutError
+from incr_ds.errors import LayoutError
 from incr_ds.losses.distillation import DistillationLoss, distillation_loss
 from incr_ds.losses.head import Loss
 from incr_ds.model.attention import check_attention, check_capped_scores
@@ -25,7 +25,7 @@ from incr_ds.model.layers import LayerFactory
 from incr_ds.model.liger import use_liger
 from incr_ds.model.pipeline import StagedLanguageModel
 from incr_ds.model.plain import LanguageModel
-from incr_ds.model.teacher import Teacher, check_vocabularies
+from incr_ds.model.teacher import Teacher
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, Weights
 from incr_ds.sharding.blocks import RankParameter
@@ -66,7 +66,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     ConfigError if the teacher's vocabulary differs. A pipeline calls ``observe`` with the loss of each micro-batch.
     """
     check_layout(request.architecture, request.layout)
-    _check_training_supported(request.architecture)
+    check_trainable(request.architecture)
     _choose_kernels(request)
     topology = _topology(request.layout)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
@@ -103,20 +103,6 @@ def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> No
     )
 
 
-def _check_training_supported(architecture: Architecture) -> None:
-    if not architecture.family.training_supported:
-        known = ", ".join(name for name, family in families().items() if family.training_supported)
-        raise LayoutError(
-            f"{architecture.family.model_type} can be grown and exported, but not trained here; supported for training: {known}."
-        )
-    for field, value in architecture.family.training_requires.items():
-        if architecture.config[field] != value:
-            raise ConfigError(
-                f"{field} is {architecture.config[field]!r}; {architecture.family.model_type} is trained here with {value!r} "
-                "only. Set it in the model's config.json."
-            )
-
-
 def _choose_kernels(request: ModelRequest) -> None:
     """Check that attention and layers can run as requested, before the first layer is built."""
     check_attention(request.settings.attention, request.device)
@@ -145,7 +131,7 @@ def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Tea
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
     check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
-    _check_training_supported(architecture)
+    check_trainable(architecture)
     weights = CheckpointWeights(request.teacher)
     return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
 

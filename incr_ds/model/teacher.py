@@ -7,9 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from incr_ds.arch.architecture import Architecture
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.errors import ConfigError
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
 from incr_ds.sharding.placement import stage_layers
@@ -47,13 +45,3 @@ def pack(hidden: Tensor) -> Tensor:
     DeepSpeed's pipeline expects a gradient for every floating-point tensor that it sends, and the teacher has none.
     """
     return hidden.contiguous().view(torch.uint8)
-
-
-def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
-    """Raise ConfigError unless both models predict over the same vocabulary."""
-    ours, theirs = student.sizes["vocab"], teacher.sizes["vocab"]
-    if ours != theirs:
-        raise ConfigError(
-            f"distillation.teacher: its vocabulary has {theirs} entries, the model's {ours}; they must be the same. "
-            "Use the checkpoint that the model was grown from, or train without distillation."
-        )

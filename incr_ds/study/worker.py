@@ -64,7 +64,8 @@ def run_job(job: Job, study: StudySettings) -> float:
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(job.recipe, sort_keys=False))
     _write_output_to(folder / "log.txt")
     run = parse_settings(job.run, RunSettings, str(folder / RUN_FILE))
-    from incr_ds.train.loop import DivergedError, pretrain
+    from incr_ds.train.loop import DivergedError
+    from incr_ds.train.pretraining import pretrain
 
     try:
         stopped = pretrain(run, stop=_stop).stopped

@@ -27,8 +27,9 @@ from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.companions import Companions
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
-from incr_ds.checkpoint.runs import CHECKPOINTS, step_folders
-from incr_ds.config.training import RunSettings
+from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
+from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError
 from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
@@ -78,7 +79,7 @@ def save_checkpoint(
 
     Raises CheckpointError on all ranks if any rank could not write. The folder then does not appear.
     """
-    final = step_folder(run, state.position.step)
+    final = step_folder(Path(run.output), state.position.step)
     tag = f"global_step{state.position.step}"
     client_state = asdict(state)
     with ExitStack() as stack:
@@ -104,21 +105,27 @@ def load_checkpoint(
     engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture
 ) -> TrainingState:
     """Load one of the run's own checkpoints. Refuse it unless ``run``, its ``data`` (fingerprints) and model continue it."""
+    state = saved_state(run, folder, data, architecture, run.layout)
+    engine.load(folder, f"global_step{state.position.step}")
+    return state
+
+
+def saved_state(
+    run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture, layout: ParallelLayout
+) -> TrainingState:
+    """Read where one of the run's own checkpoints stands, from its manifest.
+
+    Refuse it unless ``run``, its ``data`` (fingerprints), and the model and layout of the stage continue it.
+    """
     facts = on_rank_zero(lambda: read_manifest(folder)["facts"])
-    on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture))
-    client_state = engine.load(folder, facts["tag"])
+    on_rank_zero(lambda: check_continues(folder, facts, run, data, architecture, layout))
     return TrainingState(
-        position=Position(**client_state["position"]),
-        evaluated_step=client_state["evaluated_step"],
-        data=client_state["data"],
-        settings=client_state["settings"],
-        health=Health(**client_state.get("health", {})),
+        position=Position(**facts["position"]),
+        evaluated_step=facts["evaluated_step"],
+        data=facts["data"],
+        settings=facts["settings"],
+        health=Health(**facts.get("health", {})),
     )
-
-
-def step_folder(run: RunSettings, step: int) -> Path:
-    """Path of the checkpoint after ``step`` steps."""
-    return Path(run.output) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def remove_unfinished(run: RunSettings) -> None:
@@ -201,7 +208,10 @@ def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | Non
 
 
 def _prune(run: RunSettings, newest: Path) -> None:
-    """Delete what ``keep_last`` and ``keep_steps`` do not keep; the newest healthy checkpoint stays in any case."""
+    """Delete what ``keep_last`` and ``keep_steps`` do not keep.
+
+    The newest healthy checkpoint stays, and those that the run is made from.
+    """
     if not run.checkpoint.keep_last:
         return
     # A later folder can only be a damaged one that resuming skipped. It must not cause the removal of a whole one.
@@ -211,13 +221,23 @@ def _prune(run: RunSettings, newest: Path) -> None:
     ]
     kept = complete[: run.checkpoint.keep_last]
     healthy = next((folder for folder in complete if (health := _health(folder)) and health.is_good), None)
-    for_good = [step_folder(run, step) for step in run.checkpoint.keep_steps]
+    for_good = [step_folder(Path(run.output), step) for step in run.checkpoint.keep_steps]
     for folder in complete:
-        if folder not in (*kept, *for_good, healthy):
+        if folder not in (*kept, *for_good, healthy, *_origins(run)):
             # The manifest is deleted first: a half-deleted folder must not look complete.
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
     _prune_set_aside(newest.parent, healthy or kept[-1])
+
+
+def _origins(run: RunSettings) -> set[Path]:
+    """What the run's model was grown from, and its teacher. In a run that grows, both may be checkpoints of its own."""
+    source = run.model.initialize_from
+    named = (
+        source.source if isinstance(source, GrowthStart) else source,
+        run.distillation and run.distillation.teacher,
+    )
+    return {Path(folder) for folder in named if folder}
 
 
 def _prune_set_aside(folder: Path, oldest: Path) -> None:

@@ -33,6 +33,12 @@ def initialize_distributed(layout: ParallelLayout) -> torch.device:
     return device
 
 
+def end_processes() -> None:
+    """Leave the other processes. All of them call this when they are done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _cannot_meet(reason: str) -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in reason or "address already in use" in reason:

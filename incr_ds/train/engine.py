@@ -29,11 +29,12 @@ from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import group_count, group_multipliers, optimizer_groups, trained_shards
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
-from incr_ds.train.distributed import initialize_distributed
+from incr_ds.train.distributed import end_processes, initialize_distributed
 from incr_ds.train.loading import check_files, own_settings, safe_loading
 from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.optimizer import adapt_steps, build_adamw
 from incr_ds.train.ranks import on_every_rank
+from incr_ds.train.releasing import forget_modules
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -69,7 +70,6 @@ def build_engine(
     tensor, which become parameter groups. Tensors frozen by run.model.freeze get no gradient and no optimizer state. Raises
     ConfigError or LayoutError if the run file, the number of processes, the model and the teacher are not consistent.
     """
-    _check_zero_stage(run)
     frozen = frozen_tensors(architecture, run.model.freeze)
     num_groups = group_count(architecture, run.layout, multipliers, frozen)
     config = deepspeed_config(run)
@@ -194,11 +194,16 @@ class TrainingEngine:
         adapt_steps(self._engine.optimizer.optimizer, self._run)
         self._engine.global_steps = checkpoint.facts.recorded.global_steps or 0
 
-    def close(self) -> None:
-        """End the process groups. The engine cannot be used afterwards."""
+    def release(self) -> None:
+        """Free what DeepSpeed holds. The engine cannot be used afterwards; the processes stay connected."""
+        if self._run.layout.zero_stage == 3:
+            forget_modules(self._engine.module)
         self._engine.destroy()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    def close(self) -> None:
+        """Release the engine and end the process groups."""
+        self.release()
+        end_processes()
 
     def _over_ranks(self) -> Tensor:
         totals = self._record.take(self._engine.device)
@@ -240,11 +245,3 @@ def _keep_masters(
     parameters = dict(model.module.named_parameters())
     for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())
-
-
-def _check_zero_stage(run: RunSettings) -> None:
-    if run.layout.zero_stage == 0:
-        raise ConfigError(
-            "layout.zero_stage 0: training needs 1, 2 or 3, because DeepSpeed's unpartitioned optimizer reports no "
-            "gradient norm and does not skip steps with non-finite gradients. zero_stage 1 computes the same."
-        )

@@ -83,8 +83,9 @@ def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: 
     assert data.held_out is not None
     before = _held_out_loss(model, operators, data.held_out, run, device)
     optimizer = build_adamw([{"params": list(operators.parameters()), "weight_decay": 0.0}], run, device)
-    feed = batches(data.train, run.data.start_sample, run.batch, 0, 1)
-    for step in range(run.schedule.train_steps):
+    first = run.schedule.start_step
+    feed = batches(data.train, run.data.start_sample + first * run.batch.global_batch_size, run.batch, 0, 1)
+    for step in range(first, run.schedule.last_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.schedule, step)
         loss = _gradients(model, operators, islice(feed, run.accumulation_steps), device)
@@ -92,7 +93,7 @@ def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: 
             nn.utils.clip_grad_norm_(operators.parameters(), run.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
-        report(step, loss)
+        report(step - first, loss)
     after = _held_out_loss(model, operators, data.held_out, run, device)
     return Fit(recipe.model_copy(update={"fitted": operators.fitted()}), before, after)
 

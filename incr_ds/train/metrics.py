@@ -19,15 +19,17 @@ FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands after ``step`` optimizer steps.
+    """Where a run stands after ``step`` optimizer steps of its schedule.
 
-    ``consumed_samples`` counts from the run's own start. ``flops`` are all that the run has spent, the teacher's included.
+    ``consumed_samples`` and ``tokens`` count from step 0 of the schedule, like ``step``. ``flops`` are all that this run has
+    spent, the teacher's included. ``stage`` is the number of times that its model has grown.
     """
 
     step: int = 0
     consumed_samples: int = 0
     tokens: int = 0
     flops: float = 0.0
+    stage: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,21 @@ class EvaluationRow:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class GrowthRow:
+    """The model has grown by ``recipe``. It had ``parameters_before`` and has ``parameters``; building it took ``seconds``."""
+
+    recipe: str
+    parameters_before: int
+    parameters: int
+    function_preserving: bool
+    seconds: float
+
+
+Row = TrainRow | EvaluationRow | GrowthRow
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
-KINDS: dict[type, str] = {TrainRow: "train", EvaluationRow: "evaluation"}
-# Keys of every row, in files of any version.
+KINDS: dict[type, str] = {TrainRow: "train", EvaluationRow: "evaluation", GrowthRow: "growth"}
+# Keys of every row, in files of any version; a growth has no loss.
 _ROW: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "tokens": (int,),
@@ -71,8 +85,8 @@ _ROW: dict[str, tuple[type, ...]] = {
 }
 
 
-def row(position: Position, values: TrainRow | EvaluationRow) -> dict[str, Any]:
-    """The JSON object of a line. ``kind`` is train or evaluation. A number that is not finite becomes null."""
+def row(position: Position, values: Row) -> dict[str, Any]:
+    """The JSON object of a line. ``kind`` is train, evaluation or growth. A number that is not finite becomes null."""
     return _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
 
 
@@ -112,27 +126,49 @@ def _row(line: str, where: str) -> dict[str, Any]:
     content = parse_json(line, CheckpointError, where, finite=False)
     if not isinstance(content, dict) or content.get("kind") not in KINDS.values():
         raise CheckpointError(
-            f"{where}: not a valid row of metrics: expected an object whose kind is {' or '.join(KINDS.values())}."
+            f"{where}: not a valid row of metrics: expected an object whose kind is {', '.join(KINDS.values())}."
         )
     for key, kinds in _ROW.items():
+        if key == "loss" and content["kind"] == KINDS[GrowthRow]:
+            continue
         if not isinstance(value := content.get(key), kinds) or isinstance(value, bool):
             raise CheckpointError(f"{where}: {key}: expected {kinds[0].__name__}, found {value!r}.")
     return content
 
 
+def _is_before(content: dict[str, Any], position: Position, evaluated_step: int | None) -> bool:
+    """Whether a row belongs to a run's way to ``position``. Files of older versions state no stage."""
+    step, stage = content["step"], content.get("stage", 0)
+    repeated = (
+        content["kind"] == KINDS[EvaluationRow]
+        and stage == position.stage
+        and evaluated_step is not None
+        and step > evaluated_step
+    )
+    return bool(step <= position.step and stage <= position.stage and not repeated)
+
+
 class MetricsFile:
-    """Appends rows. Opening it drops the rows past ``step``, so that a resumed run leaves one clean curve."""
+    """Appends rows. Opening it drops the rows past ``resumed``, so that a resumed run leaves one clean curve."""
 
-    def __init__(self, folder: Path, step: int | None, say: Callable[[str], None] = print) -> None:
-        """``step``: the step that the run resumes from, or None for a new run (every old row is dropped).
+    def __init__(
+        self,
+        folder: Path,
+        resumed: Position | None,
+        say: Callable[[str], None] = print,
+        *,
+        evaluated_step: int | None = None,
+    ) -> None:
+        """``resumed``: the position that the run resumes from, or None for a new run (every old row is dropped).
 
+        ``evaluated_step`` is the last step that it has evaluated, if that is known. A later evaluation is repeated.
         Damaged lines are reported through ``say`` and dropped, since they must not keep a run from resuming.
         """
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            rows = [] if step is None else _rows(self.path, lambda damage: say(f"dropped a damaged line: {damage}"))
-            kept = [item for item in rows if item["step"] <= int(step or 0)]
+            found = _rows(self.path, lambda damage: say(f"dropped a damaged line: {damage}"))
+            kept = [] if resumed is None else [item for item in found if _is_before(item, resumed, evaluated_step)]
             write_atomically(self.path, "".join(json.dumps(_strict(item)) + "\n" for item in kept))
         self._stream = open(self.path, "a", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, TrainRow, row
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, Row, TrainRow, row
 
 
 class Monitor(Protocol):
@@ -23,7 +23,7 @@ class Monitor(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+    def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
         ...
 
@@ -43,7 +43,7 @@ class Silence:
     ) -> None:
         return None
 
-    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+    def record(self, position: Position, values: Row) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -53,9 +53,20 @@ class Silence:
 class RunMonitor:
     """Writes metrics.jsonl, and tensorboard if wanted. Shows a progress bar on a terminal, otherwise plain lines."""
 
-    def __init__(self, output: Path, *, resumed_step: int | None, train_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        resumed: Position | None,
+        train_steps: int,
+        tensorboard: bool,
+        evaluated_step: int | None = None,
+    ) -> None:
         self._console = Console(soft_wrap=True, highlight=False)
-        self._metrics = MetricsFile(output, resumed_step, lambda text: self._console.print(text, markup=False))
+        resumed_step = None if resumed is None else resumed.step
+        self._metrics = MetricsFile(
+            output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
+        )
         self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
         self._progress = Progress(
             TextColumn("step"),
@@ -81,7 +92,7 @@ class RunMonitor:
         if self._board is not None:
             self._board.close()
 
-    def record(self, position: Position, values: TrainRow | EvaluationRow) -> None:
+    def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
         content = row(position, values)
         self._metrics.append(content)
@@ -89,11 +100,7 @@ class RunMonitor:
             _write_board(self._board, content)
         if isinstance(values, TrainRow):
             self._progress.update(self._task, completed=position.step, description=f"loss {values.loss:.4f}")
-            self.say(f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_train_line(values)}")
-        else:
-            self.say(
-                f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_held_out_line(values)}"
-            )
+        self.say(f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_line(values)}")
 
     def say(self, text: str) -> None:
         """Show one line, above the bar if there is one. If the reader of a pipe is gone, the run continues in silence."""
@@ -111,8 +118,16 @@ def _open_board(folder: Path, resumed_step: int | None) -> Any:
 
 def _write_board(board: Any, content: dict[str, Any]) -> None:
     for name, value in content.items():
-        if name not in ("kind", "step") and value is not None:
+        if isinstance(value, str) and name != "kind":
+            board.add_text(f"{content['kind']}/{name}", value, content["step"])
+        elif name not in ("kind", "step") and value is not None:
             board.add_scalar(f"{content['kind']}/{name}", value, content["step"])
+
+
+def _line(values: Row) -> str:
+    if isinstance(values, TrainRow):
+        return _train_line(values)
+    return _growth_line(values) if isinstance(values, GrowthRow) else _held_out_line(values)
 
 
 def _train_line(values: TrainRow) -> str:
@@ -127,3 +142,11 @@ def _train_line(values: TrainRow) -> str:
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
     return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"
+
+
+def _growth_line(values: GrowthRow) -> str:
+    keeps = "keeps" if values.function_preserving else "does not keep"
+    return (
+        f"grown from {values.parameters_before:,} to {values.parameters:,} parameters by {values.recipe}, which {keeps} the "
+        f"function, in {values.seconds:.1f} s"
+    )

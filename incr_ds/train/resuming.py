@@ -9,6 +9,7 @@ from typing import Any
 from incr_ds.arch.architecture import Architecture, saved_architecture
 from incr_ds.checkpoint.companions import TOKENIZER_FILES
 from incr_ds.config.json_file import regular_bytes
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, LayoutError
 
@@ -19,21 +20,57 @@ MODEL = "it holds another model, or holds it in another precision"
 FIXED: Mapping[str, Mapping[str, Any]] = {
     TOKENS: dict.fromkeys(
         ("seed", "batch.sequence_length", "batch.global_batch_size", "data.train", "data.start_sample"), None
-    ),
+    )
+    | {"schedule.start_step": 0},
     GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
     MODEL: {"precision": None},
 }
 
 
+def stage_in(folder: Path, facts: Mapping[str, Any], run: RunSettings) -> int:
+    """The stage of ``run`` that its checkpoint ``folder``, whose manifest holds ``facts``, is in.
+
+    Growths that have happened must be those of the run file: their steps and recipes. Raises ConfigError that lists those
+    that are not, and growths that the run has passed without them.
+    """
+    position = facts["position"]
+    stage, step = int(position.get("stage", 0)), int(position["step"])
+    then, now = facts["settings"].get("growth", [])[:stage], run.model_dump(mode="json")["growth"]
+    problems = [
+        f"growth.{number}.{key}: {was[key]} there, {now[number][key] if number < len(now) else 'none'} in this run file"
+        for number, was in enumerate(then)
+        for key in ("at_step", "recipe")
+        if number >= len(now) or now[number][key] != was[key]
+    ]
+    problems += [
+        f"growth.{number}.at_step: {growth['at_step']}, but the run took {step} steps without it"
+        for number, growth in enumerate(now[stage:], start=stage)
+        if growth["at_step"] < step
+    ]
+    if problems:
+        raise ConfigError(
+            f"{folder}: the run has grown otherwise:\n  " + "\n  ".join(problems) + "\n"
+            "Restore the section growth, or start a new run: another output, with model.initialize_from this checkpoint and "
+            f"schedule.start_step {step}."
+        )
+    return stage
+
+
 def check_continues(
-    folder: Path, facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str], architecture: Architecture
+    folder: Path,
+    facts: Mapping[str, Any],
+    run: RunSettings,
+    data: Mapping[str, str],
+    architecture: Architecture,
+    layout: ParallelLayout | None = None,
 ) -> None:
     """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
-    It cannot with another layout, data, model, tokenizer or precision. ``data`` is the fingerprint of each data set, and
-    ``architecture`` the run's model. Raises LayoutError or ConfigError that lists every difference.
+    It cannot with another layout, data, model, tokenizer or precision. ``data`` is the fingerprint of each data set.
+    ``architecture`` and ``layout`` (None: the run's own) are those of the stage in which the run resumes. Raises LayoutError
+    or ConfigError that lists every difference.
     """
-    check_layout_matches(folder, facts["layout"], run)
+    check_layout_matches(folder, facts["layout"], layout or run.layout)
     old, new = facts["settings"], run.model_dump(mode="json")
     problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
     problems[TOKENS][:0] = [*_other_data(facts["data"], data), *_other_tokenizer(folder, run)]
@@ -46,9 +83,9 @@ def check_continues(
         )
 
 
-def check_layout_matches(folder: Path, found: Mapping[str, int], run: RunSettings) -> None:
-    """Raise LayoutError that names the degrees in which a DeepSpeed checkpoint's layout differs from ``run.layout``."""
-    wanted = run.layout.model_dump()
+def check_layout_matches(folder: Path, found: Mapping[str, int], layout: ParallelLayout) -> None:
+    """Raise LayoutError that names the degrees in which a DeepSpeed checkpoint's layout differs from the run's ``layout``."""
+    wanted = layout.model_dump()
     different = [
         f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
     ]
@@ -64,12 +101,18 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str =
     """Lines ``key: old -> new`` for every setting that differs."""
     lines = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after = _as_section(old.get(key)), _as_section(new.get(key))
         if isinstance(before, dict) and isinstance(after, dict):
             lines += changed_settings(before, after, f"{path}{key}.")
         elif before != after:
             lines.append(f"{path}{key}: {before} -> {after}")
     return lines
+
+
+def _as_section(value: Any) -> Any:
+    """A list of sections as a section, with its numbers as keys; other values as they are."""
+    sections = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return {str(number): item for number, item in enumerate(value)} if sections else value
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:

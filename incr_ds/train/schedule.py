@@ -9,11 +9,24 @@ import hashlib
 import math
 
 from incr_ds.config.distillation import DistillationSettings
-from incr_ds.config.training import ScheduleSettings
+from incr_ds.config.training import RunSettings, ScheduleSettings
 
 
 def learning_rate(schedule: ScheduleSettings, step: int) -> float:
-    """Learning rate of ``step``.
+    """Learning rate of ``step`` of the whole schedule: the schedule's, times the share that a re-warm-up has reached.
+
+    Re-warm-up is linear over ``rewarmup_steps`` steps from ``start_step`` on, from ``rewarmup_from`` to 1, step by step as
+    in the warm-up.
+    """
+    rate, taken = scheduled_rate(schedule, step), step - schedule.start_step
+    if taken >= schedule.rewarmup_steps:
+        return rate
+    share = (taken + 1) / (schedule.rewarmup_steps + 1)
+    return rate * (schedule.rewarmup_from + (1.0 - schedule.rewarmup_from) * share)
+
+
+def scheduled_rate(schedule: ScheduleSettings, step: int) -> float:
+    """Learning rate of ``step`` without re-warm-up.
 
     Warm-up is linear from ``warmup_from`` x peak to the peak at step ``warmup_steps``. Step s is at the fraction
     (s + 1) / (warmup_steps + 1) of the way, so that step 0 does not waste a batch on a rate of 0. ``cosine`` then goes
@@ -35,8 +48,14 @@ def learning_rate(schedule: ScheduleSettings, step: int) -> float:
     return peak
 
 
+def steps_taught(run: RunSettings, step: int) -> int:
+    """Number of steps since the annealing of the teacher's weight began, as ``step`` starts."""
+    stated = run.distillation.start_step if run.distillation is not None else None
+    return step - (run.schedule.start_step if stated is None else stated)
+
+
 def distillation_weight(settings: DistillationSettings | None, step: int) -> float:
-    """The a of (1 - a) CE + a T^2 KL: ``weight`` at step 0, ``final_weight`` from ``anneal_steps`` on; 0 if unset."""
+    """The a of (1 - a) CE + a T^2 KL after ``step`` steps of annealing: from ``weight`` to ``final_weight``; 0 if unset."""
     if settings is None:
         return 0.0
     return _anneal(settings.weight, settings.final_weight, settings, step)

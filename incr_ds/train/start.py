@@ -13,7 +13,8 @@ from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.publish import MANIFEST
 from incr_ds.config.training import GrowthStart, RunSettings
-from incr_ds.errors import CheckpointError, ConfigError, LayoutError
+from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.launch.stages import check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.sharding.placement import check_layout
 from incr_ds.train.ranks import all_ranks, on_every_rank
@@ -74,22 +75,13 @@ def check_growth(start: Start) -> None:
         on_every_rank(
             lambda: grown.check_finite(with_moments=start.with_moments, share=ranks.rank, shares=ranks.size),
             "growth on load: refused",
-            "Nothing was trained.",
+            "No step was taken with it.",
         )
 
 
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     grown, recipe = open_grown(Path(growth.source), Path(growth.recipe), run.model.tag)
-    stated = recipe.layout.model_fields_set if "layout" in recipe.model_fields_set else set()
-    ours, theirs = run.layout.model_dump(), recipe.layout.model_dump()
-    differing = [
-        f"{key} {theirs[key]} (this run: {ours[key]})" for key in sorted(stated & set(ours)) if theirs[key] != ours[key]
-    ]
-    if differing:
-        raise LayoutError(
-            f"{growth.recipe}: layout states {', '.join(differing)}. The run file decides the layout of a growth on load: remove "
-            "layout from the recipe, or make the two agree."
-        )
+    check_recipe_layout(recipe, growth.recipe, run.layout)
     check_layout(grown.architecture, run.layout)
     kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
     description = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
@@ -112,7 +104,7 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
             f"{folder}: incr_ds did not write this DeepSpeed checkpoint; its optimizer state cannot be used as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
-    check_layout_matches(folder, source.facts.layout, run)
+    check_layout_matches(folder, source.facts.layout, run.layout)
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
     kept = "weights and optimizer state" if "exp_avg" in source.facts.states else "weights"
     description = f"{kept} of {folder} ({source.facts.kind}, {tag})"

@@ -13,7 +13,7 @@ from incr_ds.errors import ConfigError
 from incr_ds.offline.compare import compare, random_batches
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.evaluation import evaluate_checkpoint
-from incr_ds.train.loop import open_data
+from incr_ds.train.inputs import open_data
 
 
 def run_tool(name, *arguments):

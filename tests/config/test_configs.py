@@ -13,6 +13,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
+from incr_ds.launch.stages import plan_stages
 from incr_ds.sharding.placement import check_layout
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +27,14 @@ STATED_IN_RUN_FILES = {
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_run_files_load_and_name_files_that_are_there(path):
+def test_run_files_load_and_name_files_that_are_there(path, monkeypatch):
     run = load_settings(path, RunSettings)
     assert run.deepspeed is not None and (ROOT / run.deepspeed).is_file()
     if run.model.config is not None:
         architecture = architecture_from_config(read_config(ROOT / run.model.config), run.model.config)
         check_layout(architecture, run.layout)
+        monkeypatch.chdir(ROOT)
+        assert len(plan_stages(run, architecture)) == len(run.growth) + 1
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*.json")), ids=lambda path: path.stem)

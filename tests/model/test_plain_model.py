@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from incr_ds.arch.training import check_vocabularies
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.model.build import check_parameters
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
-from incr_ds.model.teacher import check_vocabularies
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.placement import rank_parameters

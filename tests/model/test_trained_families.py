@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_plain_model import batch, plain, transformers_model
 
+from incr_ds.arch.training import check_trainable
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.model.attention import check_capped_scores
-from incr_ds.model.build import _check_training_supported
 from incr_ds.model.weights import FreshWeights
 from incr_ds.sharding.placement import check_layout, rank_parameters
 from incr_ds.testing.checkpoint import drawn_checkpoint
@@ -129,4 +129,4 @@ def test_capped_scores_need_eager_attention():
 
 def test_layers_that_are_left_out_at_random_are_refused():
     with pytest.raises(ConfigError, match=r"layerdrop is 0.1; opt is trained here with 0.0 only"):
-        _check_training_supported(small_architecture("opt", layerdrop=0.1))
+        check_trainable(small_architecture("opt", layerdrop=0.1))

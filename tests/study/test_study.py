@@ -9,7 +9,7 @@ from curves import write_run
 from incr_ds.errors import CheckpointError
 from incr_ds.study.comparison import compare_curves, merge_metrics, read_curve, summary, table_rows, thinned
 from incr_ds.study.report import draw_study, write_report
-from incr_ds.train.metrics import MetricsFile, read_metrics
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, read_metrics, row
 
 TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 
@@ -89,6 +89,19 @@ def test_a_run_without_evaluation_is_refused(tmp_path: Path):
         read_curve("grown", tmp_path)
     with pytest.raises(CheckpointError, match="nowhere/metrics.jsonl: cannot be read"):
         read_curve("grown", tmp_path / "nowhere")
+
+
+def test_a_run_that_grows_has_a_point_on_both_sides_of_the_growth(tmp_path):
+    metrics = MetricsFile(tmp_path, None)
+    growth = GrowthRow(recipe="r", parameters_before=1, parameters=2, function_preserving=False, seconds=1.0)
+    for stage, values in ((0, 3.0), (1, growth), (1, 3.5)):
+        if isinstance(values, float):
+            values = EvaluationRow(loss=values, perplexity=1.0, bits_per_byte=None, seconds=1.0)
+        metrics.append(row(Position(step=4, tokens=32, flops=1e3, stage=stage), values))
+    metrics.close()
+    assert [(point.step, point.loss) for point in read_curve("grown", tmp_path).points] == [(4, 3.0), (4, 3.5)]
+    merge_metrics({"grown": tmp_path}, tmp_path / "merged.jsonl")
+    assert [item["kind"] for item in read_metrics(tmp_path / "merged.jsonl")] == ["evaluation", "growth", "evaluation"]
 
 
 def test_merged_metrics_name_their_run(folders, tmp_path: Path):

@@ -11,9 +11,8 @@ from incr_ds.config.training import RunSettings
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from incr_ds.train.engine import build_engine
-from incr_ds.train.inputs import Data
-from incr_ds.train.loop import load_state
 from incr_ds.train.metrics import Position
+from incr_ds.train.pretraining import load_start
 from incr_ds.train.start import find_start
 
 SAMPLES, LENGTH, RATE = 4, 16, 3e-3
@@ -72,7 +71,7 @@ def follow(folder, model, layout, optimizer=None):
     run = run_settings(folder, model, layout, **(optimizer or {}))
     start = find_start(run)
     engine = build_engine(run, start.architecture, start.weights, None, start.multipliers)
-    load_state(engine, run, start, None, Data(None, None, {}))
+    load_start(engine, start)
     losses = train(engine, range(BEFORE, BEFORE + AFTER // 2))
     rates = sorted({group["lr"] / RATE for group in engine._engine.optimizer.param_groups})
     state = TrainingState(position=Position(step=25), evaluated_step=-1, data={}, settings=run.model_dump(mode="json"))

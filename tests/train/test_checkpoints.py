@@ -1,12 +1,14 @@
 """Publishing, choosing and pruning with a stand-in engine that writes real files; the real one is tested elsewhere."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from incr_ds.checkpoint.publish import verify_manifest
+from incr_ds.checkpoint.runs import step_folder
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError, LayoutError
@@ -16,7 +18,6 @@ from incr_ds.train.checkpoints import (
     load_checkpoint,
     newest_complete,
     save_checkpoint,
-    step_folder,
 )
 from incr_ds.train.metrics import Position
 from incr_ds.train.resuming import changed_settings
@@ -123,9 +124,9 @@ def test_saving_over_a_damaged_one_keeps_it_aside_and_never_drops_the_whole_ones
     save(run, 4)
     (tmp_path / "checkpoints" / "step_00000004" / "latest").write_text("other")
     save(run, 2)
-    assert newest_complete(run, lambda text: None) == step_folder(run, 2)
+    assert newest_complete(run, lambda text: None) == step_folder(Path(run.output), 2)
     save(run, 4, value=7.0)
-    assert newest_complete(run, lambda text: None) == step_folder(run, 4)
+    assert newest_complete(run, lambda text: None) == step_folder(Path(run.output), 4)
     assert (tmp_path / "checkpoints" / "damaged_step_00000004.1").is_dir()
     save(run, 5)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
@@ -137,7 +138,7 @@ def test_a_whole_checkpoint_of_another_run_is_not_set_aside(tmp_path):
     with pytest.raises(CheckpointError, match="step_00000004: exists and is whole, but this run did not write it"):
         save(run, 4, value=8.0)
     engine = FileEngine()
-    load_checkpoint(engine, run, step_folder(run, 4), {"a": "f00"}, MODEL)
+    load_checkpoint(engine, run, step_folder(Path(run.output), 4), {"a": "f00"}, MODEL)
     assert engine.value == 7.0
 
 

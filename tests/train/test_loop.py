@@ -2,117 +2,26 @@
 
 import json
 import math
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
+from one_number import LENGTH, SKIPPED, curve, make_world, names, settings, stop_at, stoppable
 from safetensors.torch import load_file, save_file
 
-from incr_ds.config.fields import parse_settings
-from incr_ds.config.training import RunSettings
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
-from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
-from incr_ds.train import inputs, loop
-from incr_ds.train.engine import StepResult
-from incr_ds.train.loop import DivergedError, pretrain
-from incr_ds.train.metrics import TIMINGS, read_metrics
-
-LENGTH = 8
-SKIPPED = 4.25  # the loss of steps whose gradients are not finite here
-
-
-class OneNumber:
-    """Its number depends on every token, rate and weight that it was given, in order."""
-
-    data_parallel_rank = 0
-    reads_data = True
-
-    def __init__(self, run, on_step):
-        self.number, self._run, self._on_step, self.steps, self.closed = 1.0, run, on_step, 0, False
-
-    def train_step(self, batches, *, learning_rate, alpha, temperature):
-        for _ in range(self._run.accumulation_steps):
-            inputs, labels = next(batches)
-            self.number = (0.9 * self.number + learning_rate * inputs.double().mean().item() * (1 + alpha)) % 10.0
-        self.steps += 1
-        loss = self._on_step(self.steps, self.number)
-        skipped = loss == SKIPPED
-        return StepResult(
-            loss=loss, ce=loss, divergence=0.0, gradient_norm=math.nan if skipped else 1.0, skipped=skipped
-        )
-
-    def evaluate(self, batches, num_micro_batches):
-        found = list(batches)
-        assert len(found) == num_micro_batches
-        return self.number / 4 + sum(inputs.double().mean().item() for inputs, _ in found) / num_micro_batches / 100
-
-    def save(self, folder, tag, client_state):
-        (folder / tag).mkdir()
-        (folder / tag / "state.json").write_text(json.dumps([self.number, client_state]))
-
-    def load(self, folder, tag):
-        self.number, client_state = json.loads((folder / tag / "state.json").read_text())
-        return client_state
-
-    def close(self):
-        self.closed = True
+from incr_ds.testing.memory import drawn_model, small_architecture
+from incr_ds.train import inputs, loop, pretraining
+from incr_ds.train.loop import DivergedError
+from incr_ds.train.metrics import read_metrics
+from incr_ds.train.pretraining import pretrain
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A folder with a model, data, and engines that are remembered; ``on_step`` may be replaced."""
-    generator = np.random.default_rng(0)
-    for name in ("train", "validation"):
-        builder = IndexedDatasetBuilder(str(tmp_path / f"x_{name}_text_document.bin"), dtype=np.uint16)
-        for _ in range(20):
-            ids = generator.integers(0, SMALL["vocab"], 30).tolist()
-            builder.add_document(ids, [len(ids)])
-        builder.finalize(str(tmp_path / f"x_{name}_text_document.idx"))
-    (tmp_path / "config.json").write_text(json.dumps(dict(small_architecture("llama").config)))
-    world = {"folder": tmp_path, "engines": [], "on_step": lambda step, number: number}
-
-    def build_engine(run, architecture, weights, teacher, multipliers):
-        world["engines"].append(OneNumber(run, lambda step, number: world["on_step"](step, number)))
-        return world["engines"][-1]
-
-    monkeypatch.setattr(loop, "build_engine", build_engine)
-    monkeypatch.setattr(loop, "initialize_distributed", lambda layout: None)
-    return world
-
-
-def settings(world, output, **changes):
-    folder = world["folder"]
-    content = {
-        "output": str(folder / output),
-        "precision": "fp32",
-        "model": {"config": str(folder / "config.json")},
-        "batch": {"sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 4},
-        "schedule": {"train_steps": 6, "learning_rate": 0.1, "warmup_steps": 2},
-        "data": {
-            "train": [{"prefix": str(folder / "x_train_text_document")}],
-            "validation": str(folder / "x_validation_text_document"),
-        },
-        "evaluation": {"interval": 2, "samples": 4},
-        "checkpoint": {"interval": 3, "keep_last": 0},
-        "divergence": {"max_loss_rise": None},  # the number goes up and down
-        "log_interval": 1,
-        "tensorboard": False,
-    }
-    return parse_settings(content | changes, RunSettings, "test")
-
-
-def curve(run):
-    rows = read_metrics(loop.Path(run.output) / "metrics.jsonl")
-    return [{key: value for key, value in item.items() if key not in TIMINGS} for item in rows]
-
-
-def names(run):
-    return sorted(path.name for path in (loop.Path(run.output) / "checkpoints").iterdir())
+    return make_world(tmp_path, monkeypatch)
 
 
 def test_a_run_logs_evaluates_and_saves_when_due(world, capsys):
@@ -154,20 +63,6 @@ def test_a_run_that_grows_nan_is_refused_before_its_engine_and_a_resumed_one_is_
     file.write_bytes(damaged)
     world["on_step"] = lambda step, number: number
     assert pretrain(run).position.step == 6
-
-
-def stop_at(when):
-    def on_step(step, number):
-        if step == when:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return number
-
-    return on_step
-
-
-def stoppable(run):
-    with StopRequest() as stop:
-        return pretrain(run, stop=stop)
 
 
 @pytest.mark.parametrize("when", [1, 2, 4])
@@ -248,7 +143,7 @@ def test_no_resume_refuses_a_run_that_has_checkpoints(world):
 
 
 def test_the_teacher_costs_flops_only_while_its_weight_lasts(world, monkeypatch):
-    monkeypatch.setattr(loop, "open_described", lambda path: loop.find_start(settings(world, "run")))
+    monkeypatch.setattr(pretraining, "open_described", lambda path: pretraining.find_start(settings(world, "run")))
     taught = settings(world, "taught", distillation={"teacher": "t", "weight": 0.5, "anneal_steps": 2})
     alone = settings(world, "alone")
     pretrain(taught)

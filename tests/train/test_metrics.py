@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from incr_ds.errors import CheckpointError
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.flops import device_peak, forward_flops_per_token, training_flops_per_token
-from incr_ds.train.metrics import EvaluationRow, MetricsFile, Position, TrainRow, read_metrics, row
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, TrainRow, read_metrics, row
 from incr_ds.train.monitoring import RunMonitor
 
 
@@ -23,7 +24,7 @@ def held_out(loss):
 
 
 def write(folder, steps, step=None):
-    metrics = MetricsFile(folder, step, print)
+    metrics = MetricsFile(folder, None if step is None else Position(step=step), print)
     for number in steps:
         metrics.append(row(Position(step=number, tokens=8 * number), train_row(float(number))))
     metrics.close()
@@ -50,7 +51,7 @@ def test_a_new_start_drops_every_row_and_a_half_written_line_is_not_one(tmp_path
     ("line", "message"),
     [
         ('{"step', "not valid JSON"),
-        ("[]", "not a valid row of metrics: expected an object whose kind is train or evaluation"),
+        ("[]", "not a valid row of metrics: expected an object whose kind is train, evaluation, growth"),
         ('{"a": 1}', "not a valid row of metrics"),
         ('{"kind": "train", "step": "two"}', "step: expected int, found 'two'"),
         ('{"kind": "train", "step": 2, "tokens": 1, "flops": 1, "loss": "low"}', "loss: expected float, found 'low'"),
@@ -90,14 +91,14 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path):
 
 
 def test_the_keys_of_a_row_are_public():
-    position = ["kind", "step", "consumed_samples", "tokens", "flops"]
+    position = ["kind", "step", "consumed_samples", "tokens", "flops", "stage"]
     train = ["loss", "ce", "divergence", "alpha", "temperature", "learning_rate", "gradient_norm", "skipped"]
     assert list(row(Position(), train_row(1.0))) == [*position, *train, "tokens_per_second", "mfu", "seconds"]
     assert list(row(Position(), held_out(1.0))) == [*position, "loss", "perplexity", "bits_per_byte", "seconds"]
 
 
 def test_the_monitor_keeps_rows_and_shows_plain_lines(tmp_path, capsys):
-    with RunMonitor(tmp_path, resumed_step=None, train_steps=20, tensorboard=True) as monitor:
+    with RunMonitor(tmp_path, resumed=None, train_steps=20, tensorboard=True) as monitor:
         monitor.record(Position(step=10, tokens=80), train_row(3.25))
         monitor.record(Position(step=10, tokens=80), held_out(3.5))
     assert [item["kind"] for item in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "evaluation"]
@@ -105,6 +106,34 @@ def test_the_monitor_keeps_rows_and_shows_plain_lines(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "step 10/20  loss 3.2500 (ce 3.2500, kl 0.5000, a 0.250)  lr 1.00e-03  |g| 2.000" in shown
     assert "step 10/20  held-out loss 3.5000  perplexity 2.00\n" in shown
+
+
+def test_a_growth_is_a_row_without_a_loss_and_shown_on_the_board(tmp_path, capsys):
+    growth = GrowthRow(
+        recipe="deep.yaml", parameters_before=1000, parameters=2500, function_preserving=False, seconds=1.5
+    )
+    with RunMonitor(tmp_path, resumed=None, train_steps=20, tensorboard=True) as monitor:
+        monitor.record(Position(step=10, tokens=80, stage=1), growth)
+    (found,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert found["kind"] == "growth" and found["stage"] == 1 and "loss" not in found
+    line = "step 10/20  grown from 1,000 to 2,500 parameters by deep.yaml, which does not keep the function, in 1.5 s"
+    assert line in capsys.readouterr().out
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("growth/parameters")] == [(10, 2500.0)]
+    assert board.Tensors("growth/recipe/text_summary")[0].tensor_proto.string_val == [b"deep.yaml"]
+
+
+def test_resuming_before_a_growth_drops_the_rows_of_the_larger_model_at_the_same_step(tmp_path):
+    metrics = MetricsFile(tmp_path, None)
+    small, large = Position(step=4), Position(step=4, stage=1)
+    growth = GrowthRow(recipe="r", parameters_before=1, parameters=2, function_preserving=True, seconds=1.0)
+    for position, values in ((small, held_out(3.0)), (large, growth), (large, held_out(2.0))):
+        metrics.append(row(position, values))
+    metrics.close()
+    MetricsFile(tmp_path, small, evaluated_step=4).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row(small, held_out(3.0))]
+    MetricsFile(tmp_path, small, evaluated_step=2).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []  # the evaluation will be repeated
 
 
 def test_flops_are_those_of_the_formula():

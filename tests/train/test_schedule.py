@@ -4,7 +4,15 @@ import pytest
 
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.training import ScheduleSettings
-from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed
+from incr_ds.errors import ConfigError
+from incr_ds.testing.runs import pico_run
+from incr_ds.train.schedule import (
+    distillation_temperature,
+    distillation_weight,
+    learning_rate,
+    step_seed,
+    steps_taught,
+)
 
 
 def rates(**settings):
@@ -28,6 +36,59 @@ def test_rewarm_up_starts_at_its_fraction_of_the_peak():
 def test_wsd_is_flat_and_then_linear_to_the_minimum():
     found = rates(train_steps=10, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=1, decay="wsd", decay_steps=4)
     assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_run_that_is_a_part_of_a_schedule_has_the_rates_of_the_same_steps():
+    whole = ScheduleSettings(train_steps=10, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=3)
+    part = whole.model_copy(update={"start_step": 4, "end_step": 7})
+    assert [learning_rate(part, step) for step in range(4, 7)] == [learning_rate(whole, step) for step in range(4, 7)]
+    assert (part.last_step, whole.last_step) == (7, 10)
+
+
+def test_a_re_warm_up_multiplies_the_schedule_from_the_start_step_on():
+    """A third, two thirds and all of the way from 0.25 to 1, on a cosine that has not restarted."""
+    part = ScheduleSettings(
+        train_steps=10, learning_rate=2.0, warmup_steps=2, start_step=4, rewarmup_steps=2, rewarmup_from=0.25
+    )
+    cosine = [1.0 + math.cos(math.pi * (step - 2) / 8) for step in range(4, 10)]
+    shares = [0.5, 0.75, 1, 1, 1, 1]
+    assert [learning_rate(part, step) for step in range(4, 10)] == pytest.approx(
+        [rate * share for rate, share in zip(cosine, shares, strict=True)]
+    )
+
+
+def test_a_re_warm_up_under_wsd_rises_to_the_plateau_and_decays_as_the_whole():
+    part = ScheduleSettings(
+        train_steps=10, learning_rate=1.0, decay="wsd", decay_steps=4, start_step=3, rewarmup_steps=1, rewarmup_from=0.5
+    )
+    assert [learning_rate(part, step) for step in range(3, 10)] == pytest.approx([0.75, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"start_step": 5, "end_step": 5}, r"start_step 5 and end_step 5 are not a part of the schedule's 10 steps"),
+        (
+            {"end_step": 11},
+            r"end_step 11 are not a part of the schedule's 10 steps: expected 0 <= start_step < end_step",
+        ),
+        ({"rewarmup_steps": 2}, r"rewarmup_steps 2 belongs to a run with a start_step; at step 0 it is warmup_steps"),
+        ({"start_step": 8, "rewarmup_steps": 3}, r"rewarmup_steps 3 exceed the 2 steps from 8 to 10"),
+    ],
+)
+def test_a_part_that_is_not_one_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleSettings(train_steps=10, learning_rate=1.0, **keys)
+
+
+def test_the_teacher_counts_from_the_first_step_of_a_run_or_from_a_stated_one():
+    schedule = {"train_steps": 9, "learning_rate": 1.0, "start_step": 4}
+    taught = {"teacher": "t", "anneal_steps": 3}
+    assert [steps_taught(pico_run(schedule=schedule, distillation=taught), step) for step in (4, 8)] == [0, 4]
+    earlier = pico_run(schedule=schedule, distillation={**taught, "start_step": 1})
+    assert [steps_taught(earlier, step) for step in (4, 8)] == [3, 7]
+    with pytest.raises(ConfigError, match="distillation.start_step 5 is after the run's first step 4"):
+        pico_run(schedule=schedule, distillation={**taught, "start_step": 5})
 
 
 def test_without_warm_up_the_first_step_is_at_the_peak():

@@ -1,0 +1,32 @@
+"""Checks whether a model can be trained here, and by which teacher."""
+
+from __future__ import annotations
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.family import families
+from incr_ds.errors import ConfigError, LayoutError
+
+
+def check_trainable(architecture: Architecture) -> None:
+    """Raise LayoutError or ConfigError if models of this family, or with these fields, cannot be trained here."""
+    if not architecture.family.training_supported:
+        known = ", ".join(name for name, family in families().items() if family.training_supported)
+        raise LayoutError(
+            f"{architecture.family.model_type} can be grown and exported, but not trained here; supported for training: {known}."
+        )
+    for field, value in architecture.family.training_requires.items():
+        if architecture.config[field] != value:
+            raise ConfigError(
+                f"{field} is {architecture.config[field]!r}; {architecture.family.model_type} is trained here with {value!r} "
+                "only. Set it in the model's config.json."
+            )
+
+
+def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
+    """Raise ConfigError unless both models predict over the same vocabulary."""
+    ours, theirs = student.sizes["vocab"], teacher.sizes["vocab"]
+    if ours != theirs:
+        raise ConfigError(
+            f"distillation.teacher: its vocabulary has {theirs} entries, the model's {ours}; they must be the same. "
+            "Use the checkpoint that the model was grown from, or train without distillation."
+        )

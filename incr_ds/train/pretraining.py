@@ -1,0 +1,267 @@
+"""Runs training from start to end, stage after stage: open, build, load, grow or resume, then train.
+
+A run that does not grow has one stage. Otherwise each stage ends with a checkpoint, from which the next one grows in memory
+(launch/stages.py). A checkpoint knows its stage, so a killed run resumes in it. If it is at the end of its stage, the
+growth is repeated.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.arch.multipliers import read_multipliers
+from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.lock import locked
+from incr_ds.checkpoint.publish import read_manifest
+from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.errors import ConfigError
+from incr_ds.launch.stages import Stage, plan_stages, stage_lines
+from incr_ds.train.checkpoints import TrainingState, newest_complete, remove_unfinished, saved_state
+from incr_ds.train.distributed import end_processes
+from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
+from incr_ds.train.flops import device_peak, forward_flops_per_token, training_flops_per_token
+from incr_ds.train.inputs import Data, open_data
+from incr_ds.train.loop import Costs, Job, Outcome, Running, Stop, train
+from incr_ds.train.metrics import GrowthRow, Position
+from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
+from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
+from incr_ds.train.resuming import changed_settings, stage_in
+from incr_ds.train.start import Start, check_growth, find_start
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all stages of a run share. ``start`` is how the first one starts."""
+
+    run: RunSettings
+    stages: tuple[Stage, ...]
+    start: Start
+    data: Data
+    stop: Stop
+
+
+def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None) -> Outcome:
+    """Train ``run`` to its last step, from its newest complete checkpoint if it has one.
+
+    With ``resume`` false, a run that already has checkpoints is refused. ``stop`` is checked between steps: if a rank has a
+    reason, all ranks save and return. Only one run may write to an output at a time. Raises IncrError for user mistakes.
+    """
+    initialize_distributed(run.layout)
+    try:
+        return train_run(run, resume=resume, stop=stop)
+    finally:
+        end_processes()
+
+
+def train_run(run: RunSettings, *, resume: bool = True, stop: Stop | None = None) -> Outcome:
+    """``pretrain`` in processes that are connected, and stay so."""
+    stop = stop or Running()
+    stop.join()
+    start = find_start(run)
+    stages = plan_stages(run, start.architecture)
+    with ExitStack() as stack:
+        on_rank_zero(lambda: stack.enter_context(locked(Path(run.output))))
+        on_rank_zero(lambda: remove_unfinished(run))
+        data = open_data(run, start.architecture)
+        newest = newest_complete(run, print)
+        if newest is not None and not resume:
+            raise ConfigError(f"--no-resume: {newest} exists; remove it, or set another output.")
+        return _train_stages(Session(run, stages, start, data, stop), newest)
+
+
+def _train_stages(session: Session, newest: Path | None) -> Outcome:
+    """Train from the checkpoint ``newest`` to the end of the last stage, or until a stop."""
+    state = None if newest is None else _resumed_state(session, newest)
+    number, resumed = 0 if state is None else _next_stage(session, state), state
+    with ExitStack() as screen:
+        monitors: list[Monitor] = []
+
+        def monitor() -> Monitor:
+            """Opened once the first engine has what it needs, so that a refused run keeps its metrics."""
+            if not monitors:
+                monitors.append(screen.enter_context(open_monitor(session.run, resumed)))
+                for line in stage_lines(session.stages):
+                    monitors[0].say(line)
+            return monitors[0]
+
+        for stage in session.stages[number:]:
+            outcome = _train_stage(session, stage, state, newest, monitor)
+            state, newest = outcome.state, outcome.checkpoint
+            is_last = stage is session.stages[-1]
+            stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
+            if stopped or is_last:
+                _say_end(monitor(), session, replace(outcome, stopped=stopped))
+                break
+            _free_memory()
+        together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
+    return replace(outcome, stopped=stopped)
+
+
+def _train_stage(
+    session: Session,
+    stage: Stage,
+    state: TrainingState | None,
+    newest: Path | None,
+    monitor: Callable[[], Monitor],
+) -> Outcome:
+    """Train ``stage`` from the run's ``state``, which ``newest`` holds, or from its beginning."""
+    began, run = time.perf_counter(), stage.run
+    start = None if _is_inside(stage, state) else session.start if stage.plan is None else find_start(run)
+    teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
+    if start is not None:
+        check_growth(start)
+    multipliers = start.multipliers if start is not None else read_multipliers(Path(str(newest)))
+    weights = None if start is None else start.weights
+    engine = build_engine(run, stage.architecture, weights, teacher, multipliers)
+    try:
+        current, description = _loaded(engine, session, stage, state, newest, start)
+        job = Job(
+            stage.number, run, stage.architecture, engine, session.data, _costs(stage, teacher), monitor(), multipliers
+        )
+        if stage.plan is not None and start is not None:
+            job.monitor.record(current.position, _growth_row(stage, time.perf_counter() - began))
+        _say_start(job, description)
+        return train(job, current, newest, session.stop)
+    finally:
+        engine.release()
+
+
+def _is_inside(stage: Stage, state: TrainingState | None) -> bool:
+    """Whether the run stands in ``stage``, and not before it."""
+    return state is not None and state.position.stage == stage.number
+
+
+def _loaded(
+    engine: TrainingEngine,
+    session: Session,
+    stage: Stage,
+    state: TrainingState | None,
+    newest: Path | None,
+    start: Start | None,
+) -> tuple[TrainingState, str]:
+    """Load what the stage continues from or starts with. Returns the state, and a description of it."""
+    settings = session.run.model_dump(mode="json")
+    changes = [] if state is None else changed_settings(state.settings, settings)
+    changed = f"; changed settings: {', '.join(changes)}" if changes else ""
+    if start is None and newest is not None and state is not None:
+        engine.load(newest, f"global_step{state.position.step}")
+        return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
+    assert start is not None
+    load_start(engine, start)
+    position = begin(stage.run) if state is None else replace(state.position, stage=stage.number)
+    fresh = TrainingState(position=position, evaluated_step=-1, data=session.data.fingerprints, settings=settings)
+    return fresh, start.description + changed
+
+
+def load_start(engine: TrainingEngine, start: Start) -> None:
+    """Load what an engine built from ``start`` needs besides weights."""
+    if start.checkpoint is not None:
+        engine.load(start.checkpoint, str(start.tag))
+    if start.weights is not None and start.with_moments:
+        weights = start.weights
+        on_rank_zero(lambda: sum(1 for _ in weights.self_check()))
+        engine.fill_optimizer(weights)
+
+
+def begin(run: RunSettings) -> Position:
+    """The position at which ``run`` begins: samples and tokens of the steps before its first count, their FLOPs do not."""
+    step = run.schedule.start_step
+    samples = step * run.batch.global_batch_size
+    return Position(step=step, consumed_samples=samples, tokens=samples * run.batch.sequence_length)
+
+
+def _resumed_state(session: Session, newest: Path) -> TrainingState:
+    """The state that ``newest`` holds. Raises ConfigError or LayoutError unless the run continues it."""
+    run = session.run
+    number = on_rank_zero(lambda: stage_in(newest, read_manifest(newest)["facts"], run))
+    stage = session.stages[number]
+    return saved_state(run, newest, session.data.fingerprints, stage.architecture, stage.run.layout)
+
+
+def _next_stage(session: Session, state: TrainingState) -> int:
+    """The stage to train next: the state's own, or the one after it if that is over, with its last evaluation."""
+    number = state.position.stage
+    run, step = session.stages[number].run, state.position.step
+    evaluated = run.evaluation is None or state.evaluated_step == step
+    over = step >= run.schedule.last_step and evaluated and number + 1 < len(session.stages)
+    return number + 1 if over else number
+
+
+def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
+    """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes."""
+    if not is_first_rank():
+        return Silence()
+    steps = run.schedule.last_step
+    position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
+    return RunMonitor(
+        Path(run.output), resumed=position, evaluated_step=evaluated, train_steps=steps, tensorboard=run.tensorboard
+    )
+
+
+def _growth_row(stage: Stage, seconds: float) -> GrowthRow:
+    plan, origin = stage.plan, stage.run.model.initialize_from
+    assert plan is not None and isinstance(origin, GrowthStart)
+    before, after = plan.source.num_parameters, plan.target.num_parameters
+    return GrowthRow(
+        recipe=origin.recipe,
+        parameters_before=before,
+        parameters=after,
+        function_preserving=plan.function_preserving,
+        seconds=seconds,
+    )
+
+
+def _free_memory() -> None:
+    """Free the memory of a stage's engine, which holds references to itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _costs(stage: Stage, teacher: LogicalCheckpoint | None) -> Costs:
+    run, length = stage.run, stage.run.batch.sequence_length
+    taught = 0 if teacher is None else forward_flops_per_token(teacher.architecture, length)
+    frozen = frozen_tensors(stage.architecture, run.model.freeze)
+    return Costs(training_flops_per_token(stage.architecture, length, frozen), taught, device_peak(run.peak_flops))
+
+
+def _say_start(job: Job, description: str) -> None:
+    run, layout, peak = job.run, job.run.layout, job.costs.peak
+    model = f"{job.architecture.family.model_type}, {job.architecture.num_parameters:,} parameters"
+    tokens = run.batch.global_batch_size * run.batch.sequence_length
+    job.monitor.say(f"model: {model}; {description}")
+    job.monitor.say(
+        f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
+        f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
+    )
+    frozen = frozen_tensors(job.architecture, run.model.freeze)
+    if frozen:
+        trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)
+        job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay unchanged")
+    if job.multipliers:
+        rates = [own.lr for own in job.multipliers.values()]
+        job.monitor.say(
+            f"optimizer: {len(rates)} tensors train with {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the "
+            "growth requires (optimizer.multipliers: none trains all alike)"
+        )
+    if peak is not None:
+        job.monitor.say(f"mfu is relative to {peak.flops_per_second / 1e12:,.0f} TFLOP/s per process ({peak.origin})")
+
+
+def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> None:
+    position, checkpoint = outcome.position, outcome.checkpoint
+    reason = session.stop.reason or "another rank's request"
+    monitor.say(
+        f"{f'stopped by {reason}' if outcome.stopped else 'finished'} after step {position.step} of "
+        f"{session.run.schedule.last_step}: {position.tokens:,} tokens, {position.flops:.3e} FLOPs; "
+        f"{f'checkpoint {checkpoint}' if checkpoint else 'nothing to save yet'}"
+    )
