@@ -6,9 +6,11 @@ import pytest
 from studies import TARGET, tiny_study
 
 from incr_ds.config.fields import load_settings, parse_settings
+from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.study import StudySettings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
+from incr_ds.growth.planner import plan_growth
 from incr_ds.study.design import Job, jobs, open_design
 from incr_ds.study.execution import assumed
 from incr_ds.study.probe import probe_jobs
@@ -139,3 +141,15 @@ def test_every_study_of_the_project_is_valid(path, monkeypatch):
     assert len(planned) > 5
     for job in planned:
         parse_settings(job.run, RunSettings, job.name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs/studies").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_a_study_grows_its_source_into_the_target(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    design = assumed(load_settings(path, StudySettings))
+    for job in jobs(design):
+        if job.recipe is not None:
+            growth = design.study.arms[job.trunk.arm].growth
+            source = design.models[design.study.arms[growth.source].model]
+            recipe = parse_settings(job.recipe, GrowthRecipe, job.name)
+            assert plan_growth(source, recipe, job.name).target.sizes == design.models[design.study.target].sizes
