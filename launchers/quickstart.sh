@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs/quickstart
-source_checkpoint=$runs/source/checkpoints/step_00000200
+source_checkpoint=$runs/source/checkpoints/step_00000180
 text=${TEXT:-$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')}
 
 # Two processes: on two GPUs if there are two, otherwise on the CPU. One thread each, so that they do not compete for cores.
@@ -47,7 +47,7 @@ step "   prove it" "The grown model computes something else than its source. Thi
 step "4/7 continue the grown model, with its source as teacher, in a pipeline of 2" "Look at $runs/grown/metrics.jsonl." pretrain grown
 step "5/7 pre-train the same model from scratch, for the FLOPs of source and grown model together" "Look at $runs/scratch/metrics.jsonl." pretrain scratch
 step "6/7 export to Hugging Face" "Look at the checkpoint with tools/inspect_checkpoint.py." \
-    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000150 $runs/huggingface --dtype float32
+    python tools/export_huggingface.py $runs/grown/checkpoints/step_00000120 $runs/huggingface --dtype float32
 step "7/7 report" "The runs are done; repeat this one command." \
     python tools/growth_study.py --source $runs/source --grown $runs/grown --scratch $runs/scratch --growth $runs/grown_checkpoint \
     --proof $runs/proof.json --model $runs/huggingface --prompt 'def ' --output $runs

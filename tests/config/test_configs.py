@@ -93,7 +93,7 @@ def test_every_mistake_is_listed_with_its_key(tmp_path):
         ("evaluation.samples=20", "evaluation.samples 20 is not a multiple .*nearest: 16 or 32"),
         ("layout.pipeline_parallel=2.5", "layout.pipeline_parallel: Input should be a valid integer, found 2.5"),
         ("schedule.decay=wsd", "decay: wsd needs decay_steps"),
-        ("schedule.warmup_steps=400", "warmup_steps 400 .* exceed train_steps 200"),
+        ("schedule.warmup_steps=400", "warmup_steps 400 .* exceed train_steps 180"),
         ("model.initialize_from=x", "name exactly one of config .* and initialize_from"),
         ("data.validation=null", "evaluation needs data.validation"),
         ("model.config.name=x", "--set model.config.name=x: config is a single value"),
