@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from incr_ds.config.fields import Seed, Settings
 
 Budget = int
+MOST_OF_BUDGET = 2  # a grown arm may need more tokens than scratch, since each of its tokens costs less
 
 
 class TaughtSettings(Settings):
@@ -38,9 +39,9 @@ class ArmSettings(Settings):
     """One way to train ``model``, from fresh weights or, with ``growth``, from a smaller arm.
 
     ``budgets`` are data positions in tokens per parameter of the study's target (None: the study's own). For each budget, the
-    learning rate is decayed at the fractions ``branches`` of it, and a loss is measured after each decay. ``learning_rates``
-    are all tried with the first seed; the best at the largest budget serves the other seeds. ``seeds`` (None: the study's)
-    limits an arm to fewer. ``warmup_steps`` and ``warmup_from`` are a re-warm-up in a grown arm.
+    learning rate is decayed at the fractions ``branches`` of it, which may be past it, and a loss is measured after each
+    decay. ``learning_rates`` are all tried with the first seed; the best at the largest budget serves the other seeds.
+    ``seeds`` (None: the study's) limits an arm to fewer. ``warmup_steps`` and ``warmup_from`` are a re-warm-up in a grown arm.
     """
 
     model: str
@@ -57,8 +58,8 @@ class ArmSettings(Settings):
     @field_validator("branches")
     @classmethod
     def _ascending_fractions(cls, value: list[float]) -> list[float]:
-        if not value or value[0] <= 0 or value[-1] > 1 or any(a >= b for a, b in pairwise(value)):
-            raise ValueError("expected ascending fractions of the budget, above 0 and at most 1")
+        if not value or value[0] <= 0 or value[-1] > MOST_OF_BUDGET or any(a >= b for a, b in pairwise(value)):
+            raise ValueError(f"expected ascending fractions of the budget, above 0 and at most {MOST_OF_BUDGET}")
         return value
 
 

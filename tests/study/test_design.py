@@ -120,7 +120,7 @@ def test_a_decayed_source_is_a_branch_of_its_arm(tmp_path):
             {"stack": {"growth": {"at": 0.7}}},
             r"arms.stack: growth.at 0.7 is not before the decay of the first branch.*0.64",
         ),
-        ({"stack": {"branches": [1.0, 0.5]}}, r"expected ascending fractions of the budget, above 0 and at most 1"),
+        ({"stack": {"branches": [1.0, 0.5]}}, r"expected ascending fractions of the budget, above 0 and at most 2"),
         ({"source": {"seeds": [0]}}, r"arms.stack.seeds: \[1\] are not seeds of its source source"),
         ({"scratch": {"model": "small"}}, r"arms.scratch: expected an arm that trains large without growth"),
     ],
