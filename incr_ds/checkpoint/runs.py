@@ -17,6 +17,11 @@ def step_folder(output: Path, step: int) -> Path:
     return output / CHECKPOINTS / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The number of steps before a run's checkpoint, by its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def step_folders(output: Path) -> list[Path]:
     """A run's checkpoints, newest first. A copy that somebody made (step_00000020.bak) is not one of them."""
     found = {path: _STEP.fullmatch(path.name) for path in (output / CHECKPOINTS).glob("step_*")}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from incr_ds.config.fields import Seed, Settings
+from incr_ds.config.training import BatchSettings
 
-Budget = int
+Budget = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0.0)]
+SHARED = ("batch", "data")  # sections that common must have
+DECIDED = ("output", "seed", "model", "layout", "schedule", "growth", "distillation")  # keys that it must not have
 MOST_OF_BUDGET = 2  # a grown arm may need more tokens than scratch, since each of its tokens costs less
 
 
@@ -46,7 +50,7 @@ class ArmSettings(Settings):
 
     model: str
     purpose: str
-    learning_rates: list[float] = Field(min_length=1)
+    learning_rates: list[Rate] = Field(min_length=1)
     growth: GrowthArm | None = None
     budgets: list[Budget] | None = None
     branches: list[float] = Field(default_factory=lambda: [1.0])
@@ -87,6 +91,16 @@ class StudySettings(Settings):
     threads: int = Field(default=1, ge=1)
     arms: dict[str, ArmSettings]
 
+    @field_validator("common")
+    @classmethod
+    def _states_what_is_shared(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if lacking := [name for name in SHARED if not isinstance(value.get(name), dict)]:
+            raise ValueError(f"no section {' and '.join(lacking)}; expected the run-file sections that all runs share")
+        if decided := [name for name in DECIDED if name in value]:
+            raise ValueError(f"{', '.join(decided)}: the study decides this for every run; remove it")
+        BatchSettings.model_validate(value["batch"])
+        return value
+
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         if "scratch" not in self.arms or self.arms["scratch"].model != self.target or self.arms["scratch"].growth:
@@ -103,6 +117,8 @@ class StudySettings(Settings):
     def _sources_come_first(self) -> Self:
         before: set[str] = set()
         for name, arm in self.arms.items():
+            if unknown := set(arm.seeds or ()) - set(self.seeds):
+                raise ValueError(f"arms.{name}.seeds: {sorted(unknown)} are not among the study's seeds {self.seeds}")
             if arm.growth and arm.growth.source not in before:
                 raise ValueError(f"arms.{name}.growth.source: {arm.growth.source!r} is not an arm above {name}")
             if arm.growth and (lacking := set(self.arm_seeds(name)) - set(self.arm_seeds(arm.growth.source))):
@@ -122,7 +138,7 @@ class StudySettings(Settings):
                 )
         return self
 
-    def budgets(self, arm: str) -> list[Budget]:
+    def budgets(self, arm: str) -> list[int]:
         """The budgets of ``arm`` in ascending order."""
         return sorted(self.arms[arm].budgets or self.tokens_per_parameter)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, saved_architecture
-from incr_ds.checkpoint.runs import CHECKPOINTS
+from incr_ds.checkpoint.runs import step_folder
 from incr_ds.config.fields import merged
 from incr_ds.config.study import ArmSettings, StudySettings
 from incr_ds.errors import ConfigError
+from incr_ds.train.flops import forward_flops_per_token, training_flops_per_token
 
 # The learning rate of an arm at its first seed's largest budget: None while it is not decided.
 Choice = Callable[[str], float | None]
@@ -71,7 +72,11 @@ class Job:
     @property
     def final(self) -> Path:
         """The checkpoint after its last step."""
-        return Path(self.run["output"]) / CHECKPOINTS / f"step_{self.steps:08d}"
+        return self.checkpoint(self.steps)
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after ``step`` steps of this run."""
+        return step_folder(Path(self.run["output"]), step)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,6 @@ class Design:
 
 def open_design(study: StudySettings, choose: Choice) -> Design:
     """Read the models of a study. Raises ConfigError for a config that is missing or not valid."""
-    for section in ("batch", "data"):
-        if section not in study.common:
-            raise ConfigError(f"common: no section {section}; expected the run-file sections that all runs share.")
     return Design(study, choose, {name: saved_architecture(Path(path)) for name, path in study.models.items()})
 
 
@@ -191,7 +193,7 @@ def _source_job(design: Design, trunk: Trunk) -> tuple[Job, Path] | None:
         if source.budget in (None, trunk.budget):
             runs = list(_runs(design, source))
             if not growth.decayed and runs:
-                return runs[0], _checkpoint(runs[0], trunk.first - source.first)
+                return runs[0], runs[0].checkpoint(trunk.first - source.first)
             for job in runs:
                 if job.measured and job.measured.position == trunk.first:
                     return job, job.final
@@ -242,7 +244,7 @@ def _branch_job(design: Design, trunk: Trunk, trunk_job: Job, measured: Measured
     start = _decay_start(design, measured.position)
     steps = measured.position - start
     name = f"{trunk.folder}/branch-{measured.position}"
-    checkpoint = _checkpoint(trunk_job, start - trunk.first)
+    checkpoint = trunk_job.checkpoint(start - trunk.first)
     schedule = {"train_steps": steps, "learning_rate": trunk.rate, "decay": "wsd", "decay_steps": steps}
     own = {"schedule": schedule, "model": {"initialize_from": str(checkpoint)}, "checkpoint": {"keep_last": 1}}
     return Job(
@@ -290,18 +292,10 @@ def _recipe(design: Design, arm: ArmSettings) -> dict[str, Any]:
     return {**arm.growth.recipe, "target": target}
 
 
-def _checkpoint(job: Job, step: int) -> Path:
-    return Path(job.run["output"]) / CHECKPOINTS / f"step_{step:08d}"
-
-
 def _step_flops(design: Design, model: str) -> float:
-    from incr_ds.train.flops import training_flops_per_token
-
     length = design.study.common["batch"]["sequence_length"]
     return float(design.step_tokens * training_flops_per_token(design.models[model], length))
 
 
 def _forward(design: Design, model: Architecture) -> float:
-    from incr_ds.train.flops import forward_flops_per_token
-
     return float(forward_flops_per_token(model, design.study.common["batch"]["sequence_length"]))

@@ -17,7 +17,7 @@ from typing import Any
 
 from incr_ds.checkpoint.lock import locked
 from incr_ds.checkpoint.publish import MANIFEST
-from incr_ds.checkpoint.runs import step_folders
+from incr_ds.checkpoint.runs import step_folders, step_of
 from incr_ds.config.json_file import read_json
 from incr_ds.config.study import StudySettings
 from incr_ds.errors import CheckpointError
@@ -80,7 +80,7 @@ def is_done(job: Job) -> bool:
         return result_of(job) is not None
     output = Path(job.run["output"])
     return (output / RESULT).is_file() or any(
-        folder.name >= job.final.name and (folder / MANIFEST).is_file() for folder in step_folders(output)
+        step_of(folder) >= job.steps and (folder / MANIFEST).is_file() for folder in step_folders(output)
     )
 
 
@@ -96,7 +96,7 @@ def execute(
     """
     design, deadline = opened(study), None if seconds is None else time.monotonic() + seconds
     with locked(Path(study.output)), _pool(study) as (pool, stop):
-        running: dict[Future[float], Job] = {}
+        running: dict[Future[bool], Job] = {}
         started, trained = time.monotonic(), 0.0
         try:
             while not stop.is_set():
@@ -109,9 +109,11 @@ def execute(
                 known = (select(design), select(assumed(study)))
                 report(_progress(known, left, running, trained, time.monotonic() - started))
                 if not running:
-                    return not left
-                finished = _wait(running, deadline, stop)
-                trained += sum(running.pop(future).flops for future in finished if future.result() >= 0)
+                    _refuse_stuck(left)
+                    return True
+                for future in _wait(running, deadline, stop):
+                    job = running.pop(future)
+                    trained += job.flops if future.result() else 0.0
         except BaseException:
             stop.set()
             raise
@@ -121,7 +123,7 @@ def execute(
     return all(is_done(job) for job in select(design))
 
 
-def _wait(running: dict[Future[float], Job], deadline: float | None, stop: Any) -> set[Future[float]]:
+def _wait(running: dict[Future[bool], Job], deadline: float | None, stop: Any) -> set[Future[bool]]:
     """Wait for a job to end, or set ``stop`` at the deadline."""
     while True:
         finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -129,6 +131,16 @@ def _wait(running: dict[Future[float], Job], deadline: float | None, stop: Any) 
             stop.set()
         if finished or stop.is_set():
             return finished
+
+
+def _refuse_stuck(left: list[Job]) -> None:
+    """Raise CheckpointError if a run waits for a checkpoint that no run will write any more."""
+    if left:
+        start = Path(str(left[0].start))
+        raise CheckpointError(
+            f"{start}: missing, but {left[0].name} starts from it, and its own run is past that step. A study file that was "
+            f"changed may need other checkpoints. Remove {start.parents[1]} to train that run again."
+        )
 
 
 def _can_start(job: Job) -> bool:
@@ -147,7 +159,7 @@ def _pool(study: StudySettings) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
 def _progress(
     jobs_known: tuple[tuple[Job, ...], tuple[Job, ...]],
     left: list[Job],
-    running: dict[Future[float], Job],
+    running: dict[Future[bool], Job],
     trained: float,
     seconds: float,
 ) -> Progress:

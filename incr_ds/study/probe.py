@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from incr_ds.checkpoint.runs import step_of
 from incr_ds.errors import ConfigError
 from incr_ds.study.design import Design, Job, jobs
 from incr_ds.study.execution import is_done
@@ -38,10 +39,7 @@ def probe_jobs(design: Design, steps: int) -> tuple[Job, ...]:
             raise ConfigError(f"--probe {steps}: {trunk.name} has only {trunk.steps} steps; probe fewer.")
         for job in _sources(planned, trunk):
             chosen[job.name] = job
-        schedule = {**trunk.run["schedule"], "train_steps": steps}
-        chosen[trunk.name] = replace(
-            trunk, run={**trunk.run, "schedule": schedule}, steps=steps, flops=trunk.flops * steps / trunk.steps
-        )
+        chosen[trunk.name] = _beginning(trunk, steps)
     return tuple(chosen.values())
 
 
@@ -51,7 +49,7 @@ def ranking(design: Design, steps: int) -> list[Probed]:
     for job in probe_jobs(design, steps):
         if job.of_source and is_done(job):
             source = job.before[-1]
-            before = mean_loss(training_losses(source.parents[1]), int(source.name.removeprefix("step_")))
+            before = mean_loss(training_losses(source.parents[1]), step_of(source))
             after = mean_loss(training_losses(Path(job.run["output"])), steps)
             found.append(Probed(job.trunk.arm, before, after))
     return sorted(found, key=lambda probed: probed.loss)
@@ -74,12 +72,10 @@ def _sources(planned: dict[str, Job], job: Job) -> Iterator[Job]:
     """The runs that wrote the checkpoints before ``job``, as far as its growth."""
     for checkpoint in job.before:
         source = next(one for one in planned.values() if Path(one.run["output"]) == checkpoint.parents[1])
-        steps = int(checkpoint.name.removeprefix("step_"))
-        schedule = {**source.run["schedule"], "train_steps": steps}
-        yield (
-            source
-            if source.measured
-            else replace(
-                source, run={**source.run, "schedule": schedule}, steps=steps, flops=source.flops * steps / source.steps
-            )
-        )
+        yield source if source.measured else _beginning(source, step_of(checkpoint))
+
+
+def _beginning(trunk: Job, steps: int) -> Job:
+    """The first ``steps`` of a trunk's run."""
+    schedule = {**trunk.run["schedule"], "train_steps": steps}
+    return replace(trunk, run={**trunk.run, "schedule": schedule}, steps=steps, flops=trunk.flops * steps / trunk.steps)

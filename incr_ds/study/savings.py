@@ -94,11 +94,14 @@ def ratios(
         return {}
     source = ordered[0].source_cost(currency)
     whole = scratch.cost(currency)
-    cheapest = min([whole, *_costs_at(frontier.values(), scratch.loss, currency)])
+    others = list(_costs_at(frontier.values(), scratch.loss, currency))
+    cheapest = min([Ratio(whole), *others], key=lambda found: found.value)
+    # If the cheapest is below its first branch, the ratio is above what its cost there gives.
+    bound = at.bound or ("above" if cheapest.bound else None)
     return {
         "r_target": Ratio(at.value / whole, at.bound),
         "r_sunk": Ratio((at.value - source) / whole, at.bound),
-        "r_frontier": Ratio(at.value / cheapest, at.bound),
+        "r_frontier": Ratio(at.value / cheapest.value, bound),
     }
 
 
@@ -112,9 +115,10 @@ def band(found: Iterable[Ratio]) -> Band | None:
     return Band(sum(values) / len(values), min(values), max(values), len(values), bound)
 
 
-def _costs_at(arms: Iterable[Sequence[Branch]], loss: float, currency: Currency) -> Iterable[float]:
+def _costs_at(arms: Iterable[Sequence[Branch]], loss: float, currency: Currency) -> Iterable[Ratio]:
+    """The cost at ``loss`` of every arm that reaches it, a bound if its first branch is already below."""
     for branches in arms:
         ordered = sorted(branches, key=lambda branch: branch.cost(currency))
         at = reached([branch.cost(currency) for branch in ordered], [branch.loss for branch in ordered], loss)
-        if at is not None and at.bound is None:
-            yield at.value
+        if at is not None and at.bound != "above":
+            yield at

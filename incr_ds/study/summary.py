@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from incr_ds.checkpoint.runs import step_of
 from incr_ds.study.design import Design, Job, jobs
 from incr_ds.study.execution import best_rate, is_done, result_of
 from incr_ds.study.savings import Band, Branch, Currency, band, ratios
@@ -131,7 +132,7 @@ def early_losses(results: Results, arm: str, budget: int) -> dict[str, float]:
     losses = training_losses(job.start.parents[1])
     source = job.before[job.of_source - 1]
     before = training_losses(source.parents[1])
-    step = int(source.name.removeprefix("step_"))
+    step = step_of(source)
     found = {"before": mean_loss(before, step)}
     found |= {
         str(after): losses[after] if after == 1 else mean_loss(losses, after)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +47,7 @@ def initialize(event: Any, threads: int) -> None:
     """Prepare this process to run jobs, each as a run of one process."""
     global _stop
     _stop = Stop(event)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the study itself stops its runs
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -55,9 +56,9 @@ def initialize(event: Any, threads: int) -> None:
     torch.set_num_threads(threads)  # OMP_NUM_THREADS is too late if torch is imported already
 
 
-def run_job(job: Job, study: StudySettings) -> float:
-    """Train ``job`` to its end or until the study stops. Returns the seconds that it took. Raises IncrError."""
-    start, folder = time.perf_counter(), Path(job.run["output"])
+def run_job(job: Job, study: StudySettings) -> bool:
+    """Train ``job`` to its end or until the study stops. Returns whether it has ended. Raises IncrError."""
+    folder = Path(job.run["output"])
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RUN_FILE, yaml.safe_dump(job.run, sort_keys=False))
     if job.recipe is not None:
@@ -71,10 +72,10 @@ def run_job(job: Job, study: StudySettings) -> float:
         stopped = pretrain(run, stop=_stop).stopped
     except DivergedError as error:
         write_atomically(folder / RESULT, json.dumps({"diverged": str(error)}) + "\n")
-        return time.perf_counter() - start
+        return True
     if not stopped and job.measured is not None:
         write_atomically(folder / RESULT, json.dumps(_result(job, study, run), indent=1, allow_nan=False) + "\n")
-    return time.perf_counter() - start
+    return not stopped
 
 
 def _result(job: Job, study: StudySettings, run: RunSettings) -> dict[str, Any]:

@@ -7,7 +7,7 @@
         multipliers.json  learning-rate multipliers per tensor, if the run has them
         manifest.json     size and checksum of every file; layout, step, data fingerprints and settings
 
-All ranks must call ``save_checkpoint``, ``newest_complete`` and ``load_checkpoint``.
+All ranks must call ``save_checkpoint``, ``newest_complete`` and ``saved_state``.
 """
 
 from __future__ import annotations
@@ -41,14 +41,10 @@ _SET_ASIDE = re.compile(r"(?:damaged|diverged)_step_(\d{8,})\.\d+")
 
 
 class SavingEngine(Protocol):
-    """The methods of the training engine that checkpoints need."""
+    """What a checkpoint needs of the training engine."""
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """Write this rank's files below folder/tag."""
-        ...
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Load folder/tag and return its client_state."""
         ...
 
 
@@ -99,15 +95,6 @@ def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None
     Damaged ones are reported through ``say`` and skipped. Raises CheckpointError if all are damaged.
     """
     return on_rank_zero(lambda: _newest_complete(run, say))
-
-
-def load_checkpoint(
-    engine: SavingEngine, run: RunSettings, folder: Path, data: Mapping[str, str], architecture: Architecture
-) -> TrainingState:
-    """Load one of the run's own checkpoints. Refuse it unless ``run``, its ``data`` (fingerprints) and model continue it."""
-    state = saved_state(run, folder, data, architecture, run.layout)
-    engine.load(folder, f"global_step{state.position.step}")
-    return state
 
 
 def saved_state(

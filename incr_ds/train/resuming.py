@@ -62,15 +62,15 @@ def check_continues(
     run: RunSettings,
     data: Mapping[str, str],
     architecture: Architecture,
-    layout: ParallelLayout | None = None,
+    layout: ParallelLayout,
 ) -> None:
     """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
     It cannot with another layout, data, model, tokenizer or precision. ``data`` is the fingerprint of each data set.
-    ``architecture`` and ``layout`` (None: the run's own) are those of the stage in which the run resumes. Raises LayoutError
+    ``architecture`` and ``layout`` are those of the stage in which the run resumes. Raises LayoutError
     or ConfigError that lists every difference.
     """
-    check_layout_matches(folder, facts["layout"], layout or run.layout)
+    check_layout_matches(folder, facts["layout"], layout)
     old, new = facts["settings"], run.model_dump(mode="json")
     problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
     problems[TOKENS][:0] = [*_other_data(facts["data"], data), *_other_tokenizer(folder, run)]

@@ -134,6 +134,29 @@ def test_a_study_that_cannot_be_is_refused(tmp_path, changes, message):
         tiny_study(tmp_path, **arms)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"common": {"batch": {}}}, r"common: no section data; expected the run-file sections that all runs share"),
+        (
+            {"common": {"batch": {}, "data": {}, "schedule": {}}},
+            r"common: schedule: the study decides this for every run",
+        ),
+        ({"common": {"batch": {"sequence_length": 8}, "data": {}}}, r"micro_batch_size"),
+        ({"tokens_per_parameter": [0]}, r"tokens_per_parameter.0: Input should be greater than or equal to 1, found 0"),
+        (
+            {"seeds": [1, 2], "arms": {"scratch": {"seeds": [7]}}},
+            r"arms.scratch.seeds: \[7\] are not among the study's",
+        ),
+    ],
+)
+def test_settings_of_a_study_are_checked(tmp_path, changes, message):
+    content = tiny_study(tmp_path).model_dump(exclude_unset=True)
+    content["arms"]["scratch"] |= changes.pop("arms", {}).get("scratch", {})
+    with pytest.raises(ConfigError, match=message):
+        parse_settings({**content, **changes}, StudySettings, "study.yaml")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs/studies").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_study_of_the_project_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)

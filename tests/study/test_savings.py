@@ -54,6 +54,15 @@ def test_ratios_of_power_laws_are_those_of_their_scales():
     assert cost_at(scratch.loss, 0.7) == pytest.approx(700.0)
 
 
+def test_a_frontier_that_starts_below_the_loss_gives_a_bound():
+    scratch = branches("scratch", [1000.0], scale=1.0)[0]
+    arm = branches("stack", [690.0, 710.0], scale=0.7)
+    small = branches("small", [600.0, 900.0], scale=0.5)  # it needs 500, but its first branch ends at 600
+    found = ratios(arm, scratch, {"small": small})["r_frontier"]
+    assert found.value == pytest.approx(700 / 600, abs=1e-4) and found.bound == "above"
+    assert ratios(arm, scratch, {"small": small})["r_target"].bound is None
+
+
 def test_seconds_are_compared_like_flops():
     scratch = branches("scratch", [1000.0], scale=1.0)[0]
     arm = branches("stack", [690.0, 710.0], scale=0.7, source=200.0)

@@ -7,8 +7,9 @@ import pytest
 from studies import TARGET, tiny_study
 
 from incr_ds.config.study import StudySettings
+from incr_ds.errors import CheckpointError
 from incr_ds.study.design import Job, jobs
-from incr_ds.study.execution import best_rate, is_done, opened
+from incr_ds.study.execution import best_rate, execute, is_done, opened
 from incr_ds.study.pages import table, write_study_report
 from incr_ds.study.summary import Results, collect, spearman, summary
 
@@ -105,6 +106,23 @@ def test_a_rate_that_diverged_loses(tmp_path):
     for job in branches[1:3]:
         write_result(job, 3.6, 100.0, 0.0)
     assert best_rate(opened(study), "source") == 0.01
+
+
+def test_a_checkpoint_that_no_run_writes_any_more_is_refused(tmp_path):
+    study = tiny_study(tmp_path)
+    write_results(study)
+    for job in jobs(opened(study)):
+        if job.measured and not is_done(job):
+            write_result(job, 3.4, 400.0, 0.0)
+        if job.measured is None:  # every trunk is at its end, without the checkpoints that were kept before
+            job.final.mkdir(parents=True)
+            (job.final / "manifest.json").write_text("{}")
+    gone = next(job for job in jobs(opened(study)) if job.name == "stack/seed1-lr0.01-budget20/branch-722")
+    (Path(gone.run["output"]) / "result.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"step_00000127: missing, but stack.*past that step.*Remove .*trunk to train"
+    ):
+        execute(study, None, lambda progress: None)
 
 
 def test_the_report_is_one_file_with_figures_and_bounds(tmp_path):

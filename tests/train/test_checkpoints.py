@@ -15,9 +15,9 @@ from incr_ds.errors import CheckpointError, ConfigError, LayoutError
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.checkpoints import (
     TrainingState,
-    load_checkpoint,
     newest_complete,
     save_checkpoint,
+    saved_state,
 )
 from incr_ds.train.metrics import Position
 from incr_ds.train.resuming import changed_settings
@@ -61,6 +61,13 @@ def state(run, step):
     return TrainingState(position=position, evaluated_step=0, data={"a": "f00"}, settings=run.model_dump(mode="json"))
 
 
+def resume(engine, run, folder, data):
+    """Continue from ``folder`` as a run does."""
+    found = saved_state(run, folder, data, MODEL, run.layout)
+    engine.load(folder, f"global_step{found.position.step}")
+    return found
+
+
 def save(run, step, value=1.5):
     return save_checkpoint(FileEngine(value), run, MODEL, state(run, step))
 
@@ -74,7 +81,7 @@ def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
     assert (folder / "latest").read_text() == facts["tag"] == "global_step3"
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
     engine = FileEngine()
-    assert load_checkpoint(engine, run, folder, {"a": "f00"}, MODEL) == state(run, 3)
+    assert resume(engine, run, folder, {"a": "f00"}) == state(run, 3)
     assert engine.value == 1.5
 
 
@@ -138,7 +145,7 @@ def test_a_whole_checkpoint_of_another_run_is_not_set_aside(tmp_path):
     with pytest.raises(CheckpointError, match="step_00000004: exists and is whole, but this run did not write it"):
         save(run, 4, value=8.0)
     engine = FileEngine()
-    load_checkpoint(engine, run, step_folder(Path(run.output), 4), {"a": "f00"}, MODEL)
+    resume(engine, run, step_folder(Path(run.output), 4), {"a": "f00"})
     assert engine.value == 7.0
 
 
@@ -155,7 +162,7 @@ def test_another_layout_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(
         LayoutError, match="tensor_parallel 1 .this run: 2., data_parallel 1 .this run: 2.*load_optimizer"
     ):
-        load_checkpoint(FileEngine(), other, folder, {"a": "f00"}, MODEL)
+        resume(FileEngine(), other, folder, {"a": "f00"})
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,7 @@ def test_another_layout_is_refused_with_the_way_out(tmp_path):
 def test_what_would_change_the_order_of_tokens_is_refused(tmp_path, changes, data, message):
     folder = save(run_settings(tmp_path), 1)
     with pytest.raises(ConfigError, match=f"would not continue the same order of tokens:\n  {message}"):
-        load_checkpoint(FileEngine(), run_settings(tmp_path, **changes), folder, data, MODEL)
+        resume(FileEngine(), run_settings(tmp_path, **changes), folder, data)
 
 
 def test_other_parameter_groups_are_refused(tmp_path):
@@ -182,9 +189,7 @@ def test_other_parameter_groups_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="other parameter groups:\n  optimizer.multipliers: checkpoint there, none in this run file"
     ):
-        load_checkpoint(
-            FileEngine(), run_settings(tmp_path, optimizer={"multipliers": "none"}), folder, {"a": "f00"}, MODEL
-        )
+        resume(FileEngine(), run_settings(tmp_path, optimizer={"multipliers": "none"}), folder, {"a": "f00"})
 
 
 def test_changed_settings_are_listed_by_key():
