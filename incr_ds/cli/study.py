@@ -35,11 +35,13 @@ def run_study(
     study, seconds = load_settings(config, StudySettings), _seconds(limit)
     with loading():
         from incr_ds.study.design import jobs
-        from incr_ds.study.execution import assumed
+        from incr_ds.study.execution import assumed, check_study
     show = _silent if json else _Shown()
     if plan:
         _show_plan(jobs(assumed(study)))
-    elif probe is not None:
+        return
+    check_study(study)
+    if probe is not None:
         _run_probe(study, probe, seconds, show, json)
     else:
         _run_all(

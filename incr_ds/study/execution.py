@@ -18,9 +18,13 @@ from typing import Any
 from incr_ds.checkpoint.lock import locked
 from incr_ds.checkpoint.publish import MANIFEST
 from incr_ds.checkpoint.runs import step_folders, step_of
+from incr_ds.config.fields import parse_settings
 from incr_ds.config.json_file import read_json
 from incr_ds.config.study import StudySettings
+from incr_ds.config.training import RunSettings
+from incr_ds.data.index_file import open_index
 from incr_ds.errors import CheckpointError
+from incr_ds.launch.preflight import check_run
 from incr_ds.study.design import Design, Job, final_job, jobs, open_design
 from incr_ds.study.worker import RESULT, initialize, run_job
 
@@ -48,6 +52,14 @@ def opened(study: StudySettings) -> Design:
 def assumed(study: StudySettings) -> Design:
     """The study's design as if the middle learning rate of every arm were the best, to see its size beforehand."""
     return open_design(study, lambda arm: _middle(study.arms[arm].learning_rates))
+
+
+def check_study(study: StudySettings) -> None:
+    """Raise IncrError if a run file of the study is not valid, or if data that it names is missing. Writes nothing."""
+    runs = [parse_settings(job.run, RunSettings, f"the study's run {job.name}") for job in jobs(assumed(study))]
+    check_run(next(run for run in runs if run.model.config is not None))
+    for prefix in study.held_out.values():
+        open_index(prefix)
 
 
 def best_rate(design: Design, arm: str) -> float | None:

@@ -15,8 +15,9 @@ from studies import tiny_study
 from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.fields import load_settings
 from incr_ds.config.study import StudySettings
+from incr_ds.errors import ConfigError
 from incr_ds.study.design import jobs
-from incr_ds.study.execution import is_done, opened, result_of
+from incr_ds.study.execution import check_study, is_done, opened, result_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 
@@ -64,6 +65,23 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_study_without_its_data_is_refused_before_it_writes(tmp_path):
+    with pytest.raises(ConfigError, match="data/train.bin: no such file"):
+        check_study(tiny_study(tmp_path))
+    path = study_file(tmp_path)
+    study = load_settings(path, StudySettings)
+    check_study(study)
+    (tmp_path / "code.idx").unlink()
+    with pytest.raises(ConfigError, match="code.idx"):
+        check_study(study)
+    wrong = study.model_copy(update={"common": {**study.common, "precison": "fp32"}})
+    with pytest.raises(
+        ConfigError, match=r"(?s)the study's run scratch.*precison: unknown key; did you mean precision"
+    ):
+        check_study(wrong)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
