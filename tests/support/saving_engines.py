@@ -4,9 +4,10 @@ from pathlib import Path
 
 import deepspeed
 from engine_cases import RATE, SCHEDULE, Case, micro_batches, student, teacher
+from resuming_engines import load_own
 
 from incr_ds.testing.runs import pico_run
-from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from incr_ds.train.checkpoints import TrainingState, save_checkpoint
 from incr_ds.train.engine import build_engine
 from incr_ds.train.metrics import Position
 from incr_ds.train.start import find_start
@@ -33,7 +34,7 @@ def train_case(output, case):
     results += steps(engine, case, range(SAVED, len(SCHEDULE)))
     whole = values(engine, case)
     resumed = build_engine(run, weights.architecture, None, teacher(case))
-    load_checkpoint(resumed, run, saved, {}, weights.architecture)
+    load_own(resumed, run, saved, weights.architecture)
     again = steps(resumed, case, range(SAVED, len(SCHEDULE)))
     states = sum(state["exp_avg"].numel() for state in resumed._engine.optimizer.optimizer.state.values())
     return {

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
+from resuming_engines import load_own
 
 from incr_ds.arch.multipliers import read_multipliers
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
-from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from incr_ds.train.checkpoints import TrainingState, save_checkpoint
 from incr_ds.train.engine import build_engine
 from incr_ds.train.metrics import Position
 from incr_ds.train.pretraining import load_start
@@ -85,7 +86,7 @@ def resume(folder, saved, model, layout):
     run = run_settings(folder, model, layout)
     shape = find_start(run).architecture
     engine = build_engine(run, shape, None, None, read_multipliers(Path(saved)))
-    load_checkpoint(engine, run, Path(saved), {}, shape)
+    load_own(engine, run, Path(saved), shape)
     losses = train(engine, range(BEFORE + AFTER // 2, BEFORE + AFTER))
     engine.close()
     return losses

@@ -21,7 +21,7 @@ from incr_ds.sharding.optimizer_groups import group_count
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
-from incr_ds.train.checkpoints import load_checkpoint
+from incr_ds.train.checkpoints import saved_state
 from incr_ds.train.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.train.start import find_start
 
@@ -132,7 +132,7 @@ def test_another_freeze_does_not_resume(trained):
     with pytest.raises(
         ConfigError, match=r"other parameter groups:\n  model.freeze: \['\*', .* there, \[\] in this run"
     ):
-        load_checkpoint(None, run, Path(folder), {}, saved_architecture(Path(folder) / "config.json"))
+        saved_state(run, Path(folder), {}, saved_architecture(Path(folder) / "config.json"), run.layout)
 
 
 ARCHITECTURE = pico_architecture("llama", tied=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from resuming_engines import load_own
 
 from incr_ds.errors import IncrError
 from incr_ds.offline.plan import GrowthRequest, plan_request
@@ -14,7 +15,7 @@ from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
-from incr_ds.train.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from incr_ds.train.checkpoints import TrainingState, save_checkpoint
 from incr_ds.train.metrics import Position
 
 MODEL = small_architecture("llama", tie_word_embeddings=False, num_key_value_heads=2)
@@ -72,7 +73,7 @@ def load_and_train(folder, output, layout, clipping, precision="fp32", own=False
     run = run_of(output, layout, clipping, precision)
     engine = built(run)
     if own:
-        load_checkpoint(engine, run, Path(folder), {}, MODEL)
+        load_own(engine, run, Path(folder), MODEL)
     else:
         engine.load(Path(folder), (Path(folder) / "latest").read_text())
     assert torch.load.__module__ == "torch.serialization"  # only DeepSpeed's loading had another
