@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import open_held_out_data
 from incr_ds.offline.compare import load_model
-from incr_ds.train.evaluation import bits_per_byte
+from incr_ds.train.evaluation import bits_per_byte, loss_sum
 
 CHOICES, CONTEXT, ENDING = 4, 48, 16  # of the cloze questions: endings to choose from, tokens before and in an ending
 BATCH = 16
@@ -50,7 +49,7 @@ def measure(folder: Path, held_out: Mapping[str, str], samples: int, length: int
             data = open_held_out_data(describe(prefix), length, Path(cache), samples)
             # tokens: [samples, length + 1]
             tokens = torch.stack([torch.from_numpy(data.tokens(number)) for number in range(samples)])
-            losses[domain] = sum(_loss_sum(model, rows) for rows in tokens.split(BATCH)) / (samples * length)
+            losses[domain] = sum(loss_sum(model, rows) for rows in tokens.split(BATCH)) / (samples * length)
             right.append(_cloze(model, tokens))
     return Measures(
         loss=sum(losses.values()) / len(losses),
@@ -60,11 +59,6 @@ def measure(folder: Path, held_out: Mapping[str, str], samples: int, length: int
         layer_distance=layer_distance(checkpoint),
         effective_rank=mean_effective_rank(checkpoint),
     )
-
-
-def _loss_sum(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    logits = model(tokens[:, :-1]).logits.float()  # [B, S, V]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
 
 
 def _cloze(model: torch.nn.Module, tokens: torch.Tensor) -> float:

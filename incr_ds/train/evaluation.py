@@ -36,6 +36,12 @@ def bits_per_byte(loss: float, prefix: str) -> float | None:
     return None if density is None else loss / math.log(2.0) * density
 
 
+def loss_sum(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Sum of the next-token losses in nats of ``tokens`` [B, S + 1]."""
+    logits = model(tokens[:, :-1]).logits.float()  # [B, S, V]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+
+
 def evaluate_checkpoint(
     checkpoint: LogicalCheckpoint,
     prefix: str,
@@ -57,10 +63,9 @@ def evaluate_checkpoint(
         model, total = load_model(checkpoint, dtype), 0.0
         with torch.no_grad():
             for number in range(samples):
-                tokens = torch.from_numpy(data.tokens(number))
-                logits = model(tokens[None, :-1]).logits[0].float()
-                total += F.cross_entropy(logits, tokens[1:]).item()
+                total += loss_sum(model, torch.from_numpy(data.tokens(number))[None])
                 if progress:
                     progress("evaluating samples", number + 1, samples)
-    loss = total / samples
-    return HeldOutLoss(loss, math.exp(loss), bits_per_byte(loss, prefix), samples, samples * sequence_length)
+    num_tokens = samples * sequence_length
+    loss = total / num_tokens
+    return HeldOutLoss(loss, math.exp(loss), bits_per_byte(loss, prefix), samples, num_tokens)

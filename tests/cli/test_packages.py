@@ -6,12 +6,11 @@ import sys
 from importlib.metadata import requires
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from token_data import write_documents
 
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.data.tokenizer import train_sentencepiece
 from incr_ds.errors import ConfigError
 from incr_ds.launch.packages import TRAINING, missing_training_package, require
@@ -46,9 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory):
     drawn_model(architecture).float().save_pretrained(folder / "source")
     recipe = {"target": {"num_hidden_layers": 5}, "optimizer": "reset"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    builder = IndexedDatasetBuilder(str(folder / "x.bin"), dtype=np.uint16)
-    builder.add_document([1, 2, 3], [3])
-    builder.finalize(str(folder / "x.idx"))
+    write_documents(folder / "x", [[1, 2, 3]])
     (folder / "config.json").write_text(json.dumps(dict(architecture.config)))
     run = pico_run(
         output=str(folder / "run"),

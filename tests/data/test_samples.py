@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from token_data import write_documents
 
 from incr_ds.checkpoint.publish import seal
 from incr_ds.config.training import BatchSettings
 from incr_ds.data.fingerprint import describe
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.data.samples import (
     Blend,
     batches,
@@ -27,12 +27,8 @@ TOKENS = 500
 
 def write_data(prefix, first=0, count=TOKENS, cut=31):
     """Documents of ``cut`` tokens; token values count up from ``first``, so a sample shows where it lies."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for start in range(0, count, cut):
-        ids = list(range(first + start, first + min(start + cut, count)))
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+    starts = range(0, count, cut)
+    return write_documents(prefix, (list(range(first + start, first + min(start + cut, count))) for start in starts))
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from token_data import write_documents
 
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError, IncrError, LayoutError
 from incr_ds.launch.preflight import check_model, check_run, check_world_size
 from incr_ds.testing.memory import small_architecture
@@ -19,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def material(tmp_path: Path):
-    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
-    builder.add_document([1, 2, 3], [3])
-    builder.finalize(str(tmp_path / "x.idx"))
+    write_documents(tmp_path / "x", [[1, 2, 3]])
     (tmp_path / "config.json").write_text(json.dumps(dict(small_architecture("llama").config)))
     return tmp_path
 

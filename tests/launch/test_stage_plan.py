@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from token_data import write_documents
 
 from incr_ds.config.fields import merged, parse_settings
 from incr_ds.config.training import RunSettings
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError, GrowthError, IncrError, LayoutError
 from incr_ds.launch.preflight import check_model, check_run
 from incr_ds.launch.stages import first_architecture, plan_stages
@@ -23,9 +23,7 @@ COSINE = {"train_steps": 200, "learning_rate": 0.01, "warmup_steps": 10, "min_le
 
 @pytest.fixture
 def folder(tmp_path):
-    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"))
-    builder.add_document([1, 2, 3], [3])
-    builder.finalize(str(tmp_path / "x.idx"))
+    write_documents(tmp_path / "x", [[1, 2, 3]])
     architecture = small_architecture("llama", num_key_value_heads=2)
     (tmp_path / "config.json").write_text(json.dumps(dict(architecture.config)))
     write_recipe(tmp_path, "deep", target={"num_hidden_layers": 6})

@@ -25,16 +25,12 @@ TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 def write_data(folder: Path) -> None:
     """Two data sets of a few words that repeat, so that a tiny model learns something."""
     import numpy as np
-
-    from incr_ds.data.megatron import IndexedDatasetBuilder
+    from token_data import write_documents
 
     for name, seed in (("train", 1), ("code", 2)):
-        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
         generator = np.random.default_rng(seed)
-        for _ in range(40):
-            tokens = (np.cumsum(generator.integers(1, 3, 400)) % 31 + 1).tolist()
-            builder.add_document(tokens, [len(tokens)])
-        builder.finalize(str(folder / f"{name}.idx"))
+        drawn = [(np.cumsum(generator.integers(1, 3, 400)) % 31 + 1).tolist() for _ in range(40)]
+        write_documents(folder / name, drawn)
 
 
 def study_file(folder: Path) -> Path:

@@ -5,13 +5,12 @@ import math
 import os
 import signal
 
-import numpy as np
+from token_data import write_random_documents
 
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.launch.stopping import StopRequest
-from incr_ds.testing.memory import SMALL, small_architecture
+from incr_ds.testing.memory import small_architecture
 from incr_ds.train import loop, pretraining
 from incr_ds.train.engine import StepResult
 from incr_ds.train.metrics import TIMINGS, read_metrics
@@ -60,13 +59,7 @@ class OneNumber:
 
 def make_world(tmp_path, monkeypatch):
     """A folder with a model, data, and engines that are remembered; ``on_step`` may be replaced."""
-    generator = np.random.default_rng(0)
-    for name in ("train", "validation"):
-        builder = IndexedDatasetBuilder(str(tmp_path / f"x_{name}_text_document.bin"), dtype=np.uint16)
-        for _ in range(20):
-            ids = generator.integers(0, SMALL["vocab"], 30).tolist()
-            builder.add_document(ids, [len(ids)])
-        builder.finalize(str(tmp_path / f"x_{name}_text_document.idx"))
+    write_random_documents(tmp_path, documents=20, length=30)
     (tmp_path / "config.json").write_text(json.dumps(dict(small_architecture("llama").config)))
     world = {"folder": tmp_path, "engines": [], "on_step": lambda step, number: number}
 

@@ -4,19 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from token_data import write_documents
 
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.errors import ConfigError
 from incr_ds.testing.memory import drawn_model, model_checkpoint, small_architecture
 from incr_ds.train.evaluation import bits_per_byte, evaluate_checkpoint
 
 
 def write(folder, largest=101):
-    builder = IndexedDatasetBuilder(str(folder / "x_validation_text_document.bin"), dtype=np.uint16)
     ids = np.random.default_rng(0).integers(0, largest, 6 * 9 + 1).tolist()
-    builder.add_document(ids, [len(ids)])
-    builder.finalize(str(folder / "x_validation_text_document.idx"))
-    return str(folder / "x_validation_text_document"), torch.tensor(ids)
+    return write_documents(folder / "x_validation_text_document", [ids]), torch.tensor(ids)
 
 
 def test_the_loss_is_transformers_own_over_every_sample(tmp_path):

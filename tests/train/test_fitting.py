@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from fit_growth import main
+from token_data import write_documents
 
 import incr_ds
 from incr_ds.checkpoint.opening import open_source
@@ -15,7 +16,6 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.training import RunSettings
 from incr_ds.data.fingerprint import describe
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.data.samples import held_out_batches, open_held_out_data
 from incr_ds.errors import CheckpointError, ConfigError, GrowthError
 from incr_ds.growth.apply import GrownTensors
@@ -43,12 +43,7 @@ RECIPE = {
 def write_data(prefix, count, seed):
     """Tokens of a language that a constant can learn: small numbers are frequent."""
     numbers = np.random.default_rng(seed).geometric(0.12, size=count).clip(max=100)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for start in range(0, count, 100):
-        ids = numbers[start : start + 100].tolist()
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+    return write_documents(prefix, (numbers[start : start + 100].tolist() for start in range(0, count, 100)))
 
 
 @pytest.fixture(scope="module")

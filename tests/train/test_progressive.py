@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 from progressive_runs import GROWTH, LAST, growth, train, train_all, train_both_ways, train_until_killed
+from token_data import write_random_documents
 
 from incr_ds.checkpoint.opening import open_source
-from incr_ds.data.megatron import IndexedDatasetBuilder
-from incr_ds.testing.memory import SMALL, small_architecture
+from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.processes import ProcessError, run_processes
 from incr_ds.train.metrics import TIMINGS, read_metrics
 
@@ -32,13 +32,7 @@ SLOW_CASES = {
 
 def write_material(folder):
     """A small model's config, data for it, and a recipe that changes width and depth, with multipliers per tensor."""
-    generator = np.random.default_rng(0)
-    for name in ("train", "validation"):
-        builder = IndexedDatasetBuilder(str(folder / f"x_{name}_text_document.bin"), dtype=np.uint16)
-        for _ in range(30):
-            ids = generator.integers(0, SMALL["vocab"], 50).tolist()
-            builder.add_document(ids, [len(ids)])
-        builder.finalize(str(folder / f"x_{name}_text_document.idx"))
+    write_random_documents(folder, documents=30, length=50)
     architecture = small_architecture("llama", tie_word_embeddings=True, num_key_value_heads=2)
     (folder / "config.json").write_text(json.dumps(dict(architecture.config)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"target": TARGET}))

@@ -11,17 +11,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
+from token_data import write_random_documents
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.checkpoint.publish import verify_manifest
-from incr_ds.data.megatron import IndexedDatasetBuilder
 from incr_ds.launch.stopping import STOPPED
-from incr_ds.testing.memory import SMALL, drawn_model, small_architecture
+from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.processes import free_port
 from incr_ds.train.evaluation import evaluate_checkpoint
 from incr_ds.train.metrics import TIMINGS, read_metrics
@@ -39,13 +38,7 @@ LAYOUTS = {
 def material(tmp_path_factory):
     """A tiny model's config, data for it, and a smaller teacher."""
     folder = tmp_path_factory.mktemp("material")
-    generator = np.random.default_rng(0)
-    for name in ("train", "validation"):
-        builder = IndexedDatasetBuilder(str(folder / f"x_{name}_text_document.bin"), dtype=np.uint16)
-        for _ in range(30):
-            ids = generator.integers(0, SMALL["vocab"], 50).tolist()
-            builder.add_document(ids, [len(ids)])
-        builder.finalize(str(folder / f"x_{name}_text_document.idx"))
+    write_random_documents(folder, documents=30, length=50)
     (folder / "config.json").write_text(json.dumps(dict(small_architecture("llama", tie_word_embeddings=True).config)))
     teacher = drawn_model(small_architecture("llama", hidden_size=48, num_hidden_layers=2), torch.float32)
     teacher.save_pretrained(folder / "teacher")
