@@ -50,6 +50,7 @@ COMMANDS = {
     "incr-generate": "generate",
     "incr-evaluate": "evaluate",
     "incr-growth-study": "growth_study",
+    "incr-plan-growth": "plan_growth",
     "incr-study-text": "study_text",
 }
 
@@ -64,6 +65,7 @@ setup(
         "incr_ds.arch": ["families/*.yaml", "families/mixtures/*.yaml"],
         "incr_ds.sharding": ["frameworks/*.yaml"],
         "incr_ds.growth": ["published.yaml"],
+        "incr_ds.study": ["evidence.yaml"],
         "incr_ds.offline": ["sentences.txt"],
         "incr_ds.config": ["*.yaml"],
         "incr_ds": ["py.typed"],

@@ -15,6 +15,7 @@ from incr_ds.checkpoint.difference import Difference
 from incr_ds.growth.axis import FRESH, AxisGrowth
 from incr_ds.growth.suggest import TOKENS_PER_PARAMETER, Suggestion
 from incr_ds.offline.plan import PlannedGrowth
+from incr_ds.study.choices import Choice
 
 _LAYER = "LAYER"
 SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "experts", "vocab")
@@ -52,6 +53,20 @@ def _how(planned: PlannedGrowth, axis: str) -> str:
     if experts is not None and axis in ("ffn", "experts"):
         return {"ffn": "of each expert", "experts": experts.method}[axis]
     return _axis_text(planned.plan.axes[axis])
+
+
+def choice_table(found: Sequence[Choice], flops: float, speed: float | None) -> Table:
+    """The ways to spend ``flops``, the predicted best first. ``speed`` is FLOPs per second of a GPU, for hours."""
+    hours = "" if speed is None else f" ({flops / speed / 3600.0:,.0f} GPU hours)"
+    table = Table(title=f"{flops:.3g} FLOPs{hours}", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("", "parameters", "tokens", "predicted loss", "low to high"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for choice in found:
+        sizes = "\n".join(f"{stage.model.parameters:,.0f}" for stage in choice.stages)
+        tokens = "\n".join(f"{stage.tokens:,.0f}" for stage in choice.stages)
+        band = "" if choice.saving is None else f"{choice.low:.3f} to {choice.high:.3f}"
+        table.add_row(choice.name, sizes, tokens, f"{choice.loss:.3f}", band)
+    return table
 
 
 def suggestion_table(found: Sequence[Suggestion]) -> Table:
