@@ -1,4 +1,4 @@
-"""Child processes of test_resharding: runs, and resumed runs of other layouts, that tell what they read and loaded."""
+"""Child processes of test_resharding: runs, and resumed runs of other layouts, that report what they read and loaded."""
 
 import shutil
 from pathlib import Path
@@ -29,14 +29,14 @@ class Watched:
 
 
 def run_all(folder, legs):
-    """Train each leg, one after the other, in one group. Returns what each told, by name."""
+    """Train each leg, one after the other, in one group. Returns the result of each, by name."""
     return {name: run_leg(Path(folder), name, **leg) for name, leg in legs.items()}
 
 
 def run_leg(folder, name, *, changes, source=None, step=None, compare=True, needs=()):
     """Train a run, from the checkpoint after ``step`` of the output ``source`` if one is given.
 
-    Tells the lines of the run, the numbers of the samples that it read, and what in its engine differs from ``source``.
+    Returns the lines of the run, the numbers of the samples that it read, and what in its engine differs from ``source``.
     ``needs`` are steps of other checkpoints of it.
     """
     run = settings_of(content_of(folder, name, tensorboard=False, **changes))
@@ -119,5 +119,5 @@ def killed_leg(folder, name, changes, step):
 
 
 def run_group(folder, size, legs):
-    """``run_all`` in a new group of ``size`` processes. Returns what rank 0 told."""
-    return run_processes(run_all, size, str(folder), legs)[0]
+    """``run_all`` in a new group of ``size`` processes. Returns the results of rank 0."""
+    return run_processes(run_all, size, str(folder), legs, timeout=600.0)[0]

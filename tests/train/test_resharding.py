@@ -66,22 +66,22 @@ def assert_continues(folder, name, whole, from_step, read):
     assert read == list(range(8 + 4 * from_step, 8 + 4 * 8))  # data.start_sample is 8
 
 
-def assert_resharded(told, folder, name, whole, step, layouts):
-    assert "error" not in told[name], told[name]
-    assert told[name]["differences"] == [[]]  # masters, moments, step, counters and frozen tensors, bit for bit
-    assert_continues(folder, name, whole, step, told[name]["read"])
-    (line,) = (text for text in told[name]["lines"] if "resumed from" in text)
+def assert_resharded(results, folder, name, whole, step, layouts):
+    assert "error" not in results[name], results[name]
+    assert results[name]["differences"] == [[]]  # masters, moments, step, counters and frozen tensors, bit for bit
+    assert_continues(folder, name, whole, step, results[name]["read"])
+    (line,) = (text for text in results[name]["lines"] if "resumed from" in text)
     assert f"checkpoints/step_0000000{step}, step {step}, resharded from {layouts}" in line
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def results(tmp_path_factory):
     """One group of two processes, then one process alone: every leg begins where another run was stopped."""
     folder = tmp_path_factory.mktemp("resharding")
     write_all(folder)
     base, frozen = taught(folder), {"model": {"freeze": ["model.layers.1.mlp.*"]}}
     plain = BASE | {"precision": "bf16"} | frozen
-    told = run_group(folder, 2, {
+    results = run_group(folder, 2, {
         "whole": leg(base, DP2),
         "pipeline": leg(base, PP2, "whole", 4, batch={"micro_batch_size": 2}),
         "tensor": leg(base, TP2, "pipeline", 6),
@@ -92,7 +92,7 @@ def told(tmp_path_factory):
         "other-batch": leg(base, PP2, "whole", 4, batch={"global_batch_size": 8}),
         "other-seed": leg(base, PP2, "whole", 4, seed=6),
     })  # fmt: skip
-    return folder, told | run_group(folder, 1, {"alone": leg(base, {}, "whole", 4)})
+    return folder, results | run_group(folder, 1, {"alone": leg(base, {}, "whole", 4)})
 
 
 LEGS = {
@@ -105,8 +105,8 @@ LEGS = {
 
 
 @pytest.mark.parametrize("name", LEGS)
-def test_a_run_goes_on_in_another_layout(told, name):
-    folder, found = told
+def test_a_run_goes_on_in_another_layout(results, name):
+    folder, found = results
     assert_resharded(found, folder, name, *LEGS[name])
 
 
@@ -122,8 +122,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_would_not_be_the_same_run_is_refused_and_nothing_is_saved(told, name):
-    folder, found = told
+def test_what_would_not_be_the_same_run_is_refused_and_nothing_is_saved(results, name):
+    folder, found = results
     kind, text = REFUSALS[name]
     assert found[name]["error"] == kind and text in found[name]["text"]
     assert [path.name for path in (folder / name / "checkpoints").iterdir()] == ["step_00000004"]
@@ -131,8 +131,8 @@ def test_what_would_not_be_the_same_run_is_refused_and_nothing_is_saved(told, na
 
 
 @pytest.mark.parametrize("kills", [(7,), pytest.param((5, 7), marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_after_resharding_goes_on_in_its_new_layout(told, kills):
-    folder, found = told
+def test_a_run_that_is_killed_after_resharding_goes_on_in_its_new_layout(results, kills):
+    folder, found = results
     name, base = f"killed{len(kills)}", taught(folder) | {"layout": {}}
     begin_from(folder / "whole", folder / name, 4)
     for step in kills:
@@ -167,12 +167,12 @@ def test_layouts_of_four_processes_follow_each_other(tmp_path):
     write_all(tmp_path)
     base = taught(tmp_path) | {"model": {"freeze": ["model.layers.1.self_attn.*"]}}
     legs = {name: leg(base, FOUR[layout], source, step) for name, (source, step, layout) in STOPS.items()}
-    told = run_processes(run_all, 4, str(tmp_path), {"dp4": leg(base, FOUR["dp4"]), **legs}, timeout=700.0)[0]
-    told |= run_group(tmp_path, 2, {"six": leg(base, TP2, "one", 6)})
+    results = run_processes(run_all, 4, str(tmp_path), {"dp4": leg(base, FOUR["dp4"]), **legs}, timeout=700.0)[0]
+    results |= run_group(tmp_path, 2, {"six": leg(base, TP2, "one", 6)})
     for name, (source, step, layout) in {**STOPS, "six": ("one", 6, "tp2")}.items():
         before = ParallelLayout(**FOUR[source if source in FOUR else STOPS[source][2]])
         after = ParallelLayout(**(TP2 if layout == "tp2" else FOUR[layout]))
-        assert_resharded(told, tmp_path, name, "dp4", step, f"{before} to {after}")
+        assert_resharded(results, tmp_path, name, "dp4", step, f"{before} to {after}")
 
 
 @pytest.mark.slow
@@ -181,21 +181,21 @@ def test_every_stage_of_a_run_that_grows_goes_on_in_another_layout(tmp_path):
     write_all(tmp_path)
     base = BASE | {"distillation": {"teacher": "before-growth", "weight": 0.5, "anneal_steps": 3}}
     grown, other = growth(tmp_path), growth(tmp_path, layout=ZERO3)
-    told = run_group(tmp_path, 2, {
+    results = run_group(tmp_path, 2, {
         "whole": leg(base, DP2, growth=grown),
         "before": leg(base, PP2, "whole", 2, growth=other),
         "at": leg(base, PP2, "whole", 4, growth=other) | {"compare": False},
         "after": leg(base, DP2, "whole", 6, growth=growth(tmp_path, layout=PP2)) | {"needs": [4]},
     })  # fmt: skip
     for name, step in (("before", 2), ("at", 4), ("after", 6)):
-        assert "error" not in told[name], told[name]
-        assert_continues(tmp_path, name, "whole", step, told[name]["read"])
-    assert told["before"]["differences"] == told["after"]["differences"] == [[]]
+        assert "error" not in results[name], results[name]
+        assert_continues(tmp_path, name, "whole", step, results[name]["read"])
+    assert results["before"]["differences"] == results["after"]["differences"] == [[]]
     assert any(
-        "step 2, resharded from tp1 pp1 dp2 zero1 to tp1 pp2 dp1 zero1" in line for line in told["before"]["lines"]
+        "step 2, resharded from tp1 pp1 dp2 zero1 to tp1 pp2 dp1 zero1" in line for line in results["before"]["lines"]
     )
     assert any(
-        "step 6, resharded from tp1 pp1 dp2 zero1 to tp1 pp2 dp1 zero1" in line for line in told["after"]["lines"]
+        "step 6, resharded from tp1 pp1 dp2 zero1 to tp1 pp2 dp1 zero1" in line for line in results["after"]["lines"]
     )
     for name, stage1 in (("before", ZERO3), ("at", ZERO3), ("after", {"pipeline_parallel": 2})):
         saved = tmp_path / name / "checkpoints" / "step_00000008"
