@@ -30,19 +30,22 @@ Check = Callable[[Path, Mapping[str, Any]], str]
 
 
 @contextmanager
-def publish(final: Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Path]:
+def publish(
+    final: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder beside ``final``, and publish it as ``final`` if the block succeeds.
 
     Every file is flushed to disk. manifest.json (size and xxh3 of each file, ``kind``, ``facts``, versions) is written last,
-    and one rename makes the folder visible. If the block raises, the temporary folder is removed and ``final`` unchanged.
-    Raises CheckpointError if ``final`` exists and is not empty.
+    and one rename makes the folder visible. ``known`` holds digests of files that the block has flushed, at its end. If the
+    block raises, the temporary folder is removed and ``final`` unchanged. Raises CheckpointError if ``final`` exists and is
+    not empty.
     """
     refuse_existing(final)
     remove_abandoned(final)
     try:
         with temporary_beside(final) as temporary:
             yield temporary
-            seal(temporary, kind, facts)
+            seal(temporary, kind, facts, known)
             reveal(temporary, final)
     except OSError as error:
         where = error.filename or "while writing"
@@ -133,12 +136,12 @@ def seal(
 ) -> None:
     """Flush every file of ``folder`` and write its manifest. ``known`` has the digests of files that were flushed before."""
     known = known or {}
-    names = sorted(str(path.relative_to(folder)) for path in _files(folder))
+    names = file_sizes(folder)
     if unseen := sorted(set(known) - set(names)):
         raise CheckpointError(
             f"{folder / unseen[0]}: written, but not visible here; the output must be in a folder that all processes share."
         )
-    files = {name: known[name] if name in known else _flush_and_hash(folder / name) for name in names}
+    files = {name: known[name] if name in known else flushed_digest(folder / name) for name in names}
     content = {"kind": kind, "versions": installed_versions(), "facts": facts, "files": files}
     write_atomically(folder / MANIFEST, _manifest_text(content))
     for inner in {path.parent for path in _files(folder)}:
@@ -267,7 +270,13 @@ def hash_file(path: Path, offset: int = 0, length: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _flush_and_hash(path: Path) -> dict[str, Any]:
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below ``folder``, by relative path in sorted order."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(_files(folder), key=str)}
+
+
+def flushed_digest(path: Path) -> dict[str, Any]:
+    """Flush a file to disk. Returns its entry in a manifest: size and xxh3."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}

@@ -26,6 +26,11 @@ class ParallelLayout(Settings):
             )
         return self
 
+    def __str__(self) -> str:
+        """One word per degree, such as tp1 pp2 dp1 zero1."""
+        degrees = (("tp", self.tensor_parallel), ("pp", self.pipeline_parallel), ("dp", self.data_parallel))
+        return " ".join(f"{name}{size}" for name, size in (*degrees, ("zero", self.zero_stage)))
+
     @property
     def world_size(self) -> int:
         """Number of processes."""

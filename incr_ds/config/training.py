@@ -32,9 +32,9 @@ class GrowthStart(Settings):
 class ModelSettings(Settings):
     """What to train: a fresh model of a Hugging Face config.json (``config``), or the weights of a checkpoint folder.
 
-    ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout, grown
-    or not, or a source in any layout together with a recipe, by which it is grown in memory. Optimizer state is kept
-    unless ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
+    ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout (in any
+    layout with ``resume.reshard``), grown or not, or a source in any layout together with a recipe, by which it is grown in
+    memory. Optimizer state is kept unless ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
 
     ``attention: cudnn`` is sdpa that tries cuDNN's kernel first. With ``layer_kernels: liger``, Liger's kernels compute
     norms, gated FFNs and rotary positions. ``freeze`` lists patterns of tensor names that do not train. The last pattern
@@ -207,6 +207,16 @@ class CheckpointSettings(Settings):
     keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
 
 
+class ResumeSettings(Settings):
+    """How a run continues from its newest checkpoint.
+
+    With ``reshard``, that may have another layout than the run, as may the DeepSpeed checkpoint that a run is initialized
+    from. Each rank then reads its own slices of weights, masters and moments from the files.
+    """
+
+    reshard: bool = False
+
+
 class DivergenceSettings(Settings):
     """When a run counts as diverged and ends with an error.
 
@@ -238,6 +248,7 @@ class RunSettings(Settings):
     data: DataSettings
     evaluation: EvaluationSettings | None = None
     checkpoint: CheckpointSettings
+    resume: ResumeSettings = ResumeSettings()
     distillation: DistillationSettings | None = None
     growth: list[GrowthStep] = Field(default_factory=list)
     divergence: DivergenceSettings = DivergenceSettings()

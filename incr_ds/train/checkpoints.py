@@ -26,11 +26,12 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.companions import Companions
 from incr_ds.checkpoint.huggingface.writer import config_text
-from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest, verify_manifest
+from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError
+from incr_ds.train.hashing import digests_together, verify_together
 from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
 from incr_ds.train.ranks import on_every_rank, on_rank_zero
@@ -78,12 +79,15 @@ def save_checkpoint(
     final = step_folder(Path(run.output), state.position.step)
     tag = f"global_step{state.position.step}"
     client_state = asdict(state)
+    failed, remedy = f"{final}: saving failed", "Nothing was published; check space and permissions."
+    _vacate(final)
     with ExitStack() as stack:
         facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
-        folder = on_rank_zero(lambda: stack.enter_context(publish(_vacated(final), KIND, facts)))
-        remedy = "Nothing was published; check space and permissions."
-        on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed", remedy)
+        digests: dict[str, dict[str, Any]] = {}
+        folder = on_rank_zero(lambda: stack.enter_context(publish(final, KIND, facts, digests)))
+        on_every_rank(lambda: engine.save(folder, tag, client_state), failed, remedy)
         on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, multipliers))
+        digests |= digests_together(folder, failed, remedy)
         on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
     on_rank_zero(lambda: _prune(run, final))
     return final
@@ -92,9 +96,23 @@ def save_checkpoint(
 def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of the run whose manifest verifies, or None if the run has no checkpoints.
 
-    Damaged ones are reported through ``say`` and skipped. Raises CheckpointError if all are damaged.
+    Damaged ones are reported through ``say`` of rank 0 and skipped. Raises CheckpointError if all are damaged.
     """
-    return on_rank_zero(lambda: _newest_complete(run, say))
+    problems: list[str] = []
+    for folder in on_rank_zero(lambda: step_folders(Path(run.output))):
+        try:
+            verify_together(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            on_rank_zero(lambda: say(f"skipped a damaged checkpoint: {problems[-1]}"))
+        else:
+            return folder
+    if problems:
+        raise CheckpointError(
+            f"{run.output}: no checkpoint of this run is whole, so it cannot resume; remove {CHECKPOINTS}/ to start over.\n  "
+            + "\n  ".join(problems)
+        )
+    return None
 
 
 def saved_state(
@@ -135,22 +153,22 @@ def set_aside_diverged(run: RunSettings) -> Path | None:
     return None
 
 
-def _vacated(final: Path) -> Path:
+def _vacate(final: Path) -> None:
     """Free the path ``final`` for publishing. An earlier, damaged folder of that step is renamed.
 
-    Raises CheckpointError if the existing folder is whole, since this run did not write it.
+    Raises CheckpointError on all ranks if the existing folder is whole, since this run did not write it.
     """
-    if final.exists():
-        try:
-            verify_manifest(final)
-        except CheckpointError:
-            _set_aside(final, "damaged")
-        else:
-            raise CheckpointError(
-                f"{final}: exists and is whole, but this run did not write it; another run has the same output. Set another "
-                "output, or move that checkpoint away."
-            )
-    return final
+    if not on_rank_zero(final.exists):
+        return
+    try:
+        verify_together(final)
+    except CheckpointError:
+        on_rank_zero(lambda: _set_aside(final, "damaged"))
+    else:
+        raise CheckpointError(
+            f"{final}: exists and is whole, but this run did not write it; another run has the same output. Set another "
+            "output, or move that checkpoint away."
+        )
 
 
 def _set_aside(folder: Path, why: str) -> None:
@@ -174,24 +192,6 @@ def _write_companions(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
     tokenizer = None if run.data.tokenizer is None else Path(run.data.tokenizer)
     Companions(config_text(architecture, dtype), tokenizer, multipliers or {}, {"latest": tag}).write(folder)
-
-
-def _newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
-    problems = []
-    for folder in step_folders(Path(run.output)):
-        try:
-            verify_manifest(folder)
-        except CheckpointError as error:
-            problems.append(str(error))
-            say(f"skipped a damaged checkpoint: {error}")
-        else:
-            return folder
-    if problems:
-        raise CheckpointError(
-            f"{run.output}: no checkpoint of this run is whole, so it cannot resume; remove {CHECKPOINTS}/ to start over.\n  "
-            + "\n  ".join(problems)
-        )
-    return None
 
 
 def _prune(run: RunSettings, newest: Path) -> None:

@@ -187,12 +187,15 @@ class TrainingEngine:
         return dict(client_state)
 
     def fill_optimizer(self, checkpoint: LogicalCheckpoint) -> None:
-        """Read this rank's part of masters, moments, step and number of steps from ``checkpoint``."""
+        """Read this rank's part of masters, moments and step from ``checkpoint``, and DeepSpeed's own counters."""
         named = dict(self._engine.module.named_parameters())
         parameters = {shard: named[shard.parameter] for shard in self._trained}
         fill_optimizer(self._engine.optimizer, parameters, checkpoint)
         adapt_steps(self._engine.optimizer.optimizer, self._run)
-        self._engine.global_steps = checkpoint.facts.recorded.global_steps or 0
+        recorded = checkpoint.facts.recorded
+        self._engine.global_steps = recorded.global_steps or 0
+        self._engine.global_samples = recorded.global_samples or 0
+        self._engine.skipped_steps = recorded.skipped_steps or 0
 
     def release(self) -> None:
         """Free what DeepSpeed holds. The engine cannot be used afterwards; the processes stay connected."""

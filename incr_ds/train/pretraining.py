@@ -35,7 +35,7 @@ from incr_ds.train.metrics import GrowthRow, Position
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
 from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
 from incr_ds.train.resuming import changed_settings, stage_in
-from incr_ds.train.start import Start, check_growth, find_start
+from incr_ds.train.start import Start, check_growth, find_resharding, find_start
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _train_stage(
 ) -> Outcome:
     """Train ``stage`` from the run's ``state``, which ``newest`` holds, or from its beginning."""
     began, run = time.perf_counter(), stage.run
-    start = None if _is_inside(stage, state) else session.start if stage.plan is None else find_start(run)
+    start, begins = _start_of(session, stage, state, newest), not _is_inside(stage, state)
     teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
     if start is not None:
         check_growth(start)
@@ -127,12 +127,19 @@ def _train_stage(
         job = Job(
             stage.number, run, stage.architecture, engine, session.data, _costs(stage, teacher), monitor(), multipliers
         )
-        if stage.plan is not None and start is not None:
+        if stage.plan is not None and begins:
             job.monitor.record(current.position, _growth_row(stage, time.perf_counter() - began))
         _say_start(job, description)
         return train(job, current, newest, session.stop)
     finally:
         engine.release()
+
+
+def _start_of(session: Session, stage: Stage, state: TrainingState | None, newest: Path | None) -> Start | None:
+    """How ``stage`` starts or is resharded, or None if it continues from ``newest`` in the layout of that checkpoint."""
+    if newest is not None and _is_inside(stage, state):
+        return find_resharding(stage.run, newest) if stage.run.resume.reshard else None
+    return session.start if stage.plan is None else find_start(stage.run)
 
 
 def _is_inside(stage: Stage, state: TrainingState | None) -> bool:
@@ -152,9 +159,14 @@ def _loaded(
     settings = session.run.model_dump(mode="json")
     changes = [] if state is None else changed_settings(state.settings, settings)
     changed = f"; changed settings: {', '.join(changes)}" if changes else ""
-    if start is None and newest is not None and state is not None:
-        engine.load(newest, f"global_step{state.position.step}")
-        return replace(state, settings=settings), f"resumed from {newest}, step {state.position.step}{changed}"
+    if newest is not None and state is not None and _is_inside(stage, state):
+        resumed = f"resumed from {newest}, step {state.position.step}"
+        if start is None:
+            engine.load(newest, f"global_step{state.position.step}")
+        elif start.weights is not None:
+            engine.fill_optimizer(start.weights)  # whose bytes the manifest has proven
+            resumed += f", {start.description}"
+        return replace(state, settings=settings), resumed + changed
     assert start is not None
     load_start(engine, start)
     position = begin(stage.run) if state is None else replace(state.position, stage=stage.number)

@@ -66,11 +66,12 @@ def check_continues(
 ) -> None:
     """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
-    It cannot with another layout, data, model, tokenizer or precision. ``data`` is the fingerprint of each data set.
-    ``architecture`` and ``layout`` are those of the stage in which the run resumes. Raises LayoutError
-    or ConfigError that lists every difference.
+    It cannot with other data, another model, tokenizer or precision, nor in another layout without ``run.resume.reshard``.
+    ``data`` is the fingerprint of each data set. ``architecture`` and ``layout`` are those of the stage in which the run
+    resumes. Raises LayoutError or ConfigError that lists every difference.
     """
-    check_layout_matches(folder, facts["layout"], layout)
+    if not run.resume.reshard:
+        check_layout_matches(folder, facts["layout"], layout)
     old, new = facts["settings"], run.model_dump(mode="json")
     problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
     problems[TOKENS][:0] = [*_other_data(facts["data"], data), *_other_tokenizer(folder, run)]
@@ -84,16 +85,20 @@ def check_continues(
 
 
 def check_layout_matches(folder: Path, found: Mapping[str, int], layout: ParallelLayout) -> None:
-    """Raise LayoutError that names the degrees in which a DeepSpeed checkpoint's layout differs from the run's ``layout``."""
+    """Raise LayoutError that names the degrees in which a DeepSpeed checkpoint's layout differs from the run's ``layout``.
+
+    A run without resume.reshard loads DeepSpeed's files as they are, which works only in their own layout.
+    """
     wanted = layout.model_dump()
     different = [
         f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
     ]
     if different:
         raise LayoutError(
-            f"{folder}: laid out for {', '.join(different)}; its optimizer state is valid only in its own layout. Run with that "
-            "layout, grow the checkpoint into this one (tools/grow_checkpoint.py, key layout), or start from its weights "
-            "alone: model.initialize_from with model.load_optimizer: false."
+            f"{folder}: laid out for {', '.join(different)}; its files are loaded as they are only in their own layout. Set "
+            "resume.reshard: true, with which each rank reads its own slices of them, run with that layout, grow the checkpoint "
+            "into this one (tools/grow_checkpoint.py, key layout), or start from its weights alone: model.initialize_from with "
+            "model.load_optimizer: false."
         )
 
 

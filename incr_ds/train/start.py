@@ -11,13 +11,15 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers, read_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
-from incr_ds.checkpoint.publish import MANIFEST
+from incr_ds.checkpoint.publish import MANIFEST, read_manifest
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stages import check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
+from incr_ds.offline.process_group import agree
 from incr_ds.sharding.placement import check_layout
-from incr_ds.train.ranks import all_ranks, on_every_rank
+from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_layout_matches
 
 
@@ -44,9 +46,9 @@ def find_start(run: RunSettings) -> Start:
     """Decide from ``run.model`` how ``run`` starts.
 
     A DeepSpeed checkpoint that this package published keeps its optimizer state (unless ``load_optimizer`` is false) and
-    must have the run's layout. A source that is grown on load keeps it in any layout. All other checkpoints give only their
-    weights, and the optimizer starts fresh. Raises LayoutError if a layout differs, a recipe's own included, and
-    CheckpointError for a DeepSpeed folder without a manifest if ``load_optimizer`` is true.
+    must have the run's layout unless ``run.resume.reshard`` is set. A source that is grown on load keeps it in any layout.
+    All other checkpoints give only their weights, and the optimizer starts fresh. Raises LayoutError if a layout differs, a
+    recipe's own included, and CheckpointError for a DeepSpeed folder without a manifest if ``load_optimizer`` is true.
     """
     model = run.model
     if model.initialize_from is None:
@@ -62,6 +64,33 @@ def find_start(run: RunSettings) -> Start:
     description = f"weights of {folder} ({source.facts.kind}); the optimizer starts fresh"
     multipliers = _followed(run, read_multipliers(folder))
     return Start(architecture=source.architecture, weights=source, description=description, multipliers=multipliers)
+
+
+def find_resharding(run: RunSettings, folder: Path) -> Start | None:
+    """How ``run`` continues from its own checkpoint ``folder`` in another layout, or None if the layout is the same.
+
+    All ranks must call this. They open the checkpoint before any builds an engine, so that a failure of one reaches all.
+    """
+    found = ParallelLayout.model_validate(on_rank_zero(lambda: read_manifest(folder)["facts"]["layout"]))
+    if found == run.layout:
+        return None
+    source = agree(all_ranks(), lambda: open_described(folder))
+    return Start(
+        architecture=source.architecture,
+        weights=source,
+        with_moments=True,
+        description=_resharded(source, found, run.layout),
+        multipliers=read_multipliers(folder),
+    )
+
+
+def _resharded(source: LogicalCheckpoint, found: ParallelLayout, layout: ParallelLayout) -> str:
+    """What resharding does, and what it cannot keep."""
+    config = source.architecture.config
+    dropouts = sorted(field for field in source.architecture.family.effective_fields if "drop" in field)
+    random = [f"{field} {config[field]}" for field in dropouts if config.get(field)]
+    noise = f" ({', '.join(random)}: each layout drops other elements)" if random else ""
+    return f"resharded from {found} to {layout}{noise}"
 
 
 def check_growth(start: Start) -> None:
@@ -104,14 +133,20 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
             f"{folder}: incr_ds did not write this DeepSpeed checkpoint; its optimizer state cannot be used as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
-    check_layout_matches(folder, source.facts.layout, run.layout)
+    found = source.facts.layout
+    if not run.resume.reshard:
+        check_layout_matches(folder, found, run.layout)
+    reshards = found != run.layout.model_dump()
     tag = run.model.tag or (folder / "latest").read_text(encoding="utf-8").strip()
     kept = "weights and optimizer state" if "exp_avg" in source.facts.states else "weights"
     description = f"{kept} of {folder} ({source.facts.kind}, {tag})"
+    if reshards:
+        description += f", {_resharded(source, ParallelLayout.model_validate(found), run.layout)}"
     declared = read_multipliers(folder)
     multipliers = _followed(run, declared)
     if (
-        declared
+        reshards
+        or declared
         or multipliers != declared
         or _changes_frozen(run, folder, source)
         or _changes_precision(run, folder / tag)

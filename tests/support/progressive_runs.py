@@ -113,19 +113,19 @@ def train_until_killed(folder, output, changes, when):
     point, step = when
     rank = int(os.environ["RANK"])
     if point == "step":  # after the step, before it is evaluated and saved
-        _kill_after(loop, "train_step", lambda state: state.position.step == step and rank == 1)
+        kill_after(loop, "train_step", lambda state: state.position.step == step and rank == 1)
     elif point == "save":  # all ranks have written; nothing is published
-        _kill_before(checkpoints, "_write_companions", lambda _, tag, *rest: tag == f"global_step{step}")
+        kill_before(checkpoints, "_write_companions", lambda _, tag, *rest: tag == f"global_step{step}")
     elif point == "build":  # the large model
-        _kill_before(pretraining, "build_engine", lambda run, *rest: run.schedule.start_step == step and rank == 1)
+        kill_before(pretraining, "build_engine", lambda run, *rest: run.schedule.start_step == step and rank == 1)
     elif point == "fill":  # its masters and moments; the run resumes right at the growth, so that it is the first call
-        _kill_after(pretraining, "load_start", lambda _: rank == 0)
+        kill_after(pretraining, "load_start", lambda _: rank == 0)
     elif point == "evaluate":  # after the row of the growth
-        _kill_before(loop, "evaluate_if_due", lambda job, state: job.stage == 1 and rank == 0)
+        kill_before(loop, "evaluate_if_due", lambda job, state: job.stage == 1 and rank == 0)
     train(folder, output, changes)
 
 
-def _kill_before(module, name, condition):
+def kill_before(module, name, condition):
     wrapped = getattr(module, name)
 
     def killing(*arguments):
@@ -136,7 +136,7 @@ def _kill_before(module, name, condition):
     setattr(module, name, killing)
 
 
-def _kill_after(module, name, condition):
+def kill_after(module, name, condition):
     wrapped = getattr(module, name)
 
     def killing(*arguments):

@@ -17,7 +17,7 @@ from incr_ds.train.start import find_start
 def folders(tmp_path_factory):
     """A Hugging Face folder, and a native checkpoint of a 1 x 2 x 1 layout grown from it."""
     folder = tmp_path_factory.mktemp("start")
-    model = drawn_model(small_architecture("llama"), torch.float32)
+    model = drawn_model(small_architecture("llama", attention_dropout=0.1), torch.float32)
     model.save_pretrained(folder / "hf")
     recipe = {
         "target": {"num_hidden_layers": 4},
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     return folder, model
 
 
-def run_settings(model, precision="fp32", **layout):
+def run_settings(model, precision="fp32", *, reshard=False, **layout):
     content = {
         "output": "run",
         "precision": precision,
@@ -39,6 +39,7 @@ def run_settings(model, precision="fp32", **layout):
         "schedule": {"train_steps": 10, "learning_rate": 0.1},
         "data": {"train": [{"prefix": "a"}]},
         "checkpoint": {"interval": 1},
+        "resume": {"reshard": reshard},
     }
     return parse_settings(content, RunSettings, "test")
 
@@ -77,12 +78,27 @@ def test_a_native_checkpoint_of_another_layout_is_refused_unless_its_weights_are
     with pytest.raises(
         LayoutError,
         match=r"native: laid out for tensor_parallel 1 \(this run: 3\), pipeline_parallel 2 \(this run: 1\), "
-        r"data_parallel 1 \(this run: 2\); .*model.load_optimizer: false",
+        r"data_parallel 1 \(this run: 2\); .*resume.reshard: true, .*model.load_optimizer: false",
     ):
         find_start(run_settings({"initialize_from": str(folder / "native")}, **layout))
     start = find_start(run_settings({"initialize_from": str(folder / "native"), "load_optimizer": False}, **layout))
     assert start.checkpoint is None
     assert torch.equal(start.weights.read("model.embed_tokens.weight"), model.model.embed_tokens.weight.data)
+
+
+def test_a_native_checkpoint_of_another_layout_keeps_its_optimizer_with_reshard(folders):
+    folder, _ = folders
+    start = find_start(run_settings({"initialize_from": str(folder / "native")}, reshard=True, tensor_parallel=3))
+    assert start.checkpoint is None and start.weights is not None and start.with_moments
+    assert start.description.endswith(
+        "resharded from tp1 pp2 dp1 zero1 to tp3 pp1 dp1 zero1 (attention_dropout 0.1: each layout drops other elements)"
+    )
+
+
+def test_a_native_checkpoint_of_this_layout_is_loaded_as_it_is_with_reshard_too(folders):
+    folder, _ = folders
+    start = find_start(run_settings({"initialize_from": str(folder / "native")}, reshard=True, pipeline_parallel=2))
+    assert (start.checkpoint, start.weights) == (folder / "native", None)
 
 
 def test_a_deepspeed_checkpoint_of_others_gives_its_weights_only_when_asked(folders, tmp_path):
