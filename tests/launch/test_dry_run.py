@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from tiny import SIZES
+from typer.testing import CliRunner
 
 from incr_ds.arch.architecture import architecture_from_config
+from incr_ds.cli.dry_run import show_dry_run
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.launch.activations import Shape, layer_activations
 from incr_ds.launch.dry_run import Speed, dry_run, stated_speed
@@ -211,3 +213,34 @@ def saved_by_autograd(architecture, layers, dtype):
         result = model(torch.zeros(2, 32, dtype=torch.long)).logits
     assert result.requires_grad
     return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--json: without effect; add --dry-run, or remove it."),
+        (["--mfu", "0.4"], "--mfu and --peak-tflops: without effect; add --dry-run"),
+        (["--dry-run", "--print-config"], "--dry-run prints what --print-config does, and more"),
+        (["--dry-run", "--set", "layout.zero_stage=0"], "layout.zero_stage 0: training needs 1, 2 or 3"),
+        (["--dry-run", "--set", "batch.global_batch_size=5"], "is not a multiple of micro_batch_size 1 x data_parallel 2; nearest: 4 or 6"),
+    ],
+)  # fmt: skip
+def test_options_and_sizes_that_cannot_be_end_with_2(tiny_run, tmp_path: Path, monkeypatch, options, message):
+    monkeypatch.syspath_prepend(ROOT / "launchers")
+    from pretrain import app
+
+    settings = tmp_path / "run.json"
+    settings.write_text(json.dumps(tiny_run().model_dump(mode="json")))
+    ended = CliRunner().invoke(app, ["--config", str(settings), *options])
+    assert ended.exit_code == 2
+    assert message in " ".join(ended.output.split())
+
+
+def test_tables_name_every_kind_of_memory_and_label_the_speed(tiny_run, capsys):
+    show_dry_run(dry_run(tiny_run(), Speed(mfu=0.5, peak_flops=1e12)), json=False)
+    shown = capsys.readouterr().out
+    for words in ("weights", "masters", "moments", "gradients", "buffers", "activations", "loss", "total"):
+        assert words in shown
+    assert "assuming 50% of 1 TFLOP/s on every device" in shown
+    show_dry_run(dry_run(tiny_run()), json=False)
+    assert "not stated; --mfu and --peak-tflops assume a speed" in capsys.readouterr().out
