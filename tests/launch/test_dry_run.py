@@ -222,7 +222,7 @@ def saved_by_autograd(architecture, layers, dtype):
         (["--mfu", "0.4"], "--mfu and --peak-tflops: without effect; add --dry-run"),
         (["--dry-run", "--print-config"], "--dry-run prints what --print-config does, and more"),
         (["--dry-run", "--set", "layout.zero_stage=0"], "layout.zero_stage 0: training needs 1, 2 or 3"),
-        (["--dry-run", "--set", "batch.global_batch_size=5"], "is not a multiple of micro_batch_size 1 x data_parallel 2; nearest: 4 or 6"),
+        (["--dry-run", "--set", "batch.global_batch_size=5"], "micro_batch_size 1 x data_parallel 2; nearest: 4 or 6"),
     ],
 )  # fmt: skip
 def test_options_and_sizes_that_cannot_be_end_with_2(tiny_run, tmp_path: Path, monkeypatch, options, message):

@@ -21,6 +21,8 @@ CASES = {
 }
 WITHIN = 0.05
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):

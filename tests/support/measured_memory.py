@@ -83,12 +83,10 @@ def held(built):
         if hasattr(parameter, "ds_tensor"):
             _note(weights, parameter.ds_tensor)
     masters, moments = {}, {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _note(masters, parameter)
-            state = optimizer.state[parameter]
-            _note(moments, state["exp_avg"])
-            _note(moments, state["exp_avg_sq"])
+    for master, state in optimizer.state.items():  # after a step, ZeRO-3's parameter groups are empty
+        _note(masters, master)
+        _note(moments, state["exp_avg"])
+        _note(moments, state["exp_avg_sq"])
     own = {place: size for place, size in masters.items() if place not in weights}
     return {"weights": sum(weights.values()), "masters": sum(own.values()), "moments": sum(moments.values())}
 
