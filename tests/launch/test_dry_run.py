@@ -181,7 +181,7 @@ def test_the_run_files_peak_counts(tiny_run):
     assert stated_speed(tiny_run(peak_flops=1e12), 0.4, None) == Speed(0.4, 1e12)
 
 
-@pytest.mark.parametrize(("family", "error"), [("llama", 0.02), ("qwen3", 0.02), ("qwen2", 0.02)])
+@pytest.mark.parametrize(("family", "error"), [("llama", 0.02), ("qwen3", 0.04), ("qwen2", 0.02)])
 @pytest.mark.parametrize("element", [4, 2])
 def test_activations_are_what_autograd_keeps_of_transformers_layers(family, error, element):
     import torch
