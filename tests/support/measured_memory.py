@@ -40,7 +40,7 @@ def run_of(case, folder=None):
 
 
 def measure(folder, cases):
-    """By name: bytes of weights, masters and moments on this rank, and of the files that all ranks saved, with their number."""
+    """Bytes by name: of weights, masters and moments on this rank, and of the files that all ranks saved, with their number."""
     return {name: _measure(Path(folder), name, case) for name, case in cases.items()}
 
 
