@@ -7,6 +7,7 @@ REQUIRES = [
     "transformers>=5.0,<6",
     "sentencepiece",  # tokenizer.model files of published models, for generate and verify
     "numpy",
+    "packaging",
     "safetensors",
     "pydantic>=2.10",
     "typing_extensions>=4.12",
@@ -52,6 +53,7 @@ COMMANDS = {
     "incr-growth-study": "growth_study",
     "incr-plan-growth": "plan_growth",
     "incr-study-text": "study_text",
+    "incr-doctor": "doctor",
 }
 
 setup(

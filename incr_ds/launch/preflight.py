@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,11 @@ def check_model(run: RunSettings) -> list[str]:
     return []
 
 
+def missing_here(run: RunSettings) -> list[str]:
+    """What the run needs and this machine lacks: packages, folders, data, a writable output. One message for each."""
+    return [str(problem) for problem in _raised(_local_checks(run))]
+
+
 def check_run(run: RunSettings) -> None:
     """Check that everything that ``run`` names exists and is consistent, as far as small files show.
 
@@ -77,16 +82,22 @@ def check_world_size(layout: ParallelLayout) -> None:
 
 
 def _problems(run: RunSettings) -> Iterator[IncrError]:
+    return _raised([partial(check_model, run), partial(deepspeed_config, run), *_local_checks(run)])
+
+
+def _local_checks(run: RunSettings) -> list[Callable[[], object]]:
+    """Checks whose result depends on the machine."""
     prefixes = [corpus.prefix for corpus in run.data.train]
     prefixes += [str(run.data.validation)] if run.evaluation else []
-    checks: list[Callable[[], object]] = [
+    return [
         partial(require, "deepspeed", "megatron.core", "tensorboard"),
-        partial(check_model, run),
         partial(_check_folders, run),
         partial(_check_output, run.output),
-        partial(deepspeed_config, run),
         *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),
     ]
+
+
+def _raised(checks: Iterable[Callable[[], object]]) -> Iterator[IncrError]:
     for check in checks:
         try:
             check()

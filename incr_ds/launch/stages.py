@@ -6,7 +6,7 @@ its schedule is a part of the whole run's. So each stage can also be run alone (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,12 @@ from incr_ds.sharding.optimizer_groups import group_count
 from incr_ds.sharding.placement import check_layout
 
 STATED = "stated"
+Describe = Callable[[Path, str | None], Architecture]
+
+
+def _opened(folder: Path, tag: str | None) -> Architecture:
+    """The model of a checkpoint that is there in whole."""
+    return open_described(folder, tag).architecture
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,17 @@ class Stage:
         return self.run.schedule.last_step
 
 
-def first_architecture(run: RunSettings) -> Architecture:
-    """The model that the run begins with, by its config.json, its checkpoint folder, or its source and recipe."""
+def first_architecture(run: RunSettings, describe: Describe = _opened) -> Architecture:
+    """The model that the run begins with, by its config.json, its checkpoint folder, or its source and recipe.
+
+    ``describe`` gives the model of a folder and a tag.
+    """
     origin = run.model.initialize_from
     if origin is None:
         return saved_architecture(Path(str(run.model.config)))
     if isinstance(origin, str):
-        return open_described(Path(origin), run.model.tag).architecture
-    source = open_described(Path(origin.source), run.model.tag).architecture
+        return describe(Path(origin), run.model.tag)
+    source = describe(Path(origin.source), run.model.tag)
     return _planned(source, origin.recipe).target
 
 
@@ -84,11 +93,11 @@ def plan_stages(run: RunSettings, first: Architecture) -> tuple[Stage, ...]:
     end = run.growth[0].at_step if run.growth else run.schedule.last_step
     stages = [Stage(0, _derived(run, 0, run, {"end_step": end}), first)]
     if run.growth:
-        _check_stage(stages[0])
+        check_stage(stages[0])
     for number in range(1, len(run.growth) + 1):
         with _named(f"growth.{number - 1}"):
             stages.append(_grown_stage(run, stages[-1], number))
-            _check_stage(stages[-1])
+            check_stage(stages[-1])
             deepspeed_config(stages[-1].run)
     return tuple(stages)
 
@@ -185,7 +194,7 @@ def _rewarmup(step: GrowthStep, plan: GrowthPlan, before: RunSettings, rate: flo
     return found, f"advised for this growth: {reasons}" if reasons else "nothing grows"
 
 
-def _check_stage(stage: Stage) -> None:
+def check_stage(stage: Stage) -> None:
     """Refuse what would fail when the stage's engine is built."""
     run, architecture = stage.run, stage.architecture
     check_trainable(architecture)
@@ -197,25 +206,32 @@ def _check_stage(stage: Stage) -> None:
     group_count(architecture, run.layout, multipliers, frozen)
 
 
-def check_teachers(stages: Sequence[Stage]) -> None:
-    """Raise an error if a stage's teacher has another vocabulary than its model, or does not fit its layout."""
-    for stage in stages:
-        if stage.run.distillation is None:
-            continue
-        teacher = _teacher(stages, stage.run.distillation.teacher)
-        with _named(f"growth.{stage.number - 1}" if stage.number else "layout"):
-            check_vocabularies(stage.architecture, teacher)
-            check_layout(teacher, stage.run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
-            check_trainable(teacher)
+def check_teachers(stages: Sequence[Stage], describe: Describe = _opened) -> tuple[Architecture | None, ...]:
+    """The teacher of each stage (None: it has none), each checked against its stage's model and layout.
+
+    Raises an error if a teacher has another vocabulary than the model, or does not fit its layout.
+    """
+    return tuple(_checked_teacher(stages, stage, describe) for stage in stages)
 
 
-def _teacher(stages: Sequence[Stage], folder: str) -> Architecture:
+def _checked_teacher(stages: Sequence[Stage], stage: Stage, describe: Describe) -> Architecture | None:
+    if stage.run.distillation is None:
+        return None
+    teacher = _teacher(stages, stage.run.distillation.teacher, describe)
+    with _named(f"growth.{stage.number - 1}" if stage.number else "layout"):
+        check_vocabularies(stage.architecture, teacher)
+        check_layout(teacher, stage.run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+        check_trainable(teacher)
+    return teacher
+
+
+def _teacher(stages: Sequence[Stage], folder: str, describe: Describe) -> Architecture:
     """The model in ``folder``, which may be what a stage before will save there."""
     for before, stage in zip(stages, stages[1:], strict=False):
         origin = stage.run.model.initialize_from
         if isinstance(origin, GrowthStart) and origin.source == folder:
             return before.architecture
-    return open_described(Path(folder)).architecture
+    return describe(Path(folder), None)
 
 
 @contextmanager

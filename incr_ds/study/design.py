@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.arch.architecture import Architecture, saved_architecture
+from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.checkpoint.runs import step_folder
 from incr_ds.config.fields import merged
 from incr_ds.config.study import ArmSettings, StudySettings
 from incr_ds.errors import ConfigError
-from incr_ds.train.flops import forward_flops_per_token, training_flops_per_token
 
 # The learning rate of an arm at its first seed's largest budget: None while it is not decided.
 Choice = Callable[[str], float | None]

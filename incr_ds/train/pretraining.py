@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import read_multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
@@ -28,7 +29,7 @@ from incr_ds.launch.stages import Stage, plan_stages, stage_lines
 from incr_ds.train.checkpoints import TrainingState, newest_complete, remove_unfinished, saved_state
 from incr_ds.train.distributed import end_processes
 from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
-from incr_ds.train.flops import device_peak, forward_flops_per_token, training_flops_per_token
+from incr_ds.train.flops import device_peak
 from incr_ds.train.inputs import Data, open_data
 from incr_ds.train.loop import Costs, Job, Outcome, Running, Stop, train
 from incr_ds.train.metrics import GrowthRow, Position

@@ -6,10 +6,10 @@ from tiny import DOWN, UP, tiny_architecture
 from incr_ds.checkpoint.deepspeed.partition import (
     FlatShards,
     contiguous_parameters,
-    partition_size,
     scattered_parameters,
 )
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.sharding.partition_sizes import partition_size
 from incr_ds.sharding.placement import rank_parameters
 
 

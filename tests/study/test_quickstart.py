@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from incr_ds.arch.architecture import saved_architecture
+from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
-from incr_ds.train.flops import forward_flops_per_token, training_flops_per_token
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 

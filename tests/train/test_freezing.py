@@ -10,6 +10,7 @@ from saving_engines import train_cases
 from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.architecture import saved_architecture
+from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.checkpoint.huggingface.export import export_huggingface
 from incr_ds.checkpoint.opening import open_source
@@ -22,7 +23,6 @@ from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.checkpoints import saved_state
-from incr_ds.train.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.train.start import find_start
 
 # LLaMA-Pro's way, and with single tensors of other layers; the tied embedding, frozen, lies on two stages.

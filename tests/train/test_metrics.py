@@ -5,9 +5,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.errors import CheckpointError
 from incr_ds.testing.memory import small_architecture
-from incr_ds.train.flops import device_peak, forward_flops_per_token, training_flops_per_token
+from incr_ds.train.flops import device_peak
 from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, TrainRow, read_metrics, row
 from incr_ds.train.monitoring import RunMonitor
 

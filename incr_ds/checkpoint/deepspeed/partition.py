@@ -10,6 +10,7 @@ import torch
 
 from incr_ds.checkpoint.base import State
 from incr_ds.errors import CheckpointError
+from incr_ds.sharding.partition_sizes import share_bounds, share_size
 
 
 @dataclass(frozen=True)
@@ -91,27 +92,6 @@ def contiguous_parameters(
             parameters[name] = FlatParameter(tuple(shape), _cut(group, position, math.prod(shape), size))
             position += math.prod(shape) + padding
     return parameters
-
-
-ALIGNMENT = 2  # ZeRO pads each group to a multiple of this many elements per data-parallel rank
-
-
-def partition_size(numel: int, num_ranks: int) -> int:
-    """ZeRO-1/2: elements of a group of ``numel`` on each rank, padding included."""
-    unit = ALIGNMENT * num_ranks
-    return math.ceil(numel / unit) * unit // num_ranks
-
-
-def share_size(numel: int, num_ranks: int) -> int:
-    """ZeRO-3: elements of a parameter on each rank, padding included."""
-    return math.ceil(numel / num_ranks)
-
-
-def share_bounds(numel: int, num_ranks: int, rank: int) -> tuple[int, int]:
-    """ZeRO-3: the elements of a parameter that ``rank`` holds, (first, stop); an empty range if padding fills its share."""
-    share = share_size(numel, num_ranks)
-    first = min(rank * share, numel)
-    return first, min(first + share, numel)
 
 
 def scattered_parameters(

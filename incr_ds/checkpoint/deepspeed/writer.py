@@ -16,7 +16,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import State
 from incr_ds.checkpoint.deepspeed.names import layer_file, model_file, optimizer_file
-from incr_ds.checkpoint.deepspeed.partition import FlatParameter, contiguous_parameters, partition_size
+from incr_ds.checkpoint.deepspeed.partition import FlatParameter, contiguous_parameters
 from incr_ds.checkpoint.deepspeed.releases import TESTED
 from incr_ds.checkpoint.streaming import Part, StreamedTensor, TargetFile, block_parts, parameter_tensor
 from incr_ds.checkpoint.torch_file.write import ArchiveFile
@@ -26,6 +26,7 @@ from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.joined import joined_parameters
 from incr_ds.sharding.megatron_modules import Modules, module_parameters, num_pipeline_layers
 from incr_ds.sharding.optimizer_groups import optimizer_groups
+from incr_ds.sharding.partition_sizes import partition_size
 from incr_ds.sharding.placement import rank_parameters, split_bounds, with_joined
 
 FORMAT_VERSION = TESTED

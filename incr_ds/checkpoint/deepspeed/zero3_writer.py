@@ -12,12 +12,12 @@ import torch
 
 from incr_ds.checkpoint.base import State
 from incr_ds.checkpoint.deepspeed.names import model_file, optimizer_file
-from incr_ds.checkpoint.deepspeed.partition import share_bounds, share_size
 from incr_ds.checkpoint.deepspeed.writer import FORMAT_VERSION, ModelFile, NativeTarget
 from incr_ds.checkpoint.streaming import Part, StreamedTensor, TargetFile, block_parts
 from incr_ds.checkpoint.torch_file.write import ArchiveFile, LossScaler
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import optimizer_groups
+from incr_ds.sharding.partition_sizes import share_bounds, share_size
 
 Groups = tuple[tuple[RankParameter, ...], ...]
 
