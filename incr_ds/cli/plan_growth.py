@@ -77,10 +77,10 @@ def _speed(gpu: str | None, mfu: float) -> float:
 def _source(
     folder: Path, tokens: float | None, sequence_length: int, opening: tuple[str | None, Path | None, bool]
 ) -> Model:
+    from incr_ds.arch.flops import training_flops_per_token
     from incr_ds.checkpoint.integrity import open_described
     from incr_ds.cli.run_folder import located
     from incr_ds.study.choices import Model
-    from incr_ds.train.flops import training_flops_per_token
 
     tag, config, trust = opening
     checkpoint = open_described(located(folder), tag, config, trust=trust)
@@ -95,8 +95,8 @@ def _source(
 
 def _model(path: Path, sequence_length: int) -> Model:
     from incr_ds.arch.architecture import saved_architecture
+    from incr_ds.arch.flops import training_flops_per_token
     from incr_ds.study.choices import Model
-    from incr_ds.train.flops import training_flops_per_token
 
     architecture = saved_architecture(path)
     return Model(architecture.num_parameters, training_flops_per_token(architecture, sequence_length))
