@@ -22,6 +22,12 @@ from incr_ds.config.stages import GrowthStep, check_growth_steps, check_teacher
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%")
 
 
+def _in_steps(stated: Any, train_steps: Any) -> Any:
+    """Convert a percentage of ``train_steps``, like 1%, to steps, rounded up; leave everything else for validation."""
+    share = _SHARE.fullmatch(stated) if isinstance(stated, str) and isinstance(train_steps, int) else None
+    return stated if share is None else math.ceil(Fraction(share[1]) * train_steps / 100)
+
+
 class GrowthStart(Settings):
     """A source checkpoint folder of any kind, and the growth recipe to apply to it as it is loaded."""
 
@@ -86,8 +92,8 @@ class ScheduleSettings(Settings):
     """The learning rate over the optimizer steps of this run.
 
     Linear warm-up starts at ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth). Then
-    comes ``cosine`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the end) or
-    ``constant``. ``warmup_steps`` and ``decay_steps`` may be percentages of ``train_steps``, like 1%.
+    comes ``cosine`` or ``linear`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the
+    end) or ``constant``. ``warmup_steps`` and ``decay_steps`` may be percentages of ``train_steps``, like 1%.
 
     ``start_step`` and ``end_step`` cut this run out of a longer schedule of ``train_steps``: the steps taken before it,
     and those taken when it ends (None: train_steps). Its learning rate, data and dropout are those of the same steps of
@@ -100,7 +106,7 @@ class ScheduleSettings(Settings):
     min_learning_rate: float = Field(default=0.0, ge=0.0)
     warmup_steps: int = Field(default=0, ge=0)
     warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
-    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     decay_steps: int = Field(default=0, ge=0)
     start_step: int = Field(default=0, ge=0)
     end_step: int | None = None
@@ -109,15 +115,11 @@ class ScheduleSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _in_steps(cls, content: Any) -> Any:
-        """Convert percentages of train_steps to steps, rounded up."""
-        if not isinstance(content, dict) or not isinstance(content.get("train_steps"), int):
+    def _shares_of_steps(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
             return content
-        shares = {key: _SHARE.fullmatch(str(content.get(key))) for key in ("warmup_steps", "decay_steps")}
-        steps = {
-            key: math.ceil(Fraction(share[1]) * content["train_steps"] / 100) for key, share in shares.items() if share
-        }
-        return {**content, **steps}
+        stated = {key: content[key] for key in ("warmup_steps", "decay_steps") if key in content}
+        return {**content, **{key: _in_steps(value, content.get("train_steps")) for key, value in stated.items()}}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -231,7 +233,7 @@ class DivergenceSettings(Settings):
 
 
 class RunSettings(Settings):
-    """A training run. ``growth`` lists the steps at which its model grows.
+    """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
     ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet.
     """
@@ -256,6 +258,21 @@ class RunSettings(Settings):
     peak_flops: float | None = Field(default=None, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shares_of_steps(cls, content: Any) -> Any:
+        """Convert the percentages in ``growth`` to steps."""
+        growth, schedule = (content.get(key) if isinstance(content, dict) else None for key in ("growth", "schedule"))
+        if not isinstance(growth, list) or not isinstance(schedule, dict):
+            return content
+        steps = [
+            {**step, "at_step": _in_steps(step["at_step"], schedule.get("train_steps"))}
+            if isinstance(step, dict) and "at_step" in step
+            else step
+            for step in growth
+        ]
+        return {**content, "growth": steps}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

@@ -29,18 +29,19 @@ def scheduled_rate(schedule: ScheduleSettings, step: int) -> float:
     """Learning rate of ``step`` without re-warm-up.
 
     Warm-up is linear from ``warmup_from`` x peak to the peak at step ``warmup_steps``. Step s is at the fraction
-    (s + 1) / (warmup_steps + 1) of the way, so that step 0 does not waste a batch on a rate of 0. ``cosine`` then goes
-    from the peak to the minimum, reached at ``train_steps``. ``wsd`` stays at the peak and then falls linearly over the
+    (s + 1) / (warmup_steps + 1) of the way, so that step 0 does not waste a batch on a rate of 0. ``cosine`` and ``linear``
+    then go from the peak to the minimum, reached at ``train_steps``. ``wsd`` stays at the peak and then falls linearly over the
     last ``decay_steps`` to the minimum, reached at ``train_steps``. ``constant`` stays.
     """
     peak, lowest = schedule.learning_rate, schedule.min_learning_rate
     if step < schedule.warmup_steps:
         share = (step + 1) / (schedule.warmup_steps + 1)
         return peak * (schedule.warmup_from + (1.0 - schedule.warmup_from) * share)
-    if schedule.decay == "cosine":
+    if schedule.decay in ("cosine", "linear"):
         span = schedule.train_steps - schedule.warmup_steps
         progress = min(1.0, (step - schedule.warmup_steps) / span)
-        return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        left = 1.0 - progress if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return lowest + (peak - lowest) * left
     start = schedule.train_steps - schedule.decay_steps
     if schedule.decay == "wsd" and step >= start:
         progress = min(1.0, (step - start) / schedule.decay_steps)

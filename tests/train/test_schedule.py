@@ -28,6 +28,11 @@ def test_cosine_with_warm_up_reaches_its_corners():
     assert found[3:] == sorted(found[3:], reverse=True)
 
 
+def test_linear_falls_evenly_to_the_minimum():
+    found = rates(train_steps=6, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=2, decay="linear")
+    assert found == pytest.approx([1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
 def test_rewarm_up_starts_at_its_fraction_of_the_peak():
     found = rates(train_steps=8, learning_rate=2.0, warmup_steps=3, warmup_from=0.5, decay="constant")
     assert found == pytest.approx([1.25, 1.5, 1.75, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
@@ -123,6 +128,18 @@ def test_steps_as_a_share_of_train_steps(steps, train_steps, found):
     assert schedule.warmup_steps == found
     both = {"decay": "wsd", "decay_steps": "10%", "warmup_steps": 0}
     assert ScheduleSettings(train_steps=30, learning_rate=1.0, **both).decay_steps == 3
+
+
+def test_a_growth_at_a_share_of_train_steps():
+    schedule = {"train_steps": 9, "learning_rate": 1.0}
+    growth = [
+        {"at_step": "25%", "recipe": "a.yaml"},
+        {"at_step": 4, "recipe": "b.yaml"},
+        {"at_step": "50%", "recipe": "c"},
+    ]
+    assert [step.at_step for step in pico_run(schedule=schedule, growth=growth).growth] == [3, 4, 5]
+    with pytest.raises(ConfigError, match=r"growth.0.at_step: Input should be a valid integer"):
+        pico_run(schedule=schedule, growth=[{"at_step": "half", "recipe": "a.yaml"}])
 
 
 @pytest.mark.parametrize("steps", ["1", "-1%", "1e3%", "%", "0.01", "5000%", None, 0.01])
