@@ -83,7 +83,10 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def best_arm(results: Results) -> str | None:
-    """The grown arm with the lowest R_target at the largest budget that any grown arm was measured at."""
+    """The grown arm with the lowest R_target at the largest budget that any grown arm was measured at.
+
+    Only the arms with the most seeds are compared: a band of fewer seeds may be low by luck.
+    """
     study = results.design.study
     for budget in sorted(study.tokens_per_parameter, reverse=True):
         found = {
@@ -93,7 +96,8 @@ def best_arm(results: Results) -> str | None:
         }
         reaching = {arm: made for arm, made in found.items() if made.bound != "above"}
         if reaching:
-            return min(reaching, key=lambda arm: reaching[arm].value)
+            most = max(made.seeds for made in reaching.values())
+            return min((arm for arm in reaching if reaching[arm].seeds == most), key=lambda arm: reaching[arm].value)
     return None
 
 

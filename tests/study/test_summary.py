@@ -11,7 +11,7 @@ from incr_ds.errors import CheckpointError
 from incr_ds.study.design import Job, jobs
 from incr_ds.study.execution import best_rate, execute, is_done, opened
 from incr_ds.study.pages import table, write_study_report
-from incr_ds.study.summary import Results, collect, spearman, summary
+from incr_ds.study.summary import Results, best_arm, collect, spearman, summary
 
 
 def write_result(job: Job, loss: float, flops: float, source: float) -> None:
@@ -51,6 +51,15 @@ def write_results(study: StudySettings) -> Results:
             early = job.measured.fraction < 1
             write_result(job, (3.1 if early else 2.9) + seed, (640.0 if early else 1000.0) * budget / 20, 10.0 * budget)
     return collect(opened(study))
+
+
+def test_an_arm_of_fewer_seeds_is_not_the_best(tmp_path):
+    content = tiny_study(tmp_path).model_dump(mode="json", exclude_unset=True)
+    stack = content["arms"].pop("stack")
+    content["arms"] |= {"lucky": stack | {"seeds": [0]}, "stack": stack}
+    results = write_results(StudySettings.model_validate(content))
+    assert best_arm(results) == "stack"
+    assert summary(results)["arms"]["lucky"]["r_target"]["20"]["seeds"] == 1
 
 
 def test_a_study_names_its_best_arm_and_its_ratios(tmp_path):
