@@ -121,11 +121,9 @@ def _scattered(
     small = sum(number for number in everything if number <= settings.param_persistence_threshold)
     gathered = min(sum(everything) - small, settings.max_live_parameters)
     bucket = _bucket(settings, element, double=False) if settings.contiguous_gradients else 0
-    # In fp32 the optimizer updates the partitions of the weights themselves.
-    has_masters = element < FP32 or settings.parameters_on_host or settings.optimizer_on_host
     return ModelStates(
         weights=(shares + still + small) * element,
-        masters=shares * FP32 if has_masters else 0,
+        masters=shares * FP32,  # a copy also in fp32: DeepSpeed means to share it, but compares a device with its name
         moments=shares * FP32 * MOMENTS,
         gradients=shares * element,
         buffers=bucket + gathered * element,

@@ -12,7 +12,8 @@ from incr_ds.launch.rank_plan import Held, Holdings
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.partition_sizes import partition_size, share_size
 
-_COMPANIONS = 3  # latest, config.json, manifest.json; a tokenizer's files come besides
+# latest, config.json, manifest.json, and zero_to_fp32.py and zero_to_torch.py by DeepSpeed; a tokenizer's files come besides
+_COMPANIONS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def checkpoint_size(run: RunSettings, held: Holdings) -> CheckpointSize:
     else:
         weights = sum(rank.numel for rank in ranks)
     model_files = layout.world_size if layout.zero_stage == 3 else len(ranks)
-    layer_files = _layer_files(ranks) if layout.pipeline_parallel > 1 else 0
+    layer_files = _layer_files(held) if layout.pipeline_parallel > 1 else 0
     return CheckpointSize(weights * element + optimizer, model_files + layer_files + layout.world_size + _COMPANIONS)
 
 
@@ -93,6 +94,12 @@ def _scattered(parameters: Sequence[RankParameter], ranks: int) -> int:
     return sum(share_size(parameter.numel, ranks) * ranks for parameter in parameters)
 
 
-def _layer_files(ranks: Sequence[Held]) -> int:
-    """A pipeline writes one file for each of its layers that has parameters and for each tensor rank."""
-    return sum(len({parameter.pipeline_layer for parameter in rank.parameters}) for rank in ranks)
+def _layer_files(held: Holdings) -> int:
+    """A pipeline writes one file for each of its layers that has parameters and for each tensor rank; a tied head has none."""
+    layers = {
+        (rank, parameter.pipeline_layer)
+        for stage in held
+        for rank, one in enumerate(stage)
+        for parameter in one.parameters
+    }
+    return len(layers)

@@ -105,7 +105,7 @@ def test_checkpoints_on_disk_by_hand(tiny_run):
     found = dry_run(tiny_run())
     # 63 bf16 weights; 68 elements of masters and of both moments in fp32.
     assert found.parts[0].checkpoint.num_bytes == 63 * 2 + 3 * 68 * 4
-    assert found.parts[0].checkpoint.files == 1 + 2 + 3
+    assert found.parts[0].checkpoint.files == 1 + 2 + 5
     assert (found.disk.saved, found.disk.left, found.disk.peak) == (4, 2, 3)
     assert found.disk.peak_bytes == 3 * found.parts[0].checkpoint.num_bytes
 

@@ -27,8 +27,14 @@ class Layout:
 
 def architecture_of(case):
     """About 1.1 million parameters, so that padding and fixed parts of files are small beside them."""
-    sizes = {"hidden_size": 128, "intermediate_size": 360, "num_hidden_layers": 5, "num_key_value_heads": 2}
-    return pico_architecture("llama", tied=case.tied, vocab_size=501, **sizes)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 360,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+    }
+    return pico_architecture("llama", tied=case.tied, vocab_size=502, num_key_value_heads=2, **sizes)
 
 
 def run_of(case, folder=None):
