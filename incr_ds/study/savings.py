@@ -87,17 +87,18 @@ def ratios(
 
     ``frontier`` holds the branches of every arm whose cheapest is the frontier, at all budgets.
     """
-    ordered = sorted(arm, key=lambda branch: branch.cost(currency))
-    costs = [branch.cost(currency) for branch in ordered]
-    at = reached(costs, [branch.loss for branch in ordered], scratch.loss)
+    at = reached(*_curve(arm, currency), scratch.loss)
     if at is None:
         return {}
-    source = ordered[0].source_cost(currency)
+    source = arm[0].source_cost(currency)
     whole = scratch.cost(currency)
-    others = list(_costs_at(frontier.values(), scratch.loss, currency))
-    cheapest = min([Ratio(whole), *others], key=lambda found: found.value)
-    # If the cheapest is below its first branch, the ratio is above what its cost there gives.
-    bound = at.bound or ("above" if cheapest.bound else None)
+    curves = [_curve(branches, currency) for branches in frontier.values() if branches]
+    others = [cost for curve in curves if (cost := reached(*curve, scratch.loss)) and cost.bound != "above"]
+    cheapest = min([Ratio(whole), *others], key=lambda cost: cost.value)
+    # The frontier may be cheaper than what was measured: an arm may reach the loss before its first branch or after its last.
+    # The ratio is then above what the measured cost gives.
+    cheaper = cheapest.bound or any(_may_reach(*curve, scratch.loss, cheapest.value) for curve in curves)
+    bound = at.bound or ("above" if cheaper else None)
     return {
         "r_target": Ratio(at.value / whole, at.bound),
         "r_sunk": Ratio((at.value - source) / whole, at.bound),
@@ -115,10 +116,20 @@ def band(found: Iterable[Ratio]) -> Band | None:
     return Band(sum(values) / len(values), min(values), max(values), len(values), bound)
 
 
-def _costs_at(arms: Iterable[Sequence[Branch]], loss: float, currency: Currency) -> Iterable[Ratio]:
-    """The cost at ``loss`` of every arm that reaches it, a bound if its first branch is already below."""
-    for branches in arms:
-        ordered = sorted(branches, key=lambda branch: branch.cost(currency))
-        at = reached([branch.cost(currency) for branch in ordered], [branch.loss for branch in ordered], loss)
-        if at is not None and at.bound != "above":
-            yield at
+def _curve(branches: Sequence[Branch], currency: Currency) -> tuple[list[float], list[float]]:
+    """Costs in ascending order, and the losses that they reach."""
+    ordered = sorted(branches, key=lambda branch: branch.cost(currency))
+    return [branch.cost(currency) for branch in ordered], [branch.loss for branch in ordered]
+
+
+def _may_reach(costs: Sequence[float], losses: Sequence[float], loss: float, cost: float) -> bool:
+    """Whether a curve that ends above ``loss`` may reach it for less than ``cost``.
+
+    Losses over the logarithm of the cost flatten, so a line through the last two branches is below the curve.
+    """
+    if min(losses) <= loss or costs[-1] >= cost:
+        return False
+    if len(costs) < 2 or losses[-1] >= losses[-2]:
+        return len(costs) < 2
+    slope = (losses[-1] - losses[-2]) / math.log(costs[-1] / costs[-2])
+    return losses[-1] + slope * math.log(cost / costs[-1]) <= loss

@@ -63,6 +63,19 @@ def test_a_frontier_that_starts_below_the_loss_gives_a_bound():
     assert ratios(arm, scratch, {"small": small})["r_target"].bound is None
 
 
+def test_a_frontier_that_ends_just_above_the_loss_gives_a_bound_and_a_hopeless_arm_does_not():
+    scratch = branches("scratch", [1000.0], scale=1.0)[0]
+    arm = branches("stack", [690.0, 710.0], scale=0.7)
+    ending = branches("small", [600.0, 750.0], scale=0.8)  # it needs 800, less than scratch's 1000, and stopped at 750
+    found = ratios(arm, scratch, {"small": ending})["r_frontier"]
+    assert found.value == pytest.approx(0.7, abs=1e-4) and found.bound == "above"
+    hopeless = branches("tiny", [400.0, 900.0], scale=3.0)
+    found = ratios(arm, scratch, {"small": hopeless})["r_frontier"]
+    assert found.value == pytest.approx(0.7, abs=1e-4) and found.bound is None
+    once = ratios(arm, scratch, {"small": ending[:1]})["r_frontier"]
+    assert once.bound == "above"
+
+
 def test_seconds_are_compared_like_flops():
     scratch = branches("scratch", [1000.0], scale=1.0)[0]
     arm = branches("stack", [690.0, 710.0], scale=0.7, source=200.0)
