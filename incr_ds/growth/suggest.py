@@ -54,7 +54,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
     """At most ``most`` function-preserving growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
 
     Hidden size divided by layers is as in published models of the budget's size, and groups of heads are as large as the
-    source's, unless no target has both. Targets that grow width and depth most evenly come first. Raises ConfigError if the
+    source's, unless no target has both. Targets that add least width come first (docs/study.md). Raises ConfigError if the
     budget is below the source's size, or if nothing within 10 % of it is valid.
     """
     if budget <= source.num_parameters:
@@ -64,7 +64,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
     shapes = shapes_near(budget)
     nearest = sorted(_candidates(source, budget, layout), key=lambda item: item.distance)
     close = [item for item in nearest if item.distance <= CLOSE]
-    close.sort(key=lambda item: _unevenness(source, item.sizes))  # the sort is stable, so the nearest stays first
+    close.sort(key=lambda item: item.sizes["hidden"])  # the sort is stable, so the nearest stays first
     usual = [item for item in close if shapes is None or _shape(item.sizes) in shapes]
     grouped = [item for item in usual if _group(item.sizes) == _group(source.sizes)]
     pools = (
@@ -192,11 +192,6 @@ def _recipe(source: Architecture, sizes: Mapping[str, int]) -> dict[str, Any]:
 def _target(source: Architecture, sizes: Mapping[str, int]) -> dict[str, int]:
     fields = source.family.axes
     return {fields[axis]: size for axis, size in sizes.items() if axis in fields and size != source.sizes[axis]}
-
-
-def _unevenness(source: Architecture, sizes: Mapping[str, int]) -> float:
-    width, depth = (math.log(sizes[axis] / source.sizes[axis]) for axis in ("hidden", "layers"))
-    return abs(width - depth)
 
 
 def _group(sizes: Mapping[str, int]) -> float:

@@ -46,6 +46,15 @@ def test_suggestions_fit_the_layout_and_say_what_a_rank_holds():
         assert item.flops_per_token == 6 * matrices
 
 
+def test_more_layers_come_before_more_width():
+    source = small_architecture("llama")
+    widths = [
+        item.target.get("hidden_size", 0)
+        for item in suggest_targets(source, 2 * source.num_parameters, ParallelLayout())
+    ]
+    assert widths == sorted(widths) and widths[0] == 0 < widths[-1]
+
+
 def test_warnings():
     source = small_architecture("llama")
     large = suggest_targets(source, 6 * source.num_parameters, ParallelLayout())
