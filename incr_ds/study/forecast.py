@@ -22,6 +22,7 @@ from incr_ds.config.yaml_file import read_yaml
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 LAW = "the scaling law of arXiv 2203.15556 as corrected by 2404.10102"
 FLOPS_PER_PARAMETER = 6  # of one training token
+REACH = 3.0  # decades of FLOPs from the nearest point, within which points decide the slope of an extrapolation
 SPREAD, SPREAD_PER_DECADE = (
     0.04,
     0.02,
@@ -78,8 +79,8 @@ def evidence() -> Evidence:
 def predict_saving(flops: float, measured: Evidence | None = None) -> Saving:
     """R_target where training from scratch costs ``flops``.
 
-    Between two measured points it is interpolated in log(flops). Outside, it follows the least-squares line through all of
-    them, from the nearest point on, and the band grows.
+    Between two measured points it is interpolated in log(flops). Outside, it follows the slope of the least-squares line
+    through the points near the nearest one, from that one on, and the band grows.
     """
     points = (measured or evidence()).points
     place = math.log10(flops)
@@ -87,7 +88,8 @@ def predict_saving(flops: float, measured: Evidence | None = None) -> Saving:
     decades = max(0.0, math.log10(first.flops) - place, place - math.log10(last.flops))
     if decades:
         nearest = first if flops < first.flops else last
-        ratio = nearest.ratio + _slope(points) * (place - math.log10(nearest.flops))
+        near = [point for point in points if abs(math.log10(point.flops / nearest.flops)) <= REACH]
+        ratio = nearest.ratio + _slope(near) * (place - math.log10(nearest.flops))
         basis = f"extrapolated by {decades:.1f} decades of FLOPs from {nearest.of}"
     else:
         ratio, basis = _between(points, place)
@@ -106,7 +108,9 @@ def _between(points: list[Point], place: float) -> tuple[float, str]:
 
 
 def _slope(points: list[Point]) -> float:
-    """Change of the ratio per factor 10 in FLOPs."""
+    """Change of the ratio per factor 10 in FLOPs; none for a single point."""
+    if len(points) < 2:
+        return 0.0
     places = [math.log10(point.flops) for point in points]
     middle, mean = sum(places) / len(places), sum(point.ratio for point in points) / len(points)
     over = sum((place - middle) * (point.ratio - mean) for place, point in zip(places, points, strict=True))

@@ -43,6 +43,13 @@ def test_outside_of_the_measured_range_it_says_so_and_the_band_grows(place, deca
     assert saving.basis == f"extrapolated by {decades:.1f} decades of FLOPs from {nearest}"
 
 
+def test_a_point_far_away_does_not_change_the_slope():
+    far = Point(flops=1e-9, ratio=0.2, of="far")
+    more = LINE.model_copy(update={"points": [far, *LINE.points]})
+    assert predict_saving(1e7, more).ratio == pytest.approx(1.0 - 0.05 * 7)
+    assert predict_saving(1e-11, more).ratio == pytest.approx(0.2)  # a point alone has no slope
+
+
 def test_the_evidence_is_in_order_and_names_its_origin():
     found = evidence()
     assert [point.flops for point in found.points] == sorted(point.flops for point in found.points)
