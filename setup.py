@@ -54,6 +54,7 @@ COMMANDS = {
     "incr-plan-growth": "plan_growth",
     "incr-study-text": "study_text",
     "incr-doctor": "doctor",
+    "incr-write-sbatch": "write_sbatch",
 }
 
 setup(
@@ -68,6 +69,7 @@ setup(
         "incr_ds.sharding": ["frameworks/*.yaml"],
         "incr_ds.growth": ["published.yaml"],
         "incr_ds.study": ["evidence.yaml"],
+        "incr_ds.launch": ["pretrain_body.sh"],
         "incr_ds.offline": ["sentences.txt"],
         "incr_ds.config": ["*.yaml"],
         "incr_ds": ["py.typed"],
