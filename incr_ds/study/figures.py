@@ -119,6 +119,7 @@ def _draw_ratios(results: Results, path: Path) -> None:
                 axes.plot([budget, budget], [item.low, item.high], color=colours[arm], linewidth=2, alpha=0.5)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(title=TITLES[ratio], xlabel="budget (tokens per parameter)", xscale="log")
+        axes.minorticks_off()
         axes.set_xticks(study.tokens_per_parameter, [str(budget) for budget in study.tokens_per_parameter])
         axes.grid(alpha=0.25)
     columns[0].set_ylabel("cost relative to scratch")

@@ -72,7 +72,7 @@ def summary(results: Results) -> dict[str, Any]:
     return {
         "target_parameters": design.models[study.target].num_parameters,
         "best_arm": best,
-        "seeds": [] if best is None else study.arm_seeds(best),
+        "seeds": [] if best is None else [seed for seed in study.arm_seeds(best) if results.of(best, seed)],
         **top,
         "arms": arms,
         "complete": sum(1 for _ in results.measured),
