@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -125,14 +126,25 @@ def execute(
                     return True
                 for future in _wait(running, deadline, stop):
                     job = running.pop(future)
-                    trained += job.flops if future.result() else 0.0
+                    trained += job.flops if _has_ended(future, job) else 0.0
         except BaseException:
             stop.set()
             raise
         wait(running)
-        for future in running:
-            future.result()
+        for future, job in running.items():
+            _has_ended(future, job)
     return all(is_done(job) for job in select(design))
+
+
+def _has_ended(future: Future[bool], job: Job) -> bool:
+    """Whether a job trained to its end. Raises CheckpointError if something killed its process."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise CheckpointError(
+            f"{job.run['output']}: a process of the study was killed while this run trained, perhaps because memory ran out. "
+            "What is saved stays, and the same command goes on from it. If it happens again, lower processes in the study file."
+        ) from error
 
 
 def _wait(running: dict[Future[bool], Job], deadline: float | None, stop: Any) -> set[Future[bool]]:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from studies import tiny_study
 from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.fields import load_settings
 from incr_ds.config.study import StudySettings
-from incr_ds.errors import ConfigError
+from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.study.design import jobs
-from incr_ds.study.execution import check_study, is_done, opened, result_of
+from incr_ds.study.execution import _has_ended, assumed, check_study, is_done, opened, result_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "growth_study.py"
 
@@ -127,3 +129,13 @@ def check_costs(study: StudySettings) -> None:
         own = (job.measured.position - job.trunk.first) * tokens * per_token[2 if small else 4]
         assert result["source_flops"] == of_source and result["flops"] == of_source + own
         assert read_manifest(job.final)["facts"]["position"]["step"] == job.steps
+
+
+def test_a_killed_process_is_an_error_of_one_line(tmp_path):
+    job = jobs(assumed(tiny_study(tmp_path)))[0]
+    killed: Future[bool] = Future()
+    killed.set_exception(BrokenProcessPool("a child process terminated abruptly"))
+    with pytest.raises(
+        CheckpointError, match=r"/trunk: a process of the study was killed while this run trained, perhaps"
+    ):
+        _has_ended(killed, job)
