@@ -18,7 +18,7 @@ FILE = "advice.yaml"
 WARMUP = "1%"  # of train_steps
 CAUTIOUS = 0.1  # of the peak, where a re-warm-up starts
 INEXACT = (
-    "after stacked copies the source's did better than half of it in docs/study.md, at 0.27M parameters; otherwise try some: "
+    "after stacked copies the source's did better than half of it in docs/study.md (0.27M parameters, one seed); try some: "
     "G_stack (arXiv 2405.15319) trained larger targets at lower peaks, from 6e-4 for 410M parameters to 1e-4 for 7B"
 )
 HEADER = """\

@@ -54,7 +54,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
     """At most ``most`` function-preserving growths of ``source`` to about ``budget`` parameters that ``layout`` can hold.
 
     Hidden size divided by layers is as in published models of the budget's size, and groups of heads are as large as the
-    source's, unless no target has both. Targets that add least width come first (docs/study.md). Raises ConfigError if the
+    source's, unless no target has both. Targets that add least width come first. Raises ConfigError if the
     budget is below the source's size, or if nothing within 10 % of it is valid.
     """
     if budget <= source.num_parameters:

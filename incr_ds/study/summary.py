@@ -85,7 +85,8 @@ def summary(results: Results) -> dict[str, Any]:
 def best_arm(results: Results) -> str | None:
     """The grown arm with the lowest R_target at the largest budget that any grown arm was measured at.
 
-    Only the arms with the most seeds are compared: a band of fewer seeds may be low by luck.
+    Only the arms with the most seeds are compared: a band of fewer seeds may be low by luck. Among them, an arm that reaches
+    scratch's loss with every seed comes before one that does not.
     """
     study = results.design.study
     for budget in sorted(study.tokens_per_parameter, reverse=True):
@@ -94,10 +95,10 @@ def best_arm(results: Results) -> str | None:
             for arm, own in study.arms.items()
             if own.growth and budget in study.budgets(arm) and (made := bands(results, arm, budget))
         }
-        reaching = {arm: made for arm, made in found.items() if made.bound != "above"}
-        if reaching:
-            most = max(made.seeds for made in reaching.values())
-            return min((arm for arm in reaching if reaching[arm].seeds == most), key=lambda arm: reaching[arm].value)
+        if found:
+            most = max(made.seeds for made in found.values())
+            compared = [arm for arm, made in found.items() if made.seeds == most]
+            return min(compared, key=lambda arm: (found[arm].bound == "above", found[arm].value))
     return None
 
 

@@ -62,6 +62,16 @@ def test_an_arm_of_fewer_seeds_is_not_the_best(tmp_path):
     assert summary(results)["arms"]["lucky"]["r_target"]["20"]["seeds"] == 1
 
 
+def test_an_arm_that_never_reaches_the_loss_is_named_with_a_bound(tmp_path):
+    study = tiny_study(tmp_path)
+    for job, result in write_results(study).measured:
+        if job.trunk.arm == "stack":
+            Path(job.run["output"], "result.json").write_text(json.dumps(result | {"loss": 3.6}))
+    content = summary(collect(opened(study)))
+    assert content["best_arm"] == "stack" and content["r_target"]["20"]["bound"] == "above"
+    assert content["r_target"]["20"]["value"] == pytest.approx(1.0)  # its last branch cost what scratch did
+
+
 def test_a_study_names_its_best_arm_and_its_ratios(tmp_path):
     study = tiny_study(tmp_path)
     results = write_results(study)
