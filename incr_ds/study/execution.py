@@ -30,6 +30,7 @@ from incr_ds.study.design import Design, Job, final_job, jobs, open_design
 from incr_ds.study.worker import RESULT, initialize, run_job
 
 POLL_SECONDS = 1.0
+LOOK_SECONDS = 20.0  # how often a free process looks for runs that a checkpoint of another has made possible
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def execute(
                 if not running:
                     _refuse_stuck(left)
                     return True
-                for future in _wait(running, deadline, stop):
+                free = len(running) < study.processes
+                for future in _wait(running, deadline, stop, LOOK_SECONDS if free else None):
                     job = running.pop(future)
                     trained += job.flops if _has_ended(future, job) else 0.0
         except BaseException:
@@ -147,13 +149,17 @@ def _has_ended(future: Future[bool], job: Job) -> bool:
         ) from error
 
 
-def _wait(running: dict[Future[bool], Job], deadline: float | None, stop: Any) -> set[Future[bool]]:
-    """Wait for a job to end, or set ``stop`` at the deadline."""
+def _wait(
+    running: dict[Future[bool], Job], deadline: float | None, stop: Any, longest: float | None
+) -> set[Future[bool]]:
+    """Wait for a job to end, at most ``longest`` seconds, or set ``stop`` at the deadline."""
+    began = time.monotonic()
     while True:
         finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if deadline is not None and time.monotonic() > deadline:
+        now = time.monotonic()
+        if deadline is not None and now > deadline:
             stop.set()
-        if finished or stop.is_set():
+        if finished or stop.is_set() or (longest is not None and now - began > longest):
             return finished
 
 
