@@ -17,8 +17,8 @@ from incr_ds.launch.rank_plan import PipelineStage
 _KINDS = ("weights", "masters", "moments", "gradients", "buffers", "activations", "loss", "teacher", "update")
 _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 ASSUMED = (
-    "weights, masters and moments are exact for DeepSpeed 0.19.8, learning-rate multipliers aside; the other kinds are "
-    "estimates, for attention without stored scores unless attention is eager, and transformers' layers",
+    "weights, masters and moments are counted as DeepSpeed 0.19.8 allocates them, learning-rate multipliers aside; the other "
+    "kinds are estimates, for attention without stored scores unless attention is eager, and transformers' layers",
     "memory of CUDA, NCCL and the allocator's fragmentation is not counted; leave 5 to 10 % of a GPU free",
     "FLOPs count neither recomputation nor evaluation",
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from incr_ds.study.choices import Choice, Model
 
 SECONDS_PER_HOUR = 3600.0
+DEFAULT_MFU = 0.4
 HOW = (
     "The measured growth: copies of the layers (depth: {method: stack, new: copy}) and optimizer: reset-new, from a checkpoint "
     "whose learning rate has not decayed, at half of the tokens. docs/progressive.md does it in one run."
@@ -35,8 +36,8 @@ def main(
     gpu_hours: Annotated[float | None, typer.Option(help="GPU hours to spend, instead of --flops.")] = None,
     gpu: Annotated[str | None, typer.Option(help="For --gpu-hours: the GPU's name, like H100.")] = None,
     mfu: Annotated[
-        float, typer.Option(help="For --gpu-hours: the share of the GPU's peak that training reaches.")
-    ] = 0.4,
+        float | None, typer.Option(help="For --gpu-hours: the share of the GPU's peak that is assumed; default 0.4.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample, for the FLOPs of attention.")] = 2048,
     tag: Tag = None,
     config: Config = None,
@@ -46,7 +47,11 @@ def main(
     """Compare the ways to spend FLOPS. All losses and savings are predictions; their basis is printed with them."""
     if (flops is None) == (gpu_hours is None):
         raise ConfigError("--flops and --gpu-hours: state one of the two, what you want to spend.")
-    speed = None if gpu_hours is None else _speed(gpu, mfu)
+    if gpu_hours is None and (gpu is not None or mfu is not None):
+        raise ConfigError("--gpu and --mfu: they have no effect without --gpu-hours.")
+    if source is None and source_tokens is not None:
+        raise ConfigError("--source-tokens: has no effect without --source.")
+    speed = None if gpu_hours is None else _speed(gpu, DEFAULT_MFU if mfu is None else mfu)
     spend = flops if flops is not None else (gpu_hours or 0.0) * SECONDS_PER_HOUR * (speed or 0.0)
     if not 0.0 < spend < 1e40:
         raise ConfigError(f"{'--flops' if flops is not None else '--gpu-hours'}: expected a number above 0.")
@@ -85,7 +90,9 @@ def _source(
     tag, config, trust = opening
     checkpoint = open_described(located(folder), tag, config, trust=trust)
     seen = tokens if tokens is not None else checkpoint.facts.recorded.tokens
-    if seen is None or seen <= 0:
+    if seen is not None and not seen > 0:
+        raise ConfigError(f"{folder}: trained on {seen:g} tokens: expected a number above 0; correct --source-tokens.")
+    if seen is None:
         raise ConfigError(
             f"{folder}: it does not state on how many tokens it was trained; add --source-tokens, like 300e9."
         )

@@ -6,9 +6,11 @@ import math
 import pytest
 from commands import run_tool
 
+from incr_ds.arch.flops import training_flops_per_token
 from incr_ds.errors import ConfigError
 from incr_ds.study.choices import Model, choices
 from incr_ds.study.forecast import law_loss, predict_saving
+from incr_ds.testing.memory import drawn_model, small_architecture
 
 FLOPS = 1e19
 GOAL = Model(4e8, 2.5e9)
@@ -73,6 +75,8 @@ def test_impossible_requests_are_refused():
         (["--gpu-hours", "3", "--gpu", "Z80"], "--gpu Z80: expected one of B200"),
         (["--gpu-hours", "3", "--gpu", "H100", "--mfu", "40"], "--mfu 40: expected a share of the peak"),
         (["--flops", "1e18", "--target", "nowhere.json"], "nowhere.json"),
+        (["--flops", "1e18", "--mfu", "0.5"], "--gpu and --mfu: they have no effect without --gpu-hours"),
+        (["--flops", "1e18", "--source-tokens", "1e9"], "--source-tokens: has no effect without --source"),
     ],
 )
 def test_mistakes_of_the_command_line(options, message):
@@ -80,7 +84,27 @@ def test_mistakes_of_the_command_line(options, message):
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-def test_hours_are_peak_times_mfu(tmp_path):
+def test_a_source_is_read_from_its_folder(tmp_path):
+    """A Hugging Face folder does not state its tokens. The default target has twice the source's parameters and FLOPs."""
+    architecture = small_architecture("llama")
+    drawn_model(architecture).float().save_pretrained(tmp_path)
+    options = ["plan_growth", "--flops", "1e15", "--source", tmp_path, "--sequence-length", "64"]
+    done = run_tool(*options)
+    assert done.returncode == 2 and "it does not state on how many tokens it was trained" in done.stderr
+    done = run_tool(*options, "--source-tokens", "-3")
+    assert done.returncode == 2 and "trained on -3 tokens: expected a number above 0" in done.stderr
+    found = json.loads(run_tool(*options, "--source-tokens", "1e8", "--json").stdout)["choices"]
+    models = {choice["name"]: choice["stages"][-1]["model"] for choice in found}
+    per_token = training_flops_per_token(architecture, 64)
+    assert models["train the source further"] == {
+        "parameters": architecture.num_parameters,
+        "flops_per_token": per_token,
+        "tokens": 1e8,
+    }
+    assert models["grow the source"]["flops_per_token"] == 2 * per_token
+
+
+def test_hours_are_peak_times_mfu():
     done = run_tool("plan_growth", "--gpu-hours", "10", "--gpu", "A100", "--mfu", "0.5", "--json")
     assert done.returncode == 0, done.stderr
     assert math.isclose(json.loads(done.stdout)["flops"], 10 * 3600 * 312e12 * 0.5)
