@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, Row, TrainRow, row
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, RollBackRow, Row, TrainRow, row
 
 
 class Monitor(Protocol):
@@ -25,6 +25,10 @@ class Monitor(Protocol):
 
     def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
+        ...
+
+    def rewind(self, position: Position, evaluated_step: int) -> None:
+        """Drop what was recorded after ``position``, and evaluations after ``evaluated_step``."""
         ...
 
     def say(self, text: str) -> None:
@@ -46,6 +50,9 @@ class Silence:
     def record(self, position: Position, values: Row) -> None:
         """Nothing."""
 
+    def rewind(self, position: Position, evaluated_step: int) -> None:
+        """Nothing."""
+
     def say(self, text: str) -> None:
         """Nothing."""
 
@@ -63,11 +70,8 @@ class RunMonitor:
         evaluated_step: int | None = None,
     ) -> None:
         self._console = Console(soft_wrap=True, highlight=False)
-        resumed_step = None if resumed is None else resumed.step
-        self._metrics = MetricsFile(
-            output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
-        )
-        self._board = _open_board(output / "tensorboard", resumed_step) if tensorboard else None
+        self._output, self._tensorboard = output, tensorboard
+        self._open(resumed, evaluated_step)
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -78,7 +82,14 @@ class RunMonitor:
             disable=not self._console.is_terminal,
         )
         self._train_steps = train_steps
-        self._task = self._progress.add_task("", total=train_steps, completed=resumed_step or 0)
+        self._task = self._progress.add_task("", total=train_steps, completed=0 if resumed is None else resumed.step)
+
+    def _open(self, resumed: Position | None, evaluated_step: int | None) -> None:
+        self._metrics = MetricsFile(
+            self._output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
+        )
+        step = None if resumed is None else resumed.step
+        self._board = _open_board(self._output / "tensorboard", step) if self._tensorboard else None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -88,9 +99,17 @@ class RunMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        self._close()
+
+    def _close(self) -> None:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+    def rewind(self, position: Position, evaluated_step: int) -> None:
+        """Drop what was recorded after ``position``, and evaluations after ``evaluated_step``."""
+        self._close()
+        self._open(position, evaluated_step)
 
     def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
@@ -125,9 +144,15 @@ def _write_board(board: Any, content: dict[str, Any]) -> None:
 
 
 def _line(values: Row) -> str:
-    if isinstance(values, TrainRow):
-        return _train_line(values)
-    return _growth_line(values) if isinstance(values, GrowthRow) else _held_out_line(values)
+    match values:
+        case TrainRow():
+            return _train_line(values)
+        case EvaluationRow():
+            return _held_out_line(values)
+        case GrowthRow():
+            return _growth_line(values)
+        case RollBackRow():
+            return _roll_back_line(values)
 
 
 def _train_line(values: TrainRow) -> str:
@@ -142,6 +167,13 @@ def _train_line(values: TrainRow) -> str:
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
     return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"
+
+
+def _roll_back_line(values: RollBackRow) -> str:
+    return (
+        f"went back from step {values.from_step} and skips samples {values.first_sample} to {values.last_sample} "
+        f"(roll-back {values.number}): {values.reason}"
+    )
 
 
 def _growth_line(values: GrowthRow) -> str:
