@@ -1,0 +1,75 @@
+"""Counts what was tried and what was survived, and writes it down if asked (make faults)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+TRIED = pytest.StashKey[list["Tried"]]()
+PACKAGES = ("torch", "deepspeed", "transformers", "megatron-core", "numpy")
+
+
+@dataclass
+class Tried:
+    """One test of the suite: how many faults it caused, and how many of them had the outcome that it asks for."""
+
+    name: str
+    tried: int = 0
+    passed: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """One fault. A failed assertion counts, and the next fault is still tried."""
+        self.tried += 1
+        try:
+            yield
+        except AssertionError as error:
+            self.failures.append(f"{name}: {error}")
+        else:
+            self.passed += 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-report", type=Path, help="Folder for faults.json and faults.md.")
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
+    """Where a test counts. Its faults that failed fail the test at its end."""
+    words = request.node.name.removeprefix("test_").replace("_", " ")
+    found, began = Tried(words), time.monotonic()
+    request.config.stash.setdefault(TRIED, []).append(found)
+    yield found
+    found.seconds = round(time.monotonic() - began, 1)
+    assert found.tried, "this test has tried nothing"
+    assert not found.failures, f"{len(found.failures)} of {found.tried} failed:\n" + "\n".join(found.failures)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    folder = session.config.getoption("--faults-report")
+    if folder is not None:
+        write_report(session.config.stash.get(TRIED, []), folder)
+
+
+def write_report(found: list[Tried], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    tests = [{key: value for key, value in asdict(item).items() if key != "failures"} for item in found]
+    content = {"command": "make faults", "machine": platform.platform(), "versions": versions, "tests": tests}
+    (folder / "faults.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = ["# Faults: what was tried, and what was survived", "", "    make faults", ""]
+    lines += [f"{platform.platform()}, " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
+    lines += ["| fault | tried | survived | seconds | note |", "|---|---|---|---|---|"]
+    lines += [f"| {t.name} | {t.tried:,} | {t.passed:,} | {t.seconds:,.0f} | {t.note} |" for t in found]
+    (folder / "faults.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
