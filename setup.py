@@ -37,6 +37,7 @@ DEV = [
     "types-psutil",
     "accelerate",
     "triton",
+    "playwright",  # drives a Chromium, if the machine has one
     LIGER,
 ]
 
@@ -52,6 +53,7 @@ COMMANDS = {
     "incr-evaluate": "evaluate",
     "incr-growth-study": "growth_study",
     "incr-plan-growth": "plan_growth",
+    "incr-report": "report",
     "incr-study-text": "study_text",
     "incr-doctor": "doctor",
     "incr-write-sbatch": "write_sbatch",

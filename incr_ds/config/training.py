@@ -235,7 +235,8 @@ class DivergenceSettings(Settings):
 class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
-    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet.
+    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. ``report`` writes report.html
+    when the run ends.
     """
 
     output: str
@@ -258,6 +259,7 @@ class RunSettings(Settings):
     peak_flops: float | None = Field(default=None, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
+    report: bool = True
 
     @model_validator(mode="before")
     @classmethod

@@ -125,6 +125,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(_rows(path, refuse))
 
 
+def read_damaged_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the valid rows of a metrics file, and what is wrong with each of its other lines."""
+    damages: list[str] = []
+    return list(_rows(path, damages.append)), damages
+
+
 def _rows(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():

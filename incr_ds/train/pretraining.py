@@ -26,12 +26,14 @@ from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.launch.stages import Stage, plan_stages, stage_lines
+from incr_ds.report.history import note_end, note_start
+from incr_ds.report.run_report import REPORT, write_report
 from incr_ds.train.checkpoints import TrainingState, newest_complete, remove_unfinished, saved_state
 from incr_ds.train.distributed import end_processes
 from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
 from incr_ds.train.flops import device_peak
 from incr_ds.train.inputs import Data, open_data
-from incr_ds.train.loop import Costs, Job, Outcome, Running, Stop, train
+from incr_ds.train.loop import Costs, DivergedError, Job, Outcome, Running, Stop, train
 from incr_ds.train.metrics import GrowthRow, Position
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
 from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
@@ -95,12 +97,17 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
             return monitors[0]
 
         for stage in session.stages[number:]:
-            outcome = _train_stage(session, stage, state, newest, monitor)
+            try:
+                outcome = _train_stage(session, stage, state, newest, monitor)
+            except DivergedError as error:  # on all ranks
+                _note_end(monitor(), session, f"diverged: {error}")
+                together()
+                raise
             state, newest = outcome.state, outcome.checkpoint
             is_last = stage is session.stages[-1]
             stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
             if stopped or is_last:
-                _say_end(monitor(), session, replace(outcome, stopped=stopped))
+                _note_end(monitor(), session, _say_end(monitor(), session, replace(outcome, stopped=stopped)))
                 break
             _free_memory()
         together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
@@ -214,6 +221,7 @@ def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
     if not is_first_rank():
         return Silence()
     steps = run.schedule.last_step
+    note_start(Path(run.output), run.model_dump(mode="json"))
     position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
     return RunMonitor(
         Path(run.output), resumed=position, evaluated_step=evaluated, train_steps=steps, tensorboard=run.tensorboard
@@ -270,11 +278,27 @@ def _say_start(job: Job, description: str) -> None:
         job.monitor.say(f"mfu is relative to {peak.flops_per_second / 1e12:,.0f} TFLOP/s per process ({peak.origin})")
 
 
-def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> None:
+def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> str:
+    """Show how the run ended. Returns it in short."""
     position, checkpoint = outcome.position, outcome.checkpoint
     reason = session.stop.reason or "another rank's request"
+    end = f"{f'stopped by {reason}' if outcome.stopped else 'finished'} after step {position.step}"
     monitor.say(
-        f"{f'stopped by {reason}' if outcome.stopped else 'finished'} after step {position.step} of "
-        f"{session.run.schedule.last_step}: {position.tokens:,} tokens, {position.flops:.3e} FLOPs; "
+        f"{end} of {session.run.schedule.last_step}: {position.tokens:,} tokens, {position.flops:.3e} FLOPs; "
         f"{f'checkpoint {checkpoint}' if checkpoint else 'nothing to save yet'}"
     )
+    return end
+
+
+def _note_end(monitor: Monitor, session: Session, end: str) -> None:
+    """Keep how the run ended, and write its report. A report that cannot be written changes nothing else."""
+    output = Path(session.run.output)
+    if not is_first_rank():
+        return
+    try:
+        note_end(output, end)
+        if session.run.report:
+            write_report([output], output / REPORT)
+            monitor.say(f"report: {output / REPORT}")
+    except Exception as error:
+        monitor.say(f"{output / REPORT}: not written ({error}); tools/report.py {output} writes it")

@@ -27,7 +27,11 @@ def export_huggingface(
     watched = FiniteCheckpoint(source, otherwise="--allow-nonfinite exports this one as it is", allowed=allow_nonfinite)
     refuse_overlap(beside, output)
     files = huggingface_files(source.architecture, dtype)
-    facts: dict[str, Any] = {"source": str(source.facts.kind), "step": source.facts.step}
+    facts: dict[str, Any] = {
+        "source": str(source.facts.kind),
+        "exported_from": str(beside.absolute()),
+        "step": source.facts.step,
+    }
     with publish(output, "huggingface export", facts) as folder:
         for file in files:
             write_file(file, folder, Slices(watched.read))
