@@ -236,7 +236,7 @@ class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
     ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. ``report`` writes report.html
-    when the run ends.
+    when the run is finished or has diverged.
     """
 
     output: str

@@ -100,14 +100,15 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
             try:
                 outcome = _train_stage(session, stage, state, newest, monitor)
             except DivergedError as error:  # on all ranks
-                _note_end(monitor(), session, f"diverged: {error}")
+                _note_end(monitor(), session, f"diverged: {error}", is_over=True)
                 together()
                 raise
             state, newest = outcome.state, outcome.checkpoint
             is_last = stage is session.stages[-1]
             stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
             if stopped or is_last:
-                _note_end(monitor(), session, _say_end(monitor(), session, replace(outcome, stopped=stopped)))
+                end = _say_end(monitor(), session, replace(outcome, stopped=stopped))
+                _note_end(monitor(), session, end, is_over=not stopped)
                 break
             _free_memory()
         together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
@@ -290,14 +291,17 @@ def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> str:
     return end
 
 
-def _note_end(monitor: Monitor, session: Session, end: str) -> None:
-    """Keep how the run ended, and write its report. A report that cannot be written changes nothing else."""
+def _note_end(monitor: Monitor, session: Session, end: str, *, is_over: bool) -> None:
+    """Keep how the run ended, and write its report if it is over. A report that cannot be written changes nothing else.
+
+    A run that was asked to stop has little time left. It ends at once, and tools/report.py can write its report.
+    """
     output = Path(session.run.output)
     if not is_first_rank():
         return
     try:
         note_end(output, end)
-        if session.run.report:
+        if session.run.report and is_over:
             write_report([output], output / REPORT)
             monitor.say(f"report: {output / REPORT}")
     except Exception as error:

@@ -244,12 +244,12 @@ def folder_of(run):
     return Path(run.output)
 
 
-def test_a_run_writes_its_report_when_it_ends_is_stopped_or_diverges(world, capsys):
+def test_a_run_writes_its_report_when_it_ends_or_diverges_and_a_stopped_one_says_so(world, capsys):
     run = settings(world, "run", report=True)
     world["on_step"] = stop_at(2)
     stoppable(run)
-    assert "stopped by SIGTERM after step 2" in (folder_of(run) / "report.html").read_text()
-    assert f"report: {run.output}/report.html" in capsys.readouterr().out
+    assert state_of(read_history(folder_of(run), "run")) == "stopped by SIGTERM after step 2"
+    assert not (folder_of(run) / "report.html").exists()  # it has no time for that
     world["on_step"] = lambda step, number: float("nan") if step == 2 else number
     with pytest.raises(DivergedError):
         pretrain(run)
@@ -258,6 +258,8 @@ def test_a_run_writes_its_report_when_it_ends_is_stopped_or_diverges(world, caps
     assert "diverged: step 4: the loss is nan" in (folder_of(run) / "report.html").read_text()
     world["on_step"] = lambda step, number: number
     pretrain(run)
+    assert f"report: {run.output}/report.html" in capsys.readouterr().out
+    assert "finished after step 6" in (folder_of(run) / "report.html").read_text()
     found = numbers_of(read_history(folder_of(run), "run"))
     assert found["state"] == "finished after step 6" and found["step"] == found["last_step"] == 6
     assert found["parameters"] > 10_000 and found["family"] == "llama" and found["tokens"] == 192
