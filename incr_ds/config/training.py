@@ -232,6 +232,19 @@ class DivergenceSettings(Settings):
     rise_steps: int = Field(default=20, ge=1)
 
 
+class WandbSettings(Settings):
+    """Weights & Biases: without this section nothing goes there. ``name`` is the output folder's by default.
+
+    ``offline`` only writes into the output folder, for `wandb sync` later. ``online`` sends every row and the run file's
+    content.
+    """
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["offline", "online"] = "offline"
+
+
 class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
@@ -259,6 +272,7 @@ class RunSettings(Settings):
     peak_flops: float | None = Field(default=None, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
+    wandb: WandbSettings | None = None
     report: bool = True
 
     @model_validator(mode="before")

@@ -225,7 +225,13 @@ def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
     note_start(Path(run.output), run.model_dump(mode="json"))
     position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
     return RunMonitor(
-        Path(run.output), resumed=position, evaluated_step=evaluated, train_steps=steps, tensorboard=run.tensorboard
+        Path(run.output),
+        resumed=position,
+        evaluated_step=evaluated,
+        train_steps=steps,
+        tensorboard=run.tensorboard,
+        wandb=run.wandb,
+        config=run.model_dump(mode="json"),
     )
 
 
