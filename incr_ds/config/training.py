@@ -201,12 +201,16 @@ class EvaluationSettings(Settings):
 class CheckpointSettings(Settings):
     """Saving every ``interval`` steps, at ``keep_steps`` and at the end.
 
-    The newest ``keep_last`` are kept (0 keeps all), and those of ``keep_steps`` are never deleted.
+    The newest ``keep_last`` are kept (0 keeps all), and those of ``keep_steps`` are never deleted. In the ``background``,
+    each rank copies its part to memory, and writes it while training goes on. A save that fails twice is left out; after
+    ``max_failures`` of them in a row, the next one ends the run.
     """
 
     interval: int = Field(ge=1)
     keep_last: int = Field(default=2, ge=0)
     keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    background: bool = False
+    max_failures: int = Field(default=2, ge=0)
 
 
 class ResumeSettings(Settings):
@@ -220,12 +224,18 @@ class ResumeSettings(Settings):
 
 
 class DivergenceSettings(Settings):
-    """When a run counts as diverged and ends with an error.
+    """When a run counts as diverged, and what happens then.
 
     It does after ``max_skipped_steps`` steps in a row whose gradients were not finite. It also does once the cross
     entropy, averaged over about ten steps, was more than ``max_loss_rise`` nats above its lowest value for
     ``rise_steps`` steps in a row or at the last step. With ``max_loss_rise: null`` it never does for the latter reason.
+
+    With ``action: stop`` a diverged run ends with an error. With ``roll_back`` it goes back to its newest healthy
+    checkpoint and skips the samples that it had read since, at most ``max_roll_backs`` times in all.
     """
+
+    action: Literal["stop", "roll_back"] = "stop"
+    max_roll_backs: int = Field(default=3, ge=1)
 
     max_skipped_steps: int = Field(default=10, ge=1)
     max_loss_rise: float | None = Field(default=2.0, gt=0.0)
@@ -248,8 +258,9 @@ class WandbSettings(Settings):
 class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
-    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. ``report`` writes report.html
-    when the run is finished or has diverged.
+    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A run that makes no progress
+    for ``watchdog_seconds`` writes all stacks of all ranks and ends; null lets it wait. ``report`` writes report.html when
+    the run is finished or has diverged.
     """
 
     output: str
@@ -270,6 +281,7 @@ class RunSettings(Settings):
     divergence: DivergenceSettings = DivergenceSettings()
     deepspeed: str | None = None
     peak_flops: float | None = Field(default=None, gt=0.0)
+    watchdog_seconds: float | None = Field(default=3600.0, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
     wandb: WandbSettings | None = None

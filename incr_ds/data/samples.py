@@ -64,16 +64,21 @@ class Blend:
     """Corpora mixed by weight. Each sample comes from the corpus that is furthest behind its share."""
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], size: int) -> None:
+        self._corpora = corpora
+        self._shares = np.array([weight / sum(weights) for weight in weights])
+        self._draw(size)
+
+    def _draw(self, size: int) -> None:
         from incr_ds.data.megatron import build_blending_indices
 
-        self._corpora = corpora
         self._corpus, self._number = np.zeros(size, np.int16), np.zeros(size, np.int64)
-        shares = [weight / sum(weights) for weight in weights]
         # The rule is greedy, so a longer run starts with the same samples.
-        build_blending_indices(self._corpus, self._number, np.array(shares), len(corpora), size, False)
+        build_blending_indices(self._corpus, self._number, self._shares, len(self._corpora), size, False)
 
     def tokens(self, number: int) -> np.ndarray:
         """Sample ``number``: int64 [sequence_length + 1]."""
+        if number >= len(self._corpus):  # a run that skips samples reads past its own number
+            self._draw(max(number + 1, 2 * len(self._corpus)))
         return self._corpora[int(self._corpus[number])].tokens(int(self._number[number]))
 
 

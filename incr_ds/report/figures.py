@@ -80,6 +80,8 @@ def _draw(
     for run in runs:
         for row in run.grown:
             mark(axes, row["step"], "growth")
+        for row in run.rolled_back:
+            mark(axes, row["step"], "roll-back")
     axes.set(xlabel="step", ylabel=panel.unit, yscale="log" if panel.log else "linear")
     axes.legend(fontsize=8)
     return png_of(figure)

@@ -14,7 +14,7 @@ from incr_ds.checkpoint.publish import read_manifest, write_atomically
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folders
 from incr_ds.config.yaml_file import read_yaml, yaml_text
 from incr_ds.errors import CheckpointError, ConfigError, IncrError
-from incr_ds.train.metrics import FILE, KINDS, EvaluationRow, GrowthRow, TrainRow, read_damaged_metrics
+from incr_ds.train.metrics import FILE, KINDS, EvaluationRow, GrowthRow, RollBackRow, TrainRow, read_damaged_metrics
 
 SETTINGS, END = "resolved_run.yaml", "end.yaml"
 MOST_STEPS = 1 << 53  # a larger number is not a step
@@ -58,6 +58,11 @@ class History:
         return self._of(GrowthRow)
 
     @property
+    def rolled_back(self) -> list[Mapping[str, Any]]:
+        """Rows of roll-backs."""
+        return self._of(RollBackRow)
+
+    @property
     def domains(self) -> list[str]:
         """Keys of the held-out losses: ``loss``, then one of each named validation set."""
         keys = dict.fromkeys(key for row in self.evaluated for key in row if key.startswith(VALIDATION))
@@ -86,7 +91,7 @@ def read_history(folder: Path, name: str) -> History:
         raise CheckpointError(
             f"{path}: rows of {len(runs)} runs ({', '.join(runs)[:200]}), merged by a study; name the folders of the runs."
         )
-    kept = [row for row in rows if 0 <= row["step"] < MOST_STEPS]
+    kept = [_with_sets(row) for row in rows if 0 <= row["step"] < MOST_STEPS]
     if len(kept) < len(rows):
         problems.append(f"{path}: {len(rows) - len(kept)} rows whose step is not possible")
     newest, manifest = _newest_manifest(folder, problems)
@@ -141,6 +146,13 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
     given = list(folders)
     own = [folder.resolve().name for folder in given]
     return {folder: name if own.count(name) == 1 else str(folder) for folder, name in zip(given, own, strict=True)}
+
+
+def _with_sets(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a key ``validation_loss/NAME`` for each named held-out set in its ``sets``."""
+    sets = row.get("sets")
+    found = sets.items() if isinstance(sets, dict) else ()
+    return row | {f"{VALIDATION}{name}": item.get("loss") for name, item in found if isinstance(item, dict)}
 
 
 def _newest_manifest(folder: Path, problems: list[str]) -> tuple[Path | None, Mapping[str, Any]]:

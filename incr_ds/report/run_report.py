@@ -35,7 +35,14 @@ def run_page(runs: Sequence[History]) -> str:
     title = f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs"
     parts = [heading(title, 1), *_warnings(runs), _summary(runs)]
     parts += [part for name, png in draw_runs(runs).items() for part in (heading(name), picture(name, png))]
-    parts += [*_held_out(runs), *_growths(runs), *_configuration(runs), *_provenance(runs), *_versions(runs)]
+    parts += [
+        *_held_out(runs),
+        *_growths(runs),
+        *_roll_backs(runs),
+        *_configuration(runs),
+        *_provenance(runs),
+        *_versions(runs),
+    ]
     return document(title, parts)
 
 
@@ -157,6 +164,22 @@ def _growths(runs: Sequence[History]) -> list[str]:
     ]
     head = ["run", "step", "recipe", "parameters before", "parameters", "function-preserving", "took"]
     return [heading("Growth on the way"), table(rows, head)] if rows else []
+
+
+def _roll_backs(runs: Sequence[History]) -> list[str]:
+    rows = [
+        [
+            run.name,
+            _count(row["step"]),
+            _count(row.get("from_step")),
+            f"{_count(row.get('first_sample'))} to {_count(row.get('last_sample'))}",
+            str(row.get("reason", "")),
+        ]
+        for run in runs
+        for row in run.rolled_back
+    ]
+    head = ["run", "back to step", "from step", "samples skipped", "reason"]
+    return [heading("Roll-backs after a divergence"), table(rows, head)] if rows else []
 
 
 def _configuration(runs: Sequence[History]) -> list[str]:

@@ -65,8 +65,8 @@ def run_job(job: Job, study: StudySettings) -> bool:
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(job.recipe, sort_keys=False))
     _write_output_to(folder / "log.txt")
     run = parse_settings(job.run, RunSettings, str(folder / RUN_FILE))
-    from incr_ds.train.loop import DivergedError
     from incr_ds.train.pretraining import pretrain
+    from incr_ds.train.recovery import DivergedError
 
     try:
         stopped = pretrain(run, stop=_stop).stopped

@@ -17,11 +17,27 @@ WANDB = "wandb"  # folder in the run's output
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
+def named_values(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a row by KIND/NAME, without those that are not known. Named held-out sets give KIND/SET/NAME."""
+    kind = content["kind"]
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found |= {f"{kind}/{own}/{key}": one for own, values in value.items() for key, one in values.items()}
+        elif name not in ("kind", "step"):
+            found[f"{kind}/{name}"] = value
+    return {name: value for name, value in found.items() if value is not None}
+
+
 class Board(Protocol):
     """Shows the rows of a run."""
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier ``step``."""
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -33,17 +49,24 @@ class TensorBoard:
     """TensorBoard's event files in ``folder``. What they have past ``resumed_step`` is hidden."""
 
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        self._folder = str(folder)
+        self._open(resumed_step)
+
+    def _open(self, step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
+        self._writer: Any = SummaryWriter(self._folder, purge_step=None if step is None else step + 1)
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Add a scalar for every number, and a text for every text."""
-        for name, value in content.items():
-            if isinstance(value, str) and name != "kind":
-                self._writer.add_text(f"{content['kind']}/{name}", value, content["step"])
-            elif name not in ("kind", "step") and value is not None:
-                self._writer.add_scalar(f"{content['kind']}/{name}", value, content["step"])
+        for name, value in named_values(content).items():
+            add = self._writer.add_text if isinstance(value, str) else self._writer.add_scalar
+            add(name, value, content["step"])
+
+    def rewind(self, step: int) -> None:
+        """Hide what was shown after ``step``."""
+        self._writer.close()
+        self._open(step)
 
     def close(self, *, failed: bool) -> None:
         """Write what is buffered."""
@@ -110,16 +133,16 @@ class WandbBoard:
         """Log every number and text of a row as KIND/NAME, over ``step``."""
         if self._run is None:
             return
-        kind = content["kind"]
-        values = {f"{kind}/{name}": value for name, value in content.items() if name not in ("kind", "step")}
-        known = {name: value for name, value in values.items() if value is not None}
         try:
-            self._run.log({**known, "step": content["step"]})
+            self._run.log({**named_values(content), "step": content["step"]})
         except Exception as error:
             self._run = None
             self._say(
                 f"wandb: no further row is passed on ({type(error).__name__}: {error}); metrics.jsonl has all of them"
             )
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what was logged stays, and the row of the roll-back says from where the run goes on."""
 
     def close(self, *, failed: bool) -> None:
         """Pass on what is left, and end the run."""

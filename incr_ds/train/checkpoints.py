@@ -34,10 +34,11 @@ from incr_ds.errors import CheckpointError
 from incr_ds.train.hashing import digests_together, verify_together
 from incr_ds.train.health import Health
 from incr_ds.train.metrics import Position
-from incr_ds.train.ranks import on_every_rank, on_rank_zero
+from incr_ds.train.ranks import any_rank, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_continues
 
 KIND = "deepspeed training checkpoint"
+REMEDY = "Nothing was published; check space and permissions."
 _SET_ASIDE = re.compile(r"(?:damaged|diverged)_step_(\d{8,})\.\d+")
 
 
@@ -45,7 +46,16 @@ class SavingEngine(Protocol):
     """What a checkpoint needs of the training engine."""
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write this rank's files below folder/tag."""
+        """Write this rank's files below folder/tag, or copy them to memory and begin to write them."""
+        ...
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether files are still being written."""
+        ...
+
+    def finish_save(self) -> dict[Path, dict[str, Any]]:
+        """Wait until they are. Returns the size and xxh3 of those that are flushed and hashed already."""
         ...
 
 
@@ -54,6 +64,7 @@ class TrainingState:
     """What a run needs, besides model and optimizer, to continue as if it had not stopped.
 
     ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set.
+    ``roll_backs`` counts how often it went back to a checkpoint, and ``skipped_samples`` the samples that it left out then.
     """
 
     position: Position
@@ -61,6 +72,35 @@ class TrainingState:
     data: Mapping[str, str]
     settings: Mapping[str, Any]
     health: Health = Health()
+    roll_backs: int = 0
+    skipped_samples: int = 0
+
+
+@dataclass(frozen=True)
+class PendingSave:
+    """A checkpoint that all ranks write to ``folder``. Nobody sees it before ``publish``."""
+
+    engine: SavingEngine
+    final: Path
+    folder: Path
+    digests: dict[str, dict[str, Any]]
+    stack: ExitStack
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its files."""
+        return not any_rank(self.engine.is_writing)
+
+    def publish(self) -> Path:
+        """Publish the checkpoint once every rank has written.
+
+        Raises CheckpointError on all ranks if any rank could not. The checkpoint then does not appear.
+        """
+        with self.stack as stack:
+            failed = f"{self.final}: saving failed"
+            own = on_every_rank(self.engine.finish_save, failed, REMEDY)
+            self.digests.update(digests_together(self.folder, failed, REMEDY, own))
+            on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
+        return self.final
 
 
 def save_checkpoint(
@@ -70,27 +110,36 @@ def save_checkpoint(
     state: TrainingState,
     multipliers: Mapping[str, Multipliers] | None = None,
 ) -> Path:
-    """Save at the step of ``state``, publish when every rank has written, then delete what ``keep_last`` does not keep.
-
-    ``multipliers`` are the multipliers that the engine was built with.
+    """Save at the step of ``state``, publish when every rank has written, then prune.
 
     Raises CheckpointError on all ranks if any rank could not write. The folder then does not appear.
     """
+    final = begin_save(engine, run, architecture, state, multipliers).publish()
+    on_rank_zero(lambda: prune(run, final))
+    return final
+
+
+def begin_save(
+    engine: SavingEngine,
+    run: RunSettings,
+    architecture: Architecture,
+    state: TrainingState,
+    multipliers: Mapping[str, Multipliers] | None = None,
+) -> PendingSave:
+    """Begin to save at the step of ``state``. ``multipliers`` are the multipliers that the engine was built with.
+
+    Raises CheckpointError on all ranks if any rank could not write. Nothing is left behind then.
+    """
     final = step_folder(Path(run.output), state.position.step)
-    tag = f"global_step{state.position.step}"
-    client_state = asdict(state)
-    failed, remedy = f"{final}: saving failed", "Nothing was published; check space and permissions."
+    tag, client_state = f"global_step{state.position.step}", asdict(state)
+    facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
+    digests: dict[str, dict[str, Any]] = {}
     _vacate(final)
     with ExitStack() as stack:
-        facts = {"layout": run.layout.model_dump(), "tag": tag, **client_state}
-        digests: dict[str, dict[str, Any]] = {}
         folder = on_rank_zero(lambda: stack.enter_context(publish(final, KIND, facts, digests)))
-        on_every_rank(lambda: engine.save(folder, tag, client_state), failed, remedy)
+        on_every_rank(lambda: engine.save(folder, tag, client_state), f"{final}: saving failed", REMEDY)
         on_rank_zero(lambda: _write_companions(folder, tag, run, architecture, multipliers))
-        digests |= digests_together(folder, failed, remedy)
-        on_rank_zero(stack.close)  # publishes; the others wait here until the folder is there
-    on_rank_zero(lambda: _prune(run, final))
-    return final
+        return PendingSave(engine, final, folder, digests, stack.pop_all())
 
 
 def newest_complete(run: RunSettings, say: Callable[[str], None]) -> Path | None:
@@ -130,6 +179,8 @@ def saved_state(
         data=facts["data"],
         settings=facts["settings"],
         health=Health(**facts.get("health", {})),
+        roll_backs=facts.get("roll_backs", 0),
+        skipped_samples=facts.get("skipped_samples", 0),
     )
 
 
@@ -194,7 +245,7 @@ def _write_companions(
     Companions(config_text(architecture, dtype), tokenizer, multipliers or {}, {"latest": tag}).write(folder)
 
 
-def _prune(run: RunSettings, newest: Path) -> None:
+def prune(run: RunSettings, newest: Path) -> None:
     """Delete what ``keep_last`` and ``keep_steps`` do not keep.
 
     The newest healthy checkpoint stays, and those that the run is made from.

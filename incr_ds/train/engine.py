@@ -35,6 +35,7 @@ from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.optimizer import adapt_steps, build_adamw
 from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.releasing import forget_modules
+from incr_ds.train.writer import install_writer
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
@@ -112,6 +113,7 @@ class TrainingEngine:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
         self._shards, self._trained = model.shards, trained
+        self._writer = install_writer(engine, background=run.checkpoint.background)
         self._multipliers = [group["multipliers"]["lr"] for group in engine.optimizer.param_groups]
 
     @property
@@ -162,8 +164,21 @@ class TrainingEngine:
         return float(total / max(tokens, 1.0))
 
     def save(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write DeepSpeed's checkpoint files into folder/tag, without a ``latest`` file."""
+        """Write DeepSpeed's checkpoint files into folder/tag, without a ``latest`` file.
+
+        With ``checkpoint.background`` they are only copied to memory, and ``finish_save`` waits for them.
+        """
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
+        self._writer.check()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether files of the last save are still being written."""
+        return self._writer.is_writing
+
+    def finish_save(self) -> dict[Path, dict[str, Any]]:
+        """Wait until they are. Returns the size and xxh3 of the files that were written in the background."""
+        return self._writer.finish()
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Continue from folder/tag, which was written in this run's layout. Returns its client_state.

@@ -18,14 +18,19 @@ from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 Found = TypeVar("Found")
 
 
-def digests_together(folder: Path, what: str, remedy: str) -> dict[str, dict[str, Any]]:
+def digests_together(
+    folder: Path, what: str, remedy: str, own: Mapping[Path, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Flush every file of ``folder`` to disk and hash it. Returns the entries of a manifest by relative path, on all ranks.
 
-    Raises CheckpointError on all ranks, of ``what``, the reason and ``remedy``, if any rank fails.
+    ``own`` are files that this rank has flushed and hashed already. Raises CheckpointError on all ranks, of ``what``, the
+    reason and ``remedy``, if any rank fails.
     """
-    sizes = on_rank_zero(lambda: file_sizes(folder))
+    mine = {str(path.relative_to(folder)): digest for path, digest in (own or {}).items()}
+    known = {name: digest for found in all_ranks().gather(mine) for name, digest in found.items()}
+    sizes = {name: size for name, size in on_rank_zero(lambda: file_sizes(folder)).items() if name not in known}
     attempt = partial(on_every_rank, what=what, remedy=remedy)
-    return _spread(sizes, lambda names: {name: flushed_digest(folder / name) for name in names}, attempt)
+    return known | _spread(sizes, lambda names: {name: flushed_digest(folder / name) for name in names}, attempt)
 
 
 def verify_together(folder: Path) -> None:

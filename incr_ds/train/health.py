@@ -6,7 +6,7 @@ The state is kept in checkpoints, so that a resumed run judges like an uninterru
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from incr_ds.config.training import DivergenceSettings
 
@@ -35,7 +35,7 @@ class Health:
 def after_step(before: Health, ce: float, skipped: bool, settings: DivergenceSettings) -> Health:
     """Compute the health after one more step with cross entropy ``ce``."""
     if not math.isfinite(ce):
-        return before
+        return replace(before, skipped=before.skipped + 1 if skipped else before.skipped)
     smoothed = ce if before.smoothed is None else before.smoothed + _WEIGHT * (ce - before.smoothed)
     lowest = smoothed if before.lowest is None else min(before.lowest, smoothed)
     rises = settings.max_loss_rise is not None and smoothed > lowest + settings.max_loss_rise

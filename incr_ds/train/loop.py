@@ -15,28 +15,35 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.config.training import RunSettings
 from incr_ds.data.samples import batches, held_out_batches
-from incr_ds.errors import IncrError
 from incr_ds.train.checkpoints import (
+    PendingSave,
     TrainingState,
-    save_checkpoint,
+    begin_save,
+    prune,
     set_aside_diverged,
 )
 from incr_ds.train.engine import StepResult, TrainingEngine
 from incr_ds.train.evaluation import bits_per_byte
 from incr_ds.train.flops import Peak
-from incr_ds.train.health import Health, after_step, divergence
+from incr_ds.train.health import after_step, divergence
 from incr_ds.train.inputs import Data
 from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
 from incr_ds.train.monitoring import Monitor
 from incr_ds.train.ranks import any_rank, on_rank_zero
+from incr_ds.train.recovery import DivergedError, next_sample
+from incr_ds.train.saving import Saver
 from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed, steps_taught
 from incr_ds.train.stopwatch import Stopwatch, memory_bytes
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
-class DivergedError(IncrError):
-    """The run no longer learns: its loss is not a number or rose, or its gradients are not finite."""
+class Heart(Protocol):
+    """Receives a sign of life from the training loop, as a watchdog does."""
+
+    def beat(self) -> None:
+        """Report that the process works."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,16 @@ class Job:
     costs: Costs
     monitor: Monitor
     multipliers: Mapping[str, Multipliers]
+    heart: Heart
+
+    def begin(self, state: TrainingState) -> PendingSave:
+        """Begin to save ``state``."""
+        self.heart.beat()
+        return begin_save(self.engine, self.run, self.architecture, state, self.multipliers)
+
+    def prune(self, newest: Path) -> None:
+        """Delete the checkpoints that need not be kept beside ``newest``."""
+        on_rank_zero(lambda: prune(self.run, newest))
 
 
 class Stop(Protocol):
@@ -109,32 +126,39 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
     """
     run, last = job.run, job.run.schedule.last_step
     watch = Stopwatch(state.position.tokens)
-    feed = watch.waiting(_feed(job, state.position))
-    stopped, due, saved = any_rank(bool(stop.reason)), False, -1
+    feed = watch.waiting(_feed(job, state))
+    saver = Saver(job, run.checkpoint, newest, job.monitor.say)
+    stopped, due = any_rank(bool(stop.reason)), False
     if not stopped:
         state = evaluate_if_due(job, state)
     while state.position.step < last and not stopped:
-        state = train_step(job, state, feed, watch)
+        state, problem = train_step(job, state, feed, watch)
+        if problem is not None:
+            saver.finish(state)
+            raise _diverged(job, state, problem)
         stopped = any_rank(bool(stop.reason))
         if not stopped:
             state = evaluate_if_due(job, state)
             stopped = any_rank(bool(stop.reason))
         step = state.position.step
         due = due or step == last or step % run.checkpoint.interval == 0 or step in run.checkpoint.keep_steps
-        if stopped or (due and (state.health.is_good or step == last)):
+        saves = stopped or (due and (state.health.is_good or step == last))
+        if saves:
             with watch.saving():
-                newest = save_checkpoint(job.engine, run, job.architecture, state, job.multipliers)
-            saved, due = step, False
-            job.monitor.say(f"saved {newest}")
+                saver.save(state, must=stopped or step == last)
+            due = False
         elif due and step % run.checkpoint.interval == 0:
             job.monitor.say(f"step {step}: not saved, because the run is not healthy: {_condition(state)}")
-        if step in (state.evaluated_step, saved):
+        with watch.saving():
+            published = saver.poll(state)
+        if published or saves or step == state.evaluated_step:
             watch.restart(state.position.tokens)
-    return Outcome(state, newest, stopped and state.position.step < last)
+        job.heart.beat()
+    return Outcome(state, saver.newest, stopped and state.position.step < last)
 
 
-def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) -> TrainingState:
-    """Take one optimizer step, and log it if due. Raises DivergedError if the run must not continue."""
+def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) -> tuple[TrainingState, str | None]:
+    """Take one optimizer step, and log it if due or skipped. Returns the reason, if any, why the run must not continue."""
     run, before = job.run, state.position
     rate = learning_rate(run.schedule, before.step)
     taught = steps_taught(run, before.step)
@@ -155,7 +179,9 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     )
     health = after_step(state.health, result.ce, result.skipped, run.divergence)
     edges = (run.schedule.start_step + 1, run.schedule.last_step)
-    if after.step in edges or after.step % run.log_interval == 0:
+    if result.skipped or not math.isfinite(result.loss):
+        job.monitor.say(_bad_batch(job, state, result))
+    if result.skipped or after.step in edges or after.step % run.log_interval == 0:
         lap, memory = watch.lap(after.tokens), memory_bytes()
         speed = lap.tokens_per_second * flops / tokens / run.layout.world_size  # of one process, in FLOP/s
         job.monitor.record(
@@ -176,8 +202,14 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 **asdict(lap),
             ),
         )
-    _check_healthy(job, health, result, after.step, rate)
-    return replace(state, position=after, health=health)
+    # A step that was skipped has left the weights as they were, whatever its loss.
+    if not math.isfinite(result.loss) and not result.skipped:
+        problem: str | None = f"the loss is {result.loss} (ce {result.ce}, kl {result.divergence})"
+    else:
+        problem = divergence(health, run.divergence, is_last_step=after.step == run.schedule.last_step)
+    if problem is not None:
+        problem += f"; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}"
+    return replace(state, position=after, health=health), problem
 
 
 def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
@@ -201,10 +233,10 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     return replace(state, evaluated_step=step)
 
 
-def _feed(job: Job, position: Position) -> Batches:
+def _feed(job: Job, state: TrainingState) -> Batches:
     if not job.engine.reads_data:
         return iter(())
-    first = job.run.data.start_sample + position.consumed_samples  # also in a run that begins at a later step
+    first = next_sample(job.run, state)
     return batches(job.data.train, first, job.run.batch, job.engine.data_parallel_rank, job.run.layout.data_parallel)
 
 
@@ -213,14 +245,8 @@ def _share_of_peak(job: Job, flops_per_second: float) -> float | None:
     return None if peak is None else flops_per_second / peak.flops_per_second
 
 
-def _check_healthy(job: Job, health: Health, result: StepResult, step: int, rate: float) -> None:
-    """Raise DivergedError on all ranks if the run must not continue. Checkpoints saved since it was healthy are set aside."""
-    if not math.isfinite(result.loss):
-        problem: str | None = f"the loss is {result.loss} (ce {result.ce}, kl {result.divergence})"
-    else:
-        problem = divergence(health, job.run.divergence, is_last_step=step == job.run.schedule.last_step)
-    if problem is None:
-        return
+def _diverged(job: Job, state: TrainingState, problem: str) -> DivergedError:
+    """The error of a run that must not continue, on all ranks. Checkpoints saved since it was healthy are set aside."""
     healthy = on_rank_zero(lambda: set_aside_diverged(job.run))
     resumes = f"the run resumes from {healthy}" if healthy else "there is no checkpoint to resume from"
     stage = job.stage
@@ -229,9 +255,22 @@ def _check_healthy(job: Job, health: Health, result: StepResult, step: int, rate
         if stage
         else ("schedule.learning_rate", "schedule.warmup_steps")
     )
-    raise DivergedError(
-        f"step {step}: {problem}; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}. Nothing was saved after "
-        f"it. Lower {rate_key} or lengthen {length_key}; {resumes}."
+    tried = f" It went back {state.roll_backs} time(s) (divergence.max_roll_backs)." if state.roll_backs else ""
+    message = (
+        f"step {state.position.step}: {problem}. Nothing was saved after it.{tried} Lower {rate_key} or lengthen {length_key}; "
+        f"{resumes}."
+    )
+    return DivergedError(message, state, problem, healthy)
+
+
+def _bad_batch(job: Job, state: TrainingState, result: StepResult) -> str:
+    """A line that names the samples of a step whose loss or gradients are not finite. ``state`` is the one before it."""
+    first = next_sample(job.run, state)
+    last = first + job.run.batch.global_batch_size - 1
+    effect = "the step was skipped" if result.skipped else "the weights have changed"
+    return (
+        f"step {state.position.step + 1}: not finite: loss {result.loss:.6g}, gradient norm {result.gradient_norm:.6g}, "
+        f"on samples {first} to {last}; {effect}"
     )
 
 

@@ -83,7 +83,21 @@ class GrowthRow:
     seconds: float
 
 
-Row = TrainRow | EvaluationRow | GrowthRow
+@dataclass(frozen=True, kw_only=True)
+class RollBackRow:
+    """The run diverged at ``from_step``, went back to the row's step, and skips ``first_sample`` to ``last_sample``.
+
+    ``number`` counts its roll-backs, this one included.
+    """
+
+    number: int
+    from_step: int
+    first_sample: int
+    last_sample: int
+    reason: str
+
+
+Row = TrainRow | EvaluationRow | GrowthRow | RollBackRow
 # What is measured on the machine, in which equal runs differ.
 TIMINGS = (
     "tokens_per_second",
@@ -95,8 +109,13 @@ TIMINGS = (
     "memory_bytes",
     "peak_memory_bytes",
 )
-KINDS: dict[type, str] = {TrainRow: "train", EvaluationRow: "evaluation", GrowthRow: "growth"}
-# Keys of every row, in files of any version; a growth has no loss.
+KINDS: dict[type, str] = {
+    TrainRow: "train",
+    EvaluationRow: "evaluation",
+    GrowthRow: "growth",
+    RollBackRow: "roll_back",
+}
+# Keys of every row, in files of any version; only training and evaluation have a loss.
 _ROW: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "tokens": (int,),
@@ -106,7 +125,7 @@ _ROW: dict[str, tuple[type, ...]] = {
 
 
 def row(position: Position, values: Row) -> dict[str, Any]:
-    """The JSON object of a line. ``kind`` is train, evaluation or growth. A number that is not finite becomes null."""
+    """The JSON object of a line. ``kind`` is one of KINDS. A number that is not finite becomes null."""
     return _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
 
 
@@ -155,7 +174,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
             f"{where}: not a valid row of metrics: expected an object whose kind is {', '.join(KINDS.values())}."
         )
     for key, kinds in _ROW.items():
-        if key == "loss" and content["kind"] == KINDS[GrowthRow]:
+        if key == "loss" and content["kind"] in (KINDS[GrowthRow], KINDS[RollBackRow]):
             continue
         if not isinstance(value := content.get(key), kinds) or isinstance(value, bool):
             raise CheckpointError(f"{where}: {key}: expected {kinds[0].__name__}, found {value!r}.")
@@ -170,7 +189,7 @@ def _is_before(content: dict[str, Any], position: Position, evaluated_step: int 
         and stage == position.stage
         and evaluated_step is not None
         and step > evaluated_step
-    )
+    ) or (content["kind"] == KINDS[RollBackRow] and step == position.step)
     return bool(step <= position.step and stage <= position.stage and not repeated)
 
 

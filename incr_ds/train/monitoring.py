@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from incr_ds.config.training import WandbSettings
 from incr_ds.train.boards import Board, TensorBoard, WandbBoard
-from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, Row, TrainRow, row
+from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, RollBackRow, Row, TrainRow, row
 
 
 class Monitor(Protocol):
@@ -28,6 +28,10 @@ class Monitor(Protocol):
 
     def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
+        ...
+
+    def rewind(self, position: Position, evaluated_step: int) -> None:
+        """Drop what was recorded after ``position``, and evaluations after ``evaluated_step``."""
         ...
 
     def say(self, text: str) -> None:
@@ -47,6 +51,9 @@ class Silence:
         return None
 
     def record(self, position: Position, values: Row) -> None:
+        """Nothing."""
+
+    def rewind(self, position: Position, evaluated_step: int) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -72,10 +79,9 @@ class RunMonitor:
     ) -> None:
         """``resumed`` and ``evaluated_step`` are as in MetricsFile; ``config`` is the run file's content, for the board."""
         self._console = Console(soft_wrap=True, highlight=False)
+        self._output = output
+        self._open(resumed, evaluated_step)
         resumed_step = None if resumed is None else resumed.step
-        self._metrics = MetricsFile(
-            output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
-        )
         self._boards: list[Board] = [TensorBoard(output / "tensorboard", resumed_step)] if tensorboard else []
         self._progress = Progress(
             TextColumn("step"),
@@ -91,6 +97,11 @@ class RunMonitor:
         if wandb is not None:
             self._boards.append(WandbBoard(output, wandb, config or {}, resumes=resumed is not None, say=self.say))
 
+    def _open(self, resumed: Position | None, evaluated_step: int | None) -> None:
+        self._metrics = MetricsFile(
+            self._output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
+        )
+
     def __enter__(self) -> Self:
         self._progress.start()
         return self
@@ -102,6 +113,13 @@ class RunMonitor:
         self._metrics.close()
         for board in self._boards:
             board.close(failed=error is not None)
+
+    def rewind(self, position: Position, evaluated_step: int) -> None:
+        """Drop what was recorded after ``position``, and evaluations after ``evaluated_step``."""
+        self._metrics.close()
+        self._open(position, evaluated_step)
+        for board in self._boards:
+            board.rewind(position.step)
 
     def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
@@ -122,9 +140,15 @@ class RunMonitor:
 
 
 def _line(values: Row) -> str:
-    if isinstance(values, TrainRow):
-        return _train_line(values)
-    return _growth_line(values) if isinstance(values, GrowthRow) else _held_out_line(values)
+    match values:
+        case TrainRow():
+            return _train_line(values)
+        case EvaluationRow():
+            return _held_out_line(values)
+        case GrowthRow():
+            return _growth_line(values)
+        case RollBackRow():
+            return _roll_back_line(values)
 
 
 def _train_line(values: TrainRow) -> str:
@@ -139,6 +163,13 @@ def _train_line(values: TrainRow) -> str:
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
     return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"
+
+
+def _roll_back_line(values: RollBackRow) -> str:
+    return (
+        f"went back from step {values.from_step} and skips samples {values.first_sample} to {values.last_sample} "
+        f"(roll-back {values.number}): {values.reason}"
+    )
 
 
 def _growth_line(values: GrowthRow) -> str:

@@ -33,12 +33,14 @@ from incr_ds.train.distributed import end_processes
 from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
 from incr_ds.train.flops import device_peak
 from incr_ds.train.inputs import Data, open_data
-from incr_ds.train.loop import Costs, DivergedError, Job, Outcome, Running, Stop, train
+from incr_ds.train.loop import Costs, Heart, Job, Outcome, Running, Stop, train
 from incr_ds.train.metrics import GrowthRow, Position
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
-from incr_ds.train.ranks import any_rank, is_first_rank, on_rank_zero, together
+from incr_ds.train.ranks import all_ranks, any_rank, is_first_rank, on_rank_zero, together
+from incr_ds.train.recovery import DivergedError, may_roll_back, rolled_back
 from incr_ds.train.resuming import changed_settings, stage_in
 from incr_ds.train.start import Start, check_growth, find_resharding, find_start
+from incr_ds.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Session:
     start: Start
     data: Data
     stop: Stop
+    heart: Heart
 
 
 def pretrain(run: RunSettings, *, resume: bool = True, stop: Stop | None = None) -> Outcome:
@@ -74,11 +77,12 @@ def train_run(run: RunSettings, *, resume: bool = True, stop: Stop | None = None
     with ExitStack() as stack:
         on_rank_zero(lambda: stack.enter_context(locked(Path(run.output))))
         on_rank_zero(lambda: remove_unfinished(run))
+        heart = stack.enter_context(Watchdog(Path(run.output), all_ranks().rank, run.watchdog_seconds))
         data = open_data(run, start.architecture)
         newest = newest_complete(run, print)
         if newest is not None and not resume:
             raise ConfigError(f"--no-resume: {newest} exists; remove it, or set another output.")
-        return _train_stages(Session(run, stages, start, data, stop), newest)
+        return _train_stages(Session(run, stages, start, data, stop, heart), newest)
 
 
 def _train_stages(session: Session, newest: Path | None) -> Outcome:
@@ -96,13 +100,20 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
                     monitors[0].say(line)
             return monitors[0]
 
-        for stage in session.stages[number:]:
+        while True:
+            stage = session.stages[number]
             try:
                 outcome = _train_stage(session, stage, state, newest, monitor)
             except DivergedError as error:  # on all ranks
-                _note_end(monitor(), session, f"diverged: {error}", is_over=True)
-                together()
-                raise
+                if not may_roll_back(session.run, error):
+                    _note_end(monitor(), session, f"diverged: {error}", is_over=True)
+                    together()
+                    raise
+                state, newest = _roll_back(session, error, monitor()), error.healthy
+                number = _next_stage(session, state)
+                continue
+            finally:
+                _free_memory()
             state, newest = outcome.state, outcome.checkpoint
             is_last = stage is session.stages[-1]
             stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
@@ -110,7 +121,7 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
                 end = _say_end(monitor(), session, replace(outcome, stopped=stopped))
                 _note_end(monitor(), session, end, is_over=not stopped)
                 break
-            _free_memory()
+            number += 1
         together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
     return replace(outcome, stopped=stopped)
 
@@ -123,6 +134,7 @@ def _train_stage(
     monitor: Callable[[], Monitor],
 ) -> Outcome:
     """Train ``stage`` from the run's ``state``, which ``newest`` holds, or from its beginning."""
+    session.heart.beat()
     began, run = time.perf_counter(), stage.run
     start, begins = _start_of(session, stage, state, newest), not _is_inside(stage, state)
     teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
@@ -134,7 +146,15 @@ def _train_stage(
     try:
         current, description = _loaded(engine, session, stage, state, newest, start)
         job = Job(
-            stage.number, run, stage.architecture, engine, session.data, _costs(stage, teacher), monitor(), multipliers
+            stage.number,
+            run,
+            stage.architecture,
+            engine,
+            session.data,
+            _costs(stage, teacher),
+            monitor(),
+            multipliers,
+            session.heart,
         )
         if stage.plan is not None and begins:
             job.monitor.record(current.position, _growth_row(stage, time.perf_counter() - began))
@@ -206,6 +226,17 @@ def _resumed_state(session: Session, newest: Path) -> TrainingState:
     number = on_rank_zero(lambda: stage_in(newest, read_manifest(newest)["facts"], run))
     stage = session.stages[number]
     return saved_state(run, newest, session.data.fingerprints, stage.architecture, stage.run.layout)
+
+
+def _roll_back(session: Session, error: DivergedError, monitor: Monitor) -> TrainingState:
+    """Go back to the newest healthy checkpoint. It is read like that of a run that resumes."""
+    healthy = error.healthy
+    assert healthy is not None
+    monitor.say(f"{error} Going back to it.")
+    state, row = rolled_back(session.run, error, _resumed_state(session, healthy))
+    monitor.rewind(state.position, state.evaluated_step)
+    monitor.record(state.position, row)
+    return state
 
 
 def _next_stage(session: Session, state: TrainingState) -> int:

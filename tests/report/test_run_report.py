@@ -27,6 +27,7 @@ from incr_ds.report.history import read_history
 from incr_ds.report.run_report import flattened, numbers_of, state_of, write_report
 from incr_ds.train import pretraining
 from incr_ds.train.loop import DivergedError
+from incr_ds.train.metrics import RollBackRow
 from incr_ds.train.pretraining import pretrain
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
@@ -131,6 +132,20 @@ def test_a_run_that_grew_lists_its_growths(tmp_path):
         write_metrics(tmp_path / "run", [*losses(4.0, 3.0), (2, growth("<deep>.yaml")), *losses(2.0, start=3)])
     )
     assert page.rows["run"] == ["2", "<deep>.yaml", "1,000", "2,500", "yes", "1.5 s"]
+
+
+def test_a_run_that_went_back_lists_where_and_why(tmp_path):
+    back = RollBackRow(number=1, from_step=5, first_sample=8, last_sample=19, reason="the loss is <nan>")
+    page = report_of(write_metrics(tmp_path / "run", [*losses(4.0, 3.0), (2, back), *losses(2.0, start=3)]))
+    assert page.rows["run"] == ["2", "5", "8 to 19", "the loss is <nan>"]
+    assert page.headings.count("Roll-backs after a divergence") == 1
+
+
+def test_sets_of_a_row_are_domains_too(tmp_path):
+    sets = {"old": {"loss": 2.0, "perplexity": 7.4}, "new": {"loss": 4.0}, "odd": 3}
+    page = report_of(write_metrics(tmp_path / "run", [*losses(4.0), (1, held_out(3.0), {"sets": sets})]))
+    assert page.rows["old"] == ["run", "1", "2.0000"] and page.rows["new"] == ["run", "1", "4.0000"]
+    assert "odd" not in page.rows and page.rows["loss"] == ["run", "1", "3.0000"]
 
 
 def test_a_run_without_validation_says_so(tmp_path):

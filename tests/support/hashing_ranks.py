@@ -23,6 +23,11 @@ SIZES = {0: (70_000, 1_000), 1: (50_000, 30_000, 10)}  # bytes of the files that
 class FileEngine:
     """Writes this rank's files."""
 
+    is_writing = False
+
+    def finish_save(self):
+        return {}
+
     def save(self, folder, tag, client_state):
         (folder / tag).mkdir(exist_ok=True)
         for number, size in enumerate(SIZES[dist.get_rank()]):

@@ -113,7 +113,7 @@ def train_until_killed(folder, output, changes, when):
     point, step = when
     rank = int(os.environ["RANK"])
     if point == "step":  # after the step, before it is evaluated and saved
-        kill_after(loop, "train_step", lambda state: state.position.step == step and rank == 1)
+        kill_after(loop, "train_step", lambda result: result[0].position.step == step and rank == 1)
     elif point == "save":  # all ranks have written; nothing is published
         kill_before(checkpoints, "_write_companions", lambda _, tag, *rest: tag == f"global_step{step}")
     elif point == "build":  # the large model

@@ -112,7 +112,7 @@ def facts_of(checkpoint):
 
 def killed_leg(folder, name, changes, step):
     """Continue a run, and be killed after ``step`` before it is saved."""
-    kill_after(loop, "train_step", lambda state: state.position.step == step)
+    kill_after(loop, "train_step", lambda result: result[0].position.step == step)
     run = settings_of(content_of(folder, name, tensorboard=False, **changes))
     initialize_distributed(run.layout)
     train_run(run)

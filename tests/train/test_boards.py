@@ -145,6 +145,11 @@ def test_an_offline_run_holds_every_row_and_sends_nothing(wandb, tmp_path):
     assert not list((tmp_path / "run" / "wandb").rglob("requirements.txt")) and done.stdout == ""
 
 
+def test_values_are_named_by_kind_and_set():
+    content = {"kind": "evaluation", "step": 3, "loss": 2.0, "mfu": None, "sets": {"code": {"loss": 1.0, "bits": None}}}
+    assert boards.named_values(content) == {"evaluation/loss": 2.0, "evaluation/code/loss": 1.0}
+
+
 def test_a_run_keeps_its_id_when_it_resumes_and_a_new_one_has_another(tmp_path):
     path = tmp_path / "run_id"
     first = boards._run_id(path, resumes=False)

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from incr_ds.checkpoint.publish import hash_file
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import CheckpointError, IncrError, LayoutError
 from incr_ds.testing.checkpoint import drawn_checkpoint
@@ -12,6 +14,7 @@ from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
+from incr_ds.train.ranks import on_every_rank
 
 STATE = {"consumed_samples": 8, "note": "second step"}
 
@@ -47,12 +50,38 @@ def weights(engine):
 def uninterrupted(layout, folder, sections):
     run, engine = start(layout, **sections)
     first = steps(engine, run, [0, 1])
+    failures = [fail_on_one_rank(engine, folder) for _ in range(2)]
     engine.save(folder, "step_2", STATE)
     engine.evaluate(batches(engine, 50, run), 1)
     rest = steps(engine, run, [2, 3])
-    result = first, rest, weights(engine)
+    digests = engine.finish_save()
+    result = first, rest, weights(engine), failures, digests
     engine.close()
     return result
+
+
+def fail_on_one_rank(engine, folder):
+    """What this rank gets from a save whose optimizer file of the last rank cannot be written."""
+    wall = folder / "wall"
+    taken = wall / "torn" / optimizer_file(engine)
+    taken.mkdir(parents=True, exist_ok=True)
+    try:
+        on_every_rank(lambda: saved(engine, wall), "saving failed", "Make room.")
+    except CheckpointError as error:
+        return str(error)
+
+
+def saved(engine, folder):
+    engine.save(folder, "torn", STATE)
+    engine.finish_save()
+
+
+def optimizer_file(engine):
+    last, stages = dist.get_world_size() - 1, engine._run.layout.pipeline_parallel
+    if stages > 1:
+        return f"zero_pp_rank_0_mp_rank_{last:02d}_optim_states.pt"
+    prefix = "bf16_" if engine._run.precision == "bf16" and engine._run.layout.zero_stage < 3 else ""
+    return f"{prefix}zero_pp_rank_{last}_mp_rank_00_optim_states.pt"
 
 
 def resumed(layout, folder, sections):
@@ -64,12 +93,13 @@ def resumed(layout, folder, sections):
     return result
 
 
+BACKGROUND = {"checkpoint": {"interval": 1, "background": True}}
 TP2_PP2 = {"tensor_parallel": 2, "pipeline_parallel": 2}
 RUNS = [
-    pytest.param({"pipeline_parallel": 2}, {}, id="pipeline, fp32"),
+    pytest.param({"pipeline_parallel": 2}, BACKGROUND, id="pipeline, fp32, saved in the background"),
     pytest.param({"data_parallel": 2}, {"precision": "bf16"}, id="plain ZeRO-1 DP2, bf16"),
     pytest.param({"tensor_parallel": 2}, {}, id="plain ZeRO-1 TP2, fp32", marks=pytest.mark.slow),
-    pytest.param({"data_parallel": 2, "zero_stage": 3}, {}, id="plain ZeRO-3 DP2, fp32"),
+    pytest.param({"data_parallel": 2, "zero_stage": 3}, BACKGROUND, id="plain ZeRO-3 DP2, fp32, in the background"),
     pytest.param(TP2_PP2, {"precision": "bf16"}, id="TP2 x PP2, bf16", marks=pytest.mark.slow),
 ]
 
@@ -80,11 +110,31 @@ def test_resumed_equals_uninterrupted_bit_for_bit(layout, sections, tmp_path):
     world = ParallelLayout(**layout).world_size
     whole = run_processes(uninterrupted, world, layout, tmp_path, sections)
     assert not (tmp_path / "latest").exists(), "only our own commit may name the newest checkpoint"
+    check_failures([failures for *_, failures, _ in whole])
+    check_digests(tmp_path, {path: digest for *_, digests in whole for path, digest in digests.items()}, sections)
     for rank, (state, rest, values) in enumerate(run_processes(resumed, world, layout, tmp_path, sections)):
-        _, expected, expected_values = whole[rank]
+        _, expected, expected_values, *_ = whole[rank]
         assert {key: state[key] for key in STATE} == STATE
         assert rest == expected
         assert all(torch.equal(*pair) for pair in zip(values, expected_values, strict=True))
+
+
+def check_failures(failures):
+    """Every rank learns of the failure, both times, and none waits for the others for ever."""
+    assert all(re.match(r"(rank \d of \d: )?saving failed: .*torn", text) for texts in failures for text in texts), (
+        failures
+    )
+    assert len(failures) > 1 and all(len(texts) == 2 for texts in failures)
+
+
+def check_digests(folder, digests, sections):
+    if "checkpoint" not in sections:
+        assert digests == {}
+        return
+    files = {path for path in (folder / "step_2").iterdir() if path.suffix == ".pt"}
+    assert set(digests) == files
+    for path, digest in digests.items():
+        assert digest == {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
 
 
 def save_one(folder):

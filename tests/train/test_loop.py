@@ -14,9 +14,9 @@ from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.train import inputs, loop, pretraining
-from incr_ds.train.loop import DivergedError
 from incr_ds.train.metrics import read_metrics
 from incr_ds.train.pretraining import pretrain
+from incr_ds.train.recovery import DivergedError
 
 
 @pytest.fixture

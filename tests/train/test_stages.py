@@ -9,9 +9,9 @@ from one_number import curve, make_world, names, settings, stop_at, stoppable
 
 from incr_ds.errors import ConfigError
 from incr_ds.train import loop, pretraining
-from incr_ds.train.loop import DivergedError
 from incr_ds.train.metrics import read_metrics
 from incr_ds.train.pretraining import pretrain
+from incr_ds.train.recovery import DivergedError
 from incr_ds.train.start import Start, find_start
 
 

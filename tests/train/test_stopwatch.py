@@ -80,17 +80,19 @@ def rows_of(run, kind="train"):
 
 
 def test_the_row_after_a_save_has_the_seconds_of_the_save(world, monkeypatch):
-    save = loop.save_checkpoint
+    begin = loop.begin_save
 
     def slow_save(*given):
         stopwatch.time.sleep(0.2)
-        return save(*given)
+        return begin(*given)
 
-    monkeypatch.setattr(loop, "save_checkpoint", slow_save)
+    monkeypatch.setattr(loop, "begin_save", slow_save)
     run = settings(world, "run")  # saves after steps 3 and 6
     pretrain(run)
     stalls = {item["step"]: item["save_seconds"] for item in rows_of(run)}
-    assert stalls[4] > 0.2 and {step for step, stall in stalls.items() if stall == 0.0} == {1, 2, 3, 5, 6}
+    assert [step for step, stall in stalls.items() if stall > 0.2] == [4] and max(
+        stalls[step] for step in (1, 2, 3, 5, 6)
+    ) < 0.1
     assert all(item["seconds"] < 0.2 and 0.0 < item["data_seconds"] < item["seconds"] for item in rows_of(run))
 
 
@@ -105,14 +107,16 @@ def test_speed_is_of_one_process_and_mfu_its_share_of_the_peak(world):
         assert item["divergence"] is None and item["alpha"] == 0.0  # there is no teacher
 
 
-def test_skipped_steps_are_counted_also_between_logged_steps_and_over_a_stop(world):
+def test_skipped_steps_are_counted_also_over_a_stop(world):
     def on_step(step, number):
         return SKIPPED if step in (2, 3, 5) else number
 
     world["on_step"] = on_step
     whole = settings(world, "whole", log_interval=4)
     pretrain(whole)
-    assert [(item["step"], item["skipped_steps"]) for item in rows_of(whole)] == [(1, 0), (4, 2), (6, 3)]
+    assert [(item["step"], item["skipped_steps"]) for item in rows_of(whole)] == [
+        (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3),  # every skipped step is logged
+    ]  # fmt: skip
     assert rows_of(whole, "evaluation")[-1]["skipped_steps"] == 3
     parts, stops = settings(world, "parts", log_interval=4), stop_at(3)
     world["on_step"] = lambda step, number: stops(step, on_step(step, number))

@@ -1,0 +1,99 @@
+"""Writes the files of DeepSpeed's checkpoints, at once or from memory while training goes on.
+
+DeepSpeed's ranks meet in collective operations until the end of a save. A rank that cannot write must take part in them
+to the end, so its error is kept until then.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+Digest = dict[str, Any]
+
+
+class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's checkpoint engine for saving.
+
+    In the ``background``, ``save`` only copies the content to memory, in the form of the file. A thread writes it, flushes
+    it to disk and hashes it.
+    """
+
+    def __init__(self, zipfile_serialization: bool, *, background: bool) -> None:
+        self.name = type(self).__name__
+        self.zipfile_serialization = zipfile_serialization
+        self._pool = ThreadPoolExecutor(1, "checkpoint writer") if background else None
+        self._files: dict[Path, Future[Digest]] = {}
+        self._error: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file, or begin to."""
+        if self._pool is None:
+            self.attempt(lambda: self._write_now(state_dict, path))
+        else:
+            content = io.BytesIO()
+            torch.save(state_dict, content, _use_new_zipfile_serialization=self.zipfile_serialization)
+            self._files[Path(path)] = self._pool.submit(_write, Path(path), content)
+
+    def _write_now(self, state_dict: Any, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except RuntimeError as error:  # torch's message has no path
+            raise RuntimeError(f"{path}: {str(error).splitlines()[0]}") from error
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+        self.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
+
+    def attempt(self, work: Callable[[], Any]) -> None:
+        """Do ``work``, and keep its error for ``check``. A full disk is a RuntimeError of torch.save."""
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise the first error since the last call."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the background thread has something left to write."""
+        return not all(file.done() for file in self._files.values())
+
+    def finish(self) -> dict[Path, Digest]:
+        """Wait for the background thread. Returns the size and xxh3 of its files. Raises the first error."""
+        files, self._files = self._files, {}
+        for file in files.values():
+            self.attempt(file.result)
+        self.check()
+        return {path: file.result() for path, file in files.items()}
+
+
+def install_writer(engine: DeepSpeedEngine, *, background: bool) -> CheckpointWriter:
+    """Let ``engine`` save through a CheckpointWriter."""
+    writer = CheckpointWriter(engine.checkpoint_engine.zipfile_serialization, background=background)
+    engine.checkpoint_engine = writer
+    copy = engine._copy_recovery_script  # rank 0 copies zero_to_fp32.py, without its checkpoint engine
+    engine._copy_recovery_script = lambda path: writer.attempt(lambda: copy(path))
+    return writer
+
+
+def _write(path: Path, content: io.BytesIO) -> Digest:
+    block = content.getbuffer()
+    with open(path, "wb") as stream:
+        stream.write(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": len(block), "xxh3": xxhash.xxh3_128(block).hexdigest()}
