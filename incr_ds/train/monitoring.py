@@ -80,9 +80,7 @@ class RunMonitor:
         """``resumed`` and ``evaluated_step`` are as in MetricsFile; ``config`` is the run file's content, for the board."""
         self._console = Console(soft_wrap=True, highlight=False)
         self._output = output
-        self._open(resumed, evaluated_step)
         resumed_step = None if resumed is None else resumed.step
-        self._boards: list[Board] = [TensorBoard(output / "tensorboard", resumed_step)] if tensorboard else []
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -94,8 +92,12 @@ class RunMonitor:
         )
         self._train_steps = train_steps
         self._task = self._progress.add_task("", total=train_steps, completed=resumed_step or 0)
-        if wandb is not None:
+        self._boards: list[Board] = []
+        if wandb is not None:  # first, since it may refuse, and no file is open yet
             self._boards.append(WandbBoard(output, wandb, config or {}, resumes=resumed is not None, say=self.say))
+        if tensorboard:
+            self._boards.append(TensorBoard(output / "tensorboard", resumed_step))
+        self._open(resumed, evaluated_step)
 
     def _open(self, resumed: Position | None, evaluated_step: int | None) -> None:
         self._metrics = MetricsFile(

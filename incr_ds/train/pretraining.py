@@ -249,20 +249,27 @@ def _next_stage(session: Session, state: TrainingState) -> int:
 
 
 def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
-    """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes."""
-    if not is_first_rank():
-        return Silence()
-    steps = run.schedule.last_step
-    note_start(Path(run.output), run.model_dump(mode="json"))
+    """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes.
+
+    If rank 0 cannot open it, all ranks raise the error.
+    """
+    opened: list[Monitor] = []
+    on_rank_zero(lambda: opened.append(_run_monitor(run, resumed)))
+    return opened[0] if opened else Silence()
+
+
+def _run_monitor(run: RunSettings, resumed: TrainingState | None) -> RunMonitor:
+    content = run.model_dump(mode="json")
+    note_start(Path(run.output), content)
     position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
     return RunMonitor(
         Path(run.output),
         resumed=position,
         evaluated_step=evaluated,
-        train_steps=steps,
+        train_steps=run.schedule.last_step,
         tensorboard=run.tensorboard,
         wandb=run.wandb,
-        config=run.model_dump(mode="json"),
+        config=content,
     )
 
 

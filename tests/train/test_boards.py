@@ -214,6 +214,17 @@ def test_a_run_passes_its_rows_and_settings_on(tmp_path, monkeypatch):
     assert seen["resumes"] is True
 
 
+def test_a_board_that_cannot_be_opened_ends_the_run_before_its_first_step(tmp_path, monkeypatch):
+    def refuses(*given, **more):
+        raise ConfigError("wandb: the run could not be opened")
+
+    monkeypatch.setattr("incr_ds.train.monitoring.WandbBoard", refuses)
+    world = make_world(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="wandb: the run could not be opened"):
+        pretrain(settings(world, "run", wandb={"project": "growth"}))
+    assert world["engines"][0].steps == 0 and world["engines"][0].closed
+
+
 def test_offline_is_the_default_and_a_wrong_mode_is_refused():
     assert WandbSettings(project="p").mode == "offline"
     with pytest.raises(ConfigError, match="mode: Input should be 'offline' or 'online'"):
