@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from incr_ds.report.drawing import colours, label, mark, new_figure, png_of
-from incr_ds.report.history import VALIDATION, History, number
+from incr_ds.report.history import History, number, set_name
 
 Row = Mapping[str, Any]
 DASHES = ("-", "--", ":", "-.")
@@ -43,7 +43,7 @@ def draw_runs(runs: Sequence[History]) -> dict[str, bytes]:
     """Every figure for which a run has numbers, as PNG by title. Growths are marked."""
     palette = colours([run.name for run in runs], "tab10")
     domains = list(dict.fromkeys(key for run in runs for key in run.domains))
-    held_out = Panel(HELD_OUT, "nats per token", {key: key.removeprefix(VALIDATION) for key in domains})
+    held_out = Panel(HELD_OUT, "nats per token", {key: set_name(key) for key in domains})
     training, *others = PANELS
     drawn = {
         panel.title: _draw(panel, runs, palette, rows)

@@ -141,6 +141,11 @@ def numbers(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     return [value for row in rows if (value := number(row, key)) is not None]
 
 
+def set_name(key: str) -> str:
+    """What a reader calls the held-out loss ``key``: the set's name, or held-out for that of the whole evaluation."""
+    return key.removeprefix(VALIDATION) if key.startswith(VALIDATION) else "held-out"
+
+
 def names_of(folders: Iterable[Path]) -> dict[Path, str]:
     """A short name for each folder: its own, or its path where two have the same one."""
     given = list(folders)

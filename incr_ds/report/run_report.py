@@ -11,7 +11,7 @@ from typing import Any
 from incr_ds.checkpoint.publish import installed_versions, write_atomically
 from incr_ds.config.yaml_file import yaml_text
 from incr_ds.report.figures import draw_runs
-from incr_ds.report.history import VALIDATION, History, names_of, number, numbers, read_history
+from incr_ds.report.history import VALIDATION, History, names_of, number, numbers, read_history, set_name
 from incr_ds.report.page import bullets, document, folded, heading, paragraph, picture, preformatted, table
 from incr_ds.train.metrics import FILE
 
@@ -140,7 +140,7 @@ def _held_out(runs: Sequence[History]) -> list[str]:
     if not domains:
         return [heading("Held-out evaluation"), paragraph("None: the run file has no section evaluation.")]
     rows = [
-        [key.removeprefix(VALIDATION), run.name, _count(row["step"]), _shown(number(row, key), ".4f")]
+        [set_name(key), run.name, _count(row["step"]), _shown(number(row, key), ".4f")]
         for key in domains
         for run in runs
         for row in (run.evaluated[:1] + run.evaluated[1:][-1:])

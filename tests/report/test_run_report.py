@@ -145,7 +145,7 @@ def test_sets_of_a_row_are_domains_too(tmp_path):
     sets = {"old": {"loss": 2.0, "perplexity": 7.4}, "new": {"loss": 4.0}, "odd": 3}
     page = report_of(write_metrics(tmp_path / "run", [*losses(4.0), (1, held_out(3.0), {"sets": sets})]))
     assert page.rows["old"] == ["run", "1", "2.0000"] and page.rows["new"] == ["run", "1", "4.0000"]
-    assert "odd" not in page.rows and page.rows["loss"] == ["run", "1", "3.0000"]
+    assert "odd" not in page.rows and page.rows["held-out"] == ["run", "1", "3.0000"]
 
 
 def test_a_run_without_validation_says_so(tmp_path):
