@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from incr_ds.cli.command import error_text
+from incr_ds.cli.command import error_text, loading
 from incr_ds.config.fields import load_settings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError, IncrError
@@ -73,8 +73,9 @@ def main(
                     typer.echo(f"# {line}")
                 return
             check_world_size(run.layout)
-            check_run(run)
-            from incr_ds.train.pretraining import pretrain
+            with loading():
+                check_run(run)
+                from incr_ds.train.pretraining import pretrain
 
             if pretrain(run, resume=not no_resume, stop=stop).stopped:
                 raise typer.Exit(STOPPED)

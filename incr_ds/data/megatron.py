@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import warnings
 
-with warnings.catch_warnings(action="ignore"):
+from incr_ds.data.importing import without_compiler
+
+with warnings.catch_warnings(action="ignore"), without_compiler():
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.helpers_cpp import build_blending_indices
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder

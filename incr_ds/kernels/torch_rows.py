@@ -48,20 +48,48 @@ class TorchRows:
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
         """See RowKernels. Returns [C]; ``student`` then holds the gradient."""
+        if teacher is not None and rows.kind == "forward_kl":
+            return _forward_kl(student, teacher, rows)
         divergence = student.new_zeros(student.shape[0], dtype=rows.factors.dtype)
         towards = None
         if teacher is not None:
             log_p, log_q = _log_probabilities(student, teacher, rows)
             p, q = log_p.exp(), log_q.exp()
-            distance = log_q.sub_(log_p)
-            if rows.kind == "forward_kl":
-                divergence = termwise(q, p, distance).sum(dim=1)
-            towards = _direction(p, q, distance, rows) if rows.write else None
+            towards = _direction(p, q, log_q.sub_(log_p), rows) if rows.write else None
         elif rows.kind == "sparse" and rows.write:
             towards = _tempered_log(student, rows.normalizers[0], rows.normalizers[2], rows.tempering).exp_()
         if rows.write:
             _write(student, towards, rows)
         return divergence
+
+
+def _forward_kl(student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
+    """KL(q || p) of each row, [C]; ``student`` then holds the gradient. Overwrites ``teacher``.
+
+    Memory decides the time on a CPU, so that every pass that can works in place. At temperature 1 the probabilities of both
+    losses are the same.
+    """
+    maximum, _, tempered, teacher_maximum, teacher_tempered = rows.normalizers
+    alone = rows.tempering.unit and rows.write  # then log p takes the place of the logits
+    log_p = student if alone else student.clone()
+    log_p = _tempered_log_(log_p, maximum, tempered, rows.tempering)
+    log_q = _tempered_log_(teacher, teacher_maximum, teacher_tempered, rows.tempering)
+    p, q = log_p.exp(), log_q.exp()
+    distance = log_q.sub_(log_p).nan_to_num_(0.0, math.inf, -FAR)
+    towards = p - q
+    divergence = _termwise_sum(q, towards, distance, log_p)
+    if rows.write:
+        _write(student, towards, rows, p if alone else None)
+    return divergence
+
+
+def _termwise_sum(q: Tensor, difference: Tensor, distance: Tensor, scratch: Tensor) -> Tensor:
+    """Sums of ``termwise`` over the vocabulary, with ``difference`` = p - q. Overwrites ``distance`` and ``scratch``."""
+    clamped = torch.clamp(distance, -NEAR, NEAR, out=scratch)
+    far = torch.ne(clamped, distance, out=torch.empty_like(clamped))  # 0 or 1
+    terms = clamped.neg_().expm1_().mul_(q)  # q * expm1(-d), which is p - q
+    terms.lerp_(difference, far)  # one of the two, as far is 0 or 1
+    return terms.add_(distance.mul_(q)).sum(dim=1)
 
 
 def termwise(q: Tensor, p: Tensor, distance: Tensor) -> Tensor:
@@ -88,7 +116,12 @@ def _tempered_sum(shifted: Tensor, tempering: Tempering) -> Tensor:
 
 
 def _tempered_log(logits: Tensor, maximum: Tensor, log_total: Tensor, tempering: Tempering) -> Tensor:
-    shifted = logits - maximum[:, None]
+    return _tempered_log_(logits.clone(), maximum, log_total, tempering)
+
+
+def _tempered_log_(logits: Tensor, maximum: Tensor, log_total: Tensor, tempering: Tempering) -> Tensor:
+    """Log-probabilities at the temperature, in place of ``logits``."""
+    shifted = logits.sub_(maximum[:, None])
     return (shifted if tempering.unit else shifted.mul_(tempering.inverse)).sub_(log_total[:, None])
 
 
@@ -111,9 +144,7 @@ def _over_mixture(distance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _direction(p: Tensor, q: Tensor, distance: Tensor, rows: Rows) -> Tensor:
-    """D as defined in Rows, with ``distance`` = log q - log p."""
-    if rows.kind == "forward_kl":
-        return p.sub_(q)
+    """D of reverse KL or JSD as defined in Rows, with ``distance`` = log q - log p."""
     assert rows.centre is not None
     if rows.kind == "reverse_kl":
         pull = -distance - rows.centre[:, None]
@@ -122,14 +153,18 @@ def _direction(p: Tensor, q: Tensor, distance: Tensor, rows: Rows) -> Tensor:
     return torch.where(p > 0, p * pull, 0)
 
 
-def _write(student: Tensor, towards: Tensor | None, rows: Rows) -> None:
+def _write(student: Tensor, towards: Tensor | None, rows: Rows, p: Tensor | None = None) -> None:
+    """Write the gradient to ``student``, which holds the logits, unless their probabilities ``p`` are known."""
     on_p, on_divergence, on_label, everywhere = rows.factors[:, :, None]
     maximum, log_total = rows.normalizers[:2, :, None]
-    student.sub_(maximum).sub_(log_total).exp_().mul_(on_p).sub_(everywhere)
+    if p is None:
+        p = student.sub_(maximum).sub_(log_total).exp_()
+    torch.mul(p, on_p, out=student).sub_(everywhere)
     if towards is not None:
         student.add_(towards.mul_(on_divergence))
     if student.shape[1]:
         owned = rows.label >= 0
         taken = torch.where(owned[:, None], on_label, 0)
         student.scatter_add_(1, rows.label.clamp_min(0)[:, None], -taken.to(student.dtype))
-    student.masked_fill_(~rows.live[:, None], 0)
+    if student.is_cuda or not rows.live.all():  # asking a GPU would wait for it
+        student.masked_fill_(~rows.live[:, None], 0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 SLAB_ROWS = 1024
+# On a CPU, the row kernels make many passes over a slab, which are faster if it stays in the cache.
+CPU_SLAB_ROWS, CPU_SLAB_BYTES = 64, 2 * 2**20
 ROW_QUANTUM = 128
 COLUMN_QUANTUM = 64
 
@@ -187,13 +189,18 @@ def plan_recompute(shape: LossShape, budget_bytes: int, *, accumulates: bool, wa
     return replace(plan, columns=min(most, even))
 
 
-def plan_loss(shape: LossShape, budget_bytes: int) -> LossPlan:
+def cached_rows(shape: LossShape) -> int:
+    """Tokens of a slab on a CPU: as many as fit CPU_SLAB_BYTES, but enough for a fast product of the teacher's."""
+    return max(CPU_SLAB_ROWS, CPU_SLAB_BYTES // (max(shape.vocabulary, 1) * shape.accumulation_bytes))
+
+
+def plan_loss(shape: LossShape, budget_bytes: int, slab_rows: int = SLAB_ROWS) -> LossPlan:
     """The fastest plan whose buffers fit ``budget_bytes``, or one token at a time if none fit.
 
-    It takes the largest chunk that leaves room for a slab of SLAB_ROWS tokens, and then makes chunks of nearly equal size.
-    If the budget is too small for that, slabs are whole chunks.
+    It takes the largest chunk that leaves room for a slab of ``slab_rows`` tokens, and then makes chunks of nearly equal
+    size. If the budget is too small for that, slabs are whole chunks.
     """
-    slab = min(shape.tokens, SLAB_ROWS)
+    slab = min(shape.tokens, slab_rows)
     rows = (budget_bytes - slab * shape.slab_row_bytes) // shape.student_row_bytes
     if rows < slab:
         rows = slab = max(1, budget_bytes // (shape.student_row_bytes + shape.slab_row_bytes))

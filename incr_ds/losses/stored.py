@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from incr_ds.losses.planner import LossShape, plan_loss
+from incr_ds.losses.planner import SLAB_ROWS, LossShape, cached_rows, plan_loss
 from incr_ds.losses.problem import DIVERGENCE, Prepared, RowTerms, place_entries, row_numbers, row_terms
 from incr_ds.losses.vocabulary import Totals, combine, picked_logits
 
@@ -21,7 +21,8 @@ class StoredWalk:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
-        self._plan = plan_loss(prepared.shape, prepared.problem.budget_bytes)
+        slab = SLAB_ROWS if prepared.hidden.is_cuda else cached_rows(prepared.shape)
+        self._plan = plan_loss(prepared.shape, prepared.problem.budget_bytes, slab)
         self.parts = prepared.empty_parts()
         self._allocate()
 

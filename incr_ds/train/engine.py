@@ -19,6 +19,7 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
+from incr_ds.data.importing import without_compiler
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.distillation import distillation_loss
@@ -84,9 +85,10 @@ def build_engine(
     _freeze(model, trained)
     optimizer = _optimizer(model, trained, run, device, multipliers or {}, num_groups)
     staged = run.layout.pipeline_parallel > 1
-    engine, *_ = deepspeed.initialize(
-        model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
-    )
+    with without_compiler():  # DeepSpeed imports its Muon to see whether this optimizer is one
+        engine, *_ = deepspeed.initialize(
+            model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
+        )
     if weights is not None and run.precision == "bf16":
         _keep_masters(model, trained, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)

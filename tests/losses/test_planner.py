@@ -9,6 +9,7 @@ from incr_ds.losses.planner import (
     SLAB_ROWS,
     LossShape,
     Machine,
+    cached_rows,
     default_budget,
     plan_loss,
     plan_recompute,
@@ -88,3 +89,10 @@ def test_every_lean_plan_fits_its_budget_or_has_the_narrowest_blocks(
 @pytest.mark.parametrize("cuda", [True, False])
 def test_lean_has_the_smaller_budget(cuda):
     assert default_budget(cuda, recompute=True) < default_budget(cuda, recompute=False) / 2
+
+
+def test_a_slab_on_a_cpu_fits_its_cache_but_has_enough_rows_for_a_product():
+    rows = {vocabulary: cached_rows(LossShape(4096, vocabulary, 64)) for vocabulary in (0, 1024, 4096, 128_256)}
+    assert rows == {0: 524_288, 1024: 512, 4096: 128, 128_256: 64}
+    plan = plan_loss(LossShape(4096, 4096, 64, 32, logits_bytes=4), 2**40, rows[4096])
+    assert (plan.chunks, plan.slab_rows) == (1, 128)
