@@ -26,6 +26,8 @@ TRAIN = [
     "tensorboard",
 ]
 LIGER = "liger-kernel>=0.8"
+EVAL = "lm-eval>=0.4.13"  # tasks for tools/evaluate.py
+WANDB = "wandb>=0.31"  # the key wandb of a run file
 DEV = [
     "pytest",
     "pytest-xdist",
@@ -37,7 +39,10 @@ DEV = [
     "types-psutil",
     "accelerate",
     "triton",
+    "playwright",  # drives a Chromium, if the machine has one
     LIGER,
+    EVAL,
+    WANDB,
 ]
 
 # Each runs incr_ds.cli.MODULE; tools/MODULE.py is the same command, by its path.
@@ -52,6 +57,7 @@ COMMANDS = {
     "incr-evaluate": "evaluate",
     "incr-growth-study": "growth_study",
     "incr-plan-growth": "plan_growth",
+    "incr-report": "report",
     "incr-study-text": "study_text",
     "incr-doctor": "doctor",
     "incr-write-sbatch": "write_sbatch",
@@ -76,6 +82,6 @@ setup(
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },
     install_requires=REQUIRES,
-    extras_require={"train": TRAIN, "dev": DEV, "liger": [LIGER]},
+    extras_require={"train": TRAIN, "dev": DEV, "liger": [LIGER], "eval": [EVAL], "wandb": [WANDB]},
     entry_points={"console_scripts": [f"{name} = incr_ds.cli.{module}:main" for name, module in COMMANDS.items()]},
 )

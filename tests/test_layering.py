@@ -18,6 +18,7 @@ ORDER = [
         "checkpoint.workspace",
         "checkpoint.companions",
         "checkpoint.runs",
+        "checkpoint.provenance",
     ],
     ["checkpoint.naming", "checkpoint.progress", "checkpoint.assembly", "checkpoint.finite"],
     ["checkpoint.huggingface", "checkpoint.deepspeed", "checkpoint.universal"],
@@ -25,7 +26,7 @@ ORDER = [
     ["growth"],
     ["offline"],
     ["data", "kernels", "losses", "model"],
-    ["launch", "train", "study"],
+    ["launch", "train.metrics", "report", "train", "study"],
     ["cli", "bench", "testing"],
 ]
 PLACES = [place for line in ORDER for place in line]

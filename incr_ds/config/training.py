@@ -242,11 +242,25 @@ class DivergenceSettings(Settings):
     rise_steps: int = Field(default=20, ge=1)
 
 
+class WandbSettings(Settings):
+    """Weights & Biases: without this section nothing goes there. ``name`` is the output folder's by default.
+
+    ``offline`` only writes into the output folder, for `wandb sync` later. ``online`` sends every row and the run file's
+    content.
+    """
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["offline", "online"] = "offline"
+
+
 class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
     ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A run that makes no progress
-    for ``watchdog_seconds`` writes all stacks of all ranks and ends; null lets it wait.
+    for ``watchdog_seconds`` writes all stacks of all ranks and ends; null lets it wait. ``report`` writes report.html when
+    the run is finished or has diverged.
     """
 
     output: str
@@ -270,6 +284,8 @@ class RunSettings(Settings):
     watchdog_seconds: float | None = Field(default=3600.0, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True
+    wandb: WandbSettings | None = None
+    report: bool = True
 
     @model_validator(mode="before")
     @classmethod

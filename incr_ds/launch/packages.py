@@ -1,4 +1,4 @@
-"""The packages of the extra ``train``, and what a user reads where one of them is missing."""
+"""The packages of the extras, and what a user reads where one of them is missing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ TRAINING = {
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
 }
+# Module: its package, and the extra that installs it.
+OPTIONAL = {"lm_eval": ("lm-eval", "eval"), "wandb": ("wandb", "wandb")}
 
 
 def require(*modules: str) -> None:
-    """Raise ConfigError unless ``modules``, which TRAINING names, are installed. Imports none of them."""
+    """Raise ConfigError unless ``modules``, which TRAINING or OPTIONAL name, are installed. Imports none of them."""
     if missing := [module for module in modules if not _is_installed(module)]:
         raise _missing(missing)
 
@@ -36,6 +38,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _missing(modules: list[str]) -> ConfigError:
-    packages = " and ".join(TRAINING[module] for module in modules)
+    packages = " and ".join(TRAINING.get(module) or OPTIONAL[module][0] for module in modules)
+    extras = ",".join(dict.fromkeys("train" if module in TRAINING else OPTIONAL[module][1] for module in modules))
     verb = "is" if len(modules) == 1 else "are"
-    return ConfigError(f"{packages} {verb} not installed; run pip install 'incr_ds[train]'.")
+    return ConfigError(f"{packages} {verb} not installed; run pip install 'incr_ds[{extras}]'.")

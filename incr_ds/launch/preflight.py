@@ -90,7 +90,7 @@ def _local_checks(run: RunSettings) -> list[Callable[[], object]]:
     prefixes = [corpus.prefix for corpus in run.data.train]
     prefixes += [str(run.data.validation)] if run.evaluation else []
     return [
-        partial(require, "deepspeed", "megatron.core", "tensorboard"),
+        partial(require, "deepspeed", "megatron.core", "tensorboard", *(["wandb"] if run.wandb else [])),
         partial(_check_folders, run),
         partial(_check_output, run.output),
         *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),

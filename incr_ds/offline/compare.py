@@ -51,8 +51,10 @@ class Comparison:
         return EXACT if self.rounding is None else max(EXACT, ROUNDING_FACTOR * self.rounding)
 
 
-def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the checkpoint's weights into transformers' model class, in memory and in evaluation mode."""
+def load_model(
+    checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load the checkpoint's weights into transformers' model class, on ``device`` and in evaluation mode."""
     from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, so only if models are compared
     from transformers.utils import logging
 
@@ -65,6 +67,7 @@ def load_model(checkpoint: LogicalCheckpoint, dtype: torch.dtype = torch.float32
     for name, part in logical_parts(architecture, dict(model.named_parameters())).items():
         part.data.copy_(checkpoint.read(name))
     model.eval()
+    torch.nn.Module.to(model, torch.device(device))
     return model
 
 

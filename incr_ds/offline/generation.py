@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.errors import ConfigError
 from incr_ds.offline.compare import load_model
@@ -33,17 +35,12 @@ def generate_text(
     import torch
 
     sampling = sampling or Sampling()
-    codec = _tokenizer(tokenizer)
+    codec = load_tokenizer(tokenizer)
     inputs = codec(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = inputs["input_ids"]
     if not ids.numel():
         raise ConfigError("--prompt: the tokenizer gives no tokens for it; pass a longer beginning.")
-    vocab = checkpoint.architecture.sizes["vocab"]
-    if int(ids.max()) >= vocab:
-        raise ConfigError(
-            f"{tokenizer}: gives token {int(ids.max())} for the prompt, but the model's vocab_size is {vocab}; it is another "
-            "model's tokenizer."
-        )
+    check_vocabulary(checkpoint.architecture, tokenizer, ids[0].tolist(), "the prompt")
     torch.manual_seed(sampling.seed)
     options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature > 0:
@@ -54,7 +51,18 @@ def generate_text(
     return str(codec.decode(made[0], skip_special_tokens=True))
 
 
-def _tokenizer(folder: Path) -> Any:
+def check_vocabulary(architecture: Architecture, tokenizer: Path, ids: Sequence[int], text: str) -> None:
+    """Raise ConfigError if the model does not have one of the ``ids`` that ``tokenizer`` gives for ``text``."""
+    vocab = architecture.sizes["vocab"]
+    if ids and max(ids) >= vocab:
+        raise ConfigError(
+            f"{tokenizer}: gives token {max(ids)} for {text}, but the model's vocab_size is {vocab}; it is another model's "
+            "tokenizer."
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in ``folder``. Raises ConfigError if transformers cannot load it; runs no code of it."""
     from transformers import AutoTokenizer
 
     try:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from incr_ds.report.drawing import colours, new_figure, png_of
 from incr_ds.study.savings import Branch
 from incr_ds.study.summary import RATIOS, Results, bands
 from incr_ds.train.metrics import FILE, read_metrics
@@ -19,9 +20,6 @@ TITLES = {
 
 def draw_study_figures(results: Results, folder: Path) -> dict[str, Path]:
     """Draw every figure into ``folder`` as PNG. Returns the paths by title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     drawn = {
         "Decayed loss over total FLOPs": (folder / "loss_over_flops.png", _draw_costs),
         "What growth costs, relative to training from scratch": (folder / "ratios.png", _draw_ratios),
@@ -33,29 +31,19 @@ def draw_study_figures(results: Results, folder: Path) -> dict[str, Path]:
 
 
 def _figure(columns: int = 1, **shared: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns + 3, 4.8), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False, **shared)[0]
+    return new_figure(5.2 * columns + 3, 4.8, columns, **shared)
 
 
 def _save(figure: Any, path: Path) -> None:
     if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
         figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def _colours(results: Results) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    return {arm: palette[number % len(palette)] for number, arm in enumerate(results.design.study.arms)}
+    path.write_bytes(png_of(figure))
 
 
 def _draw_costs(results: Results, path: Path) -> None:
     """Every arm's branches: the mean over seeds with the lowest and highest, and the front that no other branch is below."""
     figure, (axes,) = _figure()
-    colours, points = _colours(results), []
+    palette, points = colours(results.design.study.arms), []
     for arm, own in results.design.study.arms.items():
         places: dict[tuple[int, int], list[Branch]] = defaultdict(list)
         for branch in results.of(arm):
@@ -66,9 +54,9 @@ def _draw_costs(results: Results, path: Path) -> None:
             )
             points += line
             costs, losses, lows, highs = (list(column) for column in zip(*line, strict=True))
-            style = {"color": colours[arm], "label": None if number else arm, "marker": "o", "markersize": 4}
+            style = {"color": palette[arm], "label": None if number else arm, "marker": "o", "markersize": 4}
             axes.plot(costs, losses, linestyle="-" if own.growth else "--", **style)
-            axes.fill_between(costs, lows, highs, color=colours[arm], alpha=0.2)
+            axes.fill_between(costs, lows, highs, color=palette[arm], alpha=0.2)
     front = _front([(cost, loss) for cost, loss, *_ in points])
     if front:
         axes.step(
@@ -100,7 +88,7 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _draw_ratios(results: Results, path: Path) -> None:
     """The three ratios over the budget. A triangle marks a bound: the branches did not enclose the loss of scratch."""
     figure, columns = _figure(3, sharey=True)
-    colours, study = _colours(results), results.design.study
+    palette, study = colours(results.design.study.arms), results.design.study
     for axes, ratio in zip(columns, RATIOS, strict=True):
         for arm, own in study.arms.items():
             found = {budget: bands(results, arm, budget) for budget in study.tokens_per_parameter if own.growth}
@@ -110,18 +98,17 @@ def _draw_ratios(results: Results, path: Path) -> None:
             axes.plot(
                 list(made),
                 [item.value for item in made.values()],
-                color=colours[arm],
+                color=palette[arm],
                 label=arm if ratio == RATIOS[0] else None,
             )
             for budget, item in made.items():
                 marker = {"above": "^", "below": "v"}.get(item.bound or "", "o")
-                axes.plot([budget], [item.value], marker=marker, color=colours[arm])
-                axes.plot([budget, budget], [item.low, item.high], color=colours[arm], linewidth=2, alpha=0.5)
+                axes.plot([budget], [item.value], marker=marker, color=palette[arm])
+                axes.plot([budget, budget], [item.low, item.high], color=palette[arm], linewidth=2, alpha=0.5)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(title=TITLES[ratio], xlabel="budget (tokens per parameter)", xscale="log")
         axes.minorticks_off()
         axes.set_xticks(study.tokens_per_parameter, [str(budget) for budget in study.tokens_per_parameter])
-        axes.grid(alpha=0.25)
     columns[0].set_ylabel("cost relative to scratch")
     _save(figure, path)
 
@@ -129,7 +116,7 @@ def _draw_ratios(results: Results, path: Path) -> None:
 def _draw_curves(results: Results, path: Path) -> None:
     """Held-out loss along every trunk at the chosen rate and the largest budget, before any decay, with a band over seeds."""
     figure, (axes,) = _figure()
-    colours, design = _colours(results), results.design
+    palette, design = colours(results.design.study.arms), results.design
     for arm in design.study.arms:
         at: dict[int, list[float]] = defaultdict(list)
         for job, _ in results.measured:
@@ -145,13 +132,12 @@ def _draw_curves(results: Results, path: Path) -> None:
         tokens = [step * design.step_tokens for step in steps]
         if tokens:
             axes.plot(
-                tokens, [sum(at[step]) / len(at[step]) for step in steps], color=colours[arm], label=arm, linewidth=1
+                tokens, [sum(at[step]) / len(at[step]) for step in steps], color=palette[arm], label=arm, linewidth=1
             )
             axes.fill_between(
-                tokens, [min(at[s]) for s in steps], [max(at[s]) for s in steps], color=colours[arm], alpha=0.2
+                tokens, [min(at[s]) for s in steps], [max(at[s]) for s in steps], color=palette[arm], alpha=0.2
             )
     axes.set(xlabel="training tokens", ylabel="held-out loss before decay (nats per token)")
-    axes.grid(alpha=0.25)
     _save(figure, path)
 
 

@@ -15,7 +15,8 @@ from incr_ds.checkpoint.integrity import open_described
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import open_held_out_data
 from incr_ds.offline.compare import load_model
-from incr_ds.train.evaluation import bits_per_byte, loss_sum
+from incr_ds.offline.text_loss import loss_sum
+from incr_ds.train.evaluation import bits_per_byte
 
 CHOICES, CONTEXT, ENDING = 4, 48, 16  # of the cloze questions: endings to choose from, tokens before and in an ending
 BATCH = 16

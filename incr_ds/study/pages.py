@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import platform
 import sys
@@ -15,8 +13,9 @@ from typing import Any
 import yaml
 
 from incr_ds.checkpoint.publish import write_atomically
+from incr_ds.report.page import document, heading, paragraph, picture, preformatted
+from incr_ds.report.page import table as table_of
 from incr_ds.study.figures import draw_study_figures
-from incr_ds.study.report import STYLE
 from incr_ds.study.summary import Results, summary
 
 PACKAGES = ("torch", "deepspeed", "transformers", "megatron-core", "numpy")
@@ -80,8 +79,6 @@ def markdown(rows: list[list[str]]) -> str:
 def _page(results: Results, content: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
     study = results.design.study
     head, *rows = table(content)
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     after = {name: arm["after_growth"] for name, arm in content["arms"].items() if arm["after_growth"]}
     texts = {
         "Training loss after growth (first seed, largest budget)": _json(after),
@@ -91,21 +88,15 @@ def _page(results: Results, content: Mapping[str, Any], figures: Mapping[str, Pa
         "Study": yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
     }
     parts = [
-        f"<h1>Growth against scratch, {content['target_parameters']:,} parameters</h1>",
-        f"<p>{html.escape(HOW_TO_READ)}</p>",
-        f"<table><tr>{cells}</tr>\n{body}</table>",
-        *(_image(title, path) for title, path in figures.items()),
-        *(f"<h2>{html.escape(title)}</h2>\n<pre>{html.escape(text)}</pre>" for title, text in texts.items()),
+        heading(f"Growth against scratch, {content['target_parameters']:,} parameters", 1),
+        paragraph(HOW_TO_READ),
+        table_of(rows, head),
     ]
-    style = STYLE + "th { text-align: left; padding-right: 1rem } body { max-width: 90rem }"
-    top = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Growth study</title><style>{style}</style>'
-    return f"{top}</head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-
-
-def _image(title: str, path: Path) -> str:
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    name = html.escape(title)
-    return f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{content}">'
+    for title, path in figures.items():
+        parts += [heading(title), picture(title, path.read_bytes())]
+    for title, text in texts.items():
+        parts += [heading(title), preformatted(text)]
+    return document("Growth study", parts, "body { max-width: 90rem }")
 
 
 def _json(content: Any) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from incr_ds.arch.architecture import check_context
 from incr_ds.checkpoint.base import LogicalCheckpoint
@@ -17,6 +16,7 @@ from incr_ds.data.corpus import tokens_per_byte
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import open_held_out_data
 from incr_ds.offline.compare import load_model
+from incr_ds.offline.text_loss import loss_sum
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,6 @@ def bits_per_byte(loss: float, prefix: str) -> float | None:
     return None if density is None else loss / math.log(2.0) * density
 
 
-def loss_sum(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Sum of the next-token losses in nats of ``tokens`` [B, S + 1]."""
-    logits = model(tokens[:, :-1]).logits.float()  # [B, S, V]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
-
-
 def evaluate_checkpoint(
     checkpoint: LogicalCheckpoint,
     prefix: str,
@@ -49,6 +43,7 @@ def evaluate_checkpoint(
     samples: int,
     *,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> HeldOutLoss:
     """Loss of ``checkpoint`` on the first ``samples`` held-out samples of the data set ``prefix``.
@@ -60,7 +55,7 @@ def evaluate_checkpoint(
     content.check_tokens(checkpoint.architecture.sizes["vocab"])
     with tempfile.TemporaryDirectory() as cache:
         data = open_held_out_data(content, sequence_length, Path(cache), samples)
-        model, total = load_model(checkpoint, dtype), 0.0
+        model, total = load_model(checkpoint, dtype, device), 0.0
         with torch.no_grad():
             for number in range(samples):
                 total += loss_sum(model, torch.from_numpy(data.tokens(number))[None])

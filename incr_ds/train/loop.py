@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from incr_ds.train.ranks import any_rank, on_rank_zero
 from incr_ds.train.recovery import DivergedError, next_sample
 from incr_ds.train.saving import Saver
 from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed, steps_taught
+from incr_ds.train.stopwatch import Stopwatch, memory_bytes
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -124,7 +125,8 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
     No checkpoint is due while the loss is too high or steps are skipped. The next one is saved when the run is healthy again.
     """
     run, last = job.run, job.run.schedule.last_step
-    feed, watch = _feed(job, state), Stopwatch(state.position.tokens)
+    watch = Stopwatch(state.position.tokens)
+    feed = watch.waiting(_feed(job, state))
     saver = Saver(job, run.checkpoint, newest, job.monitor.say)
     stopped, due = any_rank(bool(stop.reason)), False
     if not stopped:
@@ -142,11 +144,14 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
         due = due or step == last or step % run.checkpoint.interval == 0 or step in run.checkpoint.keep_steps
         saves = stopped or (due and (state.health.is_good or step == last))
         if saves:
-            saver.save(state, must=stopped or step == last)
+            with watch.saving():
+                saver.save(state, must=stopped or step == last)
             due = False
         elif due and step % run.checkpoint.interval == 0:
             job.monitor.say(f"step {step}: not saved, because the run is not healthy: {_condition(state)}")
-        if saver.poll(state) or saves or step == state.evaluated_step:
+        with watch.saving():
+            published = saver.poll(state)
+        if published or saves or step == state.evaluated_step:
             watch.restart(state.position.tokens)
         job.heart.beat()
     return Outcome(state, saver.newest, stopped and state.position.step < last)
@@ -170,27 +175,31 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
         consumed_samples=before.consumed_samples + run.batch.global_batch_size,
         tokens=before.tokens + tokens,
         flops=before.flops + flops,
+        skipped_steps=before.skipped_steps + result.skipped,
     )
     health = after_step(state.health, result.ce, result.skipped, run.divergence)
     edges = (run.schedule.start_step + 1, run.schedule.last_step)
     if result.skipped or not math.isfinite(result.loss):
         job.monitor.say(_bad_batch(job, state, result))
     if result.skipped or after.step in edges or after.step % run.log_interval == 0:
-        seconds, speed = watch.lap(after.tokens)
+        lap, memory = watch.lap(after.tokens), memory_bytes()
+        speed = lap.tokens_per_second * flops / tokens / run.layout.world_size  # of one process, in FLOP/s
         job.monitor.record(
             after,
             TrainRow(
                 loss=result.loss,
                 ce=result.ce,
-                divergence=result.divergence,
+                divergence=result.divergence if alpha else None,
                 alpha=alpha,
                 temperature=temperature,
                 learning_rate=rate,
                 gradient_norm=result.gradient_norm,
                 skipped=result.skipped,
-                tokens_per_second=speed,
-                mfu=_mfu(job, speed * flops / tokens),
-                seconds=seconds,
+                tflops_per_rank=speed / 1e12,
+                mfu=_share_of_peak(job, speed),
+                memory_bytes=memory[0],
+                peak_memory_bytes=memory[1],
+                **asdict(lap),
             ),
         )
     # A step that was skipped has left the weights as they were, whatever its loss.
@@ -224,24 +233,6 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     return replace(state, evaluated_step=step)
 
 
-class Stopwatch:
-    """Seconds and tokens per second since the last lap."""
-
-    def __init__(self, tokens: int) -> None:
-        self.restart(tokens)
-
-    def restart(self, tokens: int) -> None:
-        """Start a lap at ``tokens``, so that the time since the last lap (saving, evaluation) is not counted."""
-        self._time, self._tokens = time.perf_counter(), tokens
-
-    def lap(self, tokens: int) -> tuple[float, float]:
-        """Seconds since the lap started and tokens per second in it. Starts the next lap."""
-        seconds = time.perf_counter() - self._time
-        speed = (tokens - self._tokens) / seconds
-        self.restart(tokens)
-        return seconds, speed
-
-
 def _feed(job: Job, state: TrainingState) -> Batches:
     if not job.engine.reads_data:
         return iter(())
@@ -249,9 +240,9 @@ def _feed(job: Job, state: TrainingState) -> Batches:
     return batches(job.data.train, first, job.run.batch, job.engine.data_parallel_rank, job.run.layout.data_parallel)
 
 
-def _mfu(job: Job, flops_per_second: float) -> float | None:
+def _share_of_peak(job: Job, flops_per_second: float) -> float | None:
     peak = job.costs.peak
-    return None if peak is None else flops_per_second / (peak.flops_per_second * job.run.layout.world_size)
+    return None if peak is None else flops_per_second / peak.flops_per_second
 
 
 def _diverged(job: Job, state: TrainingState, problem: str) -> DivergedError:

@@ -22,7 +22,8 @@ class Position:
     """Where a run stands after ``step`` optimizer steps of its schedule.
 
     ``consumed_samples`` and ``tokens`` count from step 0 of the schedule, like ``step``. ``flops`` are all that this run has
-    spent, the teacher's included. ``stage`` is the number of times that its model has grown.
+    spent, the teacher's included. ``stage`` is the number of times that its model has grown. ``skipped_steps`` counts the
+    steps so far whose gradients were not finite.
     """
 
     step: int = 0
@@ -30,26 +31,35 @@ class Position:
     tokens: int = 0
     flops: float = 0.0
     stage: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRow:
-    """One logged step: its own loss (not an average), and the speed since the last logged step.
+    """One logged step: its own loss (not an average), and what rank 0 measured since the last logged step.
 
-    ``mfu`` is None if the device's peak is not known.
+    ``divergence`` is the student's distance to the teacher in nats per token at ``temperature``, before its factors a T^2.
+    None if the teacher was not asked (``alpha`` 0). ``tflops_per_rank`` is TFLOP/s of one process, and ``mfu`` their share of
+    its device's peak, None if that is not known. ``data_seconds`` is the part of ``seconds`` (the steps' time) that waited for
+    batches. ``save_seconds`` was spent on saving besides. Memory is in bytes.
     """
 
     loss: float
     ce: float
-    divergence: float
+    divergence: float | None
     alpha: float
     temperature: float
     learning_rate: float
     gradient_norm: float
     skipped: bool
     tokens_per_second: float
+    tflops_per_rank: float
     mfu: float | None
     seconds: float
+    data_seconds: float
+    save_seconds: float
+    memory_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,17 @@ class RollBackRow:
 
 
 Row = TrainRow | EvaluationRow | GrowthRow | RollBackRow
-TIMINGS = ("tokens_per_second", "mfu", "seconds")
+# What is measured on the machine, in which equal runs differ.
+TIMINGS = (
+    "tokens_per_second",
+    "tflops_per_rank",
+    "mfu",
+    "seconds",
+    "data_seconds",
+    "save_seconds",
+    "memory_bytes",
+    "peak_memory_bytes",
+)
 KINDS: dict[type, str] = {
     TrainRow: "train",
     EvaluationRow: "evaluation",
@@ -122,6 +142,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise CheckpointError(damage)
 
     return list(_rows(path, refuse))
+
+
+def read_damaged_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the valid rows of a metrics file, and what is wrong with each of its other lines."""
+    damages: list[str] = []
+    return list(_rows(path, damages.append)), damages
 
 
 def _rows(path: Path, on_damage: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""What a run shows: metrics.jsonl, tensorboard and the console. Only rank 0 has a monitor; other ranks are silent."""
+"""What a run shows: metrics.jsonl, boards and the console. Only rank 0 has a monitor; other ranks are silent."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -11,6 +12,8 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from incr_ds.config.training import WandbSettings
+from incr_ds.train.boards import Board, TensorBoard, WandbBoard
 from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, RollBackRow, Row, TrainRow, row
 
 
@@ -58,7 +61,10 @@ class Silence:
 
 
 class RunMonitor:
-    """Writes metrics.jsonl, and tensorboard if wanted. Shows a progress bar on a terminal, otherwise plain lines."""
+    """Writes metrics.jsonl, and what the run file asks for: TensorBoard, Weights & Biases.
+
+    Shows a progress bar on a terminal, otherwise plain lines.
+    """
 
     def __init__(
         self,
@@ -68,10 +74,13 @@ class RunMonitor:
         train_steps: int,
         tensorboard: bool,
         evaluated_step: int | None = None,
+        wandb: WandbSettings | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        """``resumed`` and ``evaluated_step`` are as in MetricsFile; ``config`` is the run file's content, for the board."""
         self._console = Console(soft_wrap=True, highlight=False)
-        self._output, self._tensorboard = output, tensorboard
-        self._open(resumed, evaluated_step)
+        self._output = output
+        resumed_step = None if resumed is None else resumed.step
         self._progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -82,14 +91,18 @@ class RunMonitor:
             disable=not self._console.is_terminal,
         )
         self._train_steps = train_steps
-        self._task = self._progress.add_task("", total=train_steps, completed=0 if resumed is None else resumed.step)
+        self._task = self._progress.add_task("", total=train_steps, completed=resumed_step or 0)
+        self._boards: list[Board] = []
+        if wandb is not None:  # first, since it may refuse, and no file is open yet
+            self._boards.append(WandbBoard(output, wandb, config or {}, resumes=resumed is not None, say=self.say))
+        if tensorboard:
+            self._boards.append(TensorBoard(output / "tensorboard", resumed_step))
+        self._open(resumed, evaluated_step)
 
     def _open(self, resumed: Position | None, evaluated_step: int | None) -> None:
         self._metrics = MetricsFile(
             self._output, resumed, lambda text: self._console.print(text, markup=False), evaluated_step=evaluated_step
         )
-        step = None if resumed is None else resumed.step
-        self._board = _open_board(self._output / "tensorboard", step) if self._tensorboard else None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -99,24 +112,23 @@ class RunMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._close()
-
-    def _close(self) -> None:
         self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=error is not None)
 
     def rewind(self, position: Position, evaluated_step: int) -> None:
         """Drop what was recorded after ``position``, and evaluations after ``evaluated_step``."""
-        self._close()
+        self._metrics.close()
         self._open(position, evaluated_step)
+        for board in self._boards:
+            board.rewind(position.step)
 
     def record(self, position: Position, values: Row) -> None:
         """Store and show one row."""
         content = row(position, values)
         self._metrics.append(content)
-        if self._board is not None:
-            _write_board(self._board, content)
+        for board in self._boards:
+            board.write(content)
         if isinstance(values, TrainRow):
             self._progress.update(self._task, completed=position.step, description=f"loss {values.loss:.4f}")
         self.say(f"step {position.step:>{len(str(self._train_steps))}}/{self._train_steps}  {_line(values)}")
@@ -127,20 +139,6 @@ class RunMonitor:
             self._progress.console.print(text, markup=False)
         except BrokenPipeError:
             sys.stdout = self._console.file = open(os.devnull, "w", encoding="utf-8")
-
-
-def _open_board(folder: Path, resumed_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
-
-
-def _write_board(board: Any, content: dict[str, Any]) -> None:
-    for name, value in content.items():
-        if isinstance(value, str) and name != "kind":
-            board.add_text(f"{content['kind']}/{name}", value, content["step"])
-        elif name not in ("kind", "step") and value is not None:
-            board.add_scalar(f"{content['kind']}/{name}", value, content["step"])
 
 
 def _line(values: Row) -> str:

@@ -26,6 +26,8 @@ from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.launch.stages import Stage, plan_stages, stage_lines
+from incr_ds.report.history import note_end, note_start
+from incr_ds.report.run_report import REPORT, write_report
 from incr_ds.train.checkpoints import TrainingState, newest_complete, remove_unfinished, saved_state
 from incr_ds.train.distributed import end_processes
 from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
@@ -102,8 +104,10 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
             stage = session.stages[number]
             try:
                 outcome = _train_stage(session, stage, state, newest, monitor)
-            except DivergedError as error:
+            except DivergedError as error:  # on all ranks
                 if not may_roll_back(session.run, error):
+                    _note_end(monitor(), session, f"diverged: {error}", is_over=True)
+                    together()
                     raise
                 state, newest = _roll_back(session, error, monitor()), error.healthy
                 number = _next_stage(session, state)
@@ -114,7 +118,8 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
             is_last = stage is session.stages[-1]
             stopped = outcome.stopped or (not is_last and any_rank(bool(session.stop.reason)))
             if stopped or is_last:
-                _say_end(monitor(), session, replace(outcome, stopped=stopped))
+                end = _say_end(monitor(), session, replace(outcome, stopped=stopped))
+                _note_end(monitor(), session, end, is_over=not stopped)
                 break
             number += 1
         together()  # a launcher ends all ranks after the first, so none may end before all have closed their files
@@ -244,13 +249,27 @@ def _next_stage(session: Session, state: TrainingState) -> int:
 
 
 def open_monitor(run: RunSettings, resumed: TrainingState | None) -> Monitor:
-    """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes."""
-    if not is_first_rank():
-        return Silence()
-    steps = run.schedule.last_step
+    """The monitor of this rank: rank 0 records and prints, the others are silent. ``resumed`` is where the run resumes.
+
+    If rank 0 cannot open it, all ranks raise the error.
+    """
+    opened: list[Monitor] = []
+    on_rank_zero(lambda: opened.append(_run_monitor(run, resumed)))
+    return opened[0] if opened else Silence()
+
+
+def _run_monitor(run: RunSettings, resumed: TrainingState | None) -> RunMonitor:
+    content = run.model_dump(mode="json")
+    note_start(Path(run.output), content)
     position, evaluated = (None, None) if resumed is None else (resumed.position, resumed.evaluated_step)
     return RunMonitor(
-        Path(run.output), resumed=position, evaluated_step=evaluated, train_steps=steps, tensorboard=run.tensorboard
+        Path(run.output),
+        resumed=position,
+        evaluated_step=evaluated,
+        train_steps=run.schedule.last_step,
+        tensorboard=run.tensorboard,
+        wandb=run.wandb,
+        config=content,
     )
 
 
@@ -304,11 +323,30 @@ def _say_start(job: Job, description: str) -> None:
         job.monitor.say(f"mfu is relative to {peak.flops_per_second / 1e12:,.0f} TFLOP/s per process ({peak.origin})")
 
 
-def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> None:
+def _say_end(monitor: Monitor, session: Session, outcome: Outcome) -> str:
+    """Show how the run ended. Returns it in short."""
     position, checkpoint = outcome.position, outcome.checkpoint
     reason = session.stop.reason or "another rank's request"
+    end = f"{f'stopped by {reason}' if outcome.stopped else 'finished'} after step {position.step}"
     monitor.say(
-        f"{f'stopped by {reason}' if outcome.stopped else 'finished'} after step {position.step} of "
-        f"{session.run.schedule.last_step}: {position.tokens:,} tokens, {position.flops:.3e} FLOPs; "
+        f"{end} of {session.run.schedule.last_step}: {position.tokens:,} tokens, {position.flops:.3e} FLOPs; "
         f"{f'checkpoint {checkpoint}' if checkpoint else 'nothing to save yet'}"
     )
+    return end
+
+
+def _note_end(monitor: Monitor, session: Session, end: str, *, is_over: bool) -> None:
+    """Keep how the run ended, and write its report if it is over. A report that cannot be written changes nothing else.
+
+    A run that was asked to stop has little time left. It ends at once, and tools/report.py can write its report.
+    """
+    output = Path(session.run.output)
+    if not is_first_rank():
+        return
+    try:
+        note_end(output, end)
+        if session.run.report and is_over:
+            write_report([output], output / REPORT)
+            monitor.say(f"report: {output / REPORT}")
+    except Exception as error:
+        monitor.say(f"{output / REPORT}: not written ({error}); tools/report.py {output} writes it")

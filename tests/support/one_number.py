@@ -98,6 +98,7 @@ def settings(world, output, **changes):
         "divergence": {"max_loss_rise": None},  # the number goes up and down
         "log_interval": 1,
         "tensorboard": False,
+        "report": False,
     }
     return parse_settings(content | changes, RunSettings, "test")
 

@@ -9,14 +9,15 @@ from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.errors import CheckpointError
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train.flops import device_peak
-from incr_ds.train.metrics import EvaluationRow, GrowthRow, MetricsFile, Position, TrainRow, read_metrics, row
+from incr_ds.train.metrics import TIMINGS, EvaluationRow, GrowthRow, MetricsFile, Position, TrainRow, read_metrics, row
 from incr_ds.train.monitoring import RunMonitor
 
 
 def train_row(loss):
     return TrainRow(
         loss=loss, ce=loss, divergence=0.5, alpha=0.25, temperature=1.0, learning_rate=1e-3, gradient_norm=2.0,
-        skipped=False, tokens_per_second=100.0, mfu=0.5, seconds=1.0,
+        skipped=False, tokens_per_second=100.0, tflops_per_rank=0.25, mfu=0.5, seconds=1.0, data_seconds=0.125,
+        save_seconds=2.0, memory_bytes=1 << 20, peak_memory_bytes=1 << 21,
     )  # fmt: skip
 
 
@@ -92,9 +93,13 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path):
 
 
 def test_the_keys_of_a_row_are_public():
-    position = ["kind", "step", "consumed_samples", "tokens", "flops", "stage"]
+    position = ["kind", "step", "consumed_samples", "tokens", "flops", "stage", "skipped_steps"]
     train = ["loss", "ce", "divergence", "alpha", "temperature", "learning_rate", "gradient_norm", "skipped"]
-    assert list(row(Position(), train_row(1.0))) == [*position, *train, "tokens_per_second", "mfu", "seconds"]
+    assert list(row(Position(), train_row(1.0))) == [*position, *train, *TIMINGS]
+    assert TIMINGS == (
+        "tokens_per_second", "tflops_per_rank", "mfu", "seconds", "data_seconds", "save_seconds",
+        "memory_bytes", "peak_memory_bytes",
+    )  # fmt: skip
     assert list(row(Position(), held_out(1.0))) == [*position, "loss", "perplexity", "bits_per_byte", "seconds"]
 
 

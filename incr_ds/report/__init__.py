@@ -1,0 +1,1 @@
+"""Pages that show what a run or a study did: one self-contained HTML file each."""
