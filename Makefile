@@ -1,17 +1,19 @@
-# Every target sets up what it needs: a .venv made by make, with the tested versions of constraints.txt.
+# Every target sets up what it needs: a .venv made by make, with the tested versions of constraints.txt. Training needs less
+# than the tests, and so the quickstart does not wait for their packages.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: quickstart study-small test test-slow test-triton test-deepspeed check lint types setup clean
+.PHONY: quickstart study-small test test-slow faults test-triton test-deepspeed check lint types setup clean
 
-quickstart: $(READY)
+quickstart: $(RUNS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
 
 # A slice of the growth study, at most 30 minutes.
-study-small: $(READY)
+study-small: $(RUNS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/study_text.sh
 	DS_ACCELERATOR=cpu $(BIN)/python tools/growth_study.py --config ds_configs/studies/small.yaml
 
@@ -20,6 +22,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow --timeout=1800
+
+# Kills, damaged files and bad input; writes docs/results/faults.md.
+faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --timeout=5400 --faults-report docs/results
 
 # The kernels under the other Triton versions that users have: 3.6.0 with torch 2.11, and the newest.
 test-triton: $(READY)
@@ -48,9 +54,13 @@ types: $(READY)
 
 setup: $(READY)
 
-$(READY): setup.py constraints.txt
+$(RUNS): setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11, or name one with make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train]"
+	touch $(RUNS)
+
+$(READY): $(RUNS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
 	touch $(READY)
 
