@@ -258,9 +258,9 @@ class WandbSettings(Settings):
 class RunSettings(Settings):
     """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
 
-    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A run that makes no progress
-    for ``watchdog_seconds`` writes all stacks of all ranks and ends; null lets it wait. ``report`` writes report.html when
-    the run is finished or has diverged.
+    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A rank whose own work takes
+    ``slow_rank_ratio`` times the usual one's is named. A run that makes no progress for ``watchdog_seconds`` writes all
+    stacks of all ranks and ends; null lets it wait. ``report`` writes report.html when the run ends.
     """
 
     output: str
@@ -281,6 +281,7 @@ class RunSettings(Settings):
     divergence: DivergenceSettings = DivergenceSettings()
     deepspeed: str | None = None
     peak_flops: float | None = Field(default=None, gt=0.0)
+    slow_rank_ratio: float = Field(default=1.5, gt=1.0)
     watchdog_seconds: float | None = Field(default=3600.0, gt=0.0)
     log_interval: int = Field(default=10, ge=1)
     tensorboard: bool = True

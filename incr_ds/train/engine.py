@@ -36,6 +36,7 @@ from incr_ds.train.moments import fill_optimizer
 from incr_ds.train.optimizer import adapt_steps, build_adamw
 from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.releasing import forget_modules
+from incr_ds.train.skew import ForwardClock, has_own_work
 from incr_ds.train.writer import install_writer
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
@@ -115,6 +116,7 @@ class TrainingEngine:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
         self._shards, self._trained = model.shards, trained
+        self._clock = ForwardClock(engine.module) if has_own_work(run.layout) else None
         self._writer = install_writer(engine, background=run.checkpoint.background)
         self._multipliers = [group["multipliers"]["lr"] for group in engine.optimizer.param_groups]
 
@@ -172,6 +174,15 @@ class TrainingEngine:
         """
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
         self._writer.check()
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage."""
+        return int(self._grid.get_stage_id())
+
+    def forward_seconds(self) -> float | None:
+        """Mean seconds of a step's forward passes since the last call. None if they wait for other ranks (train/skew.py)."""
+        return None if self._clock is None else self._clock.take() * self._run.accumulation_steps
 
     @property
     def is_writing(self) -> bool:

@@ -29,11 +29,12 @@ from incr_ds.train.health import after_step, divergence
 from incr_ds.train.inputs import Data
 from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
 from incr_ds.train.monitoring import Monitor
-from incr_ds.train.ranks import any_rank, on_rank_zero
+from incr_ds.train.ranks import all_ranks, any_rank, on_rank_zero
 from incr_ds.train.recovery import DivergedError, next_sample
 from incr_ds.train.saving import Saver
 from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed, steps_taught
-from incr_ds.train.stopwatch import Stopwatch, memory_bytes
+from incr_ds.train.skew import OwnWork, Skew, host, skew
+from incr_ds.train.stopwatch import Lap, Stopwatch, memory_bytes
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -183,6 +184,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
         job.monitor.say(_bad_batch(job, state, result))
     if result.skipped or after.step in edges or after.step % run.log_interval == 0:
         lap, memory = watch.lap(after.tokens), memory_bytes()
+        slow = _skew(job, lap, after.step)
         speed = lap.tokens_per_second * flops / tokens / run.layout.world_size  # of one process, in FLOP/s
         job.monitor.record(
             after,
@@ -199,6 +201,8 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 mfu=_share_of_peak(job, speed),
                 memory_bytes=memory[0],
                 peak_memory_bytes=memory[1],
+                slowest_rank=None if slow is None else slow.slowest.rank,
+                slowest_ratio=None if slow is None else slow.ratio,
                 **asdict(lap),
             ),
         )
@@ -238,6 +242,20 @@ def _feed(job: Job, state: TrainingState) -> Batches:
         return iter(())
     first = next_sample(job.run, state)
     return batches(job.data.train, first, job.run.batch, job.engine.data_parallel_rank, job.run.layout.data_parallel)
+
+
+def _skew(job: Job, lap: Lap, step: int) -> Skew | None:
+    """Compare the ranks' own work since the last lap, and name one that delays the others. All ranks call this."""
+    forward, ranks = job.engine.forward_seconds(), all_ranks()
+    if forward is None:
+        return None
+    batch = job.run.batch
+    steps = lap.tokens_per_second * lap.seconds / (batch.global_batch_size * batch.sequence_length)
+    mine = OwnWork(ranks.rank, host(), job.engine.stage, forward + lap.data_seconds / steps)
+    found = skew(ranks.gather(mine), lap.seconds / steps, job.run.slow_rank_ratio)
+    if found.counts:
+        job.monitor.say(f"step {step}: {found}")
+    return found
 
 
 def _share_of_peak(job: Job, flops_per_second: float) -> float | None:

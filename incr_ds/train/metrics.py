@@ -41,7 +41,8 @@ class TrainRow:
     ``divergence`` is the student's distance to the teacher in nats per token at ``temperature``, before its factors a T^2.
     None if the teacher was not asked (``alpha`` 0). ``tflops_per_rank`` is TFLOP/s of one process, and ``mfu`` their share of
     its device's peak, None if that is not known. ``data_seconds`` is the part of ``seconds`` (the steps' time) that waited for
-    batches. ``save_seconds`` was spent on saving besides. Memory is in bytes.
+    batches. ``save_seconds`` was spent on saving besides. Memory is in bytes. ``slowest_ratio`` is the time of the
+    slowest rank's own work over the median rank's, None if it is not measured (train/skew.py).
     """
 
     loss: float
@@ -60,6 +61,8 @@ class TrainRow:
     save_seconds: float
     memory_bytes: int
     peak_memory_bytes: int
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,8 @@ TIMINGS = (
     "seconds",
     "data_seconds",
     "save_seconds",
+    "slowest_rank",
+    "slowest_ratio",
     "memory_bytes",
     "peak_memory_bytes",
 )

@@ -54,6 +54,9 @@ class OneNumber:
 
     is_writing = False
 
+    def forward_seconds(self):
+        return None
+
     def finish_save(self):
         return {}
 
