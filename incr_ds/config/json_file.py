@@ -104,12 +104,12 @@ def regular_bytes(path: Path, most: int | None = None) -> bytes:
 def open_regular(path: Path) -> FileIO:
     """Open a regular file for reading. Raises ValueError for any other kind of file, and OSError."""
     # Without O_NONBLOCK, opening a pipe blocks until another process opens it for writing.
-    stream = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    kind = stat.S_IFMT(os.fstat(stream.fileno()).st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
-        stream.close()
+        os.close(descriptor)
         raise ValueError(f"{_KINDS.get(kind, 'a special file')}, not a regular file")
-    return stream
+    return FileIO(descriptor, "rb")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
 def _local_checks(run: RunSettings) -> list[Callable[[], object]]:
     """Checks whose result depends on the machine."""
     prefixes = [corpus.prefix for corpus in run.data.train]
-    prefixes += [str(run.data.validation)] if run.evaluation else []
+    prefixes += run.data.held_out.values() if run.evaluation else []
     return [
         partial(require, "deepspeed", "megatron.core", "tensorboard"),
         partial(_check_folders, run),

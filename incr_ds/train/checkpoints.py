@@ -30,6 +30,7 @@ from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.mixture import PastMix
 from incr_ds.errors import CheckpointError
 from incr_ds.train.hashing import digests_together, verify_together
 from incr_ds.train.health import Health
@@ -53,7 +54,8 @@ class SavingEngine(Protocol):
 class TrainingState:
     """What a run needs, besides model and optimizer, to continue as if it had not stopped.
 
-    ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set.
+    ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set, and
+    ``past_mixes`` are the mixes of training data that the run has read before its present one.
     """
 
     position: Position
@@ -61,6 +63,7 @@ class TrainingState:
     data: Mapping[str, str]
     settings: Mapping[str, Any]
     health: Health = Health()
+    past_mixes: tuple[PastMix, ...] = ()
 
 
 def save_checkpoint(

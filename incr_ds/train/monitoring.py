@@ -117,11 +117,15 @@ def _open_board(folder: Path, resumed_step: int | None) -> Any:
 
 
 def _write_board(board: Any, content: dict[str, Any]) -> None:
-    for name, value in content.items():
-        if isinstance(value, str) and name != "kind":
-            board.add_text(f"{content['kind']}/{name}", value, content["step"])
-        elif name not in ("kind", "step") and value is not None:
-            board.add_scalar(f"{content['kind']}/{name}", value, content["step"])
+    kind, step = content["kind"], content["step"]
+    values = {f"{kind}/{name}": value for name, value in content.items() if name not in ("kind", "step", "sets")}
+    for name, found in content.get("sets", {}).items():
+        values |= {f"{kind}/{name}/{key}": value for key, value in found.items()}
+    for tag, value in values.items():
+        if isinstance(value, str):
+            board.add_text(tag, value, step)
+        elif value is not None:
+            board.add_scalar(tag, value, step)
 
 
 def _line(values: Row) -> str:
@@ -141,7 +145,8 @@ def _train_line(values: TrainRow) -> str:
 
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
-    return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"
+    sets = ", ".join(f"{name} {found.loss:.4f}" for name, found in values.sets.items())
+    return f"held-out loss {values.loss:.4f}{f' ({sets})' if sets else ''}  perplexity {values.perplexity:.2f}{bits}"
 
 
 def _growth_line(values: GrowthRow) -> str:
