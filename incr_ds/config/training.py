@@ -188,13 +188,15 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class DataSettings(Settings):
     """Training and held-out data, and the tokenizer folder that made them.
 
-    ``validation`` is the prefix of a data set, or the prefixes of several by a name of their own.
+    ``validation`` is the prefix of a data set, or the prefixes of several by a name of their own. With
+    ``reset_at_document_end``, a token attends to its own document only, and positions start at 0 in each document.
     """
 
     train: list[CorpusSettings] = Field(min_length=1)
     validation: str | Annotated[dict[SetName, str], Field(min_length=1)] | None = None
     tokenizer: str | None = None
     start_sample: int = Field(default=0, ge=0)
+    reset_at_document_end: bool = False
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -310,6 +312,17 @@ class RunSettings(Settings):
                 f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
                 f"{per_pass}; nearest: {nearest}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_fit(self) -> Self:
+        if self.data.reset_at_document_end:
+            if self.model.attention == "cudnn":
+                raise ValueError("data.reset_at_document_end does not work with model.attention: cudnn; set sdpa")
+            if self.model.layer_kernels == "liger":
+                raise ValueError(
+                    "data.reset_at_document_end does not work with model.layer_kernels: liger; set transformers"
+                )
         return self
 
     @model_validator(mode="after")

@@ -18,30 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import xxhash
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import TypeAdapter
 
-from incr_ds.config.fields import parse_settings
 from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.data.corpus_workspace import corpus_workspace, is_finished, publish_files
 from incr_ds.data.documents import Batch, NotText, Place, check_readers, documents_of, read_batches
-from incr_ds.data.encoding import SPLITS, Encoding, encode_in_order, is_held_out
-from incr_ds.data.selection import CorpusRequest, Selection, select_files
+from incr_ds.data.encoding import Encoding, encode_in_order, is_held_out
+from incr_ds.data.selection import SPLITS, CorpusRequest, Selection, select_files
 from incr_ds.data.token_files import Counts, TokenFiles
 from incr_ds.data.tokenizer import TRAIN_PREFIX, TextEncoder, open_encoder, train_sentencepiece
 from incr_ds.errors import ConfigError
 
 Report = Callable[[str, int, int], None]
-
-
-class _Counts(BaseModel):
-    tokens: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-
-
-class _StoredFacts(BaseModel):
-    """The part of PREFIX_facts.json that is read again."""
-
-    splits: dict[str, _Counts]
 
 
 @dataclass(frozen=True)
@@ -74,21 +62,6 @@ class CorpusFacts:
     left_out_bytes: int
     not_text: tuple[str, ...]
     splits: dict[str, SplitFacts]
-
-
-def tokens_per_byte(data_prefix: str) -> float | None:
-    """Tokens per byte of text in a data set that was prepared here; None if it was prepared elsewhere.
-
-    ``loss / ln 2 * tokens_per_byte`` is bits per byte, which makes tokenizers comparable.
-    """
-    for split in SPLITS:
-        ending = f"_{split}_text_document"
-        path = Path(data_prefix.removesuffix(ending) + "_facts.json")
-        if data_prefix.endswith(ending) and path.is_file():
-            facts = parse_settings(read_json(path, ConfigError), _StoredFacts, str(path))
-            if split in facts.splits:
-                return facts.splits[split].tokens / facts.splits[split].bytes
-    return None
 
 
 def prepare_corpus(request: CorpusRequest, report: Report | None = None) -> CorpusFacts:

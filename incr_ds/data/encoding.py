@@ -17,10 +17,10 @@ import numpy as np
 import xxhash
 
 from incr_ds.data.documents import Batch, NotText, Place, documents_of
+from incr_ds.data.selection import SPLITS
 from incr_ds.data.tokenizer import TextEncoder
 from incr_ds.errors import IncrError
 
-SPLITS = ("train", "validation")
 BATCHES_AHEAD = 3  # of each worker, so that none waits for the reader
 
 

@@ -13,6 +13,7 @@ import xxhash
 from incr_ds.config.json_file import read_json
 from incr_ds.errors import ConfigError
 
+SPLITS = ("train", "validation")
 TEXT = ("*.py", "*.txt", "*.md", "*.jsonl")
 COMPRESSED = tuple(f"*{ending}{packed}" for ending in (".txt", ".jsonl", ".json") for packed in (".gz", ".zst"))
 TABLES = ("*.parquet", "*.arrow")

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.config.json_file import LARGE, file_blocks, read_json
 from incr_ds.data.documents import Place
-from incr_ds.data.encoding import SPLITS, EncodedBatch
+from incr_ds.data.encoding import EncodedBatch
 from incr_ds.data.index_file import write_index
+from incr_ds.data.selection import SPLITS
 from incr_ds.errors import ConfigError
 
 PROGRESS = "progress.json"

@@ -14,6 +14,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.facts import document_end
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.launch.deepspeed_config import deepspeed_config
@@ -93,6 +94,7 @@ def _local_checks(run: RunSettings) -> list[Callable[[], object]]:
         partial(require, "deepspeed", "megatron.core", "tensorboard"),
         partial(_check_folders, run),
         partial(_check_output, run.output),
+        partial(document_end, run),
         *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),
     ]
 

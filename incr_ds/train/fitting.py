@@ -65,6 +65,8 @@ def fit_growth(run: RunSettings, report: Report) -> Fit:
             "fit_growth: the run file must have model.initialize_from: {source, recipe}, the growth to fit, and evaluation with "
             "data.validation, by which it is judged."
         )
+    if run.data.reset_at_document_end:
+        raise ConfigError("fit_growth: data.reset_at_document_end is not supported here; remove it from this run file.")
     if run.layout.world_size > 1:
         raise ConfigError("fit_growth: runs in one process; set all degrees of layout to 1.")
     recipe = load_settings(Path(growth.recipe), GrowthRecipe).model_copy(update={"fitted": None})

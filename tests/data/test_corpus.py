@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from incr_ds.data.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
+from incr_ds.data.corpus import CorpusRequest, is_held_out, prepare_corpus
+from incr_ds.data.facts import tokens_per_byte
 from incr_ds.data.megatron import IndexedDataset
 from incr_ds.data.tokenizer import TRAINING_CHUNKS, encode_documents, train_sentencepiece
 from incr_ds.errors import ConfigError

@@ -142,6 +142,12 @@ def test_files_are_read_in_path_order_and_a_saved_data_set_in_its_own(tmp_path: 
     assert found == [*TEXTS[:100], "last", *TEXTS[166:200], *TEXTS[133:166], *TEXTS[100:133]]
 
 
+def test_a_folder_that_datasets_wrote_is_read():
+    """saved_by_datasets is what save_to_disk of datasets 5.2.0 wrote for these texts."""
+    texts = [f"doc {number} é\n" * (number % 5 + 1) for number in range(5)]
+    assert read(selected(Path(__file__).parent / "saved_by_datasets"))[0] == texts
+
+
 def test_the_key_may_be_another(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(as_lines(TEXTS[:3], "content"))
     pq.write_table(table(TEXTS[3:6], "content"), tmp_path / "b.parquet")

@@ -87,6 +87,16 @@ def test_any_number_of_workers_gives_the_same_bytes(home, tmp_path: Path, monkey
     assert contents(tmp_path) == contents(home / "out")
 
 
+def test_progress_rises_and_ends_once(home, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(documents, "BATCH_BYTES", 200)
+    reported = []
+    prepare_corpus(request(home, output=tmp_path / "code"), lambda *report: reported.append(report))
+    total = sum(path.stat().st_size for path in (home / "texts").rglob("*") if path.is_file())
+    for phase in ("reading bytes for the tokenizer", "tokenizing bytes of input"):
+        done = [now for name, now, whole in reported if name == phase and whole == total]
+        assert len(done) > 9 and done == sorted(done) and done.index(total) == len(done) - 1, phase
+
+
 @pytest.mark.parametrize("kind", ["x.jsonl.gz", "x.json.zst", "x.parquet", "file.arrow", "saved"])
 def test_any_kind_of_file_gives_the_bytes_of_its_json_lines(home, tmp_path: Path, kind):
     tokenizer = str(home / "out" / "code_tokenizer")
