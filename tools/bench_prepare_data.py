@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -26,11 +27,11 @@ from incr_ds.testing.contest import Contestant, Result, race
 
 TOOLS = Path(__file__).resolve().parent
 RIVAL = (
-    "megatron-core's method: its package has no tools/preprocess_data.py, so this is the loop of that tool written here: a "
+    "megatron-core's method: its package has no preprocess_data.py, so this is the loop of that tool written here: a "
     "multiprocessing.Pool whose workers open the tokenizer, imap over the lines with chunks of 32, one document at a time "
     "through transformers' tokenizer, and megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder in the main process"
 )
-HEADINGS = ("tokenizer", "program", "seconds", "start-up", "MB/s", "MB/s after start-up", "peak anonymous MiB")
+HEADINGS = ("tokenizer", "program", "seconds", "MB/s", "CPU s", "of it start-up", "MB per CPU s after it", "peak MiB")
 CHUNK = 32  # lines that its pool hands out at once
 SPECIAL = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 SAMPLE = 4_000_000  # characters that the tokenizers are trained on
@@ -162,20 +163,32 @@ def _summary(
     for result in found:
         program, _, label = result.name.rpartition(", ")
         if label != "start-up":
-            start = by_name[f"{program}, start-up"].seconds
+            start = by_name[f"{program}, start-up"]
             rows.append(
                 {
                     "program": result.name,
                     "seconds": result.seconds,
-                    "start_up_seconds": start,
                     "bytes_per_second": num_bytes / result.seconds,
-                    "bytes_per_second_after_start_up": num_bytes / (result.seconds - start),
+                    "start_up_seconds": start.seconds,
+                    "cpu_seconds": result.cpu_seconds,
+                    "start_up_cpu_seconds": start.cpu_seconds,
+                    "bytes_per_cpu_second_after_start_up": num_bytes / (result.cpu_seconds - start.cpu_seconds),
                     "peak_anonymous_bytes": result.peak,
                 }
             )
-    speed = {row["program"]: row["bytes_per_second_after_start_up"] for row in rows}
-    ratios = {str(n): speed[f"incr_ds, {n} workers"] / speed[f"megatron-core's method, {n} workers"] for n in workers}
-    return {"tokenizer": tokenizer, "same_bytes": equal, "programs": rows, "speed_relative_to_rival_by_workers": ratios}
+    ratios = {
+        key: {str(n): _ratio(rows, key, n) for n in workers}
+        for key in ("bytes_per_second", "bytes_per_cpu_second_after_start_up")
+    }
+    return {"tokenizer": tokenizer, "same_bytes": equal, "programs": rows, "relative_to_rival_by_workers": ratios}
+
+
+def _ratio(rows: Sequence[Mapping[str, Any]], key: str, workers: int) -> float:
+    ours, theirs = (
+        next(row[key] for row in rows if row["program"] == f"{program}, {workers} workers")
+        for program in ("incr_ds", "megatron-core's method")
+    )
+    return float(ours / theirs)
 
 
 def machine() -> dict[str, Any]:
@@ -192,13 +205,14 @@ def machine() -> dict[str, Any]:
 
 
 def _cells(tokenizer: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    rates = (row["bytes_per_second"], row["bytes_per_second_after_start_up"])
     return (
         tokenizer,
         row["program"],
         f"{row['seconds']:.2f}",
-        f"{row['start_up_seconds']:.2f}",
-        *(f"{rate / 1e6:.2f}" for rate in rates),
+        f"{row['bytes_per_second'] / 1e6:.2f}",
+        f"{row['cpu_seconds']:.2f}",
+        f"{row['start_up_cpu_seconds']:.2f}",
+        f"{row['bytes_per_cpu_second_after_start_up'] / 1e6:.2f}",
         f"{row['peak_anonymous_bytes'] / (1 << 20):,.0f}",
     )
 
@@ -211,6 +225,7 @@ def _markdown(report: Mapping[str, Any], note: str) -> str:
         f"{text['bytes']:,} bytes of Python code in {text['documents']:,} documents (JSON lines), none of which has the text "
         f"of a special token. Medians of {report['rounds']} rounds in turns.",
         *([note] if note else []),
+        "Memory is summed over the processes of a program, so pages that forked workers share count in each.",
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
         "",
@@ -223,11 +238,21 @@ def _markdown(report: Mapping[str, Any], note: str) -> str:
         lines += ["| " + " | ".join(_cells(entry["tokenizer"], row)) + " |" for row in entry["programs"]]
     lines.append("")
     for entry in report["races"]:
-        ratios = entry["speed_relative_to_rival_by_workers"].items()
-        shown = ", ".join(f"{ratio:.2f} with {n} workers" for n, ratio in ratios)
         equal = "the same bytes" if entry["same_bytes"] else "other bytes"
-        lines.append(f"- {entry['tokenizer']}: {shown} times the rival's speed after start-up. Both write {equal}.")
-    return "\n".join(lines) + "\n"
+        ratios = entry["relative_to_rival_by_workers"]
+        whole, steady = (
+            ", ".join(f"{ratio:.2f} with {n} workers" for n, ratio in ratios[key].items()) for key in ratios
+        )
+        lines.append(
+            f"- {entry['tokenizer']}: relative to the rival's, the speed of the whole program is {whole}. Per CPU second after "
+            f"start-up it is {steady}. Both write {equal}."
+        )
+    return "".join(f"{_wrapped(line)}\n" for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    """A paragraph or an item of a list in lines of at most 119 characters. Rows of tables stay whole."""
+    return line if line.startswith("|") else fill(line, 119, subsequent_indent="  " if line.startswith("- ") else "")
 
 
 @command

@@ -187,7 +187,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
 
             def report(phase: str, done: int, total: int) -> None:
                 if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=total)
+                    tasks[phase] = bar.add_task(phase, total=total, completed=done)  # a resumed one begins late
                 bar.update(tasks[phase], completed=done)
 
             yield report

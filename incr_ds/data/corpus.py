@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.data.corpus_workspace import corpus_workspace, is_finished, publish_files
-from incr_ds.data.documents import Batch, NotText, Place, check_readers, documents_of, read_batches
+from incr_ds.data.documents import Batch, NotText, Place, check_readers, documents_of, most_batches, read_batches
 from incr_ds.data.encoding import Encoding, encode_in_order, is_held_out
 from incr_ds.data.selection import SPLITS, CorpusRequest, Selection, select_files
 from incr_ds.data.token_files import Counts, TokenFiles
@@ -129,7 +129,8 @@ def _tokenize(
 ) -> None:
     phase, total = "tokenizing bytes of input", selection.total_bytes
     batches = read_batches(selection, files.progress.place, request.text_key)
-    with files.open(), closing(encode_in_order(encoding, batches, request.workers)) as encoded:
+    workers = min(request.workers, most_batches(selection))  # starting many for little text takes longer than the text
+    with files.open(), closing(encode_in_order(encoding, batches, workers)) as encoded:
         for batch in encoded:
             for item in batch.not_text:
                 _refuse_named(item, request)

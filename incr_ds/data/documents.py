@@ -90,6 +90,11 @@ def read_batches(selection: Selection, start: Place, key: str) -> Iterator[Batch
         yield Batch(tuple(pieces), Place(len(selection.files)), before)
 
 
+def most_batches(selection: Selection) -> int:
+    """About the number of batches of the files, if they are not compressed."""
+    return 1 + selection.total_bytes // BATCH_BYTES
+
+
 def documents_of(piece: Piece, key: str) -> Iterator[str | NotText]:
     """The documents of a piece, empty ones left out. Raises ConfigError that names file, line or row, and what was found."""
     if isinstance(piece.content, list):
