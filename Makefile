@@ -61,7 +61,7 @@ $(RUNS): setup.py constraints.txt
 	touch $(RUNS)
 
 $(READY): $(RUNS)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,data,dev]"
 	touch $(READY)
 
 clean:

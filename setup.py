@@ -18,13 +18,15 @@ REQUIRES = [
     "psutil",
     "isal",
 ]
-# What a training run, data preparation and figures need beyond it; named in incr_ds/launch/packages.py, too.
+# What a training run, its data and figures need beyond it, and what data preparation needs for some kinds of files. Both are
+# named in incr_ds/launch/packages.py, too.
 TRAIN = [
     "deepspeed>=0.19.8,<0.20",
     "megatron-core==0.16.1",
     "matplotlib",
     "tensorboard",
 ]
+DATA = ["pyarrow>=18", "zstandard>=0.22"]
 LIGER = "liger-kernel>=0.8"
 EVAL = "lm-eval>=0.4.13"  # tasks for tools/evaluate.py
 WANDB = "wandb>=0.31"  # the key wandb of a run file
@@ -82,6 +84,13 @@ setup(
         "incr_ds.kernels": ["*.cu", "*.cuh"],
     },
     install_requires=REQUIRES,
-    extras_require={"train": TRAIN, "dev": DEV, "liger": [LIGER], "eval": [EVAL], "wandb": [WANDB]},
+    extras_require={
+        "train": TRAIN,
+        "data": DATA,
+        "dev": DEV,
+        "liger": [LIGER],
+        "eval": [EVAL],
+        "wandb": [WANDB],
+    },
     entry_points={"console_scripts": [f"{name} = incr_ds.cli.{module}:main" for name, module in COMMANDS.items()]},
 )

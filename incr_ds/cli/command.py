@@ -16,10 +16,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from incr_ds.errors import ConfigError, IncrError
-from incr_ds.launch.packages import missing_training_package
+from incr_ds.launch.packages import missing_package
 
 USER_MISTAKE = 2
 
@@ -65,7 +65,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
         try:
             _check_arguments(sys.argv[1:])
             _check_repeats(sys.argv[1:], app)
-            with _training_packages():
+            with _optional_packages():
                 try:
                     app()
                 finally:
@@ -81,12 +81,12 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
 
 @contextmanager
-def _training_packages() -> Iterator[None]:
-    """Raise ConfigError if an import needs the extra ``train``. Any other missing package is a defect."""
+def _optional_packages() -> Iterator[None]:
+    """Raise ConfigError if an import needs an extra of setup.py. Any other missing package is a defect."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (missing := missing_training_package(error)) is None:
+        if (missing := missing_package(error)) is None:
             raise
         raise missing from error
 
@@ -179,13 +179,15 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
     if quiet:
         yield None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as bar:
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=console
+        ) as bar:
             tasks: dict[str, Any] = {}
 
             def report(phase: str, done: int, total: int) -> None:
                 if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=total)
+                    tasks[phase] = bar.add_task(phase, total=total, completed=done)  # a resumed one begins late
                 bar.update(tasks[phase], completed=done)
 
             yield report

@@ -38,6 +38,8 @@ def show_dry_run(found: DryRun, *, json: bool) -> None:
         for note in part.notes:
             console.print(f"does not divide: {note}", markup=False)
     console.print(_run_table(found))
+    for use in found.data:
+        console.print(str(use), markup=False)
     for line in found.missing:
         console.print(f"not on this machine, and checked again when the run starts: {line}", markup=False)
     for line in ASSUMED:
@@ -161,6 +163,7 @@ def _content(found: DryRun) -> dict[str, Any]:
         "flops": found.flops,
         "largest_rank_bytes": max(largest(part).memory.total for part in found.parts),
         "checkpoints": asdict(found.disk),
+        "data": [asdict(use) for use in found.data],
         "assumed_speed": speed,
         "missing_here": list(found.missing),
         "assumptions": list(ASSUMED),

@@ -9,6 +9,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +92,24 @@ def file_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
 
 def regular_bytes(path: Path, most: int | None = None) -> bytes:
     """Read a regular file. Raises ValueError for any other kind of file or more than ``most`` bytes, and OSError."""
-    # Without O_NONBLOCK, opening a pipe blocks until another process opens it for writing.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            raise ValueError(f"{_KINDS.get(kind, 'a special file')}, not a regular file")
-        content = bytearray()
-        while block := os.read(descriptor, _BLOCK):
+    content = bytearray()
+    with open_regular(path) as stream:
+        while block := stream.read(_BLOCK):
             content += block
             if most is not None and len(content) > most:
                 raise ValueError(f"more than {most:,} bytes, the most that is read")
-    finally:
-        os.close(descriptor)
     return bytes(content)
+
+
+def open_regular(path: Path) -> FileIO:
+    """Open a regular file for reading. Raises ValueError for any other kind of file, and OSError."""
+    # Without O_NONBLOCK, opening a pipe blocks until another process opens it for writing.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise ValueError(f"{_KINDS.get(kind, 'a special file')}, not a regular file")
+    return FileIO(descriptor, "rb")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

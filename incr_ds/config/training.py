@@ -182,17 +182,32 @@ class CorpusSettings(Settings):
     weight: float = Field(default=1.0, gt=0.0)
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
 class DataSettings(Settings):
-    """Training and held-out data, and the tokenizer folder that made them."""
+    """Training and held-out data, and the tokenizer folder that made them.
+
+    ``validation`` is the prefix of a data set, or the prefixes of several by a name of their own. With
+    ``reset_at_document_end``, a token attends to its own document only, and positions start at 0 in each document.
+    """
 
     train: list[CorpusSettings] = Field(min_length=1)
-    validation: str | None = None
+    validation: str | Annotated[dict[SetName, str], Field(min_length=1)] | None = None
     tokenizer: str | None = None
     start_sample: int = Field(default=0, ge=0)
+    reset_at_document_end: bool = False
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Prefixes of the held-out data sets by name. A single one has the name validation."""
+        if self.validation is None:
+            return {}
+        return {"validation": self.validation} if isinstance(self.validation, str) else self.validation
 
 
 class EvaluationSettings(Settings):
-    """Held-out evaluation every ``interval`` steps over ``samples`` samples, and at the first and last step."""
+    """Evaluation every ``interval`` steps over ``samples`` samples of each held-out set, and at the first and last step."""
 
     interval: int = Field(ge=1)
     samples: int = Field(ge=1)
@@ -217,10 +232,12 @@ class ResumeSettings(Settings):
     """How a run continues from its newest checkpoint.
 
     With ``reshard``, that may have another layout than the run, as may the DeepSpeed checkpoint that a run is initialized
-    from. Each rank then reads its own slices of weights, masters and moments from the files.
+    from. Each rank then reads its own slices of weights, masters and moments from the files. With ``change_data``, the run
+    may have other training and validation data. The new mix begins after the samples that the checkpoint has seen.
     """
 
     reshard: bool = False
+    change_data: bool = False
 
 
 class DivergenceSettings(Settings):
@@ -260,7 +277,7 @@ class RunSettings(Settings):
 
     ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A rank whose own work takes
     ``slow_rank_ratio`` times the usual one's is named. A run that makes no progress for ``watchdog_seconds`` writes all
-    stacks of all ranks and ends; null lets it wait. ``report`` writes report.html when the run ends.
+    stacks of all ranks and ends; null lets it wait. ``report`` writes report.html at the end of the run, also of a diverged one.
     """
 
     output: str
@@ -314,7 +331,9 @@ class RunSettings(Settings):
                 f"{self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}; nearest: {nearest}"
             )
         if self.evaluation and self.data.validation is None:
-            raise ValueError("evaluation needs data.validation, the prefix of the held-out data set")
+            raise ValueError(
+                "evaluation needs data.validation, the prefix of the held-out data set, or several by name"
+            )
         if self.evaluation and self.evaluation.samples % per_pass:
             lower = self.evaluation.samples // per_pass * per_pass
             nearest = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
@@ -322,6 +341,17 @@ class RunSettings(Settings):
                 f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
                 f"{per_pass}; nearest: {nearest}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_fit(self) -> Self:
+        if self.data.reset_at_document_end:
+            if self.model.attention == "cudnn":
+                raise ValueError("data.reset_at_document_end does not work with model.attention: cudnn; set sdpa")
+            if self.model.layer_kernels == "liger":
+                raise ValueError(
+                    "data.reset_at_document_end does not work with model.layer_kernels: liger; set transformers"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,84 +1,60 @@
-"""Turns text files into Megatron data sets: documents, tokens, and a held-out split that shares no document.
+"""Turns text into Megatron data sets: documents, tokens, and a held-out split that shares no document.
 
 Files made for PREFIX: PREFIX_tokenizer/ (if trained), PREFIX_{train,validation}_text_document.{bin,idx}, and last
-PREFIX_facts.json. They are written beside PREFIX under a temporary name and renamed once all are complete.
+PREFIX_facts.json. Memory does not grow with the corpus. A run that was killed goes on where it was, and the bytes are the
+same for any number of workers and of interruptions.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import xxhash
-from pydantic import BaseModel, Field
+from pydantic import TypeAdapter
 
-from incr_ds.checkpoint.publish import remove_abandoned, temporary_beside
-from incr_ds.config.fields import parse_settings
-from incr_ds.config.json_file import read_json, regular_bytes
-from incr_ds.data.tokenizer import TRAIN_PREFIX, encode_documents, open_tokenizer, train_sentencepiece
+from incr_ds.config.json_file import LARGE, read_json
+from incr_ds.data.corpus_workspace import corpus_workspace, is_finished, publish_files
+from incr_ds.data.documents import Batch, NotText, Place, check_readers, documents_of, most_batches, read_batches
+from incr_ds.data.encoding import Encoding, encode_in_order, is_held_out
+from incr_ds.data.selection import SPLITS, CorpusRequest, Selection, select_files
+from incr_ds.data.token_files import Counts, TokenFiles
+from incr_ds.data.tokenizer import TRAIN_PREFIX, TextEncoder, open_encoder, train_sentencepiece
 from incr_ds.errors import ConfigError
 
-SPLITS = ("train", "validation")
-
-
-class _Counts(BaseModel):
-    tokens: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-
-
-class _StoredFacts(BaseModel):
-    """The part of PREFIX_facts.json that is read again."""
-
-    splits: dict[str, _Counts]
-
-
-BATCH_DOCUMENTS = 64
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusRequest:
-    """What to prepare: input folders and files, and how to tokenize them.
-
-    ``tokenizer`` is a folder or ``train:sentencepiece``. ``held_out`` is the fraction of documents for validation,
-    ``max_bytes`` bounds the text that is read (None: all), and ``exclude`` names folders that are skipped. ``trust`` lets
-    a tokenizer folder run its own code.
-    """
-
-    inputs: tuple[Path, ...]
-    tokenizer: str
-    output: Path
-    vocabulary_size: int = 4096
-    held_out: float = 0.05
-    patterns: tuple[str, ...] = ("*.py", "*.txt", "*.md", "*.jsonl")
-    exclude: tuple[str, ...] = ("site-packages", "__pycache__", ".git", ".venv", "node_modules")
-    max_bytes: int | None = None
-    overwrite: bool = False
-    trust: bool = False
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Counts of one split. ``tokens`` includes each document's end-of-text token; ``bytes`` is UTF-8 text."""
+    """Counts of one split. ``tokens`` includes end-of-text tokens; ``bytes`` is UTF-8 text.
+
+    ``longest_document`` is in tokens, with its end-of-text token.
+    """
 
     documents: int
     tokens: int
     bytes: int
+    bytes_per_token: float
+    longest_document: int
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What was prepared. ``not_text`` lists files that are not UTF-8. ``left_out_*`` count those beyond max_bytes."""
+    """What was prepared. ``end_of_text`` is the id that follows each document; None if nothing does.
+
+    ``not_text`` lists files that are not UTF-8. ``left_out_*`` count those beyond max_bytes.
+    """
 
     vocabulary_size: int
-    end_of_text: int
+    end_of_text: int | None
     tokenizer: str
     source_fingerprint: str
     files: int
@@ -88,244 +64,183 @@ class CorpusFacts:
     splits: dict[str, SplitFacts]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Input files in reading order, and what was left out because of ``max_bytes``."""
+def prepare_corpus(request: CorpusRequest, report: Report | None = None) -> CorpusFacts:
+    """Tokenize the inputs into PREFIX_*. ``report`` gets (phase, bytes of input done, bytes in total).
 
-    files: tuple[Path, ...]
-    total_bytes: int
-    left_out_files: int
-    left_out_bytes: int
-
-
-def tokens_per_byte(data_prefix: str) -> float | None:
-    """Tokens per byte of text in a data set that was prepared here; None if it was prepared elsewhere.
-
-    ``loss / ln 2 * tokens_per_byte`` is bits per byte, which makes tokenizers comparable.
-    """
-    for split in SPLITS:
-        ending = f"_{split}_text_document"
-        path = Path(data_prefix.removesuffix(ending) + "_facts.json")
-        if data_prefix.endswith(ending) and path.is_file():
-            facts = parse_settings(read_json(path, ConfigError), _StoredFacts, str(path))
-            if split in facts.splits:
-                return facts.splits[split].tokens / facts.splits[split].bytes
-    return None
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation. Only its content decides, so equal documents stay together."""
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) < fraction * 2**64
-
-
-def select_files(request: CorpusRequest) -> Selection:
-    """Files of the request in path order. Beyond ``max_bytes``, only an even sample (by hash of the name) is kept."""
-    found = [(root, path) for given in request.inputs for root, path in _walk(given, request)]
-    if not found:
-        raise ConfigError(
-            f"--input {', '.join(map(str, request.inputs))}: no file matches --pattern {','.join(request.patterns)}; "
-            f"folders named {', '.join(request.exclude)} are skipped."
-        )
-    sizes = {path: _size(path) for _, path in found}
-    if request.max_bytes is None:
-        return Selection(tuple(sizes), sum(sizes.values()), 0, 0)
-    relative = {path: path.relative_to(root).as_posix() for root, path in found}
-    kept, budget = set(), request.max_bytes
-    for path in sorted(sizes, key=lambda item: xxhash.xxh3_64_intdigest(relative[item].encode())):
-        if sizes[path] > budget:
-            break
-        kept.add(path)
-        budget -= sizes[path]
-    if not kept:
-        raise ConfigError(f"--max-bytes {request.max_bytes}: too small for the first file of the sample; raise it.")
-    total = sum(sizes[path] for path in kept)
-    return Selection(
-        tuple(path for path in sizes if path in kept), total, len(sizes) - len(kept), sum(sizes.values()) - total
-    )
-
-
-def prepare_corpus(request: CorpusRequest, progress: Progress | None = None) -> CorpusFacts:
-    """Tokenize the inputs into PREFIX_*. ``progress`` gets (phase, bytes done, bytes in total).
-
-    Raises ConfigError for wrong inputs, an unusable tokenizer, existing output, a split without documents, and an output
-    that cannot be written. Apart from the last two, all is checked before the first file is written.
+    The same request continues what a killed run or a full disk left unfinished. Raises ConfigError for wrong inputs, an
+    unusable tokenizer, existing output, a split without documents, and an output that cannot be written.
     """
     _check_request(request)
     selection = select_files(request)
-    not_text: list[str] = []
-    documents = [item for path in selection.files for item in _documents(path, request, not_text)]
-    if not documents:
-        raise ConfigError(f"--input: the {len(selection.files)} file(s) contain no text.")
-    _check_splits(documents, request.held_out)
-    given = None if _trains(request) else open_tokenizer(Path(request.tokenizer), trust=request.trust)
+    check_readers(selection.files)
+    given = None if _trains(request) else _encoder(request.tokenizer, request)
+    targets, show = _outputs(request.output), report or (lambda phase, done, total: None)
     try:
-        remove_abandoned(request.output)
-        with temporary_beside(request.output) as work:
-            facts = _prepare_in(work, request, (selection, documents, tuple(not_text)), given, progress)
-            _publish(work, request)
-            return facts
+        with corpus_workspace(request.output, _key(request, selection), targets, overwrite=request.overwrite) as folder:
+            if not is_finished(folder):
+                _write_in(folder, request, selection, given, show)
+            publish_files(folder, targets)
+            return TypeAdapter(CorpusFacts).validate_python(read_json(targets[-1], ConfigError, most=LARGE))
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"--workers {request.workers}: one was killed, most often because memory ran out. Run the same command again, which "
+            "goes on from where it was; fewer workers need less memory."
+        ) from error
     except OSError as error:
         where = error.filename or "while writing"
         raise ConfigError(
-            f"--output {request.output}: {error.strerror or error} ({where}); nothing was published."
+            f"--output {request.output}: {error.strerror or error} ({where}); nothing was published. The same command goes on "
+            "from where it was."
         ) from error
+
+
+def _write_in(
+    folder: Path, request: CorpusRequest, selection: Selection, given: TextEncoder | None, report: Report
+) -> None:
+    """Write every file into ``folder``. ``given`` is the tokenizer, or None if it must be trained."""
+    name, encoder, shown = request.output.name, given, request.tokenizer
+    if encoder is None:
+        trained = folder / f"{name}_tokenizer"
+        _train_tokenizer(trained, request, selection, report)
+        encoder, shown = _encoder(str(trained), request), f"{request.output}_tokenizer"
+    end = encoder.end_of_text if request.append_eos else None
+    encoding = Encoding(encoder, end, request.held_out, request.text_key)
+    files = TokenFiles(folder, name)
+    _tokenize(files, encoding, request, selection, report)
+    counts = files.progress.counts
+    _check_splits({split: counts[split].documents for split in SPLITS}, request)
+    files.write_indices(encoding.dtype)
+    facts = CorpusFacts(
+        vocabulary_size=encoder.vocabulary_size,
+        end_of_text=end,
+        tokenizer=shown,
+        source_fingerprint=files.fingerprint(),
+        files=len(selection.files),
+        left_out_files=selection.left_out_files,
+        left_out_bytes=selection.left_out_bytes,
+        not_text=files.progress.not_text,
+        splits={split: _facts(counts[split]) for split in SPLITS if counts[split].documents},
+    )
+    (folder / f"{name}_facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenize(
+    files: TokenFiles, encoding: Encoding, request: CorpusRequest, selection: Selection, report: Report
+) -> None:
+    phase, total = "tokenizing bytes of input", selection.total_bytes
+    batches = read_batches(selection, files.progress.place, request.text_key)
+    workers = min(request.workers, most_batches(selection))  # starting many for little text takes longer than the text
+    with files.open(), closing(encode_in_order(encoding, batches, workers)) as encoded:
+        for batch in encoded:
+            for item in batch.not_text:
+                _refuse_named(item, request)
+            files.append(batch)
+            report(phase, min(batch.read, total - 1), total)
+    report(phase, total, total)
+
+
+def _train_tokenizer(folder: Path, request: CorpusRequest, selection: Selection, report: Report) -> None:
+    """Train a tokenizer on the documents that are not held out, unless an interrupted run did."""
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name("tokenizer.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    batches = read_batches(selection, Place(), request.text_key)
+    texts = _training_texts(batches, request, partial(_report_reading, report, selection.total_bytes))
+    train_sentencepiece(texts, request.vocabulary_size, unfinished)
+    unfinished.rename(folder)
+
+
+def _report_reading(report: Report, total: int, done: int | None) -> None:
+    report("reading bytes for the tokenizer", total if done is None else min(done, total - 1), total)
+
+
+def _training_texts(
+    batches: Iterator[Batch], request: CorpusRequest, reached: Callable[[int | None], None]
+) -> Iterator[str]:
+    """Documents that are not held out. Raises ConfigError if there are none."""
+    documents = kept = 0
+    for batch in batches:
+        for piece in batch.pieces:
+            for item in documents_of(piece, request.text_key):
+                if isinstance(item, NotText):
+                    _refuse_named(item, request)
+                    continue
+                documents += 1
+                if not is_held_out(item, request.held_out):
+                    kept += 1
+                    yield item
+        reached(batch.read)
+    _check_splits({"train": kept, "validation": documents - kept}, request)
+    reached(None)
+
+
+def _refuse_named(item: NotText, request: CorpusRequest) -> None:
+    """Files that are not UTF-8 are skipped in folders, and listed in the facts. One that is named itself is a mistake."""
+    if item.path in request.inputs:
+        raise ConfigError(f"--input {item.path}: not UTF-8 text (byte {item.position}).")
+
+
+def _facts(counts: Counts) -> SplitFacts:
+    density = counts.bytes / max(1, counts.tokens)
+    return SplitFacts(counts.documents, counts.tokens, counts.bytes, density, counts.longest)
+
+
+def _check_splits(documents: Mapping[str, int], request: CorpusRequest) -> None:
+    """Raise ConfigError if a split has no documents."""
+    if not sum(documents.values()):
+        raise ConfigError(f"--input {', '.join(map(str, request.inputs))}: the files contain no text.")
+    for split, count in documents.items():
+        if not count and (split == "train" or request.held_out):
+            raise ConfigError(
+                f"--held-out {request.held_out}: none of {sum(documents.values())} document(s) fell into {split}; give more "
+                "documents (a .txt file is one document, a .jsonl line is one), or change --held-out."
+            )
 
 
 def _trains(request: CorpusRequest) -> bool:
     return request.tokenizer.startswith(TRAIN_PREFIX)
 
 
-def _prepare_in(
-    work: Path,
-    request: CorpusRequest,
-    read: tuple[Selection, list[str], tuple[str, ...]],
-    given: Any,
-    progress: Progress | None,
-) -> CorpusFacts:
-    """Write every file into ``work``. ``given`` is the tokenizer, or None if it must be trained."""
-    selection, documents, not_text = read
-    name = request.output.name
-    tokenizer, shown = given, request.tokenizer
-    if tokenizer is None:
-        kept = (text for text in documents if not is_held_out(text, request.held_out))
-        train_sentencepiece(kept, request.vocabulary_size, work / f"{name}_tokenizer")
-        tokenizer, shown = open_tokenizer(work / f"{name}_tokenizer"), str(request.output) + "_tokenizer"
-    splits = _write_splits(work / name, tokenizer, documents, request.held_out, progress)
-    fingerprint = xxhash.xxh3_128()
-    for text in documents:
-        fingerprint.update(xxhash.xxh3_128_digest(text.encode("utf-8")))
-    facts = CorpusFacts(
-        vocabulary_size=len(tokenizer),
-        end_of_text=tokenizer.eos_token_id,
-        tokenizer=shown,
-        source_fingerprint=fingerprint.hexdigest(),
-        files=len(selection.files),
-        left_out_files=selection.left_out_files,
-        left_out_bytes=selection.left_out_bytes,
-        not_text=not_text,
-        splits=splits,
-    )
-    (work / f"{name}_facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
-    return facts
-
-
-def _write_splits(
-    prefix: Path, tokenizer: Any, documents: list[str], held_out: float, progress: Progress | None
-) -> dict[str, SplitFacts]:
-    from incr_ds.data.megatron import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(len(tokenizer))
-    builders = {split: IndexedDatasetBuilder(_data_prefix(prefix, split) + ".bin", dtype=dtype) for split in SPLITS}
-    counts = {split: [0, 0, 0] for split in SPLITS}
-    sizes = [len(text.encode("utf-8")) for text in documents]
-    done, total = 0, sum(sizes)
-    for start in range(0, len(documents), BATCH_DOCUMENTS):
-        batch = documents[start : start + BATCH_DOCUMENTS]
-        for text, size, ids in zip(batch, sizes[start:], encode_documents(tokenizer, batch), strict=False):
-            split = "validation" if is_held_out(text, held_out) else "train"
-            ids.append(tokenizer.eos_token_id)
-            builders[split].add_document(ids, [len(ids)])
-            for index, amount in enumerate((1, len(ids), size)):
-                counts[split][index] += amount
-            done += size
-        if progress:
-            progress("tokenizing bytes of text", done, total)
-    for split, builder in builders.items():
-        builder.finalize(_data_prefix(prefix, split) + ".idx")
-    return {split: SplitFacts(*counts[split]) for split in SPLITS if counts[split][0]}
-
-
-def _check_splits(documents: list[str], held_out: float) -> None:
-    kept_out = sum(is_held_out(text, held_out) for text in documents)
-    counts = {"train": len(documents) - kept_out, "validation": kept_out if held_out else 1}
-    for split, count in counts.items():
-        if not count:
-            raise ConfigError(
-                f"--held-out {held_out}: none of {len(documents)} document(s) fell into {split}; give more documents (a .txt "
-                "file is one document, a .jsonl line is one), or change --held-out."
-            )
+def _encoder(given: str, request: CorpusRequest) -> TextEncoder:
+    """Open a tokenizer. Raises ConfigError if documents are to end with a token that it does not have."""
+    encoder = open_encoder(given, eos_token=request.eos_token, trust=request.trust)
+    if request.append_eos and encoder.end_of_text is None:
+        raise ConfigError(
+            f"--tokenizer {given}: it has no eos_token, which separates documents. Name one of its tokens with --eos-token, "
+            "or pass --no-append-eos."
+        )
+    return encoder
 
 
 def _check_request(request: CorpusRequest) -> None:
     if not 0.0 <= request.held_out < 1.0:
         raise ConfigError(f"--held-out {request.held_out}: expected a fraction of the documents, from 0 to below 1.")
+    if request.workers < 1:
+        raise ConfigError(f"--workers {request.workers}: expected at least 1.")
     kind = request.tokenizer.removeprefix(TRAIN_PREFIX)
     if _trains(request) and kind != "sentencepiece":
         raise ConfigError(f"--tokenizer {request.tokenizer}: unknown trainer {kind!r}; known: train:sentencepiece.")
-    existing = [str(path) for path in _outputs(request.output) if path.exists()]
-    if existing and not request.overwrite:
-        raise ConfigError(
-            f"--output {request.output}: exists already: {', '.join(existing)}. Pass --overwrite, or choose another prefix."
-        )
+    if request.eos_token is not None and not request.append_eos:
+        raise ConfigError("--eos-token: has no effect with --no-append-eos; leave one of them out.")
+
+
+def _key(request: CorpusRequest, selection: Selection) -> str:
+    """A hash of everything that decides the bytes of the result, except the content of files whose size and time stay."""
+    tokenizer = Path(request.tokenizer)
+    files = [
+        *selection.files,
+        *(sorted(tokenizer.iterdir()) if tokenizer.is_dir() else [tokenizer] * tokenizer.is_file()),
+    ]
+    states = [(str(path.absolute()), (state := path.stat()).st_size, state.st_mtime_ns) for path in files]
+    trained = ("vocabulary_size",) if _trains(request) else ()
+    decides = ("tokenizer", *trained, "held_out", "text_key", "append_eos", "eos_token")
+    versions = {package: version(package) for package in ("incr_ds", "tokenizers", "transformers", "sentencepiece")}
+    content = [{name: getattr(request, name) for name in decides}, states, versions]
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
 def _outputs(output: Path) -> list[Path]:
-    data = [Path(_data_prefix(output, split) + ending) for split in SPLITS for ending in (".bin", ".idx")]
+    """The files to publish, the facts last."""
+    data = [Path(f"{output}_{split}_text_document{ending}") for split in SPLITS for ending in (".bin", ".idx")]
     return [output.with_name(f"{output.name}_tokenizer"), *data, output.with_name(f"{output.name}_facts.json")]
-
-
-def _publish(work: Path, request: CorpusRequest) -> None:
-    targets = _outputs(request.output)
-    # The facts file is removed first and written last, so that it always belongs to the data beside it.
-    for target in reversed(targets):
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-    for target in targets:
-        made = work / target.name
-        if made.exists():
-            os.replace(made, target)
-
-
-def _data_prefix(prefix: Path, split: str) -> str:
-    return f"{prefix}_{split}_text_document"
-
-
-def _walk(given: Path, request: CorpusRequest) -> Iterator[tuple[Path, Path]]:
-    if given.is_file():
-        yield given.parent, given
-    elif given.is_dir():
-        for folder, names, files in os.walk(given):
-            names[:] = sorted(name for name in names if name not in request.exclude)
-            for name in sorted(files):
-                if any(fnmatch(name, pattern) for pattern in request.patterns):
-                    yield given, Path(folder) / name
-    else:
-        raise ConfigError(f"--input {given}: no such file or folder.")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"--input {path}: cannot be read ({error.strerror}).") from error
-
-
-def _documents(path: Path, request: CorpusRequest, not_text: list[str]) -> Iterator[str]:
-    try:
-        content = regular_bytes(path).decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"--input {path}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        if path in request.inputs:
-            raise ConfigError(f"--input {path}: not UTF-8 text (byte {error.start}).") from error
-        not_text.append(str(path))
-        return
-    except ValueError as error:
-        raise ConfigError(f"--input {path}: cannot be read ({error}).") from error
-    texts = _json_lines(path, content) if path.suffix == ".jsonl" else [content]
-    yield from (text for text in texts if text)
-
-
-def _json_lines(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"--input {path}, line {number}: expected a JSON object with the key text.") from error
-        if not isinstance(text, str):
-            raise ConfigError(f"--input {path}, line {number}: text is {type(text).__name__}, expected a string.")
-        yield text

@@ -1,4 +1,4 @@
-"""Checks the index of a Megatron data set (PREFIX.idx) before megatron-core maps it and trusts it.
+"""The index of a Megatron data set (PREFIX.idx): checked before megatron-core maps it and trusts it, and written.
 
 The file holds a header, then the length (int32) and the position in PREFIX.bin (int64, bytes) of each sequence. Last come
 the number of the first sequence of each document and the number of sequences (int64).
@@ -118,6 +118,31 @@ def open_index(prefix: str) -> IndexFile:
             f"{prefix}.bin: ends {left} bytes into a token of {index.dtype.itemsize} bytes; copy it again."
         )
     return index
+
+
+def write_index(path: Path, lengths: Path, dtype: Any) -> None:
+    """Write the index of documents of one sequence each. ``lengths`` is a file of their lengths in tokens (int32).
+
+    The bytes are those of megatron-core's writer, which keeps all entries in memory.
+    """
+    count = lengths.stat().st_size // 4
+    code = next(code for code, kind in TOKEN_TYPES.items() if kind is dtype)
+    with open(path, "wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+        for sizes in _stored_lengths(lengths, count):
+            stream.write(sizes.tobytes())
+        position = 0
+        for sizes in _stored_lengths(lengths, count):
+            ends = position + np.cumsum(sizes, dtype=np.int64) * np.dtype(dtype).itemsize
+            stream.write(np.concatenate([[position], ends[:-1]]).astype(np.int64).tobytes())
+            position = int(ends[-1])
+        for first, stop in _blocks(count + 1):
+            stream.write(np.arange(first, stop, dtype=np.int64).tobytes())
+
+
+def _stored_lengths(path: Path, count: int) -> Iterator[np.ndarray]:
+    for first, stop in _blocks(count):
+        yield np.fromfile(path, np.int32, stop - first, offset=4 * first)
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ import torch
 
 from incr_ds.config.training import BatchSettings
 from incr_ds.data.fingerprint import DataSet
+from incr_ds.data.mixture import PastMix, blended, samples_read
 from incr_ds.data.sample_index import open_samples, ready_index
 from incr_ds.errors import ConfigError
 
@@ -61,25 +62,23 @@ class Corpus:
 
 
 class Blend:
-    """Corpora mixed by weight. Each sample comes from the corpus that is furthest behind its share."""
+    """Corpora mixed by weight, from sample ``first`` up to ``size``. Corpus k starts at its sample ``starts[k]``."""
 
-    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], size: int) -> None:
-        self._corpora = corpora
-        self._shares = np.array([weight / sum(weights) for weight in weights])
-        self._draw(size)
-
-    def _draw(self, size: int) -> None:
-        from incr_ds.data.megatron import build_blending_indices
-
-        self._corpus, self._number = np.zeros(size, np.int16), np.zeros(size, np.int64)
-        # The rule is greedy, so a longer run starts with the same samples.
-        build_blending_indices(self._corpus, self._number, self._shares, len(self._corpora), size, False)
+    def __init__(
+        self, corpora: Sequence[Corpus], weights: Sequence[float], size: int, first: int = 0, starts: Sequence[int] = ()
+    ) -> None:
+        self._corpora, self._weights, self._first = corpora, weights, first
+        self._starts = starts or [0] * len(corpora)
+        self._corpus, self._number = blended(weights, size - first)
 
     def tokens(self, number: int) -> np.ndarray:
-        """Sample ``number``: int64 [sequence_length + 1]."""
+        """Sample ``number``, which is not before the first: int64 [sequence_length + 1]."""
+        assert number >= self._first
+        number -= self._first
         if number >= len(self._corpus):  # a run that skips samples reads past its own number
-            self._draw(max(number + 1, 2 * len(self._corpus)))
-        return self._corpora[int(self._corpus[number])].tokens(int(self._number[number]))
+            self._corpus, self._number = blended(self._weights, max(number + 1, 2 * len(self._corpus)))
+        corpus = int(self._corpus[number])
+        return self._corpora[corpus].tokens(self._starts[corpus] + int(self._number[number]))
 
 
 def open_corpus(data: DataSet, sequence_length: int, seed: int, cache: Path, *, builds_index: bool = True) -> Corpus:
@@ -106,16 +105,20 @@ def open_training_data(
     cache: Path,
     size: int,
     *,
+    past: Sequence[PastMix] = (),
     builds_index: bool = True,
 ) -> Samples:
     """The training mix of data sets by weight.
 
-    ``size`` is the number of samples that the run may need, including those before its start_sample.
+    ``size`` is the number of samples that the run may need, including those before its start_sample. ``past`` lists the mixes
+    that the run has read before this one. This one begins where the last of them ended.
     """
     corpora = [open_corpus(data, sequence_length, seed, cache, builds_index=builds_index) for data, _ in train]
-    if len(corpora) == 1:
+    if len(corpora) == 1 and not past:
         return corpora[0]
-    return Blend(corpora, [weight for _, weight in train], size)
+    first, read = samples_read(past)
+    starts = [read.get(data.fingerprint, 0) for data, _ in train]
+    return Blend(corpora, [weight for _, weight in train], max(size, first), first, starts)
 
 
 def open_held_out_data(

@@ -1,13 +1,16 @@
-"""Tokenizers: opens a folder that transformers knows, or trains sentencepiece and saves such a folder."""
+"""Tokenizers: opens what transformers or sentencepiece knows, or trains sentencepiece and saves a tokenizer folder."""
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from incr_ds.config.json_file import LARGE, regular_bytes
 from incr_ds.errors import ConfigError
 from incr_ds.offline.sentences import load_tokenizer
 
@@ -63,24 +66,106 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
     LlamaTokenizer.from_pretrained(folder, **unprefixed).save_pretrained(folder)
 
 
-def open_tokenizer(folder: Path, *, trust: bool = False) -> Any:
-    """Open the transformers tokenizer of a folder.
+@dataclass(frozen=True)
+class TextEncoder:
+    """What turning text into tokens needs of a tokenizer.
 
-    Raises ConfigError if there is none, if it has no end-of-text token, or if it needs its own code and ``trust`` is False.
+    ``end_of_text`` is the id of the token that ends a document, None if the tokenizer states none. ``encode`` gives the ids
+    of each text, without special tokens. Text that looks like a special token does not become one.
     """
-    if not folder.is_dir():
+
+    vocabulary_size: int
+    end_of_text: int | None
+    encode: Callable[[list[str]], list[list[int]]]
+
+
+def open_encoder(given: str, *, eos_token: str | None = None, trust: bool = False) -> TextEncoder:
+    """Open the tokenizer ``given``: a folder that transformers knows, a tokenizer.json, or a sentencepiece model.
+
+    ``eos_token`` names the token that ends a document (None: the tokenizer's own). Raises ConfigError if there is no
+    tokenizer, if it needs its own code and ``trust`` is False, and if it has no token ``eos_token``.
+    """
+    path = Path(given)
+    if path.is_dir():
+        encoder, vocabulary = _transformers_encoder(load_tokenizer(path, f"--tokenizer {given}", trust=trust))
+    elif path.is_file() and path.suffix == ".json":
+        encoder, vocabulary = _transformers_encoder(_tokenizer_file(path))
+    elif path.is_file() and path.suffix == ".model":
+        encoder, vocabulary = _sentencepiece_encoder(path)
+    else:
+        kind = "no such file or folder" if not path.exists() else "not a folder, and neither .json nor .model"
         raise ConfigError(
-            f"--tokenizer {folder}: not a folder; expected a transformers tokenizer folder (tokenizer.json, "
-            "tokenizer_config.json) or train:sentencepiece."
+            f"--tokenizer {given}: {kind}; expected a transformers tokenizer folder (tokenizer.json, tokenizer_config.json), a "
+            "tokenizer.json, a sentencepiece .model file, or train:sentencepiece."
         )
-    tokenizer = load_tokenizer(folder, f"--tokenizer {folder}", trust=trust)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"--tokenizer {folder}: it has no eos_token, which separates documents. Set one.")
-    return tokenizer
+    if eos_token is None:
+        return encoder
+    if eos_token not in vocabulary:
+        raise ConfigError(f"--eos-token {eos_token}: --tokenizer {given} has no such token.")
+    return replace(encoder, end_of_text=vocabulary[eos_token])
+
+
+def _tokenizer_file(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json. What stands beside it says which of its tokens ends a document."""
+    if (path.parent / "tokenizer_config.json").is_file() and path.name == "tokenizer.json":
+        return load_tokenizer(path.parent, f"--tokenizer {path}")
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # as for a folder: many kinds of errors, from Python and from Rust
+        raise ConfigError(f"--tokenizer {path}: transformers cannot load it: {_reason(error)}") from error
+
+
+def _transformers_encoder(tokenizer: Any) -> tuple[TextEncoder, dict[str, int]]:
+    encode = partial(_fast, _bare(tokenizer)) if _is_plain(tokenizer) else partial(encode_documents, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    # Ids may have gaps, and the largest one needs an embedding too.
+    size = max(len(tokenizer), max(vocabulary.values(), default=-1) + 1)
+    return TextEncoder(size, tokenizer.eos_token_id, encode), vocabulary
+
+
+def _bare(tokenizer: Any) -> Any:
+    """The Rust part of a tokenizer, set as ``encode_documents`` sets it."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer does nothing but call its Rust part. That part alone is faster by a third."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.__module__.startswith("transformers.")
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and kind.__call__ is PreTrainedTokenizerFast.__call__
+    )
+
+
+def _fast(backend: Any, texts: list[str]) -> list[list[int]]:
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _sentencepiece_encoder(path: Path) -> tuple[TextEncoder, dict[str, int]]:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=regular_bytes(path, LARGE))
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--tokenizer {path}: not a sentencepiece model ({_reason(error)}).") from error
+    size = model.get_piece_size()
+    vocabulary = {model.id_to_piece(number): number for number in range(size)}
+    end = model.eos_id()
+    return TextEncoder(size, end if end >= 0 else None, partial(model.encode, num_threads=1)), vocabulary
 
 
 def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens. Text that contains </s> does not become a special token."""
+    """Token ids of each text by transformers' own call, without special tokens; text never becomes a special token."""
     encoded: list[list[int]] = tokenizer(
         texts,
         add_special_tokens=False,

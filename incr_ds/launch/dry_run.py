@@ -6,6 +6,7 @@ Only config.json files and recipes are read. A run without growth needs no torch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.config.distillation import BEFORE_GROWTH
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.index_file import open_index
+from incr_ds.data.mixture import CorpusUse, corpus_uses
 from incr_ds.errors import ConfigError
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.preflight import missing_here
@@ -85,11 +88,15 @@ class Part:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A resolved run. ``missing`` says what it needs and this machine lacks. Without ``speed`` there is no time."""
+    """A resolved run. ``missing`` says what it needs and this machine lacks. Without ``speed`` there is no time.
+
+    ``data`` has the corpora that are on this machine.
+    """
 
     run: RunSettings
     parts: tuple[Part, ...]
     disk: OnDisk
+    data: tuple[CorpusUse, ...]
     missing: tuple[str, ...]
     speed: Speed | None = None
 
@@ -124,7 +131,16 @@ def dry_run(run: RunSettings, speed: Speed | None = None) -> DryRun:
     steps = saved_steps(run.checkpoint, run.schedule.start_step, run.schedule.last_step, growths)
     sizes = [next(part.checkpoint for part in parts if step <= part.run.schedule.last_step) for step in steps]
     disk = on_disk(run.checkpoint, steps, growths, sizes)
-    return DryRun(run, parts, disk, tuple(missing_here(run)), speed)
+    return DryRun(run, parts, disk, tuple(corpus_uses(run, _tokens_here(run))), tuple(missing_here(run)), speed)
+
+
+def _tokens_here(run: RunSettings) -> dict[str, int]:
+    """Tokens of the training corpora that are on this machine; the others are reported as missing."""
+    found = {}
+    for corpus in run.data.train:
+        with suppress(ConfigError):
+            found[corpus.prefix] = open_index(corpus.prefix).num_tokens
+    return found
 
 
 def stated_speed(run: RunSettings, mfu: float | None, peak_tflops: float | None) -> Speed | None:

@@ -1,4 +1,4 @@
-"""The packages of the extras, and what a user reads where one of them is missing."""
+"""The packages of the optional extras, and what a user reads where one of them is missing."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from importlib.util import find_spec
 
 from incr_ds.errors import ConfigError
 
-# Module: the package that has it. setup.py installs them with the extra ``train``.
-TRAINING = {
-    "deepspeed": "deepspeed",
-    "megatron.core": "megatron-core",
-    "tensorboard": "tensorboard",
-    "matplotlib": "matplotlib",
+# Extra of setup.py: its modules, and the package that has each.
+EXTRAS = {
+    "train": {
+        "deepspeed": "deepspeed",
+        "megatron.core": "megatron-core",
+        "tensorboard": "tensorboard",
+        "matplotlib": "matplotlib",
+    },
+    "data": {"pyarrow": "pyarrow", "zstandard": "zstandard"},
+    "eval": {"lm_eval": "lm-eval"},
+    "wandb": {"wandb": "wandb"},
 }
-# Module: its package, and the extra that installs it.
-OPTIONAL = {"lm_eval": ("lm-eval", "eval"), "wandb": ("wandb", "wandb")}
 
 
 def require(*modules: str) -> None:
-    """Raise ConfigError unless ``modules``, which TRAINING or OPTIONAL name, are installed. Imports none of them."""
+    """Raise ConfigError unless ``modules``, which EXTRAS names, are installed. Imports none of them."""
     if missing := [module for module in modules if not _is_installed(module)]:
         raise _missing(missing)
 
 
-def missing_training_package(error: ModuleNotFoundError) -> ConfigError | None:
-    """What to say of a failed import; None if the module belongs to no package of the extra ``train``."""
+def missing_package(error: ModuleNotFoundError) -> ConfigError | None:
+    """What to say of a failed import; None if the module belongs to no package of an extra."""
     root = (error.name or "").partition(".")[0]
-    missing = [module for module in TRAINING if module.partition(".")[0] == root]
+    missing = [module for modules in EXTRAS.values() for module in modules if module.partition(".")[0] == root]
     return _missing(missing) if missing else None
 
 
@@ -38,7 +41,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _missing(modules: list[str]) -> ConfigError:
-    packages = " and ".join(TRAINING.get(module) or OPTIONAL[module][0] for module in modules)
-    extras = ",".join(dict.fromkeys("train" if module in TRAINING else OPTIONAL[module][1] for module in modules))
-    verb = "is" if len(modules) == 1 else "are"
-    return ConfigError(f"{packages} {verb} not installed; run pip install 'incr_ds[{extras}]'.")
+    found = [(extra, known[module]) for module in modules for extra, known in EXTRAS.items() if module in known]
+    extras, packages = dict.fromkeys(extra for extra, _ in found), [package for _, package in found]
+    verb = "is" if len(packages) == 1 else "are"
+    return ConfigError(f"{' and '.join(packages)} {verb} not installed; run pip install 'incr_ds[{','.join(extras)}]'.")

@@ -14,6 +14,7 @@ from incr_ds.config.fields import load_settings
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.facts import document_end
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import ConfigError, IncrError
 from incr_ds.launch.deepspeed_config import deepspeed_config
@@ -88,11 +89,12 @@ def _problems(run: RunSettings) -> Iterator[IncrError]:
 def _local_checks(run: RunSettings) -> list[Callable[[], object]]:
     """Checks whose result depends on the machine."""
     prefixes = [corpus.prefix for corpus in run.data.train]
-    prefixes += [str(run.data.validation)] if run.evaluation else []
+    prefixes += run.data.held_out.values() if run.evaluation else []
     return [
         partial(require, "deepspeed", "megatron.core", "tensorboard", *(["wandb"] if run.wandb else [])),
         partial(_check_folders, run),
         partial(_check_output, run.output),
+        partial(document_end, run),
         *(partial(open_index, prefix) for prefix in dict.fromkeys(prefixes)),
     ]
 

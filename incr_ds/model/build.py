@@ -47,6 +47,7 @@ class ModelRequest:
     """What to build: the student, its initial weights, an optional teacher, their layout and how they compute.
 
     ``dtype`` is the dtype of parameters and activations. The teacher is put on ``device``; the engine moves the student.
+    ``document_end`` is LayerFactory's.
     """
 
     architecture: Architecture
@@ -57,6 +58,7 @@ class ModelRequest:
     dtype: torch.dtype
     device: torch.device
     loss: Loss = distillation_loss
+    document_end: int | None = None
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -151,4 +153,5 @@ def _factory(
         settings.attention,
         settings.activation_checkpointing,
         loss,
+        request.document_end,
     )

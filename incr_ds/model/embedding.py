@@ -23,8 +23,8 @@ class InputEmbedding:
     tokens: nn.Module
     positions: nn.Embedding | None
 
-    def hidden_states(self, input_ids: Tensor, *, training: bool) -> Tensor:
-        """[B, S] -> [B, S, H]."""
+    def hidden_states(self, input_ids: Tensor, *, training: bool, positions: Tensor | None = None) -> Tensor:
+        """[B, S] -> [B, S, H]. ``positions`` is [B, S]; None: 0, 1, ... in all sequences."""
         hidden = self.tokens(input_ids)  # [B, S, H]
         if self.architecture.family.embedding_scale is not None:
             # Rounded to the model's dtype, as in transformers.
@@ -35,8 +35,9 @@ class InputEmbedding:
         if self.positions is not None:
             # OPT's table has rows before the first position.
             first = self.positions.num_embeddings - self.architecture.sizes["positions"]
-            positions = torch.arange(first, first + input_ids.shape[1], device=hidden.device)  # [S]
-            hidden = hidden + self.positions(positions)  # [B, S, H] + [S, H]
+            if positions is None:
+                positions = torch.arange(input_ids.shape[1], device=hidden.device)[None]
+            hidden = hidden + self.positions(positions + first)  # [B, S, H] + [B or 1, S, H]
         dropout = self._dropout
         return F.dropout(hidden, dropout) if training and dropout else hidden
 

@@ -33,7 +33,10 @@ def module_path(architecture: Architecture, spec: TensorSpec) -> str:
 
 @dataclass(frozen=True)
 class LayerFactory:
-    """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``."""
+    """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
+
+    With ``document_end``, the token that ends a document, attention and positions begin anew behind it.
+    """
 
     architecture: Architecture
     ranks: TensorRanks
@@ -43,6 +46,7 @@ class LayerFactory:
     attention: Attention
     activation_checkpointing: bool = False
     loss: Loss = distillation_loss
+    document_end: int | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:

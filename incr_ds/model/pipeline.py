@@ -17,10 +17,11 @@ from incr_ds.losses.head import DistillationHead
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import run_block
+from incr_ds.model.positions import document_positions
 from incr_ds.model.teacher import Teacher, pack
 from incr_ds.sharding.placement import TIED_KEY, stage_layers
 
-Stream = Tensor | tuple[Tensor, Tensor]
+Stream = Tensor | tuple[Tensor, ...]
 
 
 class EmbeddingLayer(nn.Module):
@@ -35,10 +36,12 @@ class EmbeddingLayer(nn.Module):
         modules = [_add(self, factory, role) for role in roles]
         positions = cast(nn.Embedding, modules[1]) if len(modules) > 1 else None
         self._embedding = InputEmbedding(architecture, modules[0], positions)
+        self._positions = factory.positions
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, H]."""
-        return self._embedding.hidden_states(input_ids, training=self.training)
+        given = self._positions.given
+        return self._embedding.hidden_states(input_ids, training=self.training, positions=given)
 
 
 class BlockLayer(nn.Module):
@@ -102,6 +105,7 @@ def _hand_on(module: nn.Module, hidden: Tensor) -> Tensor:
 class StagedLanguageModel(PipelineModule):
     """One rank's stage. Stages exchange the student's hidden states and, if the teacher runs, also the teacher's.
 
+    If attention begins anew in each document, they exchange positions, too, since only the first stage has the tokens.
     ``observe`` is called with the loss of every micro-batch on the last stage. ``alpha`` and ``temperature`` are set
     before each step to the same values on every rank. ``teaching`` says whether the teacher runs.
     """
@@ -124,6 +128,7 @@ class StagedLanguageModel(PipelineModule):
         self.alpha: float = 0.0
         self.temperature: float = 1.0
         self.teaching = False
+        self._document_end, self._positions = factory.document_end, factory.positions
         # Set without nn.Module's registration: the head's parameter belongs to its pipeline layer and must not get a
         # second name, and the teacher is not part of the student.
         object.__setattr__(self, "_teacher", teacher)
@@ -137,16 +142,31 @@ class StagedLanguageModel(PipelineModule):
 
     def forward(self, stream: Stream) -> Stream:
         """Run this stage on the student's hidden states, and on the teacher's beside them while ``teaching``."""
-        # student: input_ids [B, S] or hidden states [B, S, Hs]; taught: input_ids or packed bytes, see pack
-        student, taught = stream if isinstance(stream, tuple) else (stream, stream)
-        if not self.teaching:
-            return self._own_layers(student)
-        return self._own_layers(student), pack(self._teacher.forward(taught))
+        student, taught, positions = self._received(stream)
+        self._positions.begin(positions)
+        sent = [self._own_layers(student)]
+        if self.teaching:
+            sent.append(pack(self._teacher.forward(taught, positions)))
+        if positions is not None:
+            sent.append(positions)
+        return tuple(sent) if len(sent) > 1 else sent[0]
+
+    def _received(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a stage gets for the student and for the teacher, and positions [B, S] if documents are kept apart.
+
+        The student gets input_ids [B, S] or hidden states [B, S, Hs], the teacher input_ids or packed bytes, see ``pack``.
+        """
+        parts = list(stream) if isinstance(stream, tuple) else [stream]
+        if self._document_end is None:
+            return parts[0], parts[-1], None
+        # The tokens come alone, everything else comes with positions.
+        positions = parts.pop() if len(parts) > 1 else document_positions(parts[0], self._document_end)
+        return parts[0], parts[-1], positions
 
     def loss(self, outputs: Stream, labels: Tensor) -> Tensor:
         """Loss of the last stage's ``outputs`` against ``labels`` [B, S]."""
-        student, taught = outputs if isinstance(outputs, tuple) else (outputs, None)
-        teacher = (None, None) if taught is None else (self._teacher.unpack(taught), self._teacher.head)
+        student, taught, _ = self._received(outputs)
+        teacher = (self._teacher.unpack(taught), self._teacher.head) if self.teaching else (None, None)
         parts: DistillationLoss = self._head(student, labels, *teacher, alpha=self.alpha, temperature=self.temperature)
         self._observe(parts)
         return parts.loss

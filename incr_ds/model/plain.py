@@ -15,6 +15,7 @@ from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.attention import Attention, preferred_kernels
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory, module_path
+from incr_ds.model.positions import document_positions
 from incr_ds.sharding.placement import pipeline_layer
 
 
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
                 None if tokens is None or not architecture.tied else tokens.get_parameter("weight")
             )
         self._positions = factory.positions
+        self._document_end = factory.document_end
         self._recompute = factory.activation_checkpointing
         self._attention = factory.attention
 
@@ -64,10 +66,16 @@ class LanguageModel(nn.Module):
         parts: DistillationLoss = self.lm_head(hidden, labels, *teacher, alpha=alpha, temperature=temperature)
         return parts
 
-    def hidden_states(self, stream: Tensor) -> Tensor:
-        """Run the layers up to the head. ``stream`` is input_ids [B, S] on the first stage, otherwise hidden [B, S, H]."""
+    def hidden_states(self, stream: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Run the layers up to the head. ``stream`` is input_ids [B, S] on the first stage, otherwise hidden [B, S, H].
+
+        On later stages ``positions`` [B, S] says where documents begin, if attention begins anew there.
+        """
         if self._embedding is not None:
-            stream = self._embedding.hidden_states(stream, training=self.training)  # [B, S] -> [B, S, H]
+            positions = None if self._document_end is None else document_positions(stream, self._document_end)
+            # [B, S] -> [B, S, H]
+            stream = self._embedding.hidden_states(stream, training=self.training, positions=positions)
+        self._positions.begin(positions)
         for layer, block in self._blocks.items():
             arguments = self._positions.arguments(stream, layer)
             stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)

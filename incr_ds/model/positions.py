@@ -13,8 +13,16 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 SLIDING = "sliding_attention"
 
 
+def document_positions(input_ids: Tensor, end: int) -> Tensor:
+    """The position of each token in its document, [B, S] -> [B, S]. A document ends with the token ``end``."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)  # [S]
+    begins = torch.zeros_like(input_ids)
+    begins[:, 1:] = (input_ids[:, :-1] == end) * index[1:]
+    return index - begins.cummax(dim=1).values
+
+
 class Positions:
-    """Arguments of transformers' decoder layers for whole sequences, positions 0, 1, ...
+    """Arguments of transformers' decoder layers for sequences at positions 0, 1, ..., or at those of ``begin``.
 
     ``rotary`` is None for models whose layers do not use positions. Not an nn.Module: the engine casts modules to bf16,
     but inverse frequencies must stay fp32. The arguments for the last shape are cached, since every layer of every step
@@ -26,6 +34,20 @@ class Positions:
         self._rotary = rotary
         self._key: tuple[Any, ...] | None = None
         self._kept: dict[str, Mapping[str, Any]] = {}
+        self._given: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor | None:
+        """The positions of ``begin``, [B, S]."""
+        return self._given
+
+    def begin(self, positions: Tensor | None) -> None:
+        """State the positions [B, S] of the sequences that the layers run on next (None: 0, 1, ... in all).
+
+        Where they do not rise by one, a document begins. Tokens attend to their own document only.
+        """
+        if positions is not None or self._given is not None:
+            self._given, self._key = positions, None
 
     def arguments(self, hidden: Tensor, layer: int) -> Mapping[str, Any]:
         """Keyword arguments of decoder layer ``layer`` for ``hidden`` [B, S, H]."""
@@ -46,10 +68,16 @@ class Positions:
 
     @torch.no_grad()
     def _build(self, hidden: Tensor, kind: str) -> Mapping[str, Any]:
-        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if self._given is None else self._given
         make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
         # None if scaled_dot_product_attention's own causal mask is enough.
-        mask = make_mask(config=self._config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+        mask = make_mask(
+            config=self._config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=self._given,
+        )
         arguments = {"attention_mask": mask, "position_ids": position_ids}
         if self._rotary is not None:
             # Gemma 3 has different frequencies for each kind of layer.

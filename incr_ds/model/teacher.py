@@ -29,10 +29,13 @@ class Teacher:
         return None if head is None else head.weight
 
     @torch.no_grad()
-    def forward(self, stream: Tensor) -> Tensor:
-        """input_ids at the first stage, packed hidden states after it -> this stage's hidden states [B, S, Ht]."""
+    def forward(self, stream: Tensor, positions: Tensor | None = None) -> Tensor:
+        """input_ids at the first stage, packed hidden states after it -> this stage's hidden states [B, S, Ht].
+
+        ``positions`` are those of ``LanguageModel.hidden_states``.
+        """
         hidden = self.unpack(stream) if stream.dtype == torch.uint8 else stream
-        return self._model.hidden_states(hidden)
+        return self._model.hidden_states(hidden, positions)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Turn the bytes of ``pack`` back into hidden states: uint8 [B, S, Ht * itemsize] -> [B, S, Ht]."""

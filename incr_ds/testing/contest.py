@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -17,11 +18,15 @@ _SAMPLING_SECONDS = 0.05  # five times as often would use a twentieth of a core
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one command: wall seconds, bytes left in its output, peak anonymous bytes over its process tree."""
+    """One run of one command: wall seconds, bytes left in its output, peak anonymous bytes over its process tree.
+
+    ``cpu_seconds`` are those of the tree, as far as every process waited for its children.
+    """
 
     seconds: float
     written: int
     peak: int
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Result:
     read: int
     written: int
     peak: int
+    cpu_seconds: float
 
     @property
     def throughput(self) -> float:
@@ -74,6 +80,7 @@ def _median(contestant: Contestant, runs: Sequence[Run]) -> Result:
         contestant.read_bytes,
         runs[0].written,
         max(run.peak for run in runs),
+        statistics.median(run.cpu_seconds for run in runs),
     )
 
 
@@ -83,19 +90,24 @@ def _run(contestant: Contestant) -> Run:
     for path in contestant.inputs:
         _evict(path)
     with tempfile.TemporaryFile("w+") as said:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), _cpu_of_children()
         process = subprocess.Popen(contestant.command, stdout=said, stderr=subprocess.STDOUT)
         peak = 0
         while process.poll() is None:
             peak = max(peak, _tree_anonymous_bytes(process.pid))
             time.sleep(_SAMPLING_SECONDS)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, _cpu_of_children() - used
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{contestant.name} failed:\n{said.read()}")
     written = sum(path.stat().st_size for path in contestant.output.rglob("*") if path.is_file())
     shutil.rmtree(contestant.output, ignore_errors=True)
-    return Run(seconds, written, peak)
+    return Run(seconds, written, peak, cpu_seconds)
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _evict(path: Path) -> None:

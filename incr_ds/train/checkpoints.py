@@ -30,6 +30,7 @@ from incr_ds.checkpoint.publish import MANIFEST, publish, read_manifest
 from incr_ds.checkpoint.runs import CHECKPOINTS, step_folder, step_folders
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.mixture import PastMix
 from incr_ds.errors import CheckpointError
 from incr_ds.train.hashing import digests_together, verify_together
 from incr_ds.train.health import Health
@@ -63,8 +64,9 @@ class SavingEngine(Protocol):
 class TrainingState:
     """What a run needs, besides model and optimizer, to continue as if it had not stopped.
 
-    ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set.
-    ``roll_backs`` counts how often it went back to a checkpoint, and ``skipped_samples`` the samples that it left out then.
+    ``evaluated_step`` is the last step with a held-out evaluation (-1: none). ``data`` is the fingerprint per data set, and
+    ``past_mixes`` are the mixes of training data that the run has read before its present one. ``roll_backs`` counts how
+    often it went back to a checkpoint, and ``skipped_samples`` the samples that it left out then.
     """
 
     position: Position
@@ -72,6 +74,7 @@ class TrainingState:
     data: Mapping[str, str]
     settings: Mapping[str, Any]
     health: Health = Health()
+    past_mixes: tuple[PastMix, ...] = ()
     roll_backs: int = 0
     skipped_samples: int = 0
 

@@ -19,6 +19,7 @@ from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
+from incr_ds.data.facts import document_end
 from incr_ds.data.importing import without_compiler
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.deepspeed_config import deepspeed_config
@@ -80,7 +81,8 @@ def build_engine(
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
     dtype = DTYPES[run.precision]
-    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run))
+    end = document_end(run)
+    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run), end)
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)

@@ -12,7 +12,7 @@ import torch
 
 from incr_ds.arch.architecture import check_context
 from incr_ds.checkpoint.base import LogicalCheckpoint
-from incr_ds.data.corpus import tokens_per_byte
+from incr_ds.data.facts import tokens_per_byte
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import open_held_out_data
 from incr_ds.offline.compare import load_model

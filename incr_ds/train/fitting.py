@@ -8,7 +8,7 @@ sums at the layer map, that is, at the recipe's own operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,6 +65,8 @@ def fit_growth(run: RunSettings, report: Report) -> Fit:
             "fit_growth: the run file must have model.initialize_from: {source, recipe}, the growth to fit, and evaluation with "
             "data.validation, by which it is judged."
         )
+    if run.data.reset_at_document_end:
+        raise ConfigError("fit_growth: data.reset_at_document_end is not supported here; remove it from this run file.")
     if run.layout.world_size > 1:
         raise ConfigError("fit_growth: runs in one process; set all degrees of layout to 1.")
     recipe = load_settings(Path(growth.recipe), GrowthRecipe).model_copy(update={"fitted": None})
@@ -80,8 +82,7 @@ def fit_growth(run: RunSettings, report: Report) -> Fit:
 def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: torch.device, report: Report) -> Fit:
     model = _model(run, operators.plan, device)
     data = open_data(run, operators.plan.target)
-    assert data.held_out is not None
-    before = _held_out_loss(model, operators, data.held_out, run, device)
+    before = _held_out_loss(model, operators, data.held_out.values(), run, device)
     optimizer = build_adamw([{"params": list(operators.parameters()), "weight_decay": 0.0}], run, device)
     first = run.schedule.start_step
     feed = batches(data.train, run.data.start_sample + first * run.batch.global_batch_size, run.batch, 0, 1)
@@ -94,7 +95,7 @@ def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: 
         optimizer.step()
         optimizer.zero_grad()
         report(step - first, loss)
-    after = _held_out_loss(model, operators, data.held_out, run, device)
+    after = _held_out_loss(model, operators, data.held_out.values(), run, device)
     return Fit(recipe.model_copy(update={"fitted": operators.fitted()}), before, after)
 
 
@@ -129,12 +130,14 @@ def _loss(model: LanguageModel, tensors: Mapping[str, Tensor], batch: Batch, dev
 
 @torch.no_grad()
 def _held_out_loss(
-    model: LanguageModel, operators: _Operators, samples: Samples, run: RunSettings, device: torch.device
+    model: LanguageModel, operators: _Operators, sets: Iterable[Samples], run: RunSettings, device: torch.device
 ) -> float:
+    """The mean over all held-out sets."""
     tensors, losses = operators.tensors(), []
     assert run.evaluation is not None
-    for batch in held_out_batches(samples, run.evaluation.samples, run.batch, 0, 1):
-        losses.append(float(_loss(model, tensors, batch, device)))
+    for samples in sets:
+        for batch in held_out_batches(samples, run.evaluation.samples, run.batch, 0, 1):
+            losses.append(float(_loss(model, tensors, batch, device)))
     return float(np.mean(losses))
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from incr_ds.data.fingerprint import (
     scan_chunk,
 )
 from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.data.mixture import CorpusUse, PastMix, corpus_uses
 from incr_ds.data.samples import Samples, open_held_out_data, open_training_data
 from incr_ds.errors import CheckpointError
 from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
@@ -34,30 +36,39 @@ CHUNKS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Data:
-    """Training and held-out samples of a run, and the fingerprint of every data set by its prefix."""
+    """Training samples and held-out samples by name, and the fingerprint of every data set by its prefix.
+
+    ``uses`` says how much of each corpus the run reads. ``past`` lists the mixes that it has read before this one.
+    """
 
     train: Samples
-    held_out: Samples | None
+    held_out: dict[str, Samples]
     fingerprints: dict[str, str]
+    uses: tuple[CorpusUse, ...] = ()
+    past: tuple[PastMix, ...] = ()
 
 
-def open_data(run: RunSettings, architecture: Architecture) -> Data:
+def open_data(run: RunSettings, architecture: Architecture, saved: Mapping[str, Any] | None = None) -> Data:
     """Open the run's data on every rank. Rank 0 builds the shuffled indices.
 
-    Raises ConfigError for missing or damaged files, too few held-out samples, and tokens outside the vocabulary.
+    ``saved`` holds the facts of the checkpoint from which the run resumes. Raises ConfigError for missing or damaged files,
+    too few held-out samples, and tokens outside the vocabulary.
     """
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     sets = describe_together(prefixes_of(run), Path(run.output) / CACHE)
     for data in sets.values():
         data.check_tokens(architecture.sizes["vocab"])
-    on_rank_zero(lambda: _opened(run, sets, builds_index=True) and None)
-    train, held_out = _opened(run, sets, builds_index=False)
-    return Data(train, held_out, {prefix: data.fingerprint for prefix, data in sets.items()})
+    past = () if saved is None else _past_mixes(run, sets, saved)
+    on_rank_zero(lambda: _opened(run, sets, past, builds_index=True) and None)
+    train, held_out = _opened(run, sets, past, builds_index=False)
+    fingerprints = {prefix: data.fingerprint for prefix, data in sets.items()}
+    uses = corpus_uses(run, {prefix: data.tokens for prefix, data in sets.items()})
+    return Data(train, held_out, fingerprints, tuple(uses), past)
 
 
 def prefixes_of(run: RunSettings) -> list[str]:
     """Every data set that the run reads, without duplicates."""
-    held_out = [str(run.data.validation)] if run.evaluation else []
+    held_out = run.data.held_out.values() if run.evaluation else []
     return list(dict.fromkeys([*(corpus.prefix for corpus in run.data.train), *held_out]))
 
 
@@ -109,12 +120,33 @@ def _write_record(path: Path, sets: Mapping[str, DataSet]) -> None:
     write_atomically(path, json.dumps(record_of(sets.values()), indent=1) + "\n")
 
 
-def _opened(run: RunSettings, sets: Mapping[str, DataSet], *, builds_index: bool) -> tuple[Samples, Samples | None]:
+def _past_mixes(run: RunSettings, sets: Mapping[str, DataSet], saved: Mapping[str, Any]) -> tuple[PastMix, ...]:
+    """The mixes that a checkpoint's run has read, with its last one if this run has another and may have it."""
+    past = tuple(
+        PastMix(mix["until"], tuple((fingerprint, weight) for fingerprint, weight in mix["corpora"]))
+        for mix in saved.get("past_mixes", [])
+    )
+    if not run.resume.change_data:
+        return past
+    was = tuple((saved["data"][corpus["prefix"]], corpus["weight"]) for corpus in saved["settings"]["data"]["train"])
+    now = tuple((sets[corpus.prefix].fingerprint, corpus.weight) for corpus in run.data.train)
+    if was == now:
+        return past
+    return (
+        *past,
+        PastMix(run.data.start_sample + saved["position"]["consumed_samples"] + saved.get("skipped_samples", 0), was),
+    )
+
+
+def _opened(
+    run: RunSettings, sets: Mapping[str, DataSet], past: tuple[PastMix, ...], *, builds_index: bool
+) -> tuple[Samples, dict[str, Samples]]:
     cache, length = Path(run.output) / CACHE, run.batch.sequence_length
     size = run.data.start_sample + run.schedule.train_steps * run.batch.global_batch_size
     mix = [(sets[corpus.prefix], corpus.weight) for corpus in run.data.train]
-    trained = open_training_data(mix, length, run.seed, cache, size, builds_index=builds_index)
+    trained = open_training_data(mix, length, run.seed, cache, size, past=past, builds_index=builds_index)
     if run.evaluation is None:
-        return trained, None
-    held_out = sets[str(run.data.validation)]
-    return trained, open_held_out_data(held_out, length, cache, run.evaluation.samples, builds_index=builds_index)
+        return trained, {}
+    opened = partial(open_held_out_data, sequence_length=length, cache=cache, num_samples=run.evaluation.samples)
+    held_out = run.data.held_out.items()
+    return trained, {name: opened(sets[prefix], builds_index=builds_index) for name, prefix in held_out}

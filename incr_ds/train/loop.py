@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ from incr_ds.train.evaluation import bits_per_byte
 from incr_ds.train.flops import Peak
 from incr_ds.train.health import after_step, divergence
 from incr_ds.train.inputs import Data
-from incr_ds.train.metrics import EvaluationRow, Position, TrainRow
+from incr_ds.train.metrics import EvaluationRow, HeldOut, Position, TrainRow
 from incr_ds.train.monitoring import Monitor
 from incr_ds.train.ranks import all_ranks, any_rank, on_rank_zero
 from incr_ds.train.recovery import DivergedError, next_sample
@@ -219,22 +220,36 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
 def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     """Evaluate on held-out data at the first and last step and every ``interval``, once per step, resumed or not."""
     run, step = job.run, state.position.step
-    if run.evaluation is None or job.data.held_out is None or state.evaluated_step == step:
+    if run.evaluation is None or state.evaluated_step == step:
         return state
     if step not in (run.schedule.start_step, run.schedule.last_step) and step % run.evaluation.interval:
         return state
     start, layout = time.perf_counter(), run.layout
     rank, samples = job.engine.data_parallel_rank, run.evaluation.samples
-    feed = held_out_batches(job.data.held_out, samples, run.batch, rank, layout.data_parallel)
-    loss = job.engine.evaluate(feed, samples // (run.batch.micro_batch_size * layout.data_parallel))
-    values = EvaluationRow(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=bits_per_byte(loss, str(run.data.validation)),
-        seconds=time.perf_counter() - start,
-    )
-    job.monitor.record(state.position, values)
+    found = {}
+    for name, held_out in job.data.held_out.items():
+        feed = held_out_batches(held_out, samples, run.batch, rank, layout.data_parallel)
+        loss = job.engine.evaluate(feed, samples // (run.batch.micro_batch_size * layout.data_parallel))
+        found[name] = HeldOut(loss, _perplexity(loss), bits_per_byte(loss, run.data.held_out[name]))
+    job.monitor.record(state.position, _evaluation_row(run, found, time.perf_counter() - start))
     return replace(state, evaluated_step=step)
+
+
+def _evaluation_row(run: RunSettings, found: Mapping[str, HeldOut], seconds: float) -> EvaluationRow:
+    """The means over all held-out sets, and each of them if they have names."""
+    loss = fmean(each.loss for each in found.values())
+    bits = [each.bits_per_byte for each in found.values() if each.bits_per_byte is not None]
+    return EvaluationRow(
+        loss=loss,
+        perplexity=_perplexity(loss),
+        bits_per_byte=fmean(bits) if len(bits) == len(found) else None,
+        seconds=seconds,
+        sets={} if isinstance(run.data.validation, str) else found,
+    )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def _feed(job: Job, state: TrainingState) -> Batches:

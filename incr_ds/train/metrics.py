@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,27 @@ class TrainRow:
     slowest_ratio: float | None = None
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured on one held-out set. ``bits_per_byte`` is None if the bytes behind the tokens are not known."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One held-out evaluation. ``bits_per_byte`` is None if the bytes behind the tokens are not known."""
+    """One held-out evaluation.
+
+    If the run names its held-out sets, ``sets`` has each of them, and ``loss`` and ``bits_per_byte`` are their means.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
     seconds: float
+    sets: Mapping[str, HeldOut] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +122,10 @@ TIMINGS = (
     "seconds",
     "data_seconds",
     "save_seconds",
-    "slowest_rank",
-    "slowest_ratio",
     "memory_bytes",
     "peak_memory_bytes",
+    "slowest_rank",
+    "slowest_ratio",
 )
 KINDS: dict[type, str] = {
     TrainRow: "train",
@@ -130,13 +143,22 @@ _ROW: dict[str, tuple[type, ...]] = {
 
 
 def row(position: Position, values: Row) -> dict[str, Any]:
-    """The JSON object of a line. ``kind`` is one of KINDS. A number that is not finite becomes null."""
-    return _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
+    """The JSON object of a line. ``kind`` is one of KINDS. A number that is not finite becomes null.
+
+    Only a run that names its held-out sets has the key ``sets``.
+    """
+    content = _strict({"kind": KINDS[type(values)], **asdict(position), **asdict(values)})
+    return {key: value for key, value in content.items() if key != "sets" or value}
 
 
 def _strict(content: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()
+        key: _strict(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in content.items()
     }
 
 

@@ -164,7 +164,8 @@ def _train_line(values: TrainRow) -> str:
 
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
-    return f"held-out loss {values.loss:.4f}  perplexity {values.perplexity:.2f}{bits}"
+    sets = ", ".join(f"{name} {found.loss:.4f}" for name, found in values.sets.items())
+    return f"held-out loss {values.loss:.4f}{f' ({sets})' if sets else ''}  perplexity {values.perplexity:.2f}{bits}"
 
 
 def _roll_back_line(values: RollBackRow) -> str:

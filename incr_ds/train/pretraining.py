@@ -78,10 +78,11 @@ def train_run(run: RunSettings, *, resume: bool = True, stop: Stop | None = None
         on_rank_zero(lambda: stack.enter_context(locked(Path(run.output))))
         on_rank_zero(lambda: remove_unfinished(run))
         heart = stack.enter_context(Watchdog(Path(run.output), all_ranks().rank, run.watchdog_seconds))
-        data = open_data(run, start.architecture)
         newest = newest_complete(run, print)
         if newest is not None and not resume:
             raise ConfigError(f"--no-resume: {newest} exists; remove it, or set another output.")
+        saved = None if newest is None else on_rank_zero(lambda: read_manifest(newest)["facts"])
+        data = open_data(run, start.architecture, saved)
         return _train_stages(Session(run, stages, start, data, stop, heart), newest)
 
 
@@ -96,7 +97,7 @@ def _train_stages(session: Session, newest: Path | None) -> Outcome:
             """Opened once the first engine has what it needs, so that a refused run keeps its metrics."""
             if not monitors:
                 monitors.append(screen.enter_context(open_monitor(session.run, resumed)))
-                for line in stage_lines(session.stages):
+                for line in (*stage_lines(session.stages), *map(str, session.data.uses)):
                     monitors[0].say(line)
             return monitors[0]
 
@@ -195,11 +196,19 @@ def _loaded(
         elif start.weights is not None:
             engine.fill_optimizer(start.weights)  # whose bytes the manifest has proven
             resumed += f", {start.description}"
-        return replace(state, settings=settings), resumed + changed
+        data = session.data
+        state = replace(state, settings=settings, data=data.fingerprints, past_mixes=data.past)
+        return state, resumed + changed
     assert start is not None
     load_start(engine, start)
     position = begin(stage.run) if state is None else replace(state.position, stage=stage.number)
-    fresh = TrainingState(position=position, evaluated_step=-1, data=session.data.fingerprints, settings=settings)
+    fresh = TrainingState(
+        position=position,
+        evaluated_step=-1,
+        data=session.data.fingerprints,
+        settings=settings,
+        past_mixes=session.data.past,
+    )
     return fresh, start.description + changed
 
 

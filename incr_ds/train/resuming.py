@@ -17,9 +17,10 @@ from incr_ds.errors import ConfigError, LayoutError
 TOKENS = "resuming would not continue the same order of tokens"
 GROUPS = "its optimizer state is that of other parameter groups"
 MODEL = "it holds another model, or holds it in another precision"
+TRAINING_DATA = "data.train"
 FIXED: Mapping[str, Mapping[str, Any]] = {
     TOKENS: dict.fromkeys(
-        ("seed", "batch.sequence_length", "batch.global_batch_size", "data.train", "data.start_sample"), None
+        ("seed", "batch.sequence_length", "batch.global_batch_size", TRAINING_DATA, "data.start_sample"), None
     )
     | {"schedule.start_step": 0},
     GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
@@ -66,7 +67,8 @@ def check_continues(
 ) -> None:
     """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
-    It cannot with other data, another model, tokenizer or precision, nor in another layout without ``run.resume.reshard``.
+    It cannot with another model, tokenizer or precision, with other data without ``run.resume.change_data``, nor in another
+    layout without ``run.resume.reshard``.
     ``data`` is the fingerprint of each data set. ``architecture`` and ``layout`` are those of the stage in which the run
     resumes. Raises LayoutError or ConfigError that lists every difference.
     """
@@ -74,13 +76,19 @@ def check_continues(
         check_layout_matches(folder, facts["layout"], layout)
     old, new = facts["settings"], run.model_dump(mode="json")
     problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
-    problems[TOKENS][:0] = [*_other_data(facts["data"], data), *_other_tokenizer(folder, run)]
+    if run.resume.change_data:
+        problems[TOKENS] = [line for line in problems[TOKENS] if not line.startswith(f"{TRAINING_DATA}:")]
+    else:
+        problems[TOKENS][:0] = _other_data(facts["data"], data)
+    is_other_data = any(line.startswith(("data ", f"{TRAINING_DATA}:")) for line in problems[TOKENS])
+    remedy = " With resume.change_data: true, the run reads other data from here on." if is_other_data else ""
+    problems[TOKENS] += _other_tokenizer(folder, run)
     problems[MODEL][:0] = _other_fields(folder, architecture)
     if any(problems.values()):
         found = [f"{folder}: {heading}:\n  " + "\n  ".join(lines) for heading, lines in problems.items() if lines]
         raise ConfigError(
             "\n".join(found) + "\n"
-            "Restore them, or start a new run: another output, with model.initialize_from this checkpoint."
+            "Restore them, or start a new run: another output, with model.initialize_from this checkpoint." + remedy
         )
 
 

@@ -1,4 +1,4 @@
-"""Without the packages of the extra `train`, a model can be grown, inspected, verified, exported and sampled."""
+"""Without the packages of the extras, text can be prepared, and a model grown, inspected, verified, exported, sampled."""
 
 import json
 import subprocess
@@ -13,13 +13,13 @@ from token_data import write_documents
 
 from incr_ds.data.tokenizer import train_sentencepiece
 from incr_ds.errors import ConfigError
-from incr_ds.launch.packages import TRAINING, missing_training_package, require
+from incr_ds.launch.packages import EXTRAS, missing_package, require
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.testing.runs import pico_run
 
 SUPPORT = Path(__file__).parents[1] / "support"
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("deepspeed", "megatron", "tensorboard", "matplotlib")
+PACKAGES = ("deepspeed", "megatron", "tensorboard", "matplotlib", "pyarrow", "zstandard")
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 PRELUDE = (
     f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); from absent import make_absent; make_absent(*{PACKAGES})\n"
@@ -74,11 +74,22 @@ def test_the_offline_commands_need_none_of_them(home, tmp_path: Path):
         ["export_huggingface", grown, exported],
         ["inspect_checkpoint", "diff", grown, grown],
         ["generate", exported, "--prompt", "The license", "--tokens", "2", "--tokenizer", home / "source"],
+        [
+            "prepare_data",
+            "--input",
+            home / "recipe.yaml",
+            "--tokenizer",
+            home / "source",
+            "--output",
+            tmp_path / "data",
+            "--held-out",
+            "0",
+        ],
     )
     assert done.returncode == 0 and not done.stderr.strip(), done
     ended = [line for line in done.stdout.splitlines() if " ended with " in line]
     names = ("grow_checkpoint", "inspect_checkpoint", "verify_checkpoint", "export_huggingface", "inspect_checkpoint")
-    assert ended == [f"{name} ended with 0" for name in (*names, "generate")], done.stdout
+    assert ended == [f"{name} ended with 0" for name in (*names, "generate", "prepare_data")], done.stdout
     assert "logits kept" in done.stdout and (exported / "model.safetensors").is_file()
 
 
@@ -86,7 +97,6 @@ def test_the_offline_commands_need_none_of_them(home, tmp_path: Path):
     ("command", "packages"),
     [
         ("evaluate SOURCE --data HOME/x", "megatron-core is"),
-        ("prepare_data --input HOME/recipe.yaml --tokenizer SOURCE --output OUT", "megatron-core is"),
         ("fit_growth --config HOME/run.yaml --output OUT", "deepspeed and megatron-core are"),
         ("growth_study --source HOME --grown HOME --scratch HOME --output OUT", "matplotlib is"),
         ("verify_checkpoint SOURCE --against SOURCE --data HOME/x", "megatron-core is"),
@@ -101,6 +111,15 @@ def test_a_command_that_needs_one_says_what_to_install(home, tmp_path: Path, com
     assert done.stdout == f"{command.split()[0]} ended with 2\n" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "package"), [("x.jsonl.zst", "zstandard"), ("x.parquet", "pyarrow")])
+def test_a_kind_of_file_that_needs_one_says_what_to_install(home, tmp_path: Path, name, package):
+    (tmp_path / name).write_bytes(b"")
+    words = ["--input", tmp_path / name, "--tokenizer", home / "source", "--output", tmp_path / "out"]
+    done = in_turn(["prepare_data", *words])
+    assert done.stderr == f"error: {package} is not installed; run pip install 'incr_ds[data]'.\n"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_training_says_what_to_install(home):
     done = without(BY_PATH, ROOT / "launchers" / "pretrain.py", "--config", home / "run.yaml", **LAUNCHED)
     packages = "deepspeed and megatron-core and tensorboard are"
@@ -109,18 +128,19 @@ def test_training_says_what_to_install(home):
 
 
 def test_what_is_installed_is_not_asked_for():
-    require(*TRAINING)
+    for modules in EXTRAS.values():
+        require(*modules)
     with pytest.raises(ConfigError, match=r"^tensorboard is not installed; run pip install 'incr_ds\[train\]'\.$"):
-        raise missing_training_package(ModuleNotFoundError("", name="tensorboard.compat"))
-    assert missing_training_package(ModuleNotFoundError("", name="torch")) is None
+        raise missing_package(ModuleNotFoundError("", name="tensorboard.compat"))
+    assert missing_package(ModuleNotFoundError("", name="torch")) is None
 
 
-def test_the_extra_has_these_packages_and_nothing_else_needs_them():
-    """Each package is in the extra `train` only, and not in every installation."""
+def test_the_extras_have_these_packages_and_nothing_else_needs_them():
+    """Each package is in its extra only, and not in every installation."""
     found = {}
     for text in requires("incr_ds"):
         requirement = Requirement(text)
-        extra = "train" if requirement.marker and requirement.marker.evaluate({"extra": "train"}) else ""
-        found.setdefault(extra, set()).add(requirement.name)
-    assert found["train"] == set(TRAINING.values())
-    assert not found[""] & found["train"]
+        names = [name for name in EXTRAS if requirement.marker and requirement.marker.evaluate({"extra": name})]
+        found.setdefault(names[0] if names else "", set()).add(requirement.name)
+    for extra, modules in EXTRAS.items():
+        assert found[extra] == set(modules.values()) and not found[""] & found[extra]

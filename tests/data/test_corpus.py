@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from incr_ds.checkpoint.publish import temporary_folder
-from incr_ds.data.corpus import CorpusRequest, is_held_out, prepare_corpus, tokens_per_byte
+from incr_ds.data.corpus import CorpusRequest, is_held_out, prepare_corpus
+from incr_ds.data.facts import tokens_per_byte
 from incr_ds.data.megatron import IndexedDataset
-from incr_ds.data.tokenizer import TRAINING_CHUNKS, encode_documents, open_tokenizer, train_sentencepiece
+from incr_ds.data.tokenizer import TRAINING_CHUNKS, encode_documents, train_sentencepiece
 from incr_ds.errors import ConfigError
+from incr_ds.offline.sentences import load_tokenizer
 
 ODD_TEXT = '  def f(x):\n\treturn "</s> é漢🙂"  \n\n\n    # end\r\n\0 <s>'
 
@@ -50,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory):
 
 
 def decoded(prefix: Path, split: str) -> list[str]:
-    tokenizer = open_tokenizer(Path(f"{prefix}_tokenizer"))
+    tokenizer = load_tokenizer(Path(f"{prefix}_tokenizer"), "test")
     data = IndexedDataset(f"{prefix}_{split}_text_document", mmap=True)
     documents = [np.asarray(data[index]).tolist() for index in range(len(data))]
     assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in documents)
@@ -99,7 +100,7 @@ def test_a_tokenizer_folder_can_be_reused_and_json_lines_are_documents(prepared,
             held_out=0.0,
         )
     )
-    tokenizer = open_tokenizer(folder / "out" / "code_tokenizer")
+    tokenizer = load_tokenizer(folder / "out" / "code_tokenizer", "test")
     assert facts.splits["train"].documents == 2
     assert facts.splits["train"].tokens == 2 + sum(map(len, encode_documents(tokenizer, ["one two", "three"])))
     assert "validation" not in facts.splits
@@ -120,7 +121,7 @@ def test_max_bytes_says_what_was_left_out(prepared, tmp_path: Path):
         ({"inputs": (Path("/no/such/folder"),)}, "--input /no/such/folder: no such file or folder"),
         ({"patterns": ("*.nothing",)}, r"no file matches --pattern \*.nothing"),
         ({"tokenizer": "train:magic"}, "unknown trainer 'magic'; known: train:sentencepiece"),
-        ({"tokenizer": "/no/tokenizer"}, "--tokenizer /no/tokenizer: not a folder"),
+        ({"tokenizer": "/no/tokenizer"}, "--tokenizer /no/tokenizer: no such file or folder"),
         ({"vocabulary_size": 100}, "--vocab-size 100: expected at least 320"),
         ({"vocabulary_size": 30000}, "Vocabulary size (is )?too high.*try another --vocab-size"),
         ({"held_out": 1.5}, "--held-out 1.5: expected a fraction"),
@@ -247,19 +248,6 @@ def test_a_damaged_tokenizer_folder_is_one_message(prepared, tmp_path: Path, fil
     (tmp_path / "own" / file).write_text(text)
     with pytest.raises(ConfigError, match=r"--tokenizer .*own: (transformers cannot load it|it has no eos_token)"):
         prepare_corpus(request(folder, tokenizer=str(tmp_path / "own"), output=tmp_path / "out"))
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(prepared, tmp_path: Path):
-    folder, _, _ = prepared
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    living = temporary_folder(tmp_path / "out")
-    dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
-    for left in (living, dead):
-        left.mkdir()
-        (left / "out_train_text_document.bin").write_bytes(b"half")
-    prepare_corpus(request(folder, tokenizer=str(folder / "out" / "code_tokenizer"), output=tmp_path / "out"))
-    assert living.exists() and not dead.exists()
 
 
 def test_a_pipe_among_the_texts_is_named_not_waited_for(prepared, tmp_path: Path):

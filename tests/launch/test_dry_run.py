@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny import SIZES
+from token_data import write_documents
 from typer.testing import CliRunner
 
 from incr_ds.arch.architecture import architecture_from_config
@@ -79,6 +80,20 @@ def test_tokens_flops_and_time_by_hand(tiny_run):
     assert (found.parts[0].tokens_per_step, found.tokens, found.flops) == (16, 160, 160 * 3 * (96 + 32))
     assert found.seconds == pytest.approx(61440 / 500 / 2)
     assert found.gpu_hours == pytest.approx(61440 / 500 / 3600)
+
+
+def test_epochs_of_data_on_this_machine_by_hand(tiny_run, tmp_path: Path, capsys):
+    """40 samples of 4 tokens: 30 of here, which has 24 samples; of the other nothing is known."""
+    write_documents(tmp_path / "here", [list(range(50)), list(range(48))])
+    corpora = [{"prefix": str(tmp_path / "here"), "weight": 3.0}, {"prefix": str(tmp_path / "there")}]
+    found = dry_run(tiny_run(data={"train": corpora}))
+    (use,) = found.data
+    assert (use.prefix, use.share, use.samples_per_epoch, use.epochs) == (corpora[0]["prefix"], 0.75, 24, 1.25)
+    assert any("there.bin: no such file" in line for line in found.missing)
+    show_dry_run(found, json=True)
+    assert json.loads(capsys.readouterr().out)["data"][0]["epochs"] == 1.25
+    show_dry_run(found, json=False)
+    assert f"data: {tmp_path}/here: 75.0% of the samples, 1.25 epochs of 24 samples" in capsys.readouterr().out
 
 
 def test_the_teacher_costs_its_forward_pass_while_its_weight_is_above_0(tiny_run, tmp_path: Path):

@@ -13,6 +13,7 @@ from incr_ds.testing.pico import TRAINED_BESIDE, pico_architecture
 from incr_ds.testing.runs import pico_run
 
 ROWS, LENGTH, STEPS, RATE = 2, 12, 4, 0.05
+END = 5  # a fifth of the tokens in cases with documents
 
 
 # The teacher runs, at two temperatures, then fades out: the stages stop sending its hidden states.
@@ -37,6 +38,8 @@ class Case:
     z_loss: float = 0.0
     precision: str = "fp32"
     freeze: tuple[str, ...] = ()
+    # Prefix of a data set whose facts say that END ends its documents, which are kept apart.
+    documents: str = ""
 
     @property
     def world(self):
@@ -62,6 +65,7 @@ class Case:
             },
             distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
             loss={"z_loss": self.z_loss},
+            data={"train": [{"prefix": self.documents or "pico"}], "reset_at_document_end": bool(self.documents)},
         )
 
 
@@ -97,11 +101,13 @@ def teacher(case=None):
     return drawn_checkpoint(pico_architecture("llama", **sizes), seed=2)
 
 
-def micro_batches(count, seed):
+def micro_batches(count, seed, documents=False):
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for index in range(count):
         ids = torch.randint(0, 101, (ROWS, LENGTH + 1), generator=generator)
+        if documents:
+            ids[ids < 20] = END
         labels = ids[:, 1:].clone()
         labels[0, : index % 5] = -100  # micro-batches with unlike numbers of valid tokens
         batches.append((ids[:, :-1].contiguous(), labels))
@@ -118,11 +124,11 @@ def train(case):
     engine = build_engine(case.run(), weights.architecture, weights, teacher(case))
     steps, evaluations = [], []
     for step, (alpha, temperature) in enumerate(SCHEDULE):
-        mine = micro_batches(case.micro_batches, step)[engine.data_parallel_rank :: case.data]
+        mine = micro_batches(case.micro_batches, step, bool(case.documents))[engine.data_parallel_rank :: case.data]
         # A middle stage of a pipeline would get None.
         batches = iter(mine) if engine.reads_data else None
         steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
-        held_out = micro_batches(3 * case.data, 100)[engine.data_parallel_rank :: case.data]
+        held_out = micro_batches(3 * case.data, 100, bool(case.documents))[engine.data_parallel_rank :: case.data]
         evaluations.append(engine.evaluate(iter(held_out), 3))
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
@@ -148,7 +154,8 @@ def reference(case):
     steps, evaluations = [], []
     for step, (alpha, temperature) in enumerate(SCHEDULE):
         parts = [
-            losses(case, model, guide, *batch, alpha, temperature) for batch in micro_batches(case.micro_batches, step)
+            losses(case, model, guide, *batch, alpha, temperature)
+            for batch in micro_batches(case.micro_batches, step, bool(case.documents))
         ]
         loss, ce, divergence = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         optimizer.zero_grad()
@@ -156,7 +163,7 @@ def reference(case):
         norm = torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["gradient_clipping"])
         optimizer.step()
         steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
-        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100)))
+        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100, bool(case.documents)), case))
     return steps, evaluations, dict(model.named_parameters())
 
 
@@ -169,11 +176,25 @@ def transformers_model(checkpoint):
     return model
 
 
+def logits_of(case, model, input_ids):
+    """The model's logits [B, S, V]. Documents are run one by one if the case keeps them apart."""
+    if not case.documents:
+        return model(input_ids).logits
+    return torch.stack([torch.cat([model(part[None]).logits[0] for part in documents_of(row)]) for row in input_ids])
+
+
+def documents_of(row):
+    """Cut [S] behind each END."""
+    ends = (row == END).nonzero().flatten().tolist()
+    bounds = [0, *(end + 1 for end in ends), len(row)]
+    return [row[first:stop] for first, stop in zip(bounds, bounds[1:], strict=False) if first < stop]
+
+
 def losses(case, model, guide, input_ids, labels, alpha, temperature):
     valid = labels.flatten() != -100
-    logits = model(input_ids).logits.flatten(0, 1)[valid]
+    logits = logits_of(case, model, input_ids).flatten(0, 1)[valid]
     with torch.no_grad():
-        target = guide(input_ids).logits.flatten(0, 1)[valid]
+        target = logits_of(case, guide, input_ids).flatten(0, 1)[valid]
     ce = F.cross_entropy(logits, labels.flatten()[valid])
     log_p, log_q = F.log_softmax(logits / temperature, 1), F.log_softmax(target / temperature, 1)
     if case.divergence == "reverse_kl":
@@ -184,8 +205,9 @@ def losses(case, model, guide, input_ids, labels, alpha, temperature):
 
 
 @torch.no_grad()
-def token_mean(model, batches):
+def token_mean(model, batches, case):
     total = sum(
-        F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") for ids, labels in batches
+        F.cross_entropy(logits_of(case, model, ids).flatten(0, 1), labels.flatten(), reduction="sum")
+        for ids, labels in batches
     )
     return (total / sum((labels != -100).sum() for _, labels in batches)).item()

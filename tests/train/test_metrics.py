@@ -98,7 +98,7 @@ def test_the_keys_of_a_row_are_public():
     assert list(row(Position(), train_row(1.0))) == [*position, *train, *TIMINGS]
     assert TIMINGS == (
         "tokens_per_second", "tflops_per_rank", "mfu", "seconds", "data_seconds", "save_seconds",
-        "memory_bytes", "peak_memory_bytes",
+        "memory_bytes", "peak_memory_bytes", "slowest_rank", "slowest_ratio",
     )  # fmt: skip
     assert list(row(Position(), held_out(1.0))) == [*position, "loss", "perplexity", "bits_per_byte", "seconds"]
 

@@ -45,8 +45,8 @@ def bad_batches(world, monkeypatch, numbers, loss):
     """Give the global batches with these numbers this loss, by their content. Returns the list of the batches read."""
     read, of_content, open_data = [], {}, pretraining.open_data
 
-    def remembered(run, architecture):
-        data = open_data(run, architecture)
+    def remembered(run, architecture, saved=None):
+        data = open_data(run, architecture, saved)
         for number in range(40):
             content = data.train.tokens(BATCH * number + 2)[:-1].tobytes()  # of the second micro-batch's first sample
             assert of_content.setdefault(content, number) == number

@@ -56,7 +56,7 @@ def write_run_file(material, folder, layout, **changes):
         "schedule": {"train_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2},
         "data": {
             "train": [{"prefix": str(material / "x_train_text_document")}],
-            "validation": str(material / "x_validation_text_document"),
+            "validation": {name: str(material / f"x_{name}_text_document") for name in ("validation", "train")},
         },
         "evaluation": {"interval": 3, "samples": 8},
         "checkpoint": {"interval": 3, "keep_last": 0},
@@ -129,7 +129,9 @@ def test_three_steps_and_three_more_are_six_steps_bit_for_bit(material, tmp_path
 
     # What the run measured on held-out text is what transformers computes from the checkpoint.
     found = evaluate_checkpoint(final[0], str(material / "x_validation_text_document"), LENGTH, 8)
-    assert found.loss == pytest.approx(whole[-1]["loss"], rel=1e-5)
+    assert found.loss == pytest.approx(whole[-1]["sets"]["validation"]["loss"], rel=1e-5)
+    found = evaluate_checkpoint(final[0], str(material / "x_train_text_document"), LENGTH, 8)
+    assert found.loss == pytest.approx(whole[-1]["sets"]["train"]["loss"], rel=1e-5)
 
 
 def endless_run(material, tmp_path):
