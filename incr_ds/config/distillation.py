@@ -12,24 +12,26 @@ BEFORE_GROWTH = "before-growth"  # as teacher: the model as it was right before 
 
 
 class DistillationSettings(Settings):
-    """Loss (1 - a) * CE + a * T^2 * D, with a annealed from ``weight`` to ``final_weight``.
-
-    D is KL(teacher || student), KL(student || teacher) for ``divergence: reverse_kl``, or their Jensen-Shannon mean.
-
-    ``teacher`` is a folder in any supported checkpoint format. ``before-growth`` is the model as it was right before
-    the newest growth of this run, with which it begins to teach. ``anneal_steps`` counts optimizer steps from that
-    growth, otherwise from ``start_step`` (None: the run's first step).
-    """
+    """The distillation term: the loss is (1 - a) CE + a T^2 D, with a annealed from ``weight`` to ``final_weight``."""
 
     teacher: str
+    """A folder in any supported checkpoint format, or before-growth: the model before this run's newest growth."""
     weight: float = Field(default=0.5, ge=0.0, le=1.0)
+    """The weight a at first, in (1 - a) CE + a T^2 D."""
     final_weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The weight after anneal_steps."""
     anneal_steps: int = Field(ge=1)
+    """Steps over which weight and temperature change."""
     start_step: int | None = Field(default=None, ge=0)
+    """The step that anneal_steps count from; null is the run's first, or the growth's with before-growth."""
     anneal: Literal["linear", "cosine"] = "linear"
+    """The form of the change."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """D: KL(teacher || student), KL(student || teacher), or their Jensen-Shannon mean."""
     temperature: float = Field(default=1.0, gt=0.0)
+    """The temperature T at first."""
     final_temperature: float | None = Field(default=None, gt=0.0)
+    """T after anneal_steps; null keeps it."""
 
     @model_validator(mode="after")
     def _anneals_downwards(self) -> Self:

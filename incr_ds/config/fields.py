@@ -18,9 +18,14 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Settings(BaseModel):
-    """Base of every settings section. It is frozen and strictly typed; unknown keys, inf and nan are refused."""
+    """Base of every settings section. It is frozen and strictly typed; unknown keys, inf and nan are refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The text below a key describes it, in the code and in the generated page of keys (config/reference.py).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)

@@ -13,9 +13,13 @@ class ParallelLayout(Settings):
     """Degrees of tensor, pipeline and data parallelism, and the ZeRO stage."""
 
     tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each layer."""
     pipeline_parallel: int = Field(default=1, ge=1)
+    """Stages that the layers are cut into."""
     data_parallel: int = Field(default=1, ge=1)
+    """Ranks with the same weights and other samples."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO partitions over data-parallel ranks: 1 optimizer states, 2 gradients too, 3 weights too."""
 
     @model_validator(mode="after")
     def _pipeline_allows_zero_1(self) -> Self:

@@ -13,21 +13,24 @@ from incr_ds.config.layout import ParallelLayout
 
 
 class GrowthStep(Settings):
-    """Growth by ``recipe`` after ``at_step`` optimizer steps. What is not stated stays as before the growth.
-
-    ``learning_rate`` is the schedule's peak from then on. The rate rises linearly over ``rewarmup_steps`` steps, from
-    ``rewarmup_from`` times the schedule's rate to the schedule's rate. Without both, the recipe's advice decides.
-    ``distillation`` replaces the run's section, and ``none`` ends it.
-    """
+    """One growth on the way. What is not stated stays as before it."""
 
     at_step: int = Field(ge=1)
+    """The step after which the model grows. Also a share of train_steps, like 40%."""
     recipe: str
+    """The growth recipe."""
     learning_rate: float | None = Field(default=None, gt=0.0)
+    """The schedule's peak from then on; null keeps it."""
     rewarmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of the re-warm-up after the growth; null follows the recipe's advice."""
     rewarmup_from: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The factor of the schedule's rate at which the re-warm-up begins; null follows the advice."""
     layout: ParallelLayout | None = None
+    """The layout from then on, with the same number of processes; null keeps it."""
     micro_batch_size: int | None = Field(default=None, ge=1)
+    """The micro-batch from then on; null keeps it."""
     distillation: DistillationSettings | Literal["keep", "none"] = "keep"
+    """The section from then on. keep leaves it as it is, none ends it."""
 
     @model_validator(mode="after")
     def _rewarmup_is_whole(self) -> Self:

@@ -7,9 +7,6 @@ error.
 
 from __future__ import annotations
 
-import math
-import re
-from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,44 +14,42 @@ from pydantic import Field, field_validator, model_validator
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.schedule import ScheduleSettings, in_steps
 from incr_ds.config.stages import GrowthStep, check_growth_steps, check_teacher
-
-_SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?) ?%")
-
-
-def _in_steps(stated: Any, train_steps: Any) -> Any:
-    """Convert a percentage of ``train_steps``, like 1%, to steps, rounded up; leave everything else for validation."""
-    share = _SHARE.fullmatch(stated) if isinstance(stated, str) and isinstance(train_steps, int) else None
-    return stated if share is None else math.ceil(Fraction(share[1]) * train_steps / 100)
 
 
 class GrowthStart(Settings):
-    """A source checkpoint folder of any kind, and the growth recipe to apply to it as it is loaded."""
+    """A source, and the growth recipe to apply to it as it is loaded."""
 
     source: str
+    """A source checkpoint folder of any kind."""
     recipe: str
+    """The growth recipe to apply to it as it is loaded."""
 
 
 class ModelSettings(Settings):
-    """What to train: a fresh model of a Hugging Face config.json (``config``), or the weights of a checkpoint folder.
+    """What to train: a fresh model of a config.json, or the weights of a checkpoint folder.
 
-    ``initialize_from`` takes a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout (in any
-    layout with ``resume.reshard``), grown or not, or a source in any layout together with a recipe, by which it is grown in
-    memory. Optimizer state is kept unless ``load_optimizer`` is false. ``tag`` is the DeepSpeed tag to read.
-
-    ``attention: cudnn`` is sdpa that tries cuDNN's kernel first. With ``layer_kernels: liger``, Liger's kernels compute
-    norms, gated FFNs and rotary positions. ``freeze`` lists patterns of tensor names that do not train. The last pattern
-    that matches decides, and one that starts with ``!`` lets the tensor train (arch/freezing.py).
+    That may be a Hugging Face folder (weights only), a DeepSpeed checkpoint in this run's layout (in any layout with
+    ``resume.reshard``), grown or not, or a source in any layout together with a recipe.
     """
 
     config: str | None = None
+    """A Hugging Face config.json: train a fresh model."""
     initialize_from: str | GrowthStart | None = None
+    """A checkpoint folder whose weights to start from, or {source, recipe}: a source to grow as it is loaded."""
     tag: str | None = None
+    """The DeepSpeed tag to read from it; null takes the one that its file latest names."""
     load_optimizer: bool = True
+    """Whether to keep the checkpoint's optimizer state."""
     attention: Literal["sdpa", "eager", "cudnn"] = "sdpa"
+    """Attention's implementation. cudnn is sdpa that tries cuDNN's kernel first."""
     layer_kernels: Literal["transformers", "liger"] = "transformers"
+    """Who computes norms, gated FFNs and rotary positions. liger needs CUDA."""
     activation_checkpointing: bool = False
+    """Whether to compute each layer's activations again in the backward pass, which saves memory."""
     freeze: list[str] = Field(default_factory=list)
+    """Patterns of tensor names that do not train. The last match decides; a leading ! lets a tensor train."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -64,13 +59,12 @@ class ModelSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The training loss beside its distillation part. z_loss * (log sum exp of the logits)^2 is added to it.
-
-    ``backend`` names the row kernels. auto picks the one known to be fastest on the device. recompute stores no logits.
-    """
+    """The training loss beside its distillation part."""
 
     z_loss: float = Field(default=0.0, ge=0.0)
+    """The factor of (log sum exp of the logits)^2 in the loss."""
     backend: Literal["auto", "torch", "triton", "cuda", "recompute"] = "auto"
+    """The loss's row kernels. auto takes the one known to be fastest on the device; recompute stores no logits."""
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -84,119 +78,55 @@ class BatchSettings(Settings):
     """Sizes in samples and tokens. The number of micro-batches per step follows from them."""
 
     sequence_length: int = Field(ge=1)
+    """Tokens per sample."""
     micro_batch_size: int = Field(ge=1)
+    """Samples per forward pass of one data-parallel rank."""
     global_batch_size: int = Field(ge=1)
-
-
-class ScheduleSettings(Settings):
-    """The learning rate over the optimizer steps of this run.
-
-    Linear warm-up starts at ``warmup_from`` (a fraction of the peak; above 0 it is a re-warm-up after growth). Then
-    comes ``cosine`` or ``linear`` to ``min_learning_rate``, ``wsd`` (constant, then ``decay_steps`` of linear decay at the
-    end) or ``constant``. ``warmup_steps`` and ``decay_steps`` may be percentages of ``train_steps``, like 1%.
-
-    ``start_step`` and ``end_step`` cut this run out of a longer schedule of ``train_steps``: the steps taken before it,
-    and those taken when it ends (None: train_steps). Its learning rate, data and dropout are those of the same steps of
-    the whole. Over its first ``rewarmup_steps`` steps the rate rises linearly, from ``rewarmup_from`` times the
-    schedule's rate to the schedule's rate.
-    """
-
-    train_steps: int = Field(ge=1)
-    learning_rate: float = Field(gt=0.0)
-    min_learning_rate: float = Field(default=0.0, ge=0.0)
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
-    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    decay_steps: int = Field(default=0, ge=0)
-    start_step: int = Field(default=0, ge=0)
-    end_step: int | None = None
-    rewarmup_steps: int = Field(default=0, ge=0)
-    rewarmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shares_of_steps(cls, content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        stated = {key: content[key] for key in ("warmup_steps", "decay_steps") if key in content}
-        return {**content, **{key: _in_steps(value, content.get("train_steps")) for key, value in stated.items()}}
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.warmup_steps + self.decay_steps > self.train_steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} exceed "
-                f"train_steps {self.train_steps}"
-            )
-        if self.decay == "wsd" and self.decay_steps == 0:
-            raise ValueError("decay: wsd needs decay_steps, the length of the final decay")
-        if self.decay != "wsd" and self.decay_steps:
-            raise ValueError(f"decay_steps belongs to decay: wsd, not to decay: {self.decay}")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
-        return self
-
-    @model_validator(mode="after")
-    def _part_fits(self) -> Self:
-        if not self.start_step < self.last_step <= self.train_steps:
-            raise ValueError(
-                f"start_step {self.start_step} and end_step {self.last_step} are not a part of the schedule's {self.train_steps} "
-                "steps: expected 0 <= start_step < end_step <= train_steps"
-            )
-        if self.rewarmup_steps and not self.start_step:
-            raise ValueError(
-                f"rewarmup_steps {self.rewarmup_steps} belongs to a run with a start_step; at step 0 it is warmup_steps"
-            )
-        if self.rewarmup_steps > self.last_step - self.start_step:
-            raise ValueError(
-                f"rewarmup_steps {self.rewarmup_steps} exceed the {self.last_step - self.start_step} steps from "
-                f"{self.start_step} to {self.last_step}"
-            )
-        return self
-
-    @property
-    def last_step(self) -> int:
-        """The number of steps of the whole schedule that are taken when this run ends."""
-        return self.train_steps if self.end_step is None else self.end_step
+    """Samples per optimizer step, of all ranks together."""
 
 
 class OptimizerSettings(Settings):
-    """AdamW, torch's own or DeepSpeed's FusedAdam (built on first use). Norms and biases do not decay.
-
-    ``multipliers: checkpoint`` applies the checkpoint's learning-rate multipliers per tensor (multipliers.json) to
-    learning rate, eps and weight decay. With ``none`` all tensors train with the same settings.
-    """
+    """AdamW, torch's own or DeepSpeed's."""
 
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """AdamW's two decay factors."""
     eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's epsilon."""
     weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled weight decay of matrices. Norms and biases do not decay."""
     gradient_clipping: float = Field(default=1.0, ge=0.0)
+    """The largest global gradient norm; 0 clips nothing."""
     implementation: Literal["torch", "deepspeed"] = "torch"
+    """AdamW of torch, or DeepSpeed's FusedAdam, which is compiled on first use."""
     multipliers: Literal["checkpoint", "none"] = "checkpoint"
+    """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
 
 
 class CorpusSettings(Settings):
-    """One Megatron data set: the path of its .bin and .idx without the extension, and its share of the mix."""
+    """One Megatron data set of the mix."""
 
     prefix: str
+    """The path of a Megatron data set without .bin and .idx."""
     weight: float = Field(default=1.0, gt=0.0)
+    """Its share of the mix, relative to the other weights."""
 
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class DataSettings(Settings):
-    """Training and held-out data, and the tokenizer folder that made them.
-
-    ``validation`` is the prefix of a data set, or the prefixes of several by a name of their own. With
-    ``reset_at_document_end``, a token attends to its own document only, and positions start at 0 in each document.
-    """
+    """Training and held-out data, and the tokenizer that made them."""
 
     train: list[CorpusSettings] = Field(min_length=1)
+    """The data sets to train on, mixed by weight."""
     validation: str | Annotated[dict[SetName, str], Field(min_length=1)] | None = None
+    """The prefix of the held-out data set, or the prefixes of several by name."""
     tokenizer: str | None = None
+    """The folder of the tokenizer that made the data. It is copied into checkpoints and exports."""
     start_sample: int = Field(default=0, ge=0)
+    """The first sample to read: those before it belong to an earlier run."""
     reset_at_document_end: bool = False
+    """Whether a token attends to its own document only, with positions from 0 in each document."""
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -207,103 +137,121 @@ class DataSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Evaluation every ``interval`` steps over ``samples`` samples of each held-out set, and at the first and last step."""
+    """Evaluation on held-out data."""
 
     interval: int = Field(ge=1)
+    """Steps from one evaluation to the next. The first and the last step are evaluated, too."""
     samples: int = Field(ge=1)
+    """Samples of each held-out set."""
 
 
 class CheckpointSettings(Settings):
-    """Saving every ``interval`` steps, at ``keep_steps`` and at the end.
-
-    The newest ``keep_last`` are kept (0 keeps all), and those of ``keep_steps`` are never deleted. In the ``background``,
-    each rank copies its part to memory, and writes it while training goes on. A save that fails twice is left out; after
-    ``max_failures`` of them in a row, the next one ends the run.
-    """
+    """Saving. A save that fails is tried once more before it is left out."""
 
     interval: int = Field(ge=1)
+    """Steps from one save to the next. The end is saved, too."""
     keep_last: int = Field(default=2, ge=0)
+    """How many of the newest checkpoints to keep; 0 keeps all."""
     keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Further steps at which to save. These checkpoints are never deleted."""
     background: bool = False
+    """Whether ranks copy their part to memory and write it while training goes on."""
     max_failures: int = Field(default=2, ge=0)
+    """How many saves in a row may fail twice and be left out, before the next one ends the run."""
 
 
 class ResumeSettings(Settings):
     """How a run continues from its newest checkpoint.
 
-    With ``reshard``, that may have another layout than the run, as may the DeepSpeed checkpoint that a run is initialized
-    from. Each rank then reads its own slices of weights, masters and moments from the files. With ``change_data``, the run
-    may have other training and validation data. The new mix begins after the samples that the checkpoint has seen.
+    ``reshard`` also applies to the DeepSpeed checkpoint that a run is initialized from.
     """
 
     reshard: bool = False
+    """Whether the checkpoint may have another layout; each rank then reads its own slices of the files."""
     change_data: bool = False
+    """Whether the run may have other data. The new mix begins after the samples that were read."""
 
 
 class DivergenceSettings(Settings):
-    """When a run counts as diverged, and what happens then.
-
-    It does after ``max_skipped_steps`` steps in a row whose gradients were not finite. It also does once the cross
-    entropy, averaged over about ten steps, was more than ``max_loss_rise`` nats above its lowest value for
-    ``rise_steps`` steps in a row or at the last step. With ``max_loss_rise: null`` it never does for the latter reason.
-
-    With ``action: stop`` a diverged run ends with an error. With ``roll_back`` it goes back to its newest healthy
-    checkpoint and skips the samples that it had read since, at most ``max_roll_backs`` times in all.
-    """
+    """When a run counts as diverged, and what happens then."""
 
     action: Literal["stop", "roll_back"] = "stop"
+    """What a diverged run does: end with an error, or go back to its newest healthy checkpoint and skip samples."""
     max_roll_backs: int = Field(default=3, ge=1)
+    """How often it may go back."""
 
     max_skipped_steps: int = Field(default=10, ge=1)
+    """Steps in a row with gradients that are not finite that make a divergence."""
     max_loss_rise: float | None = Field(default=2.0, gt=0.0)
+    """Nats above its lowest value at which the cross entropy, over about ten steps, is too high; null: never."""
     rise_steps: int = Field(default=20, ge=1)
+    """Steps in a row with too high a cross entropy that make a divergence. At the last step, one is enough."""
 
 
 class WandbSettings(Settings):
-    """Weights & Biases: without this section nothing goes there. ``name`` is the output folder's by default.
-
-    ``offline`` only writes into the output folder, for `wandb sync` later. ``online`` sends every row and the run file's
-    content.
-    """
+    """Weights & Biases: without this section nothing goes there."""
 
     project: str = Field(min_length=1)
+    """The project on Weights & Biases."""
     entity: str | None = None
+    """The user or team; null is the default of the account."""
     name: str | None = None
+    """The run's name; null is the name of the output folder."""
     mode: Literal["offline", "online"] = "offline"
+    """offline only writes into the output folder, for wandb sync later. online sends every row and the run file."""
 
 
 class RunSettings(Settings):
-    """A training run. ``growth`` lists the steps at which its model grows, also as percentages of ``schedule.train_steps``.
-
-    ``peak_flops`` is one device's peak per second, for ``mfu``; null uses the GPU's data sheet. A rank whose own work takes
-    ``slow_rank_ratio`` times the usual one's is named. A run that makes no progress for ``watchdog_seconds`` writes all
-    stacks of all ranks and ends; null lets it wait. ``report`` writes report.html at the end of the run, also of a diverged one.
-    """
+    """A training run."""
 
     output: str
+    """The folder of everything that the run writes."""
     seed: Seed = 0
+    """The seed of fresh weights, of the order of samples and of dropout."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """The dtype of weights and activations. Masters and moments are fp32."""
     model: ModelSettings
+    """What to train."""
     loss: ObjectiveSettings = ObjectiveSettings()
+    """The training loss, beside its distillation part."""
     layout: ParallelLayout = ParallelLayout()
+    """How the model is distributed over processes."""
     batch: BatchSettings
+    """Sizes of a step."""
     schedule: ScheduleSettings
+    """The learning rate, and the number of steps."""
     optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW's settings."""
     data: DataSettings
+    """What to read."""
     evaluation: EvaluationSettings | None = None
+    """When to evaluate on held-out data; null: never."""
     checkpoint: CheckpointSettings
+    """When to save, and what to keep."""
     resume: ResumeSettings = ResumeSettings()
+    """What may differ between the run and its newest checkpoint."""
     distillation: DistillationSettings | None = None
+    """The teacher; null: none."""
     growth: list[GrowthStep] = Field(default_factory=list)
+    """The growths on the way, each with its step."""
     divergence: DivergenceSettings = DivergenceSettings()
+    """When the run counts as diverged, and what happens then."""
     deepspeed: str | None = None
+    """A JSON file of settings that only DeepSpeed has."""
     peak_flops: float | None = Field(default=None, gt=0.0)
+    """One device's peak in FLOP/s, for mfu; null takes the GPU's data sheet."""
     slow_rank_ratio: float = Field(default=1.5, gt=1.0)
+    """A rank whose own work takes so many times the median rank's is named."""
     watchdog_seconds: float | None = Field(default=3600.0, gt=0.0)
+    """After so long without progress, all ranks write their stacks and end; null: never."""
     log_interval: int = Field(default=10, ge=1)
+    """Steps from one row of metrics to the next."""
     tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
     wandb: WandbSettings | None = None
+    """Weights & Biases; null sends nothing and imports nothing."""
     report: bool = True
+    """Whether to write report.html at the end, also of a diverged run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -313,7 +261,7 @@ class RunSettings(Settings):
         if not isinstance(growth, list) or not isinstance(schedule, dict):
             return content
         steps = [
-            {**step, "at_step": _in_steps(step["at_step"], schedule.get("train_steps"))}
+            {**step, "at_step": in_steps(step["at_step"], schedule.get("train_steps"))}
             if isinstance(step, dict) and "at_step" in step
             else step
             for step in growth

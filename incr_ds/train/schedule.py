@@ -9,7 +9,8 @@ import hashlib
 import math
 
 from incr_ds.config.distillation import DistillationSettings
-from incr_ds.config.training import RunSettings, ScheduleSettings
+from incr_ds.config.schedule import ScheduleSettings
+from incr_ds.config.training import RunSettings
 
 
 def learning_rate(schedule: ScheduleSettings, step: int) -> float:

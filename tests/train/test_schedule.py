@@ -3,7 +3,7 @@ import math
 import pytest
 
 from incr_ds.config.distillation import DistillationSettings
-from incr_ds.config.training import ScheduleSettings
+from incr_ds.config.schedule import ScheduleSettings
 from incr_ds.errors import ConfigError
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.schedule import (
