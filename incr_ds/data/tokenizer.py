@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +65,20 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, folder: Path
         "add_eos_token": False,
         "legacy": False,
     }
-    LlamaTokenizer.from_pretrained(folder, **unprefixed).save_pretrained(folder)
+    with _system_errors(folder):
+        LlamaTokenizer.from_pretrained(folder, **unprefixed).save_pretrained(folder)
+
+
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """A context in which an error of the system that a Rust library reports as a bare Exception is an OSError."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"(.*) \(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[2]), found[1], str(folder)) from error
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
     def _write_now(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
-        except RuntimeError as error:  # torch's message has no path
-            raise RuntimeError(f"{path}: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:
+            # torch's message has no path, and of a full disk it says "unexpected pos".
+            raise RuntimeError(f"{path}: {_disk_error(Path(path)) or str(error).splitlines()[0]}") from error
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
@@ -88,6 +89,16 @@ def install_writer(engine: DeepSpeedEngine, *, background: bool) -> CheckpointWr
     copy = engine._copy_recovery_script  # rank 0 copies zero_to_fp32.py, without its checkpoint engine
     engine._copy_recovery_script = lambda path: writer.attempt(lambda: copy(path))
     return writer
+
+
+def _disk_error(path: Path) -> str | None:
+    """What the disk says to a file that could not be written; None if it can be written now."""
+    try:
+        with open(path, "ab") as stream:
+            stream.write(bytes(1 << 20))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _write(path: Path, content: io.BytesIO) -> Digest:

@@ -434,3 +434,13 @@ def test_a_tokenizer_that_does_not_fit_is_named(home, tmp_path: Path, tokenizer,
     with pytest.raises(ConfigError, match=message):
         prepare_corpus(request(home, tokenizer=str(tmp_path / tokenizer), output=tmp_path / "new" / "x", **changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_the_system_in_a_rust_library_is_one_of_python(tmp_path):
+    from incr_ds.data.tokenizer import _system_errors
+
+    with pytest.raises(OSError, match="No space left on device") as found, _system_errors(tmp_path):
+        raise Exception("No space left on device (os error 28)")
+    assert (found.value.errno, found.value.filename) == (28, str(tmp_path))
+    with pytest.raises(ValueError, match="another"), _system_errors(tmp_path):
+        raise ValueError("another")
