@@ -1,0 +1,69 @@
+"""Signals to the command, the launcher and a rank, in every phase: saved or cleanly ended, no orphans, then resumed."""
+
+import itertools
+import signal
+import time
+
+import psutil
+import pytest
+from fault_runs import GROWTH, Started, assert_equal_runs, curve, write_material, write_run
+
+from incr_ds.launch.stopping import STOPPED
+
+pytestmark = pytest.mark.slow
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def has_row(output, kind, step):
+    return (output / "metrics.jsonl").exists() and any(r["kind"] == kind and r["step"] >= step for r in curve(output))
+
+
+PHASES = {
+    "start-up": lambda run, output: len(run.ranks()) == 2,
+    "training": lambda run, output: has_row(output, "train", 2),
+    "saving": lambda run, output: bool(list((output / "checkpoints").glob(".step_*"))),
+    "evaluating": lambda run, output: has_row(output, "train", 6),
+    "growing": lambda run, output: has_row(output, "evaluation", GROWTH),
+}
+TARGETS = {
+    "command": lambda run: psutil.Process(run.command.pid),
+    "launcher": lambda run: psutil.Process(run.command.pid).children()[0],
+    "rank 1": lambda run: run.ranks()[1],
+}
+
+
+@pytest.mark.timeout(3000)
+def test_signals_in_every_phase(tmp_path, tried):
+    material = write_material(tmp_path / "material")
+    calm = tmp_path / "calm"
+    assert Started(write_run(material, calm)).end() == 0
+    signals, codes = itertools.cycle(SIGNALS), set()
+    for number, (phase, target) in enumerate(itertools.product(PHASES, TARGETS)):
+        output, sent = tmp_path / f"run{number}", next(signals)
+        run_file = write_run(material, output)
+        run = Started(run_file)
+        with tried.case(f"{sent.name} to the {target} while {phase}"):
+            seen = run.wait_for(lambda run=run, output=output, phase=phase: PHASES[phase](run, output))
+            assert seen, run.log.read_text()[-2000:]
+            TARGETS[target](run).send_signal(sent)
+            code = run.command.wait(90)
+            deadline = time.monotonic() + 45
+            while run.left() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert not run.left(), run.left()
+            codes.add(code)
+            # The command returns the code of the rank that ended first, or ends by the signal itself.
+            assert code in (STOPPED, -sent, 128 + sent, 1) or (code == 0 and target != "rank 1"), (
+                code,
+                run.log.read_text()[-1500:],
+            )
+            assert "Traceback" not in _ours(run.log.read_text())
+            assert Started(run_file).end() == 0
+            assert_equal_runs(output, calm)
+        run.close()
+    tried.note = f"{len(PHASES)} phases x {len(TARGETS)} processes, exit codes {sorted(codes)}; resumed bit for bit"
+
+
+def _ours(log):
+    """The log without what DeepSpeed's own launcher prints of its end."""
+    return log if "launchers/pretrain.py" in log.partition("Traceback")[2] and "train/loop.py" in log else ""
