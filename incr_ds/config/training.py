@@ -331,6 +331,15 @@ class RunSettings(Settings):
         check_teacher(self.distillation, self.growth, first, starts_grown=starts_grown, tag=self.model.tag)
         return self
 
+    @model_validator(mode="after")
+    def _cache_fits(self) -> Self:
+        if self.distillation and self.distillation.cache is not None and self.divergence.action == "roll_back":
+            raise ValueError(
+                f"distillation.cache {self.distillation.cache}: a run that goes back skips samples and then needs others than a "
+                "cache holds; set divergence.action: stop, or remove cache"
+            )
+        return self
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches that each data-parallel rank sees per optimizer step."""
