@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -57,11 +56,6 @@ class CacheFacts(Settings):
     temperature: float = Field(gt=0.0)
     precision: Literal["fp32", "bf16"]
     stored: Literal["fp16", "fp32"]
-
-    @property
-    def key(self) -> str:
-        """A hash of all facts, which decide every byte of the cache."""
-        return xxhash.xxh3_128_hexdigest(json.dumps(self.model_dump(), sort_keys=True).encode())
 
     @property
     def numbers(self) -> range:
@@ -164,10 +158,10 @@ class TeacherCache:
         rows = [self._sample(number) for number in numbers]
         indices = torch.from_numpy(np.stack([row[0] for row in rows]).astype(np.int64))  # [B, S, K]
         log_probs = torch.from_numpy(np.stack([row[1] for row in rows]))  # [B, S, K]
-        if int(indices.max()) >= self.facts.vocabulary or not bool((log_probs <= 0).all()):
+        if int(indices.max()) >= self.facts.vocabulary or not bool(((log_probs <= 0) & log_probs.isfinite()).all()):
             raise CheckpointError(
                 f"{self.folder}: samples {numbers.start} to {numbers[-1]}: expected entries of {self.facts.vocabulary} and "
-                "log-probabilities of at most 0, found others; write the cache again."
+                "finite log-probabilities of at most 0, found others; write the cache again."
             )
         return indices, log_probs
 

@@ -5,6 +5,7 @@ The teacher's modules are those of training, so that the entries are what a run 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.numpy import save
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from incr_ds.data.teacher_cache import INDICES, KIND, LOG_PROBS, STORED, CacheFa
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.model.attention import check_attention, check_capped_scores
 from incr_ds.model.layers import LayerFactory
+from incr_ds.model.liger import use_liger
 from incr_ds.model.teacher import Teacher
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights
@@ -91,7 +94,7 @@ def write_cache(request: CacheRequest, report: Report) -> WrittenCache:
         stored=request.stored,
         shard_samples=request.shard_samples,
     )
-    with open_workspace(request.output, facts.key) as space, space.recording():
+    with open_workspace(request.output, _key(facts, run)) as space, space.recording():
         before, shards = dict(space.done), list(facts.shards())
         left = [(name, numbers) for name, numbers in shards if name not in before]
         count = sum(len(numbers) for _, numbers in left)
@@ -107,6 +110,12 @@ def write_cache(request: CacheRequest, report: Report) -> WrittenCache:
     tokens = count * facts.sequence_length
     flops = tokens * forward_flops_per_token(architecture, facts.sequence_length)
     return WrittenCache(facts, facts.samples * facts.sample_bytes, flops, len(before))
+
+
+def _key(facts: CacheFacts, run: RunSettings) -> str:
+    """A hash of all that decides the bytes of a shard, down to its rounding."""
+    content = [facts.model_dump(), run.model.attention, run.model.layer_kernels, run.batch.micro_batch_size]
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def check_cacheable(run: RunSettings, output: Path) -> None:
@@ -132,6 +141,8 @@ class CachingTeacher:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_attention(run.model.attention, self._device)
         check_capped_scores(run.model.attention, architecture)
+        if run.model.layer_kernels == "liger":
+            use_liger(architecture.family.model_type, self._device)
         factory = LayerFactory(
             architecture,
             TensorRanks(None, 0, 1),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cache_teacher import main
@@ -23,6 +24,7 @@ from incr_ds.config.yaml_file import yaml_text
 from incr_ds.data.teacher_cache import KIND
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.dry_run import dry_run
+from incr_ds.launch.preflight import check_run
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.teachers import TopKTeacher
 from incr_ds.model.layers import LayerFactory
@@ -294,9 +296,10 @@ def test_entries_that_no_teacher_writes_are_refused(folder, tmp_path):
         [
             (
                 lambda shard: shard | {"indices": shard["indices"] + 100},
-                "expected entries of 101 and log-probabilities",
+                "expected entries of 101 and finite log-probabilities",
             ),
             (lambda shard: shard | {"log_probs": shard["log_probs"] * float("nan")}, "expected entries of 101"),
+            (lambda shard: shard | {"log_probs": shard["log_probs"] - np.float16("inf")}, "finite log-probabilities"),
             (
                 lambda shard: {key: value[:3] for key, value in shard.items()},
                 r"expected .*\[6, 16, 7\].*found .*\[3, 16",
@@ -348,6 +351,12 @@ def test_settings_that_need_the_whole_teacher_are_refused_by_name(folder):
     ]:
         with pytest.raises(ConfigError, match=message):
             settings(folder, "refused", **changes)
+
+
+def test_a_missing_cache_is_named_before_anything_slow(folder):
+    run = settings(folder, "reading", distillation={"cache": str(folder / "none")})
+    with pytest.raises(ConfigError, match=f"distillation.cache: {folder}/none: no such folder"):
+        check_run(run)
 
 
 def test_a_dry_run_counts_no_teacher(folder):
