@@ -329,6 +329,11 @@ def _say_start(job: Job, description: str) -> None:
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
         f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
     )
+    if job.cache is not None:
+        facts = job.cache.facts
+        job.monitor.say(
+            f"teacher: {facts.top_k:,} of {facts.vocabulary:,} entries from {job.cache.folder}; FLOPs do not count it"
+        )
     frozen = frozen_tensors(job.architecture, run.model.freeze)
     if frozen:
         trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)

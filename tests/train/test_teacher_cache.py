@@ -33,7 +33,7 @@ from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
 from incr_ds.testing.memory import SMALL
 from incr_ds.testing.processes import run_processes
-from incr_ds.train import pretraining
+from incr_ds.train import loop, pretraining
 from incr_ds.train.cached_teacher import cached_samples, open_cache
 from incr_ds.train.caching import CacheRequest, write_cache
 from incr_ds.train.inputs import open_data
@@ -380,3 +380,27 @@ def test_a_teacher_whose_weight_is_0_is_freed_and_not_built_again(tmp_path, monk
     world["on_step"] = lambda step, number: number
     assert stoppable(run).position.step == 6
     assert len(opened_folders) == 1, "the resumed run needs no teacher"
+
+
+def test_entries_come_with_the_labels_as_long_as_the_teacher_counts(tmp_path, monkeypatch, capsys):
+    world = make_world(tmp_path, monkeypatch)
+    write_material(tmp_path)
+    taught = {"teacher": str(tmp_path / "teacher"), "weight": 0.5, "anneal_steps": 2}
+    run = one_number_settings(world, "run", distillation=taught)
+    write_cache(CacheRequest(run, tmp_path / "cache", 5), lambda done, total: None)
+    feed, seen = loop.batches, []
+
+    def watched(*arguments):
+        for input_ids, targets in feed(*arguments):
+            seen.append(not isinstance(targets, torch.Tensor))
+            yield input_ids, targets
+
+    monkeypatch.setattr(loop, "batches", watched)
+    cached = one_number_settings(world, "run", distillation=taught | {"cache": str(tmp_path / "cache")})
+    world["on_step"] = stop_at(1)
+    assert stoppable(cached).stopped and seen == [True] * 2  # two micro-batches a step
+    assert f"teacher: 5 of {VOCABULARY} entries from {tmp_path}/cache; FLOPs do not count it" in capsys.readouterr().out
+    world["on_step"] = lambda step, number: number
+    assert stoppable(cached).position.step == 6
+    assert seen == [True] * 4 + [False] * 8
+    assert all(engine.teacher is None for engine in world["engines"])
