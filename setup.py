@@ -57,6 +57,7 @@ COMMANDS = {
     "incr-export": "export_huggingface",
     "incr-generate": "generate",
     "incr-evaluate": "evaluate",
+    "incr-cache-teacher": "cache_teacher",
     "incr-growth-study": "growth_study",
     "incr-plan-growth": "plan_growth",
     "incr-report": "report",

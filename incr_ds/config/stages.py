@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -62,6 +62,17 @@ def check_growth_steps(growth: Sequence[GrowthStep], first: int, last: int, layo
         before = step.at_step
 
 
+def _sections(
+    distillation: DistillationSettings | None, growth: Sequence[GrowthStep]
+) -> Iterator[tuple[str, DistillationSettings]]:
+    """Every section distillation of a run file with its key."""
+    if distillation is not None:
+        yield "distillation", distillation
+    for number, step in enumerate(growth):
+        if isinstance(step.distillation, DistillationSettings):
+            yield f"growth.{number}.distillation", step.distillation
+
+
 def check_teacher(
     distillation: DistillationSettings | None,
     growth: Sequence[GrowthStep],
@@ -74,6 +85,12 @@ def check_teacher(
 
     ``starts_grown`` says whether the run begins with a growth on load, and ``tag`` names that source's tag.
     """
+    for key, section in _sections(distillation, growth):
+        if section.cache is not None and growth:
+            raise ValueError(
+                f"{key}.cache {section.cache}: a run that grows cannot read a cache; train its stages as runs of their own "
+                "(docs/progressive.md), or remove cache"
+            )
     if distillation is None:
         return
     if distillation.teacher == BEFORE_GROWTH and not (growth or starts_grown):

@@ -310,6 +310,23 @@ class RunSettings(Settings):
         check_teacher(self.distillation, self.growth, first, starts_grown=starts_grown, tag=self.model.tag)
         return self
 
+    @model_validator(mode="after")
+    def _cache_fits(self) -> Self:
+        if self.distillation is None or self.distillation.cache is None:
+            return self
+        unfit = {
+            "divergence.action: roll_back": self.divergence.action == "roll_back",
+            "resume.change_data: true": self.resume.change_data,
+            "data.reset_at_document_end: true": self.data.reset_at_document_end,
+        }
+        for setting, stated in unfit.items():
+            if stated:
+                raise ValueError(
+                    f"distillation.cache {self.distillation.cache}: does not go with {setting}, by which the run needs other "
+                    "samples, or other contexts, than a cache holds; change that, or remove cache"
+                )
+        return self
+
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches that each data-parallel rank sees per optimizer step."""

@@ -20,6 +20,7 @@ from incr_ds.config.training import BatchSettings
 from incr_ds.data.fingerprint import DataSet
 from incr_ds.data.mixture import PastMix, blended, samples_read
 from incr_ds.data.sample_index import open_samples, ready_index
+from incr_ds.data.targets import Entries, Targets
 from incr_ds.errors import ConfigError
 
 # Held-out samples do not depend on the run's seed, so that runs can be compared.
@@ -135,9 +136,17 @@ def open_held_out_data(
 
 
 def batches(
-    samples: Samples, first_sample: int, batch: BatchSettings, data_parallel_rank: int, data_parallel_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    samples: Samples,
+    first_sample: int,
+    batch: BatchSettings,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    cache: Entries | None = None,
+) -> Iterator[tuple[torch.Tensor, Targets]]:
     """Yield micro-batches (input_ids, labels), each int64 [micro_batch_size, sequence_length], without end.
+
+    With a ``cache``, the labels of samples that it teaches come with the teacher's indices and log-probabilities, each
+    [micro_batch_size, sequence_length, K].
 
     ``first_sample`` is a multiple of the global batch size past the run's start. Each global batch is cut into one
     contiguous share per data-parallel rank, and each share into micro-batches.
@@ -146,7 +155,10 @@ def batches(
     start = first_sample + data_parallel_rank * share
     while True:
         for offset in range(0, share, batch.micro_batch_size):
-            yield _stack(samples, range(start + offset, start + offset + batch.micro_batch_size))
+            numbers = range(start + offset, start + offset + batch.micro_batch_size)
+            input_ids, labels = _stack(samples, numbers)
+            entries = None if cache is None else cache.entries(numbers)
+            yield input_ids, labels if entries is None else (labels, *entries)
         start += batch.global_batch_size
 
 

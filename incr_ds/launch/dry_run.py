@@ -194,6 +194,8 @@ def _single_part(run: RunSettings) -> Part:
 
 def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Architecture | None) -> Part:
     deepspeed_config(run)
+    if run.distillation is not None and run.distillation.cache is not None:
+        teacher = None  # it ran before, in tools/cache_teacher.py
     length, batch = run.batch.sequence_length, run.batch.global_batch_size
     frozen = frozen_tensors(architecture, run.model.freeze)
     taught, steps = taught_steps(run), run.schedule.last_step - run.schedule.start_step

@@ -128,6 +128,7 @@ def _check_folders(run: RunSettings) -> None:
     named = {
         "model.initialize_from": origin.source if isinstance(origin, GrowthStart) else origin,
         "distillation.teacher": _teacher_folder(run.distillation),
+        "distillation.cache": None if run.distillation is None else run.distillation.cache,
         **{f"growth.{number}.distillation.teacher": _teacher_folder(step.distillation) for number, step in steps},
         "data.tokenizer": run.data.tokenizer,
     }

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from incr_ds.data.targets import Targets
+
 
 @dataclass(frozen=True)
 class HiddenTeacher:
@@ -49,6 +51,15 @@ class SampledTeacher:
 
     indices: Tensor
     weights: Tensor
+
+
+def split_targets(targets: Targets, vocabulary: int) -> tuple[Tensor, TopKTeacher | None]:
+    """The labels in ``targets`` and, if they hold one, the teacher. If its K entries are the whole vocabulary, it has no tail."""
+    if isinstance(targets, Tensor):
+        return targets, None
+    labels, indices, log_probs = targets
+    tail: Literal["bucket", "none"] = "none" if indices.shape[-1] == vocabulary else "bucket"
+    return labels, TopKTeacher(indices, log_probs, tail)
 
 
 Teacher = HiddenTeacher | TopKTeacher | SampledTeacher

@@ -12,8 +12,10 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from incr_ds.arch.tensors import Role
+from incr_ds.data.targets import Targets
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
+from incr_ds.losses.teachers import split_targets
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import run_block
@@ -140,6 +142,10 @@ class StagedLanguageModel(PipelineModule):
         """True if there is a teacher. All stages have one or none has."""
         return self._teacher is not None
 
+    def forget_teacher(self) -> None:
+        """Free the memory of the teacher's part on this stage. All stages do so at the same step."""
+        object.__setattr__(self, "_teacher", None)
+
     def forward(self, stream: Stream) -> Stream:
         """Run this stage on the student's hidden states, and on the teacher's beside them while ``teaching``."""
         student, taught, positions = self._received(stream)
@@ -163,11 +169,14 @@ class StagedLanguageModel(PipelineModule):
         positions = parts.pop() if len(parts) > 1 else document_positions(parts[0], self._document_end)
         return parts[0], parts[-1], positions
 
-    def loss(self, outputs: Stream, labels: Tensor) -> Tensor:
-        """Loss of the last stage's ``outputs`` against ``labels`` [B, S]."""
+    def loss(self, outputs: Stream, targets: Targets) -> Tensor:
+        """Loss of the last stage's ``outputs`` against ``targets``: labels [B, S], or also a cached teacher."""
+        assert self._head is not None
+        labels, cached = split_targets(targets, self._head.vocab_size)
         student, taught, _ = self._received(outputs)
         teacher = (self._teacher.unpack(taught), self._teacher.head) if self.teaching else (None, None)
-        parts: DistillationLoss = self._head(student, labels, *teacher, alpha=self.alpha, temperature=self.temperature)
+        weights = {"alpha": self.alpha, "temperature": self.temperature}
+        parts: DistillationLoss = self._head(student, labels, *teacher, teacher=cached, **weights)
         self._observe(parts)
         return parts.loss
 

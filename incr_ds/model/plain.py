@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import Role, TensorSpec
+from incr_ds.data.targets import Targets
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.losses.teachers import split_targets
 from incr_ds.model.attention import Attention, preferred_kernels
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory, module_path
@@ -54,16 +56,17 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        targets: Targets,
         teacher_hidden: Tensor | None = None,
         teacher_head: Tensor | None = None,
         alpha: Scalar = 0.0,
         temperature: Scalar = 1.0,
     ) -> DistillationLoss:
-        """Loss of the whole model. ``labels`` [B, S] holds the token after each of ``input_ids`` [B, S]."""
+        """Loss of the whole model. ``targets`` holds the token after each of ``input_ids`` [B, S], or also a cached teacher."""
+        labels, cached = split_targets(targets, self.lm_head.vocab_size)
         hidden = self.hidden_states(input_ids)  # [B, S, H]
-        teacher = (teacher_hidden, teacher_head)
-        parts: DistillationLoss = self.lm_head(hidden, labels, *teacher, alpha=alpha, temperature=temperature)
+        weights = {"alpha": alpha, "temperature": temperature}
+        parts: DistillationLoss = self.lm_head(hidden, labels, teacher_hidden, teacher_head, teacher=cached, **weights)
         return parts
 
     def hidden_states(self, stream: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -10,10 +10,21 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from incr_ds.data.targets import Targets
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.model.teacher import Teacher
 
-Batch = tuple[Tensor, Tensor]
+# input_ids [B, S] and their targets
+Batch = tuple[Tensor, Targets]
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a micro-batch to ``device``."""
+    input_ids, targets = batch
+    if isinstance(targets, Tensor):
+        return input_ids.to(device), targets.to(device)
+    labels, indices, log_probs = targets
+    return input_ids.to(device), (labels.to(device), indices.to(device), log_probs.to(device))
 
 
 class LossRecord:
@@ -53,6 +64,10 @@ class BatchRunner(Protocol):
         """Compute the cross entropy of ``count`` micro-batches without gradients."""
         ...
 
+    def forget_teacher(self) -> bool:
+        """Free the teacher's memory. Returns whether there was a teacher."""
+        ...
+
 
 class PlainRunner:
     """Runs an engine without a pipeline."""
@@ -64,11 +79,11 @@ class PlainRunner:
         """Take one optimizer step."""
         self._engine.train()
         for _ in range(self._engine.gradient_accumulation_steps()):
-            input_ids, labels = self._next(batches)
+            input_ids, targets = self._next(batches)
             taught: tuple[Tensor | None, Tensor | None] = (None, None)
             if self._teacher is not None and alpha > 0:
                 taught = (self._teacher.forward(input_ids), self._teacher.head)
-            parts = self._engine(input_ids, labels, *taught, alpha, temperature)
+            parts = self._engine(input_ids, targets, *taught, alpha, temperature)
             self._record.add(parts)
             self._engine.backward(parts[0])
             self._engine.step()
@@ -81,9 +96,13 @@ class PlainRunner:
             self._record.add(self._engine(*self._next(batches)))
         self._engine.train()
 
+    def forget_teacher(self) -> bool:
+        """Free the teacher's memory. Returns whether there was a teacher."""
+        had, self._teacher = self._teacher is not None, None
+        return had
+
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        input_ids, labels = next(batches)
-        return input_ids.to(self._engine.device), labels.to(self._engine.device)
+        return on_device(next(batches), self._engine.device)
 
 
 class PipelineRunner:
@@ -104,6 +123,12 @@ class PipelineRunner:
         # Its average is not used, since ours weights by tokens.
         self._engine.eval_batch(batches, bcast_loss=False, num_micro_batches=count)
         self._engine.reset_activation_shape()
+
+    def forget_teacher(self) -> bool:
+        """Free the memory of the teacher's part on this stage. Returns whether there was one."""
+        had: bool = self._engine.module.has_teacher
+        self._engine.module.forget_teacher()
+        return had
 
     def _prepare(self, alpha: float, temperature: float, *, teaching: bool) -> None:
         module = self._engine.module

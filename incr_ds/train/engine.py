@@ -133,6 +133,11 @@ class TrainingEngine:
         return self._grid.get_stage_id() in (0, self._run.layout.pipeline_parallel - 1)
 
     @property
+    def computes_loss(self) -> bool:
+        """True on the last pipeline stage, which needs the labels and what comes with them."""
+        return bool(self._grid.get_stage_id() == self._run.layout.pipeline_parallel - 1)
+
+    @property
     def module(self) -> torch.nn.Module:
         """This rank's part of the model."""
         module: torch.nn.Module = self._engine.module
@@ -148,7 +153,8 @@ class TrainingEngine:
     ) -> StepResult:
         """Take one optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
 
-        ``labels`` holds the token after each input token, or -100 to ignore it. ``alpha`` > 0 needs a teacher.
+        ``labels`` holds the token after each input token, or -100 to ignore it. ``alpha`` > 0 needs a teacher, the engine's own
+        or one that comes with the labels (``Targets``).
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
@@ -162,6 +168,10 @@ class TrainingEngine:
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
         return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
+
+    def forget_teacher(self) -> bool:
+        """Free the teacher's memory. From now on ``alpha`` must be 0. Returns whether there was a teacher."""
+        return self._runner.forget_teacher()
 
     def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean cross entropy in nats per token over ``num_micro_batches`` per data-parallel rank."""

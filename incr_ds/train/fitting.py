@@ -35,7 +35,7 @@ from incr_ds.model.layers import LayerFactory
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
-from incr_ds.train.batches import Batch
+from incr_ds.train.batches import Batch, on_device
 from incr_ds.train.inputs import open_data
 from incr_ds.train.optimizer import build_adamw
 from incr_ds.train.schedule import learning_rate
@@ -123,8 +123,7 @@ def _gradients(model: LanguageModel, operators: _Operators, micro: Iterator[Batc
 
 
 def _loss(model: LanguageModel, tensors: Mapping[str, Tensor], batch: Batch, device: torch.device) -> Tensor:
-    input_ids, labels = (part.to(device) for part in batch)
-    loss: Tensor = torch.func.functional_call(model, dict(tensors), (input_ids, labels)).loss
+    loss: Tensor = torch.func.functional_call(model, dict(tensors), on_device(batch, device)).loss
     return loss
 
 

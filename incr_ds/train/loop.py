@@ -16,6 +16,8 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.config.training import RunSettings
 from incr_ds.data.samples import batches, held_out_batches
+from incr_ds.data.teacher_cache import TeacherCache
+from incr_ds.train.batches import Batch
 from incr_ds.train.checkpoints import (
     PendingSave,
     TrainingState,
@@ -37,7 +39,7 @@ from incr_ds.train.schedule import distillation_temperature, distillation_weight
 from incr_ds.train.skew import OwnWork, Skew, host, skew
 from incr_ds.train.stopwatch import Lap, Stopwatch, memory_bytes
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Batches = Iterator[Batch]
 
 
 class Heart(Protocol):
@@ -87,6 +89,7 @@ class Job:
     monitor: Monitor
     multipliers: Mapping[str, Multipliers]
     heart: Heart
+    cache: TeacherCache | None = None
 
     def begin(self, state: TrainingState) -> PendingSave:
         """Begin to save ``state``."""
@@ -163,9 +166,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     """Take one optimizer step, and log it if due or skipped. Returns the reason, if any, why the run must not continue."""
     run, before = job.run, state.position
     rate = learning_rate(run.schedule, before.step)
-    taught = steps_taught(run, before.step)
-    alpha = distillation_weight(run.distillation, taught)
-    temperature = distillation_temperature(run.distillation, taught)
+    alpha, temperature = _teaching(job, before.step)
     # Reseeding at each step makes dropout a function of the step as well, so that resuming needs no generator state.
     torch.manual_seed(step_seed(run.seed, before.step, job.engine.data_parallel_rank))
     result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=temperature)
@@ -217,6 +218,15 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     return replace(state, position=after, health=health), problem
 
 
+def _teaching(job: Job, step: int) -> tuple[float, float]:
+    """Weight and temperature of the teacher. Once the weight is 0 it stays 0, and the teacher's memory is freed."""
+    settings, taught = job.run.distillation, steps_taught(job.run, step)
+    alpha = distillation_weight(settings, taught)
+    if not alpha and job.engine.forget_teacher():
+        job.monitor.say(f"step {step}: the teacher's weight is 0 from here on, and its memory is freed")
+    return alpha, distillation_temperature(settings, taught)
+
+
 def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     """Evaluate on held-out data at the first and last step and every ``interval``, once per step, resumed or not."""
     run, step = job.run, state.position.step
@@ -256,7 +266,9 @@ def _feed(job: Job, state: TrainingState) -> Batches:
     if not job.engine.reads_data:
         return iter(())
     first = next_sample(job.run, state)
-    return batches(job.data.train, first, job.run.batch, job.engine.data_parallel_rank, job.run.layout.data_parallel)
+    rank, size = job.engine.data_parallel_rank, job.run.layout.data_parallel
+    cache = job.cache if job.engine.computes_loss else None
+    return batches(job.data.train, first, job.run.batch, rank, size, cache)
 
 
 def _skew(job: Job, lap: Lap, step: int) -> Skew | None:

@@ -24,10 +24,12 @@ from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.lock import locked
 from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.training import GrowthStart, RunSettings
+from incr_ds.data.teacher_cache import TeacherCache
 from incr_ds.errors import ConfigError
 from incr_ds.launch.stages import Stage, plan_stages, stage_lines
 from incr_ds.report.history import note_end, note_start
 from incr_ds.report.run_report import REPORT, write_report
+from incr_ds.train.cached_teacher import cached_samples, first_sample, open_cache
 from incr_ds.train.checkpoints import TrainingState, newest_complete, remove_unfinished, saved_state
 from incr_ds.train.distributed import end_processes
 from incr_ds.train.engine import TrainingEngine, build_engine, initialize_distributed
@@ -37,8 +39,9 @@ from incr_ds.train.loop import Costs, Heart, Job, Outcome, Running, Stop, train
 from incr_ds.train.metrics import GrowthRow, Position
 from incr_ds.train.monitoring import Monitor, RunMonitor, Silence
 from incr_ds.train.ranks import all_ranks, any_rank, is_first_rank, on_rank_zero, together
-from incr_ds.train.recovery import DivergedError, may_roll_back, rolled_back
+from incr_ds.train.recovery import DivergedError, may_roll_back, next_sample, rolled_back
 from incr_ds.train.resuming import changed_settings, stage_in
+from incr_ds.train.schedule import distillation_weight, steps_taught
 from incr_ds.train.start import Start, check_growth, find_resharding, find_start
 from incr_ds.train.watchdog import Watchdog
 
@@ -138,7 +141,7 @@ def _train_stage(
     session.heart.beat()
     began, run = time.perf_counter(), stage.run
     start, begins = _start_of(session, stage, state, newest), not _is_inside(stage, state)
-    teacher = None if run.distillation is None else open_described(Path(run.distillation.teacher))
+    teacher, cache = _taught(session, stage, state)
     if start is not None:
         check_growth(start)
     multipliers = start.multipliers if start is not None else read_multipliers(Path(str(newest)))
@@ -156,6 +159,7 @@ def _train_stage(
             monitor(),
             multipliers,
             session.heart,
+            cache,
         )
         if stage.plan is not None and begins:
             job.monitor.record(current.position, _growth_row(stage, time.perf_counter() - began))
@@ -163,6 +167,22 @@ def _train_stage(
         return train(job, current, newest, session.stop)
     finally:
         engine.release()
+
+
+def _taught(
+    session: Session, stage: Stage, state: TrainingState | None
+) -> tuple[LogicalCheckpoint | None, TeacherCache | None]:
+    """The teacher to build, or the cache to read instead. Neither if the teacher's weight is 0 from here on."""
+    run, begun = stage.run, state if _is_inside(stage, state) else None
+    step = run.schedule.start_step if begun is None else begun.position.step
+    if run.distillation is None or not distillation_weight(run.distillation, steps_taught(run, step)):
+        return None, None
+    teacher = open_described(Path(run.distillation.teacher))
+    if run.distillation.cache is None:
+        return teacher, None
+    first = first_sample(run) if begun is None else next_sample(run, begun)
+    needed = cached_samples(run, step, first)
+    return None, open_cache(run, session.data, teacher, stage.architecture.sizes["vocab"], needed)
 
 
 def _start_of(session: Session, stage: Stage, state: TrainingState | None, newest: Path | None) -> Start | None:
@@ -318,6 +338,11 @@ def _say_start(job: Job, description: str) -> None:
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
         f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
     )
+    if job.cache is not None:
+        facts = job.cache.facts
+        job.monitor.say(
+            f"teacher: {facts.top_k:,} of {facts.vocabulary:,} entries from {job.cache.folder}; FLOPs do not count it"
+        )
     frozen = frozen_tensors(job.architecture, run.model.freeze)
     if frozen:
         trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)

@@ -24,8 +24,9 @@ class OneNumber:
     """Its number depends on every token, rate and weight that it was given, in order."""
 
     data_parallel_rank = 0
-    reads_data = True
+    reads_data = computes_loss = True
     skips_nan = False
+    teacher = None
 
     def __init__(self, run, on_step):
         self.number, self._run, self._on_step, self.steps, self.closed = 1.0, run, on_step, 0, False
@@ -42,6 +43,10 @@ class OneNumber:
         return StepResult(
             loss=loss, ce=loss, divergence=0.0, gradient_norm=math.nan if skipped else 1.0, skipped=skipped
         )
+
+    def forget_teacher(self):
+        had, self.teacher = self.teacher is not None, None
+        return had
 
     def evaluate(self, batches, num_micro_batches):
         found = list(batches)
@@ -76,6 +81,7 @@ def make_world(tmp_path, monkeypatch):
 
     def build_engine(run, architecture, weights, teacher, multipliers):
         world["engines"].append(OneNumber(run, lambda step, number: world["on_step"](step, number)))
+        world["engines"][-1].teacher = teacher
         world["engines"][-1].skips_nan = world.get("skips", False)
         return world["engines"][-1]
 
