@@ -115,7 +115,7 @@ def files(folder):
 
 
 def is_valid(content):
-    """Whether a change is no mistake: another valid value."""
+    """Whether a change is a mistake or only another valid value: true for the latter."""
     from incr_ds.config.fields import parse_settings
     from incr_ds.config.training import RunSettings
     from incr_ds.errors import ConfigError
