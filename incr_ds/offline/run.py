@@ -169,7 +169,7 @@ def _facts(planned: PlannedGrowth, hashes: Mapping[Path, str], nonfinite: Mappin
         "function_preserving": plan.function_preserving,
         "notes": [*planned.notes, *nonfinite_notes(nonfinite)],
         "source": {
-            "folder": str(planned.request.source.absolute()),
+            "folder": str(planned.request.source.resolve()),
             "kind": source.facts.kind,
             "step": source.facts.step,
             "parameters": source.architecture.num_parameters,

@@ -35,7 +35,7 @@ def export_huggingface(
     card = source_card(beside)
     facts: dict[str, Any] = {
         "source": str(source.facts.kind),
-        "exported_from": str(beside.absolute()),
+        "exported_from": str(beside.resolve()),
         "step": source.facts.step,
     }
     with publish(output, "huggingface export", facts) as folder:
