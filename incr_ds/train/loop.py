@@ -139,14 +139,16 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
     while state.position.step < last and not stopped:
         state, problem = train_step(job, state, feed, watch)
         if problem is not None:
-            saver.finish(state)
+            saver.finish()
             raise _diverged(job, state, problem)
         stopped = any_rank(bool(stop.reason))
         if not stopped:
             state = evaluate_if_due(job, state)
             stopped = any_rank(bool(stop.reason))
         step = state.position.step
-        due = due or step == last or step % run.checkpoint.interval == 0 or step in run.checkpoint.keep_steps
+        due = (
+            due or saver.due or step == last or step % run.checkpoint.interval == 0 or step in run.checkpoint.keep_steps
+        )
         saves = stopped or (due and (state.health.is_good or step == last))
         if saves:
             with watch.saving():
@@ -155,7 +157,7 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
         elif due and step % run.checkpoint.interval == 0:
             job.monitor.say(f"step {step}: not saved, because the run is not healthy: {_condition(state)}")
         with watch.saving():
-            published = saver.poll(state)
+            published = saver.poll()
         if published or saves or step == state.evaluated_step:
             watch.restart(state.position.tokens)
         job.heart.beat()

@@ -35,6 +35,8 @@ class Saver:
         self, saves: Saves, settings: CheckpointSettings, newest: Path | None, say: Callable[[str], None]
     ) -> None:
         self.newest = newest
+        # Whether a save in the background has failed, so that the next healthy step has to be saved instead.
+        self.due = False
         self._saves, self._settings, self._say = saves, settings, say
         self._pending: PendingSave | None = None
         self._failures = 0
@@ -45,55 +47,51 @@ class Saver:
         With ``must``, it is published now, or CheckpointError is raised. Otherwise CheckpointError is raised only if too many
         saves have failed.
         """
-        self.finish(state)
-        if self._settings.background and not must:
-            try:
-                self._pending = self._saves.begin(state)
-            except (CheckpointError, OSError) as error:
-                self._say(f"{_text(error)} Trying once more.")
-                self._save_now(state, must=must)
-        elif not self._tried(state):
-            self._save_now(state, must=must)
+        self.finish()
+        again, self.due = self.due, False
+        error = self._attempt(state, now=must or again or not self._settings.background)
+        if error is not None and (must or not again):
+            self._say(f"{_text(error)} Trying once more.")
+            error = self._attempt(state, now=True)
+        if error is None:
+            return
+        self._failures += 1
+        if must or self._failures > self._settings.max_failures:
+            raise error
+        self._say(
+            f"{_text(error)} Training goes on without this checkpoint: failed save {self._failures} in a row of "
+            f"{self._settings.max_failures} allowed (checkpoint.max_failures)."
+        )
 
-    def poll(self, state: TrainingState) -> bool:
+    def poll(self) -> bool:
         """Publish the save that is under way if every rank has written it. Returns whether this call waited for anything."""
         if self._pending is None or not self._pending.is_written():
             return False
-        self.finish(state)
+        self.finish()
         return True
 
-    def finish(self, state: TrainingState) -> None:
-        """Wait for the save that is under way, and publish it. If that fails, ``state`` is saved instead."""
+    def finish(self) -> None:
+        """Wait for the save that is under way, and publish it. If that fails, another one is ``due``."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
             self._published(pending.publish())
         except (CheckpointError, OSError) as error:
-            self._say(f"{_text(error)} Saving step {state.position.step} instead.")
-            self._save_now(state, must=False)
+            self.due = True
+            self._say(f"{_text(error)} The next healthy step is saved instead.")
 
-    def _tried(self, state: TrainingState) -> bool:
-        """Whether the first attempt to save ``state`` succeeds."""
+    def _attempt(self, state: TrainingState, *, now: bool) -> CheckpointError | OSError | None:
+        """Save ``state``, or begin to if not ``now``. Returns the error if that fails."""
         try:
-            self._published(self._saves.begin(state).publish())
+            pending = self._saves.begin(state)
+            if now:
+                self._published(pending.publish())
+            else:
+                self._pending = pending
         except (CheckpointError, OSError) as error:
-            self._say(f"{_text(error)} Trying once more.")
-            return False
-        return True
-
-    def _save_now(self, state: TrainingState, *, must: bool) -> None:
-        """Make the last attempt to save ``state``."""
-        try:
-            self._published(self._saves.begin(state).publish())
-        except (CheckpointError, OSError) as error:
-            self._failures += 1
-            if must or self._failures > self._settings.max_failures:
-                raise
-            self._say(
-                f"{_text(error)} Training goes on without this checkpoint: failed save {self._failures} in a row of "
-                f"{self._settings.max_failures} allowed (checkpoint.max_failures)."
-            )
+            return error
+        return None
 
     def _published(self, folder: Path) -> None:
         self.newest, self._failures = folder, 0

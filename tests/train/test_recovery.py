@@ -226,14 +226,33 @@ class TestSaver:
         with pytest.raises(CheckpointError, match="step 9"):
             saver.save(self.at(9), must=True)
 
-    def test_a_save_in_the_background_is_published_later_and_replaced_if_it_fails(self, tmp_path):
-        saver = self.saver(tmp_path, [False, True, False], background=True)
+    def test_a_save_in_the_background_is_published_later(self, tmp_path):
+        saver = self.saver(tmp_path, [], background=True)
         saver.save(self.at(1), must=False)
-        assert saver.newest is None and saver.poll(self.at(2)) and saver.newest == tmp_path / "step_1"
-        assert not saver.poll(self.at(3))
+        assert saver.newest is None and saver.poll() and saver.newest == tmp_path / "step_1"
+        assert not saver.poll() and not saver.due
+
+    def test_a_failed_save_in_the_background_makes_the_next_healthy_step_due_and_saves_no_other(self, tmp_path):
+        saver = self.saver(tmp_path, [True, False], background=True)
         saver.save(self.at(4), must=False)
-        assert saver.poll(self.at(5)) and saver.newest == tmp_path / "step_5"
-        assert "step 4: saving failed: no space. Saving step 5 instead." in self.said
+        saver.finish()  # as a run does that has diverged
+        assert saver.due and saver.newest is None and self.begun == [4]
+        assert self.said == ["step 4: saving failed: no space. The next healthy step is saved instead."]
+        saver.save(self.at(7), must=False)
+        assert saver.newest == tmp_path / "step_7" and not saver.due and self.begun == [4, 7]
+
+    def test_a_failed_save_in_the_background_does_not_save_the_next_one_twice(self, tmp_path):
+        saver = self.saver(tmp_path, [True, False], background=True)
+        saver.save(self.at(4), must=False)
+        saver.save(self.at(5), must=True)
+        assert self.begun == [4, 5] and saver.newest == tmp_path / "step_5"
+
+    def test_saves_in_the_background_that_always_fail_end_the_run(self, tmp_path):
+        saver = self.saver(tmp_path, [True] * 6, background=True)
+        with pytest.raises(CheckpointError, match="step 6: saving failed"):
+            for step in range(1, 7):
+                saver.save(self.at(step), must=False)
+        assert self.begun == [1, 2, 3, 4, 5, 6]
 
     def test_old_checkpoints_that_cannot_be_deleted_do_not_make_the_save_fail(self, tmp_path):
         saver = self.saver(tmp_path, [])
