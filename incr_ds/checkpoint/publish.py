@@ -158,11 +158,15 @@ def installed_versions() -> dict[str, str]:
 
 
 def reveal(temporary: Path, final: Path) -> None:
-    """Make a sealed folder visible under its name."""
+    """Make a sealed folder visible under its name. If the disk cannot confirm the name, the folder is hidden again."""
     if final.is_dir():
         final.rmdir()
     os.rename(temporary, final)
-    flush(final.parent)
+    try:
+        flush(final.parent)
+    except OSError:
+        os.rename(final, temporary)
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -71,7 +71,12 @@ class Workspace:
         replaced = _replaced(self.final)
         if self.final.is_dir() and any(self.final.iterdir()):
             os.rename(self.final, replaced)
-        reveal(self.folder, self.final)
+        try:
+            reveal(self.folder, self.final)
+        except OSError:
+            if replaced.is_dir():
+                os.rename(replaced, self.final)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
         self._remove_journals()
 

@@ -92,13 +92,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _check_plain(content: Any, where: str) -> None:
     """Raise ConfigError for numbers that are not finite, text with a NUL, and more levels or values than settings have."""
-    waiting, count = [(content, where, 0)], 0
+    if _expanded(content, {}, where) > _MOST_VALUES:
+        raise ConfigError(f"{where}: not a settings file: more than {_MOST_VALUES:,} values.")
+    waiting = [(content, where, 0)]
     while waiting:
         value, at, depth = waiting.pop()
-        count += 1
-        if depth > DEEPEST or count > _MOST_VALUES:
-            what = f"{DEEPEST} levels deep" if depth > DEEPEST else f"{_MOST_VALUES:,} values"
-            raise ConfigError(f"{where}: not a settings file: more than {what}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{at}: {value}: expected a finite number.")
         if isinstance(value, str) and "\0" in value:
@@ -108,6 +106,18 @@ def _check_plain(content: Any, where: str) -> None:
             waiting += (
                 (inner, f"{at}: {key!s:.80}" if depth == 0 else f"{at}.{key!s:.80}", depth + 1) for key, inner in items
             )
+
+
+def _expanded(value: Any, known: dict[int, int], where: str, depth: int = 0) -> int:
+    """How many values there are once references are expanded. A container that is referenced often is counted once."""
+    if depth > DEEPEST:
+        raise ConfigError(f"{where}: not a settings file: more than {DEEPEST} levels deep.")
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(one, known, where, depth + 1) for one in inner)
+    return known[id(value)]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -33,14 +33,14 @@ class _Description:
 def ready_index(prefix: str, sequence_length: int, seed: int, folder: Path) -> None:
     """Ensure that ``folder`` holds the whole index of one pass over PREFIX.bin, with a manifest of checksums."""
     if folder.is_dir():
-        if _is_whole(folder):
+        if is_whole(folder):
             return
         shutil.rmtree(folder)
     with publish(folder, KIND, {"sequence_length": sequence_length, "seed": seed}) as work:
         open_samples(prefix, sequence_length, seed, work)
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether the files match the manifest and are plain arrays. megatron-core would unpickle anything else."""
     try:
         verify_manifest(folder)

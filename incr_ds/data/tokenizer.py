@@ -173,7 +173,11 @@ def _sentencepiece_encoder(path: Path) -> tuple[TextEncoder, dict[str, int]]:
         model = sentencepiece.SentencePieceProcessor(model_proto=regular_bytes(path, LARGE))
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--tokenizer {path}: not a sentencepiece model ({_reason(error)}).") from error
-    size = model.get_piece_size()
+    size = (
+        model.get_piece_size() if model.serialized_model_proto() else 0
+    )  # of an empty file it makes a model without a piece
+    if size == 0:
+        raise ConfigError(f"--tokenizer {path}: not a sentencepiece model (it has no pieces).")
     vocabulary = {model.id_to_piece(number): number for number in range(size)}
     end = model.eos_id()
     return TextEncoder(size, end if end >= 0 else None, partial(model.encode, num_threads=1)), vocabulary

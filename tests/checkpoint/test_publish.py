@@ -1,5 +1,6 @@
 """Publishing: whole or not at all, and every damage of what was published is named."""
 
+import errno
 import json
 import os
 import platform
@@ -55,6 +56,20 @@ def test_manifest_says_what_is_there(published):
         "deepspeed",
     }
     assert [path.name for path in published.parent.iterdir()] == ["out"]
+
+
+def test_a_name_that_the_disk_cannot_confirm_is_taken_back(tmp_path: Path, monkeypatch):
+    def fail(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("incr_ds.checkpoint.publish.flush", fail)
+    with (
+        pytest.raises(CheckpointError, match="Input/output error .*; nothing was published"),
+        publish(tmp_path / "out", "x", {}) as folder,
+    ):
+        (folder / "a.bin").write_bytes(b"abc")
+    assert not list(tmp_path.iterdir())
 
 
 DAMAGES = {

@@ -423,6 +423,7 @@ def test_documents_may_end_without_a_token(home, tmp_path: Path):
         ("alone.json", {"eos_token": "</s>", "append_eos": False}, "--eos-token: has no effect with --no-append-eos"),
         ("bad.json", {}, r"--tokenizer .*bad\.json: transformers cannot load it"),
         ("bad.model", {}, r"--tokenizer .*bad\.model: not a sentencepiece model"),
+        ("empty.model", {}, r"--tokenizer .*empty\.model: not a sentencepiece model \(it has no pieces\)"),
         ("bad.txt", {}, r"--tokenizer .*bad\.txt: not a folder, and neither \.json nor \.model"),
         ("alone.json", {"workers": 0, "append_eos": False}, "--workers 0: expected at least 1"),
     ],
@@ -431,6 +432,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(home, tmp_path: Path, tokenizer,
     shutil.copy(home / "out" / "code_tokenizer" / "tokenizer.json", tmp_path / "alone.json")
     for name in ("bad.json", "bad.model", "bad.txt"):
         (tmp_path / name).write_text("{}")
+    (tmp_path / "empty.model").touch()
     with pytest.raises(ConfigError, match=message):
         prepare_corpus(request(home, tokenizer=str(tmp_path / tokenizer), output=tmp_path / "new" / "x", **changes))
     assert not (tmp_path / "new").exists()

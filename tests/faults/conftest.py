@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,13 +65,29 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def write_report(found: list[Tried], folder: Path) -> None:
+    """Write the rows of the tests that ran. Rows of other tests stay: the suite may run in parts."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    tests = [{key: value for key, value in asdict(item).items() if key != "failures"} for item in found]
-    content = {"command": "make faults", "machine": platform.platform(), "versions": versions, "tests": tests}
-    (folder / "faults.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path, today = folder / "faults.json", date.today().isoformat()
+    before = json.loads(path.read_text(encoding="utf-8"))["tests"] if path.exists() else []
+    rows = {row["name"]: row for row in before}
+    for item in found:
+        row = {key: value for key, value in asdict(item).items() if key != "failures"}
+        rows[item.name] = row | {"date": today}
+    content = {
+        "command": "make faults",
+        "machine": platform.platform(),
+        "versions": versions,
+        "tests": [*rows.values()],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     lines = ["# Faults: what was tried, and what was survived", "", "    make faults", ""]
     lines += [f"{platform.platform()}, " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
-    lines += ["| fault | tried | survived | seconds | note |", "|---|---|---|---|---|"]
-    lines += [f"| {t.name} | {t.tried:,} | {t.passed:,} | {t.seconds:,.0f} | {t.note} |" for t in found]
+    lines += ["| fault | tried | survived | seconds | date | note |", "|---|---|---|---|---|---|"]
+    lines += [_line(row) for row in rows.values()]
     (folder / "faults.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _line(row: dict[str, Any]) -> str:
+    counts = f"{row['tried']:,} | {row['passed']:,} | {row['seconds']:,.0f}"
+    return f"| {row['name']} | {counts} | {row['date']} | {row['note']} |"
