@@ -62,11 +62,23 @@ def write_run(material, output, **changes):
 
 
 class Started:
-    """A run under the deepspeed command, with all of its processes."""
+    """A run under the deepspeed command, with all of its processes.
 
-    def __init__(self, run_file, ranks=2):
-        words = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", free_port()]
+    ``changes`` are environment variables, None to remove one. ``within`` are words before the command.
+    """
+
+    def __init__(self, run_file, ranks=2, changes=None, within=()):
+        words = [
+            *within,
+            Path(sys.executable).with_name("deepspeed"),
+            "--num_gpus",
+            ranks,
+            "--master_port",
+            free_port(),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        environment |= changes or {}
+        environment = {key: value for key, value in environment.items() if value is not None}
         self.log, self.run_file = Path(f"{run_file}.log"), run_file
         with open(self.log, "a") as log:
             self.command = subprocess.Popen(
