@@ -85,6 +85,20 @@ class BatchSettings(Settings):
     """Samples per optimizer step, of all ranks together."""
 
 
+class NewParameterSettings(Settings):
+    """The learning rate of the layers that the newest growth in depth added. All other tensors keep the schedule's.
+
+    Counted from the step at which the run, or the stage of a run that grows, begins.
+    """
+
+    learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """The factor of their learning rate."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which that factor rises linearly from warmup_from times its value."""
+    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The fraction of the factor at which the warm-up starts."""
+
+
 class OptimizerSettings(Settings):
     """AdamW, torch's own or DeepSpeed's."""
 
@@ -100,6 +114,8 @@ class OptimizerSettings(Settings):
     """AdamW of torch, or DeepSpeed's FusedAdam, which is compiled on first use."""
     multipliers: Literal["checkpoint", "none"] = "checkpoint"
     """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
+    new_parameters: NewParameterSettings | None = None
+    """The learning rate of layers that the newest growth added; null: that of all tensors."""
 
 
 class CorpusSettings(Settings):

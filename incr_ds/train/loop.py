@@ -35,7 +35,14 @@ from incr_ds.train.monitoring import Monitor
 from incr_ds.train.ranks import all_ranks, any_rank, on_rank_zero
 from incr_ds.train.recovery import DivergedError, next_sample
 from incr_ds.train.saving import Saver
-from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed, steps_taught
+from incr_ds.train.schedule import (
+    distillation_temperature,
+    distillation_weight,
+    learning_rate,
+    new_parameters_ratio,
+    step_seed,
+    steps_taught,
+)
 from incr_ds.train.skew import OwnWork, Skew, host, skew
 from incr_ds.train.stopwatch import Lap, Stopwatch, memory_bytes
 
@@ -171,7 +178,10 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     alpha, temperature = _teaching(job, before.step)
     # Reseeding at each step makes dropout a function of the step as well, so that resuming needs no generator state.
     torch.manual_seed(step_seed(run.seed, before.step, job.engine.data_parallel_rank))
-    result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=temperature)
+    ratio = _new_ratio(job, before.step)
+    result = job.engine.train_step(
+        feed, learning_rate=rate, alpha=alpha, temperature=temperature, new_ratio=1.0 if ratio is None else ratio
+    )
     tokens = run.batch.global_batch_size * run.batch.sequence_length
     flops = tokens * (job.costs.student + (job.costs.teacher if alpha else 0))
     after = replace(
@@ -207,6 +217,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 peak_memory_bytes=memory[1],
                 slowest_rank=None if slow is None else slow.slowest.rank,
                 slowest_ratio=None if slow is None else slow.ratio,
+                new_learning_rate=None if ratio is None else rate * ratio,
                 **asdict(lap),
             ),
         )
@@ -218,6 +229,14 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     if problem is not None:
         problem += f"; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}"
     return replace(state, position=after, health=health), problem
+
+
+def _new_ratio(job: Job, step: int) -> float | None:
+    """Factor of the learning rate of new parameters. None if the run has none with a rate of their own."""
+    settings = job.run.optimizer.new_parameters
+    if settings is None or not any(own.new for own in job.multipliers.values()):
+        return None
+    return new_parameters_ratio(settings, step - job.run.schedule.start_step)
 
 
 def _teaching(job: Job, step: int) -> tuple[float, float]:

@@ -31,7 +31,7 @@ class OneNumber:
     def __init__(self, run, on_step):
         self.number, self._run, self._on_step, self.steps, self.closed = 1.0, run, on_step, 0, False
 
-    def train_step(self, batches, *, learning_rate, alpha, temperature):
+    def train_step(self, batches, *, learning_rate, alpha, temperature, new_ratio):
         self.inputs = []  # of this step
         for _ in range(self._run.accumulation_steps):
             inputs, labels = next(batches)
