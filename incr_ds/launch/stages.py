@@ -274,7 +274,7 @@ def _facts(stage: Stage) -> Iterator[str]:
     layout = run.layout
     yield (
         f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.accumulation_steps} micro-batches of {run.batch.micro_batch_size}"
+        f"ZeRO-{layout.zero_stage}, {' then '.join(map(str, run.accumulations))} micro-batches of {run.batch.micro_batch_size}"
     )
     yield f"peak learning rate {schedule.learning_rate:g}"
     if stage.plan is not None:

@@ -158,11 +158,13 @@ class TrainingEngine:
         alpha: float = 0.0,
         temperature: float = 1.0,
         new_ratio: float = 1.0,
+        global_batch_size: int | None = None,
     ) -> StepResult:
-        """Take one optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
+        """Take one optimizer step over the micro-batches of a global batch: (input_ids [B, S], labels [B, S]).
 
         ``labels`` holds the token after each input token, or -100 to ignore it. ``alpha`` > 0 needs a teacher, the engine's own
         or one that comes with the labels (``Targets``). ``new_ratio`` multiplies the learning rate of new parameters.
+        ``global_batch_size`` is that of this step and of those after it (None: as before).
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
@@ -171,6 +173,8 @@ class TrainingEngine:
             if multiplier.new:
                 group["lr"] *= new_ratio
                 group[NEW_RATIO] = new_ratio
+        if global_batch_size is not None:
+            self._resize(global_batch_size)
         skipped_before = self._engine.skipped_steps
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
@@ -179,6 +183,14 @@ class TrainingEngine:
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
         return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
+
+    def _resize(self, global_batch_size: int) -> None:
+        """Change the number of micro-batches of the steps from here on."""
+        if global_batch_size == self._engine.train_batch_size():
+            return
+        self._engine.set_train_batch_size(global_batch_size)
+        # DeepSpeed ends a step where its count of all micro-batches so far divides by the number per step.
+        self._engine.micro_steps = 0
 
     def forget_teacher(self) -> bool:
         """Free the teacher's memory. From now on ``alpha`` must be 0. Returns whether there was a teacher."""
@@ -205,7 +217,7 @@ class TrainingEngine:
 
     def forward_seconds(self) -> float | None:
         """Mean seconds of a step's forward passes since the last call. None if they wait for other ranks (train/skew.py)."""
-        return None if self._clock is None else self._clock.take() * self._run.accumulation_steps
+        return None if self._clock is None else self._clock.take() * self._engine.gradient_accumulation_steps()
 
     @property
     def is_writing(self) -> bool:

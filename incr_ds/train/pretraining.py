@@ -246,7 +246,7 @@ def load_start(engine: TrainingEngine, start: Start) -> None:
 def begin(run: RunSettings) -> Position:
     """The position at which ``run`` begins: samples and tokens of the steps before its first count, their FLOPs do not."""
     step = run.schedule.start_step
-    samples = step * run.batch.global_batch_size
+    samples = run.batch.samples_between(0, step)
     return Position(step=step, consumed_samples=samples, tokens=samples * run.batch.sequence_length)
 
 
@@ -333,11 +333,14 @@ def _costs(stage: Stage, teacher: LogicalCheckpoint | None) -> Costs:
 def _say_start(job: Job, description: str) -> None:
     run, layout, peak = job.run, job.run.layout, job.costs.peak
     model = f"{job.architecture.family.model_type}, {job.architecture.num_parameters:,} parameters"
-    tokens = run.batch.global_batch_size * run.batch.sequence_length
+    sizes = " then ".join(
+        f"{size * run.batch.sequence_length:,} tokens per step in {run.accumulation_at(step)} micro-batches"
+        for step, size in run.batch.changes_between(run.schedule.start_step, run.schedule.last_step)
+    )
     job.monitor.say(f"model: {model}; {description}")
     job.monitor.say(
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
+        f"ZeRO-{layout.zero_stage}, {run.precision}; {sizes}"
     )
     if job.cache is not None:
         facts = job.cache.facts

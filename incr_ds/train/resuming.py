@@ -22,7 +22,7 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     TOKENS: dict.fromkeys(
         ("seed", "batch.sequence_length", "batch.global_batch_size", TRAINING_DATA, "data.start_sample"), None
     )
-    | {"schedule.start_step": 0},
+    | {"schedule.start_step": 0, "batch.ramp": []},
     GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
     MODEL: {"precision": None},
 }
