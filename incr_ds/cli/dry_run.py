@@ -54,9 +54,9 @@ def _part_table(part: Part, *, several: bool) -> Table:
         "parameters": f"{part.architecture.num_parameters:,}" + (", tied embeddings" if part.architecture.tied else ""),
         "ranks": f"{layout.world_size:,} = tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data "
         f"{layout.data_parallel}, ZeRO-{layout.zero_stage}",
-        "global batch": f"{batch.global_batch_size:,} samples = {run.accumulation_steps:,} micro-batches of "
+        "global batch": f"{_sizes_text(part)} micro-batches of "
         f"{batch.micro_batch_size} on {layout.data_parallel} data-parallel ranks",
-        "tokens": f"{part.tokens_per_step:,} a step, {part.tokens:,} in all",
+        "tokens": f"{'' if batch.ramp else f'{part.tokens_per_step:,} a step, '}{part.tokens:,} in all",
         "FLOPs": f"{part.student_flops:.3e}, {part.student_flops / part.tokens:.3e} a token",
         **_teacher_rows(part),
         **({"pipeline bubble": f"{part.bubble:.1%} of a step"} if layout.pipeline_parallel > 1 else {}),
@@ -68,6 +68,14 @@ def _part_table(part: Part, *, several: bool) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _sizes_text(part: Part) -> str:
+    """Samples and micro-batches of a step, for every size of the global batch."""
+    sizes = zip(part.spans, part.run.accumulations, strict=True)
+    if len(part.spans) == 1:
+        return "".join(f"{size:,} samples = {count:,}" for (_, size), count in sizes)
+    return ", ".join(f"{size:,} samples = {count:,} in {steps:,} steps" for (steps, size), count in sizes) + ";"
 
 
 def _teacher_rows(part: Part) -> dict[str, str]:
@@ -179,7 +187,8 @@ def _part_content(part: Part) -> dict[str, Any]:
         "parameters": part.architecture.num_parameters,
         "layout": {**part.run.layout.model_dump(), "world_size": part.run.layout.world_size},
         "accumulation_steps": part.run.accumulation_steps,
-        "global_batch_size": part.run.batch.global_batch_size,
+        "global_batch_size": part.spans[0][1],
+        "batch_sizes": [{"steps": steps, "global_batch_size": size} for steps, size in part.spans],
         "tokens_per_step": part.tokens_per_step,
         "tokens": part.tokens,
         "flops": {"student": part.student_flops, "teacher": part.teacher_flops},

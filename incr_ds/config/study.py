@@ -8,8 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from incr_ds.config.batch import BatchSettings
 from incr_ds.config.fields import Seed, Settings
-from incr_ds.config.training import BatchSettings
 
 Budget = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -98,7 +98,8 @@ class StudySettings(Settings):
             raise ValueError(f"no section {' and '.join(lacking)}; expected the run-file sections that all runs share")
         if decided := [name for name in DECIDED if name in value]:
             raise ValueError(f"{', '.join(decided)}: the study decides this for every run; remove it")
-        BatchSettings.model_validate(value["batch"])
+        if BatchSettings.model_validate(value["batch"]).ramp:
+            raise ValueError("common.batch.ramp: a study counts its budgets in steps of one size; remove it")
         return value
 
     @model_validator(mode="after")

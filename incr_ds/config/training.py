@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from incr_ds.config.batch import BatchSettings
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
@@ -74,15 +75,18 @@ class ObjectiveSettings(Settings):
         return value
 
 
-class BatchSettings(Settings):
-    """Sizes in samples and tokens. The number of micro-batches per step follows from them."""
+class NewParameterSettings(Settings):
+    """The learning rate of the layers that the newest growth in depth added. All other tensors keep the schedule's.
 
-    sequence_length: int = Field(ge=1)
-    """Tokens per sample."""
-    micro_batch_size: int = Field(ge=1)
-    """Samples per forward pass of one data-parallel rank."""
-    global_batch_size: int = Field(ge=1)
-    """Samples per optimizer step, of all ranks together."""
+    Counted from the step at which the run, or the stage of a run that grows, begins.
+    """
+
+    learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """The factor of their learning rate."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which that factor rises linearly from warmup_from times its value."""
+    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The fraction of the factor at which the warm-up starts."""
 
 
 class OptimizerSettings(Settings):
@@ -100,6 +104,8 @@ class OptimizerSettings(Settings):
     """AdamW of torch, or DeepSpeed's FusedAdam, which is compiled on first use."""
     multipliers: Literal["checkpoint", "none"] = "checkpoint"
     """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
+    new_parameters: NewParameterSettings | None = None
+    """The learning rate of layers that the newest growth added; null: that of all tensors."""
 
 
 class CorpusSettings(Settings):
@@ -256,28 +262,34 @@ class RunSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _shares_of_steps(cls, content: Any) -> Any:
-        """Convert the percentages in ``growth`` to steps."""
-        growth, schedule = (content.get(key) if isinstance(content, dict) else None for key in ("growth", "schedule"))
-        if not isinstance(growth, list) or not isinstance(schedule, dict):
+        """Convert the percentages in ``growth`` and ``batch.ramp`` to steps."""
+        if not isinstance(content, dict) or not isinstance(content.get("schedule"), dict):
             return content
-        steps = [
-            {**step, "at_step": in_steps(step["at_step"], schedule.get("train_steps"))}
-            if isinstance(step, dict) and "at_step" in step
-            else step
-            for step in growth
-        ]
-        return {**content, "growth": steps}
+        train_steps, batch = content["schedule"].get("train_steps"), content.get("batch")
+        if isinstance(batch, dict) and "ramp" in batch:
+            content = {**content, "batch": {**batch, "ramp": _in_steps(batch["ramp"], train_steps)}}
+        return {**content, "growth": _in_steps(content["growth"], train_steps)} if "growth" in content else content
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         per_pass = self.batch.micro_batch_size * self.layout.data_parallel
-        if self.batch.global_batch_size % per_pass:
-            lower = self.batch.global_batch_size // per_pass * per_pass
-            nearest = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
-            raise ValueError(
-                f"batch.global_batch_size {self.batch.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}; nearest: {nearest}"
-            )
+        # Growths may change layout and micro-batch. Each stage is checked as a run of its own.
+        first, last = self.schedule.start_step, self.growth[0].at_step if self.growth else self.schedule.last_step
+        for number, change in enumerate(self.batch.ramp):
+            if change.at_step >= self.schedule.train_steps:
+                raise ValueError(
+                    f"batch.ramp.{number}.at_step {change.at_step}: no step would have this size, because "
+                    f"schedule.train_steps is {self.schedule.train_steps}"
+                )
+        for _, size in self.batch.spans(first, last):
+            if size % per_pass:
+                lower = size // per_pass * per_pass
+                nearest = " or ".join(str(near) for near in (lower, lower + per_pass) if near)
+                raise ValueError(
+                    f"batch.global_batch_size {size}{' (of batch.ramp)' if self.batch.ramp else ''} is not a multiple of "
+                    f"micro_batch_size {self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}; "
+                    f"nearest: {nearest}"
+                )
         if self.evaluation and self.data.validation is None:
             raise ValueError(
                 "evaluation needs data.validation, the prefix of the held-out data set, or several by name"
@@ -327,7 +339,29 @@ class RunSettings(Settings):
                 )
         return self
 
+    def accumulation_at(self, step: int) -> int:
+        """Micro-batches that each data-parallel rank sees in optimizer step number ``step`` of the schedule."""
+        return self.batch.size_at(step) // (self.batch.micro_batch_size * self.layout.data_parallel)
+
+    @property
+    def accumulations(self) -> list[int]:
+        """Micro-batches per step and data-parallel rank, for every size of the global batch that the run's steps have."""
+        per_pass = self.batch.micro_batch_size * self.layout.data_parallel
+        return [size // per_pass for _, size in self.batch.spans(self.schedule.start_step, self.schedule.last_step)]
+
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that each data-parallel rank sees per optimizer step."""
-        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.layout.data_parallel)
+        """Micro-batches that each data-parallel rank sees in the run's first step."""
+        return self.accumulations[0]
+
+
+def _in_steps(changes: Any, train_steps: Any) -> Any:
+    """Convert the percentages in the key at_step of every item to steps, and leave everything else for validation."""
+    if not isinstance(changes, list):
+        return changes
+    return [
+        {**change, "at_step": in_steps(change["at_step"], train_steps)}
+        if isinstance(change, dict) and "at_step" in change
+        else change
+        for change in changes
+    ]

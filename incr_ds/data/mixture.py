@@ -26,12 +26,13 @@ class CorpusUse:
 
 def corpus_uses(run: RunSettings, tokens: Mapping[str, int]) -> Iterator[CorpusUse]:
     """What the steps of ``run`` read of each corpus whose number of tokens is known, by its share of the samples."""
-    total, steps = sum(corpus.weight for corpus in run.data.train), run.schedule.last_step - run.schedule.start_step
+    total = sum(corpus.weight for corpus in run.data.train)
+    read = run.batch.samples_between(run.schedule.start_step, run.schedule.last_step)
     for corpus in run.data.train:
         samples = (tokens.get(corpus.prefix, 0) - 1) // run.batch.sequence_length
         if samples > 0:
             share = corpus.weight / total
-            yield CorpusUse(corpus.prefix, share, samples, share * steps * run.batch.global_batch_size / samples)
+            yield CorpusUse(corpus.prefix, share, samples, share * read / samples)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Token batches from Megatron .bin/.idx files, in an order that depends only on the seed and the sample number.
 
 Sample i of a run is the same for any number of ranks, micro-batch size and run length, resumed or not. Step k of a run
-trains on samples start_sample + [k * G, (k + 1) * G) with G = global_batch_size.
+trains on samples start_sample + [k * G, (k + 1) * G) with G = global_batch_size. With batch.ramp, k * G is the sum of the
+batches of the k steps before it.
 
 Within one corpus, epoch 0 is megatron-core's own shuffled order of one pass. Later epochs go through the same samples
 in other permutations. A pass ends with its last whole sample. Corpora are mixed by megatron-core's blending rule.
@@ -10,13 +11,14 @@ in other permutations. A pass ends with its last whole sample. Corpora are mixed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from incr_ds.config.training import BatchSettings
+from incr_ds.config.batch import BatchSettings
 from incr_ds.data.fingerprint import DataSet
 from incr_ds.data.mixture import PastMix, blended, samples_read
 from incr_ds.data.sample_index import open_samples, ready_index
@@ -142,24 +144,25 @@ def batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     cache: Entries | None = None,
+    step: int = 0,
 ) -> Iterator[tuple[torch.Tensor, Targets]]:
     """Yield micro-batches (input_ids, labels), each int64 [micro_batch_size, sequence_length], without end.
 
     With a ``cache``, the labels of samples that it teaches come with the teacher's indices and log-probabilities, each
     [micro_batch_size, sequence_length, K].
 
-    ``first_sample`` is a multiple of the global batch size past the run's start. Each global batch is cut into one
+    ``first_sample`` is the first that optimizer step number ``step`` of the schedule reads. Each global batch is cut into one
     contiguous share per data-parallel rank, and each share into micro-batches.
     """
-    share = batch.global_batch_size // data_parallel_size
-    start = first_sample + data_parallel_rank * share
-    while True:
+    for size in map(batch.size_at, count(step)):
+        share = size // data_parallel_size
+        start = first_sample + data_parallel_rank * share
         for offset in range(0, share, batch.micro_batch_size):
             numbers = range(start + offset, start + offset + batch.micro_batch_size)
             input_ids, labels = _stack(samples, numbers)
             entries = None if cache is None else cache.entries(numbers)
             yield input_ids, labels if entries is None else (labels, *entries)
-        start += batch.global_batch_size
+        first_sample += size
 
 
 def held_out_batches(

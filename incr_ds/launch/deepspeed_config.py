@@ -36,6 +36,12 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     config: dict[str, Any] = deepcopy(dict(user))
     for path, value, origin in _derived(run):
         problems += _state(config, path, value, origin)
+    offload = user.get("zero_optimization", {}).get("offload_optimizer", {})
+    if len({count > 1 for count in run.accumulations}) > 1 and offload.get("device", "none") != "none":
+        problems.append(
+            "  zero_optimization.offload_optimizer: does not go with batch.ramp from one micro-batch per step to several, "
+            "between which DeepSpeed cannot change with an offloaded optimizer; lower batch.micro_batch_size, or remove one"
+        )
     if problems:
         raise ConfigError("\n".join([f"{run.deepspeed}: {len(problems)} problem(s)", *problems]))
     _fill_defaults(config)
@@ -44,11 +50,11 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
 
 def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
     """Yield (path in DeepSpeed's config, value, where the run file states it)."""
-    batch = run.batch
+    batch, first = run.batch, run.schedule.start_step
     return [
-        (("train_batch_size",), batch.global_batch_size, "batch.global_batch_size"),
+        (("train_batch_size",), batch.size_at(first), "batch.global_batch_size"),
         (("train_micro_batch_size_per_gpu",), batch.micro_batch_size, "batch.micro_batch_size"),
-        (("gradient_accumulation_steps",), run.accumulation_steps, "batch and layout.data_parallel"),
+        (("gradient_accumulation_steps",), run.accumulation_at(first), "batch and layout.data_parallel"),
         (("gradient_clipping",), run.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
         (("bf16", "enabled"), run.precision == "bf16", f"precision: {run.precision}"),
         (("zero_optimization", "stage"), run.layout.zero_stage, "layout.zero_stage"),

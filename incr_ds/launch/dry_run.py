@@ -61,14 +61,19 @@ class Part:
         return self.run.schedule.last_step - self.run.schedule.start_step
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(number of steps, samples of each) for every size of the global batch."""
+        return self.run.batch.spans(self.run.schedule.start_step, self.run.schedule.last_step)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.run.batch.global_batch_size * self.run.batch.sequence_length
+        """Tokens of the first step's global batch."""
+        return self.spans[0][1] * self.run.batch.sequence_length
 
     @property
     def tokens(self) -> int:
         """Tokens of all steps."""
-        return self.steps * self.tokens_per_step
+        return sum(steps * size for steps, size in self.spans) * self.run.batch.sequence_length
 
     @property
     def flops(self) -> int:
@@ -77,9 +82,10 @@ class Part:
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which a pipeline stage waits for others, if all stages are equally fast."""
-        depth = self.run.layout.pipeline_parallel
-        return (depth - 1) / (self.run.accumulation_steps + depth - 1)
+        """The share of the time in which a pipeline stage waits for others, if all stages are equally fast."""
+        waits = self.run.layout.pipeline_parallel - 1
+        works = sum(steps * count for (steps, _), count in zip(self.spans, self.run.accumulations, strict=True))
+        return waits * self.steps / (works + waits * self.steps)
 
     def seconds(self, speed: Speed) -> float:
         """Time at ``speed``."""
@@ -196,9 +202,10 @@ def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Ar
     deepspeed_config(run)
     if run.distillation is not None and run.distillation.cache is not None:
         teacher = None  # it ran before, in tools/cache_teacher.py
-    length, batch = run.batch.sequence_length, run.batch.global_batch_size
+    length, first = run.batch.sequence_length, run.schedule.start_step
     frozen = frozen_tensors(architecture, run.model.freeze)
-    taught, steps = taught_steps(run), run.schedule.last_step - run.schedule.start_step
+    taught = taught_steps(run)
+    tokens = run.batch.samples_between(first, run.schedule.last_step) * length
     held = holdings(run, architecture)
     per_token = 0 if teacher is None else forward_flops_per_token(teacher, length)
     return Part(
@@ -209,8 +216,8 @@ def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Ar
         pipeline=plan_ranks(run, architecture, teacher, held),
         checkpoint=checkpoint_size(run, held),
         taught_steps=taught,
-        student_flops=training_flops_per_token(architecture, length, frozen) * steps * batch * length,
-        teacher_flops=per_token * taught * batch * length,
+        student_flops=training_flops_per_token(architecture, length, frozen) * tokens,
+        teacher_flops=per_token * run.batch.samples_between(first, first + taught) * length,
         notes=tuple(uneven(architecture, run)),
     )
 

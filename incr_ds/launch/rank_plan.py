@@ -166,7 +166,7 @@ def _activations(
         architecture,
         shape,
         layers=layers[1] - layers[0],
-        in_flight=min(depth - stage, run.accumulation_steps),
+        in_flight=min(depth - stage, max(run.accumulations)),
         recompute=recompute,
         is_last=stage == depth - 1,
     )

@@ -6,7 +6,7 @@ its schedule is a part of the whole run's. So each stage can also be run alone (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.arch.multipliers import Multipliers, marks_only, without_marks
 from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.runs import step_folder
@@ -23,7 +24,7 @@ from incr_ds.config.growth import GrowthRecipe
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.stages import GrowthStep
 from incr_ds.config.training import GrowthStart, RunSettings
-from incr_ds.errors import IncrError, LayoutError
+from incr_ds.errors import ConfigError, IncrError, LayoutError
 from incr_ds.growth.advice import Trained, advise
 from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
@@ -201,9 +202,28 @@ def check_stage(stage: Stage) -> None:
     check_layout(architecture, run.layout)
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     frozen = frozen_tensors(architecture, run.model.freeze)
-    follows = stage.plan is not None and run.optimizer.multipliers == "checkpoint"
-    multipliers = grown_multipliers(stage.plan, {}) if follows and stage.plan is not None else {}
+    follows = run.optimizer.multipliers == "checkpoint"
+    multipliers = {} if stage.plan is None else grown_multipliers(stage.plan, {})
+    if not follows:
+        multipliers = marks_only(multipliers)
+    if run.optimizer.new_parameters is None:
+        multipliers = without_marks(multipliers)
     group_count(architecture, run.layout, multipliers, frozen)
+
+
+def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mapping[str, Multipliers]) -> None:
+    """Raise ConfigError if optimizer.new_parameters is set, and neither the model that the run starts with nor a growth on
+    the way has new layers. ``start`` says which tensors of the former are new."""
+    plans = [stage.plan for stage in stages if stage.plan is not None]
+    if run.optimizer.new_parameters is None or marks_only(start):
+        return
+    if not any(layer.is_new for plan in plans for layer in plan.layers):
+        origin = run.model.initialize_from or run.model.config
+        where = origin.source if isinstance(origin, GrowthStart) else origin
+        raise ConfigError(
+            f"optimizer.new_parameters: nothing is new: neither the growth of {where} nor one on the way adds layers, or the "
+            "checkpoint is older than this key. Width growth adds no tensors. Remove the key, or grow in depth."
+        )
 
 
 def check_teachers(stages: Sequence[Stage], describe: Describe = _opened) -> tuple[Architecture | None, ...]:
@@ -254,7 +274,7 @@ def _facts(stage: Stage) -> Iterator[str]:
     layout = run.layout
     yield (
         f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.accumulation_steps} micro-batches of {run.batch.micro_batch_size}"
+        f"ZeRO-{layout.zero_stage}, {' then '.join(map(str, run.accumulations))} micro-batches of {run.batch.micro_batch_size}"
     )
     yield f"peak learning rate {schedule.learning_rate:g}"
     if stage.plan is not None:

@@ -27,10 +27,11 @@ def uneven(architecture: Architecture, run: RunSettings) -> Iterator[str]:
             f"{count} layers over {depth} pipeline stages: {-(-count // depth)} and {count // depth} layers; nearest "
             f"pipeline_parallel that divides: {' or '.join(map(str, near))}; nearest number of layers: {_nearest(count, depth)}"
         )
-    if run.accumulation_steps < layout.pipeline_parallel:
+    fewest = min(run.accumulations)
+    if fewest < layout.pipeline_parallel:
         need = layout.pipeline_parallel * run.batch.micro_batch_size * layout.data_parallel
         yield (
-            f"{run.accumulation_steps} micro-batches in {layout.pipeline_parallel} pipeline stages: some stages always wait; "
+            f"{fewest} micro-batches in {layout.pipeline_parallel} pipeline stages: some stages always wait; "
             f"batch.global_batch_size {need:,} or more fills the pipeline"
         )
     yield from _rounded_gpu_sizes(architecture, layout.tensor_parallel)

@@ -22,13 +22,12 @@ SHARD_BYTES = 256 << 20  # about as much work as an interrupted command repeats
 
 def first_sample(run: RunSettings) -> int:
     """The number of the first sample that the run reads."""
-    return run.data.start_sample + run.schedule.start_step * run.batch.global_batch_size
+    return run.data.start_sample + run.batch.samples_between(0, run.schedule.start_step)
 
 
 def cached_samples(run: RunSettings, step: int, first: int) -> range:
     """The samples that the run reads while its teacher counts, from ``step`` on, whose first sample is ``first``."""
-    left = max(0, run.schedule.start_step + taught_steps(run) - step)
-    return range(first, first + left * run.batch.global_batch_size)
+    return range(first, first + run.batch.samples_between(step, run.schedule.start_step + taught_steps(run)))
 
 
 def cache_facts(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Multipliers
+from incr_ds.arch.multipliers import NEW_RATIO, Multipliers, without_marks
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.data.facts import document_end
@@ -75,6 +75,8 @@ def build_engine(
     ConfigError or LayoutError if the run file, the number of processes, the model and the teacher are not consistent.
     """
     frozen = frozen_tensors(architecture, run.model.freeze)
+    # New parameters have groups of their own only in a run that trains them at a rate of their own.
+    multipliers = (multipliers or {}) if run.optimizer.new_parameters else without_marks(multipliers or {})
     num_groups = group_count(architecture, run.layout, multipliers, frozen)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
@@ -86,7 +88,7 @@ def build_engine(
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
-    optimizer = _optimizer(model, trained, run, device, multipliers or {}, num_groups)
+    optimizer = _optimizer(model, trained, run, device, multipliers, num_groups)
     staged = run.layout.pipeline_parallel > 1
     with without_compiler():  # DeepSpeed imports its Muon to see whether this optimizer is one
         engine, *_ = deepspeed.initialize(
@@ -120,7 +122,7 @@ class TrainingEngine:
         self._shards, self._trained = model.shards, trained
         self._clock = ForwardClock(engine.module) if has_own_work(run.layout) else None
         self._writer = install_writer(engine, background=run.checkpoint.background)
-        self._multipliers = [group["multipliers"]["lr"] for group in engine.optimizer.param_groups]
+        self._multipliers = [Multipliers(**group["multipliers"]) for group in engine.optimizer.param_groups]
 
     @property
     def data_parallel_rank(self) -> int:
@@ -149,17 +151,30 @@ class TrainingEngine:
         return self._shards
 
     def train_step(
-        self, batches: Iterator[Batch], *, learning_rate: float, alpha: float = 0.0, temperature: float = 1.0
+        self,
+        batches: Iterator[Batch],
+        *,
+        learning_rate: float,
+        alpha: float = 0.0,
+        temperature: float = 1.0,
+        new_ratio: float = 1.0,
+        global_batch_size: int | None = None,
     ) -> StepResult:
-        """Take one optimizer step over run.accumulation_steps micro-batches of (input_ids [B, S], labels [B, S]).
+        """Take one optimizer step over the micro-batches of a global batch: (input_ids [B, S], labels [B, S]).
 
         ``labels`` holds the token after each input token, or -100 to ignore it. ``alpha`` > 0 needs a teacher, the engine's own
-        or one that comes with the labels (``Targets``).
+        or one that comes with the labels (``Targets``). ``new_ratio`` multiplies the learning rate of new parameters.
+        ``global_batch_size`` is that of this step and of those after it (None: as before).
         """
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
         for group, multiplier in zip(self._engine.optimizer.param_groups, self._multipliers, strict=True):
-            group["lr"] = learning_rate * multiplier
+            group["lr"] = learning_rate * multiplier.lr
+            if multiplier.new:
+                group["lr"] *= new_ratio
+                group[NEW_RATIO] = new_ratio
+        if global_batch_size is not None:
+            self._resize(global_batch_size)
         skipped_before = self._engine.skipped_steps
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
@@ -168,6 +183,14 @@ class TrainingEngine:
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
         return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
+
+    def _resize(self, global_batch_size: int) -> None:
+        """Change the number of micro-batches of the steps from here on."""
+        if global_batch_size == self._engine.train_batch_size():
+            return
+        self._engine.set_train_batch_size(global_batch_size)
+        # DeepSpeed ends a step where its count of all micro-batches so far divides by the number per step.
+        self._engine.micro_steps = 0
 
     def forget_teacher(self) -> bool:
         """Free the teacher's memory. From now on ``alpha`` must be 0. Returns whether there was a teacher."""
@@ -194,7 +217,7 @@ class TrainingEngine:
 
     def forward_seconds(self) -> float | None:
         """Mean seconds of a step's forward passes since the last call. None if they wait for other ranks (train/skew.py)."""
-        return None if self._clock is None else self._clock.take() * self._run.accumulation_steps
+        return None if self._clock is None else self._clock.take() * self._engine.gradient_accumulation_steps()
 
     @property
     def is_writing(self) -> bool:
@@ -277,7 +300,7 @@ def _optimizer(
         own = group_multipliers(shards, multipliers)
         members = [parameters[shard.parameter] for shard in shards]
         # Stored in the checkpoint's groups, so that a later growth finds the run file's values.
-        groups.append({"params": members, **own.applied(settings), "multipliers": dict(vars(own))})
+        groups.append({"params": members, **own.applied(settings), "multipliers": own.stated()})
     return build_adamw(groups, run, device)
 
 

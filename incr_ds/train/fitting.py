@@ -85,11 +85,12 @@ def _fit(run: RunSettings, recipe: GrowthRecipe, operators: _Operators, device: 
     before = _held_out_loss(model, operators, data.held_out.values(), run, device)
     optimizer = build_adamw([{"params": list(operators.parameters()), "weight_decay": 0.0}], run, device)
     first = run.schedule.start_step
-    feed = batches(data.train, run.data.start_sample + first * run.batch.global_batch_size, run.batch, 0, 1)
+    start = run.data.start_sample + run.batch.samples_between(0, first)
+    feed = batches(data.train, start, run.batch, 0, 1, step=first)
     for step in range(first, run.schedule.last_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.schedule, step)
-        loss = _gradients(model, operators, islice(feed, run.accumulation_steps), device)
+        loss = _gradients(model, operators, islice(feed, run.accumulation_at(step)), device)
         if run.optimizer.gradient_clipping:
             nn.utils.clip_grad_norm_(operators.parameters(), run.optimizer.gradient_clipping)
         optimizer.step()

@@ -142,7 +142,7 @@ def _opened(
     run: RunSettings, sets: Mapping[str, DataSet], past: tuple[PastMix, ...], *, builds_index: bool
 ) -> tuple[Samples, dict[str, Samples]]:
     cache, length = Path(run.output) / CACHE, run.batch.sequence_length
-    size = run.data.start_sample + run.schedule.train_steps * run.batch.global_batch_size
+    size = run.data.start_sample + run.batch.samples_between(0, run.schedule.train_steps)
     mix = [(sets[corpus.prefix], corpus.weight) for corpus in run.data.train]
     trained = open_training_data(mix, length, run.seed, cache, size, past=past, builds_index=builds_index)
     if run.evaluation is None:

@@ -35,7 +35,14 @@ from incr_ds.train.monitoring import Monitor
 from incr_ds.train.ranks import all_ranks, any_rank, on_rank_zero
 from incr_ds.train.recovery import DivergedError, next_sample
 from incr_ds.train.saving import Saver
-from incr_ds.train.schedule import distillation_temperature, distillation_weight, learning_rate, step_seed, steps_taught
+from incr_ds.train.schedule import (
+    distillation_temperature,
+    distillation_weight,
+    learning_rate,
+    new_parameters_ratio,
+    step_seed,
+    steps_taught,
+)
 from incr_ds.train.skew import OwnWork, Skew, host, skew
 from incr_ds.train.stopwatch import Lap, Stopwatch, memory_bytes
 
@@ -167,17 +174,26 @@ def train(job: Job, state: TrainingState, newest: Path | None, stop: Stop) -> Ou
 def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) -> tuple[TrainingState, str | None]:
     """Take one optimizer step, and log it if due or skipped. Returns the reason, if any, why the run must not continue."""
     run, before = job.run, state.position
+    samples = run.batch.size_at(before.step)
     rate = learning_rate(run.schedule, before.step)
     alpha, temperature = _teaching(job, before.step)
     # Reseeding at each step makes dropout a function of the step as well, so that resuming needs no generator state.
     torch.manual_seed(step_seed(run.seed, before.step, job.engine.data_parallel_rank))
-    result = job.engine.train_step(feed, learning_rate=rate, alpha=alpha, temperature=temperature)
-    tokens = run.batch.global_batch_size * run.batch.sequence_length
+    ratio = _new_ratio(job, before.step)
+    result = job.engine.train_step(
+        feed,
+        learning_rate=rate,
+        alpha=alpha,
+        temperature=temperature,
+        new_ratio=1.0 if ratio is None else ratio,
+        global_batch_size=samples,
+    )
+    tokens = samples * run.batch.sequence_length
     flops = tokens * (job.costs.student + (job.costs.teacher if alpha else 0))
     after = replace(
         before,
         step=before.step + 1,
-        consumed_samples=before.consumed_samples + run.batch.global_batch_size,
+        consumed_samples=before.consumed_samples + samples,
         tokens=before.tokens + tokens,
         flops=before.flops + flops,
         skipped_steps=before.skipped_steps + result.skipped,
@@ -207,6 +223,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 peak_memory_bytes=memory[1],
                 slowest_rank=None if slow is None else slow.slowest.rank,
                 slowest_ratio=None if slow is None else slow.ratio,
+                new_learning_rate=None if ratio is None else rate * ratio,
                 **asdict(lap),
             ),
         )
@@ -218,6 +235,14 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     if problem is not None:
         problem += f"; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}"
     return replace(state, position=after, health=health), problem
+
+
+def _new_ratio(job: Job, step: int) -> float | None:
+    """Factor of the learning rate of new parameters. None if the run has none with a rate of their own."""
+    settings = job.run.optimizer.new_parameters
+    if settings is None or not any(own.new for own in job.multipliers.values()):
+        return None
+    return new_parameters_ratio(settings, step - job.run.schedule.start_step)
 
 
 def _teaching(job: Job, step: int) -> tuple[float, float]:
@@ -270,7 +295,7 @@ def _feed(job: Job, state: TrainingState) -> Batches:
     first = next_sample(job.run, state)
     rank, size = job.engine.data_parallel_rank, job.run.layout.data_parallel
     cache = job.cache if job.engine.computes_loss else None
-    return batches(job.data.train, first, job.run.batch, rank, size, cache)
+    return batches(job.data.train, first, job.run.batch, rank, size, cache, state.position.step)
 
 
 def _skew(job: Job, lap: Lap, step: int) -> Skew | None:
@@ -279,7 +304,7 @@ def _skew(job: Job, lap: Lap, step: int) -> Skew | None:
     if forward is None:
         return None
     batch = job.run.batch
-    steps = lap.tokens_per_second * lap.seconds / (batch.global_batch_size * batch.sequence_length)
+    steps = batch.steps_back(step, round(lap.tokens_per_second * lap.seconds / batch.sequence_length))
     mine = OwnWork(ranks.rank, host(), job.engine.stage, forward + lap.data_seconds / steps)
     found = skew(ranks.gather(mine), lap.seconds / steps, job.run.slow_rank_ratio)
     if found.counts:
@@ -313,7 +338,7 @@ def _diverged(job: Job, state: TrainingState, problem: str) -> DivergedError:
 def _bad_batch(job: Job, state: TrainingState, result: StepResult) -> str:
     """A line that names the samples of a step whose loss or gradients are not finite. ``state`` is the one before it."""
     first = next_sample(job.run, state)
-    last = first + job.run.batch.global_batch_size - 1
+    last = first + job.run.batch.size_at(state.position.step) - 1
     effect = "the step was skipped" if result.skipped else "the weights have changed"
     return (
         f"step {state.position.step + 1}: not finite: loss {result.loss:.6g}, gradient norm {result.gradient_norm:.6g}, "

@@ -42,7 +42,8 @@ class TrainRow:
     None if the teacher was not asked (``alpha`` 0). ``tflops_per_rank`` is TFLOP/s of one process, and ``mfu`` their share of
     its device's peak, None if that is not known. ``data_seconds`` is the part of ``seconds`` (the steps' time) that waited for
     batches. ``save_seconds`` was spent on saving besides. Memory is in bytes. ``slowest_ratio`` is the time of the
-    slowest rank's own work over the median rank's, None if it is not measured (train/skew.py).
+    slowest rank's own work over the median rank's, None if it is not measured (train/skew.py). ``new_learning_rate`` is the
+    rate of the layers that the newest growth added, None if they have no rate of their own.
     """
 
     loss: float
@@ -51,6 +52,7 @@ class TrainRow:
     alpha: float
     temperature: float
     learning_rate: float
+    new_learning_rate: float | None = None
     gradient_norm: float
     skipped: bool
     tokens_per_second: float

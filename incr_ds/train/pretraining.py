@@ -18,7 +18,7 @@ import torch
 
 from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import read_multipliers
+from incr_ds.arch.multipliers import marks_only, read_multipliers, without_marks
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.lock import locked
@@ -26,7 +26,7 @@ from incr_ds.checkpoint.publish import read_manifest
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.teacher_cache import TeacherCache
 from incr_ds.errors import ConfigError
-from incr_ds.launch.stages import Stage, plan_stages, stage_lines
+from incr_ds.launch.stages import Stage, check_new_parameters, plan_stages, stage_lines
 from incr_ds.report.history import note_end, note_start
 from incr_ds.report.run_report import REPORT, write_report
 from incr_ds.train.cached_teacher import cached_samples, first_sample, open_cache
@@ -77,6 +77,7 @@ def train_run(run: RunSettings, *, resume: bool = True, stop: Stop | None = None
     stop.join()
     start = find_start(run)
     stages = plan_stages(run, start.architecture)
+    check_new_parameters(run, stages, start.multipliers)
     with ExitStack() as stack:
         on_rank_zero(lambda: stack.enter_context(locked(Path(run.output))))
         on_rank_zero(lambda: remove_unfinished(run))
@@ -245,7 +246,7 @@ def load_start(engine: TrainingEngine, start: Start) -> None:
 def begin(run: RunSettings) -> Position:
     """The position at which ``run`` begins: samples and tokens of the steps before its first count, their FLOPs do not."""
     step = run.schedule.start_step
-    samples = step * run.batch.global_batch_size
+    samples = run.batch.samples_between(0, step)
     return Position(step=step, consumed_samples=samples, tokens=samples * run.batch.sequence_length)
 
 
@@ -332,11 +333,14 @@ def _costs(stage: Stage, teacher: LogicalCheckpoint | None) -> Costs:
 def _say_start(job: Job, description: str) -> None:
     run, layout, peak = job.run, job.run.layout, job.costs.peak
     model = f"{job.architecture.family.model_type}, {job.architecture.num_parameters:,} parameters"
-    tokens = run.batch.global_batch_size * run.batch.sequence_length
+    sizes = " then ".join(
+        f"{size * run.batch.sequence_length:,} tokens per step in {run.accumulation_at(step)} micro-batches"
+        for step, size in run.batch.changes_between(run.schedule.start_step, run.schedule.last_step)
+    )
     job.monitor.say(f"model: {model}; {description}")
     job.monitor.say(
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.precision}; {tokens:,} tokens per step in {run.accumulation_steps} micro-batches"
+        f"ZeRO-{layout.zero_stage}, {run.precision}; {sizes}"
     )
     if job.cache is not None:
         facts = job.cache.facts
@@ -347,11 +351,18 @@ def _say_start(job: Job, description: str) -> None:
     if frozen:
         trained = sum(spec.numel for spec in job.architecture.stored if spec.name not in frozen)
         job.monitor.say(f"model.freeze: {trained:,} of them train, and {len(frozen)} tensors stay unchanged")
-    if job.multipliers:
-        rates = [own.lr for own in job.multipliers.values()]
+    multiplied = without_marks(job.multipliers)
+    if multiplied:
+        rates = [own.lr for own in multiplied.values()]
         job.monitor.say(
             f"optimizer: {len(rates)} tensors train with {min(rates):.4g} to {max(rates):.4g} times the learning rate, as the "
             "growth requires (optimizer.multipliers: none trains all alike)"
+        )
+    fresh, apart = marks_only(job.multipliers), run.optimizer.new_parameters
+    if apart is not None and fresh:
+        job.monitor.say(
+            f"optimizer.new_parameters: {len(fresh)} tensors of new layers train with {apart.learning_rate_ratio:g} times the "
+            f"learning rate, after {apart.warmup_steps} steps of warm-up from {apart.warmup_from:g} of that"
         )
     if peak is not None:
         job.monitor.say(f"mfu is relative to {peak.flops_per_second / 1e12:,.0f} TFLOP/s per process ({peak.origin})")

@@ -22,7 +22,7 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     TOKENS: dict.fromkeys(
         ("seed", "batch.sequence_length", "batch.global_batch_size", TRAINING_DATA, "data.start_sample"), None
     )
-    | {"schedule.start_step": 0},
+    | {"schedule.start_step": 0, "batch.ramp": []},
     GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
     MODEL: {"precision": None},
 }
@@ -80,6 +80,7 @@ def check_continues(
         problems[TOKENS] = [line for line in problems[TOKENS] if not line.startswith(f"{TRAINING_DATA}:")]
     else:
         problems[TOKENS][:0] = _other_data(facts["data"], data)
+    problems[GROUPS] += _other_groups(old, new)
     is_other_data = any(line.startswith(("data ", f"{TRAINING_DATA}:")) for line in problems[TOKENS])
     remedy = " With resume.change_data: true, the run reads other data from here on." if is_other_data else ""
     problems[TOKENS] += _other_tokenizer(folder, run)
@@ -133,6 +134,14 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], fixed: Mapping[str,
         before, after = _at(old, key, missing), _at(new, key)
         if before != after:
             yield f"{key}: {before} there, {after} in this run file"
+
+
+def _other_groups(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """With optimizer.new_parameters, new layers have groups of their own. Its rate and warm-up may change, its presence not."""
+    key = "new_parameters"
+    before, after = (settings["optimizer"].get(key) is not None for settings in (old, new))
+    if before != after:
+        yield f"optimizer.{key}: {'set' if before else 'not set'} there, {'set' if after else 'not set'} in this run file"
 
 
 def _other_data(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:

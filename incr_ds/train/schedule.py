@@ -10,7 +10,7 @@ import math
 
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.schedule import ScheduleSettings
-from incr_ds.config.training import RunSettings
+from incr_ds.config.training import NewParameterSettings, RunSettings
 
 
 def learning_rate(schedule: ScheduleSettings, step: int) -> float:
@@ -48,6 +48,17 @@ def scheduled_rate(schedule: ScheduleSettings, step: int) -> float:
         progress = min(1.0, (step - start) / schedule.decay_steps)
         return peak + (lowest - peak) * progress
     return peak
+
+
+def new_parameters_ratio(settings: NewParameterSettings, taken: int) -> float:
+    """Factor of the learning rate of new parameters after ``taken`` steps of the run or stage.
+
+    It rises linearly from ``warmup_from`` x its value, step by step as in the schedule's warm-up.
+    """
+    if taken >= settings.warmup_steps:
+        return settings.learning_rate_ratio
+    share = (taken + 1) / (settings.warmup_steps + 1)
+    return settings.learning_rate_ratio * (settings.warmup_from + (1.0 - settings.warmup_from) * share)
 
 
 def steps_taught(run: RunSettings, step: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Multipliers, read_multipliers
+from incr_ds.arch.multipliers import Multipliers, marks_only, read_multipliers, without_marks
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.publish import MANIFEST, read_manifest
@@ -124,7 +124,8 @@ def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
 
 
 def _followed(run: RunSettings, declared: Mapping[str, Multipliers]) -> Mapping[str, Multipliers]:
-    return declared if run.optimizer.multipliers == "checkpoint" else {}
+    """The multipliers that a run keeps of those that its checkpoint declares. Which tensors are new it always keeps."""
+    return declared if run.optimizer.multipliers == "checkpoint" else marks_only(declared)
 
 
 def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> Start:
@@ -146,7 +147,7 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     multipliers = _followed(run, declared)
     if (
         reshards
-        or declared
+        or _has_own_groups(run, folder, declared)
         or multipliers != declared
         or _changes_frozen(run, folder, source)
         or _changes_precision(run, folder / tag)
@@ -163,6 +164,13 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     return Start(
         architecture=source.architecture, checkpoint=folder, tag=tag, description=description, multipliers=multipliers
     )
+
+
+def _has_own_groups(run: RunSettings, folder: Path, declared: Mapping[str, Multipliers]) -> bool:
+    """Whether the run's parameter groups, or those in the folder, can be others than the two of every folder."""
+    settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
+    apart = run.optimizer.new_parameters is not None or settings.get("new_parameters") is not None
+    return bool(declared if apart else without_marks(declared))
 
 
 def _changes_precision(run: RunSettings, folder: Path) -> bool:

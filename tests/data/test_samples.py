@@ -9,7 +9,7 @@ import torch
 from token_data import write_documents
 
 from incr_ds.checkpoint.publish import seal
-from incr_ds.config.training import BatchSettings
+from incr_ds.config.batch import BatchSettings
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import (
     Blend,

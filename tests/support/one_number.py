@@ -31,9 +31,9 @@ class OneNumber:
     def __init__(self, run, on_step):
         self.number, self._run, self._on_step, self.steps, self.closed = 1.0, run, on_step, 0, False
 
-    def train_step(self, batches, *, learning_rate, alpha, temperature):
+    def train_step(self, batches, *, learning_rate, alpha, temperature, new_ratio, global_batch_size):
         self.inputs = []  # of this step
-        for _ in range(self._run.accumulation_steps):
+        for _ in range(global_batch_size // self._run.batch.micro_batch_size):
             inputs, labels = next(batches)
             self.inputs.append(inputs)
             self.number = (0.9 * self.number + learning_rate * inputs.double().mean().item() * (1 + alpha)) % 10.0
