@@ -23,6 +23,7 @@ _PREFIXES: Mapping[State | Literal["model"], tuple[str, ...]] = {
 _NEMO = "module."  # the model inside of NeMo's module
 _HALVES = ("_w", "_v")  # gate and up, where each has a key of its own
 _SHOWN = 10
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def located(
     """
     for prefix in _PREFIXES[state]:
         for inner in (prefix, prefix + _NEMO):
-            if f"{inner}embedding.word_embeddings.weight" in tensors:
+            embedding = tensors.get(inner + EMBEDDING)
+            if embedding is not None and len(embedding.shape) == 2:  # in fully_sharded_model_space it has a third
                 return _Search(tensors, inner, architecture).all(where)
     return None
 

@@ -12,7 +12,7 @@ from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, ch
 from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
 from incr_ds.checkpoint.megatron_core.common import arguments, check_format, optimizer_steps, read_common
 from incr_ds.checkpoint.megatron_core.configuration import config_of
-from incr_ds.checkpoint.megatron_core.keys import Located, located
+from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
 from incr_ds.checkpoint.megatron_core.metadata import Stored, read_metadata
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.errors import CheckpointError
@@ -21,7 +21,6 @@ from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modu
 
 KIND = "Megatron-core torch_dist"
 _BUFFER_STATES = "optimizer.distributed.dp_group_idx_"
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class MegatronCoreCheckpoint:
@@ -107,6 +106,11 @@ class MegatronCoreCheckpoint:
             return (
                 "the distributed optimizer's state is saved in the layout of its buffers (dp_reshardable, or an older one), "
                 "which does not name the parameters; save with --dist-ckpt-optim-fully-reshardable"
+            )
+        if any(key.startswith("optimizer.state.exp_avg.") and key.endswith(EMBEDDING) for key in keys):
+            return (
+                "the distributed optimizer's state is flattened (fully_sharded_model_space); save with "
+                "--dist-ckpt-optim-fully-reshardable"
             )
         other = sorted(key for key in keys if key.startswith("optimizer."))
         return (

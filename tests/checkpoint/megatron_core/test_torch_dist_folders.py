@@ -153,6 +153,20 @@ def test_moments_in_the_layout_of_buffers_are_refused_by_name(tmp_path: Path):
         found.read("model.norm.weight", "exp_avg")
 
 
+def test_flattened_moments_are_refused_by_name(tmp_path: Path):
+    source = truth()
+
+    def flattened(tensors):
+        return {key: t.flatten()[None, None] if key.startswith("optimizer.") else t for key, t in tensors.items()}
+
+    write_source(tmp_path, source, flattened)
+    found = open_source(tmp_path)
+    assert found.facts.states == ("weight",)
+    assert torch.equal(found.read("model.norm.weight"), source.read("model.norm.weight").bfloat16())
+    with pytest.raises(CheckpointError, match="no exp_avg: .*fully_sharded_model_space.*use optimizer: reset"):
+        found.read("model.norm.weight", "exp_avg")
+
+
 def test_unknown_parameters_and_steps_that_differ_are_refused(tmp_path: Path):
     (tmp_path / "extra").mkdir()
     write_source(tmp_path / "extra", truth(), lambda t: {**t, "decoder.layers.mlp.router.weight": torch.ones(3, 2)})
