@@ -21,7 +21,7 @@ ORDER = [
         "checkpoint.provenance",
     ],
     ["checkpoint.naming", "checkpoint.progress", "checkpoint.assembly", "checkpoint.finite"],
-    ["checkpoint.huggingface", "checkpoint.deepspeed", "checkpoint.universal"],
+    ["checkpoint.huggingface", "checkpoint.deepspeed", "checkpoint.universal", "checkpoint.megatron_core"],
     ["checkpoint.opening", "checkpoint.integrity", "checkpoint.difference"],
     ["growth"],
     ["offline"],

@@ -7,6 +7,8 @@ from pathlib import Path
 from incr_ds.arch.architecture import Architecture, saved_architecture
 from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
 from incr_ds.checkpoint.huggingface.reader import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
+from incr_ds.checkpoint.megatron_core.folders import LATEST, iteration_folder
+from incr_ds.checkpoint.megatron_core.reader import MegatronCoreCheckpoint
 from incr_ds.checkpoint.naming import ADAPTER_CURE
 from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
 from incr_ds.errors import CheckpointError
@@ -17,12 +19,13 @@ ADAPTER = "adapter_config.json"  # transformers would load the adapter together 
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
-) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint:
-    """Open a checkpoint folder, DeepSpeed's or Hugging Face's.
+) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint | MegatronCoreCheckpoint:
+    """Open a checkpoint folder, DeepSpeed's, Megatron-core's or Hugging Face's.
 
-    ``tag`` selects the DeepSpeed tag; otherwise the file ``latest`` or ``latest_universal`` does. The architecture comes
-    from ``config``, otherwise from config.json in the tag's folder or in ``path``. Raises CheckpointError if the format is
-    not known, and all errors of the reader.
+    ``tag`` selects the DeepSpeed tag or the folder of Megatron's iteration; otherwise the file ``latest``,
+    ``latest_universal`` or ``latest_checkpointed_iteration.txt`` does. The architecture comes from ``config``, otherwise from
+    config.json in the tag's folder or in ``path``, and for Megatron otherwise from the run's arguments. Raises
+    CheckpointError if the format is not known, and all errors of the reader.
     """
     path = Path(path)
     if not path.is_dir():
@@ -32,6 +35,9 @@ def open_source(
     # A folder of transformers' Trainer under DeepSpeed has both formats; only DeepSpeed's has the moments.
     if tag is None and weights_file(path) and not _tag_files(path):
         return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)
+    # Megatron-DeepSpeed writes Megatron's file, too, beside DeepSpeed's.
+    if not _tag_files(path) and (iteration := iteration_folder(path, tag)) is not None:
+        return MegatronCoreCheckpoint(iteration, config)
     tag = tag or _latest(path)
     if not (path / tag).is_dir():
         tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
@@ -51,8 +57,8 @@ def _latest(path: Path) -> str:
             f"{path}: a DeepSpeed checkpoint without a file `latest`; name one of its tags with --tag: {', '.join(tags)}."
         )
     raise CheckpointError(
-        f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Hugging Face folder ({SINGLE} or {INDEX}); "
-        f"found {found}."
+        f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Megatron-core one (a file `{LATEST}`) "
+        f"nor a Hugging Face folder ({SINGLE} or {INDEX}); found {found}."
     )
 
 

@@ -19,7 +19,7 @@ from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import Block, RankParameter
 
 FOLDER = Path(__file__).parent / "frameworks"
-MEGATRON = "megatron-deepspeed"
+MEGATRON, MEGATRON_CORE = "megatron-deepspeed", "megatron-core"
 CUT_AXES = ("vocab", "heads", "kv_heads", "ffn")
 Place = Literal["embedding", "decoder", "norm", "head"]
 
@@ -32,6 +32,7 @@ class ParameterDeclaration(Settings):
     holds: list[str] = Field(min_length=1)
     per: Literal["kv_heads", "ranks"] | None = None
     padded: bool = False
+    also: list[str] = Field(default_factory=list)
 
 
 class Modules(Settings):

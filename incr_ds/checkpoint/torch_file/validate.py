@@ -42,23 +42,34 @@ def check_outline(path: Path) -> None:
         raise CheckpointError(_not_an_archive(path))
     try:
         with opened_archive(path) as archive:
-            check_stored(path, archive)
-            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-            if pickled is None:
-                raise CheckpointError(f"{path}: no record data.pkl; this is not a file that torch.save wrote.")
-            folder = pickled.removesuffix("data.pkl")
-            sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
-            if sizes["data.pkl"] > MOST_PICKLED:
-                raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, but at most {MOST_PICKLED:,} are read.")
-            problem = next(_problems(Walker(archive.read(pickled)).tensors(), sizes), None)
+            walk_archive(path, archive)
     except CheckpointError:
         raise
     except WalkError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
+
+
+def walk_archive(path: Path, archive: zipfile.ZipFile) -> tuple[Any, list[tuple[Any, ...]]]:
+    """The content of a .pt archive with a StandIn for everything that it names, and its tensors as ``Walker`` finds them.
+
+    Raises CheckpointError if a tensor reaches beyond its record, and WalkError or any other error if the pickle is damaged.
+    """
+    check_stored(path, archive)
+    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    if pickled is None:
+        raise CheckpointError(f"{path}: no record data.pkl; this is not a file that torch.save wrote.")
+    folder = pickled.removesuffix("data.pkl")
+    sizes = {record.filename.removeprefix(folder): record.file_size for record in archive.infolist()}
+    if sizes["data.pkl"] > MOST_PICKLED:
+        raise WalkError(f"its pickle has {sizes['data.pkl']:,} bytes, but at most {MOST_PICKLED:,} are read.")
+    walker = Walker(archive.read(pickled))
+    content, tensors = walker.content(), walker.tensors_found
+    problem = next(_problems(tensors, sizes), None)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}. The file is damaged, or was made to mislead; it was refused.")
+    return content, tensors
 
 
 def is_archive(path: Path) -> bool:

@@ -92,9 +92,24 @@ class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pi
 
         Raises WalkError, or any error if the pickle is damaged.
         """
+        self.content()
+        return self._found
+
+    def content(self) -> Any:
+        """What the pickle holds, with a StandIn for everything that it names; errors as in ``tensors``."""
         content = self.load()
         _check_unfolded(content)
+        return content
+
+    @property
+    def tensors_found(self) -> list[tuple[Any, ...]]:
+        """The tensors found so far, as in ``tensors``."""
         return self._found
+
+    @property
+    def named(self) -> Iterable[str]:
+        """Every global that the pickle names, with its module."""
+        return self._classes
 
     def find_class(self, module: str, name: str) -> type[StandIn]:
         """Return a stand-in that remembers its name and the tensors that it builds."""

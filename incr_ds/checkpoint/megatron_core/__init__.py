@@ -1,0 +1,1 @@
+"""Megatron-core's checkpoints in the format torch_dist."""

@@ -1,0 +1,80 @@
+"""Reads common.pt, what all ranks share, as plain data: the run's arguments, its counters, the optimizer's step.
+
+Nothing in the file is run. Every class in it, argparse.Namespace too, is replaced by a stand-in that stores its attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from incr_ds.checkpoint.megatron_core.metadata import attributes
+from incr_ds.checkpoint.torch_file.plain import plain_content
+from incr_ds.checkpoint.torch_file.validate import damaged, is_archive, opened_archive
+from incr_ds.checkpoint.torch_file.walk import StandIn, WalkError
+from incr_ds.config.json_file import read_json, refuse_pointer
+from incr_ds.errors import CheckpointError
+
+FILE, FORMAT_FILE = "common.pt", "metadata.json"
+FORMAT = "torch_dist"
+
+
+def read_common(folder: Path) -> Mapping[str, Any]:
+    """The content of ``folder``/common.pt. Raises CheckpointError if it is missing or damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another iteration."
+        )
+    refuse_pointer(path)
+    try:
+        if not is_archive(path):
+            raise ValueError("not an archive of torch.save")
+        with opened_archive(path) as archive:
+            content = plain_content(path, archive)
+    except CheckpointError:
+        raise
+    except WalkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises many kinds of errors
+        raise CheckpointError(damaged(path, error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a mapping, found {type(content).__name__}: not what Megatron-core writes."
+        )
+    return content
+
+
+def check_format(folder: Path) -> None:
+    """Raise CheckpointError unless metadata.json says that the folder has the format torch_dist."""
+    path = folder / FORMAT_FILE
+    found = read_json(path, CheckpointError).get("sharded_backend")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: sharded_backend {found!r}: only {FORMAT} can be read. Load the checkpoint with Megatron-LM and save it "
+            f"with --ckpt-format {FORMAT}."
+        )
+
+
+def arguments(common: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Megatron-LM's arguments of the run, by name; {} if the file has none."""
+    found = common.get("args")
+    return attributes(found) if isinstance(found, StandIn) and found.name == "Namespace" else {}
+
+
+def optimizer_steps(content: Any) -> Iterator[int]:
+    """Every count of Adam's steps in an optimizer's state without its tensors."""
+    if isinstance(content, list | tuple):
+        for item in content:
+            yield from optimizer_steps(item)
+    if not isinstance(content, dict):
+        return
+    for group in content.get("param_groups") or ():
+        if isinstance(group, dict) and isinstance(group.get("step"), int | float):
+            yield int(group["step"])
+    if isinstance(content.get("common_step"), int | float):
+        yield int(content["common_step"])
+    for key, item in content.items():
+        if key != "param_groups":
+            yield from optimizer_steps(item)

@@ -1,0 +1,186 @@
+"""Reads the file .metadata of torch.distributed.checkpoint as plain data: which chunk of which tensor lies where.
+
+The file is a pickle. Nothing in it is run: every class in it is replaced by a stand-in that stores its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from incr_ds.checkpoint.base import FLOATING
+from incr_ds.checkpoint.torch_file.validate import MOST_PICKLED, damaged
+from incr_ds.checkpoint.torch_file.walk import StandIn, Walker, WalkError
+from incr_ds.errors import CheckpointError
+
+FILE = ".metadata"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
+_OURS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+_FURTHER = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "collections.OrderedDict"}
+_FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.distcp")
+_LARGEST = 1 << 62
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes [offset, offset + length) of a file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor: its first position and its size in each dimension, and where it is stored."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint. Its chunks cover it exactly once. ``dtype`` is the name of a type of torch."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def type(self) -> torch.dtype:
+        """The dtype, for one of floating-point numbers."""
+        return _DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint stores: tensors, and serialized objects, by their keys."""
+
+    tensors: Mapping[str, StoredTensor]
+    objects: Mapping[str, Place]
+
+
+def read_metadata(folder: Path) -> Stored:
+    """Read and check ``folder``/.metadata. Raises CheckpointError if it is damaged or refers to anything else."""
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another iteration."
+        )
+    size = path.stat().st_size
+    if size > MOST_PICKLED:
+        raise CheckpointError(f"{path}: {size:,} bytes, but at most {MOST_PICKLED:,} of a pickle are read.")
+    try:
+        walker = Walker(path.read_bytes())
+        content = walker.content()
+        _refuse_foreign(walker, path)
+        return _stored(content, path)
+    except CheckpointError:
+        raise
+    except WalkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises many kinds of errors
+        raise CheckpointError(damaged(path, error)) from error
+
+
+def _refuse_foreign(walker: Walker, path: Path) -> None:
+    known = _FURTHER | {f"torch.{dtype}" for dtype in dir(torch) if isinstance(getattr(torch, dtype), torch.dtype)}
+    foreign = sorted(name for name in walker.named if name not in known and not name.startswith(_OURS))
+    if foreign:
+        raise CheckpointError(
+            f"{path}: refers to {', '.join(foreign[:5])}; torch.distributed.checkpoint writes no such thing there. The file was "
+            "refused, and nothing of it was run."
+        )
+
+
+def _stored(content: Any, path: Path) -> Stored:
+    fields = attributes(content)
+    described, places = fields["state_dict_metadata"], _places(fields["storage_data"], path)
+    tensors, objects = {}, {}
+    for key, entry in described.items():
+        if entry.name == "BytesStorageMetadata":
+            objects[str(key)] = places[key, ()]
+        else:
+            tensors[str(key)] = _tensor(key, attributes(entry), places, path)
+    return Stored(tensors, objects)
+
+
+def _places(entries: Mapping[Any, Any], path: Path) -> Mapping[tuple[str, tuple[int, ...]], Place]:
+    found = {}
+    for index, info in entries.items():
+        key, place = attributes(index), attributes(info)
+        if place.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{path}: {key['fqn']}: stored with {place['transform_descriptors']}; only plain shards can be read. Save the "
+                "checkpoint without compression."
+            )
+        file = place["relative_path"]
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path}: {key['fqn']}: {str(file)[:80]!r} is not the name of a .distcp file; refused."
+            )
+        offset, length = _numbers((place["offset"], place["length"]))
+        found[key["fqn"], _size(key.get("offset"))] = Place(file, offset, length)
+    return found
+
+
+def _tensor(key: str, fields: Mapping[str, Any], places: Mapping[Any, Place], path: Path) -> StoredTensor:
+    shape = _size(fields["size"])
+    dtype = fields["properties"].held[-1][0].name
+    parts = [(_size(part["offsets"]), _size(part["sizes"])) for part in map(attributes, fields["chunks"])]
+    for offsets, sizes in parts:
+        inside = len(offsets) == len(sizes) == len(shape)
+        if not inside or any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
+            raise CheckpointError(
+                f"{path}: {key}: a chunk {list(sizes)} at {list(offsets)} lies outside {list(shape)}."
+            )
+        if (key, offsets) not in places:
+            raise CheckpointError(
+                f"{path}: {key}: no file for its chunk at {list(offsets)}; the checkpoint is incomplete."
+            )
+    chunks = tuple(Chunk(offsets, sizes, places[key, offsets]) for offsets, sizes in sorted(parts))
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if covered != math.prod(shape) or any(_overlaps(chunks)):
+        raise CheckpointError(
+            f"{path}: {key}: its chunks hold {covered} elements, expected the {math.prod(shape)} of shape {list(shape)} once "
+            "each. A rank's part is missing, or the file is damaged."
+        )
+    return StoredTensor(shape, dtype, chunks)
+
+
+def _overlaps(chunks: tuple[Chunk, ...]) -> Iterator[bool]:
+    """For chunks sorted by offsets: whether two share an element. Those whose first dimension differs are not compared."""
+    for number, one in enumerate(chunks):
+        for other in chunks[number + 1 :]:
+            if other.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break
+            pairs = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+            yield all(a < b + m and b < a + n for a, n, b, m in pairs)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes that a pickled object was given."""
+    found = [state for state in value.held if isinstance(state, dict)]
+    return {str(key): item for state in found for key, item in state.items()}
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    """A torch.Size; () for None."""
+    if value is None:
+        return ()
+    return _numbers(value.arguments[0] if isinstance(value, StandIn) else value)
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    found = tuple(values)
+    if any(not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST for value in found):
+        raise pickle.UnpicklingError(f"expected sizes, found {found!r:.80}")
+    return found

@@ -1,0 +1,159 @@
+"""Megatron-core's distributed checkpoints (torch_dist), saved under any parallel degrees, as logical checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from incr_ds.arch.architecture import Architecture, architecture_from_config, saved_architecture
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype, rows_and_columns
+from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
+from incr_ds.checkpoint.megatron_core.common import arguments, check_format, optimizer_steps, read_common
+from incr_ds.checkpoint.megatron_core.configuration import config_of
+from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
+from incr_ds.checkpoint.megatron_core.metadata import Stored, read_metadata
+from incr_ds.checkpoint.megatron_core.shards import Shards
+from incr_ds.errors import CheckpointError
+from incr_ds.sharding.blocks import Bounds
+from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of
+
+KIND = "Megatron-core torch_dist"
+_BUFFER_STATES = "optimizer.distributed.dp_group_idx_"
+
+
+class MegatronCoreCheckpoint:
+    """An iteration's folder of a checkpoint that megatron.core.dist_checkpointing saved. Only metadata is read at first."""
+
+    def __init__(self, folder: Path, config: Path | None) -> None:
+        check_format(folder)
+        self._folder, self._stored, self._shards = folder, read_metadata(folder), Shards(folder)
+        common = read_common(folder)
+        self.architecture = _architecture(folder, self._stored, arguments(common), config)
+        modules = modules_of(MEGATRON_CORE)
+        check_modules(modules, self.architecture, 1, str(folder))
+        self._located = {
+            state: located(self._stored.tensors, state, self.architecture, str(folder)) for state in STATES
+        }
+        weights = self._located["weight"]
+        if weights is None:
+            raise CheckpointError(f"{folder}: holds no parameters of a GPTModel; expected the key {EMBEDDING}.")
+        for state, found in self._located.items():
+            for key in {place.key for places in (found or {}).values() for place in places}:
+                check_dtype(self._stored.tensors[key].dtype, f"{key} ({state})", str(folder))
+        self.facts = self._collect_facts(common)
+
+    def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
+        """Part of one tensor: the optimizer's fp32 masters if it has them, and its moments."""
+        spec = self.architecture.by_name[name]
+        first, stop, inside = rows_and_columns(bounds, spec.shape)
+        places = self._located[state] if state in self.facts.states else None
+        if places is None:
+            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
+        parts = [
+            self._rows(place, max(first, place.block.bounds[0][0]), min(stop, place.block.bounds[0][1]))
+            for place in places[spec.tied_to or name]
+            if place.block.bounds[0][0] < stop and first < place.block.bounds[0][1]
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[inside]
+
+    def self_check(self) -> Iterator[str]:
+        """Check the extent and the checksum of every chunk that is read, and yield the names of its tensors."""
+        for state in self.facts.states:
+            checked: set[str] = set()
+            for name, places in (self._located[state] or {}).items():
+                for key in {place.key for place in places} - checked:
+                    self._shards.check(self._stored.tensors[key])
+                    checked.add(key)
+                yield name
+
+    def _rows(self, place: Located, first: int, stop: int) -> torch.Tensor:
+        """Rows of a logical tensor from the block that a stored one has."""
+        shift = place.block.row - place.block.bounds[0][0]
+        return self._shards.rows(self._stored.tensors[place.key], first + shift, stop + shift, place.layer)
+
+    def _collect_facts(self, common: Mapping[str, object]) -> CheckpointFacts:
+        no_moments = self._why_no_moments()
+        step = None if no_moments else self._step(common)
+        given, weights = arguments(common), self._stored.tensors
+        saved = next(iter((located(weights, "model", self.architecture, str(self._folder)) or {}).values()))[0].key
+        names = {"tensor_parallel": "tensor_model_parallel_size", "pipeline_parallel": "pipeline_model_parallel_size"}
+        layout = {name: int(given[key]) for name, key in names.items() if isinstance(given.get(key), int)}
+        iteration = common.get("iteration")
+        samples = given.get("consumed_train_samples")
+        return CheckpointFacts(
+            self._folder,
+            KIND,
+            ("weight",) if no_moments else STATES,
+            step,
+            tuple(sorted(path for path in self._folder.iterdir() if path.suffix in (".distcp", ".pt"))),
+            layout,
+            no_moments,
+            dtype=weights[saved].dtype,
+            notes=self._padding_note(),
+            recorded=Counters(
+                global_steps=iteration if isinstance(iteration, int) else None,
+                global_samples=samples if isinstance(samples, int) else None,
+            ),
+        )
+
+    def _why_no_moments(self) -> str | None:
+        if self._located["exp_avg"] is not None and self._located["exp_avg_sq"] is not None:
+            return None
+        keys = [*self._stored.tensors, *self._stored.objects]
+        if any(key.startswith(_BUFFER_STATES) or f".{_BUFFER_STATES}" in key for key in keys):
+            return (
+                "the distributed optimizer's state is saved in the layout of its buffers (dp_reshardable, or an older one), "
+                "which does not name the parameters; save with --dist-ckpt-optim-fully-reshardable"
+            )
+        if any(key.startswith("optimizer.state.exp_avg.") and key.endswith(EMBEDDING) for key in keys):
+            return (
+                "the distributed optimizer's state is flattened (fully_sharded_model_space); save with "
+                "--dist-ckpt-optim-fully-reshardable"
+            )
+        other = sorted(key for key in keys if key.startswith("optimizer."))
+        return (
+            f"the optimizer's state is not Adam's: it has {other[0]}" if other else "it was saved without the optimizer"
+        )
+
+    def _step(self, common: Mapping[str, object]) -> int:
+        found = set(optimizer_steps(common.get("optimizer")))
+        for key, place in self._stored.objects.items():
+            if ".dp_group_idx_" in key and ".optimizer/" in key:
+                found |= set(optimizer_steps(self._shards.content(place)))
+        if len(found) != 1:
+            stated = f"several steps of Adam: {sorted(found)[:5]}" if found else "no step of Adam"
+            raise CheckpointError(
+                f"{self._folder / COMMON_FILE}: states {stated}, but the checkpoint has its moments; expected one step. Use "
+                "another iteration."
+            )
+        return found.pop()
+
+    def _padding_note(self) -> tuple[str, ...]:
+        vocab = self.architecture.sizes["vocab"]
+        found = embedding_rows(self._stored, self._folder)
+        if found == vocab:
+            return ()
+        field = self.architecture.family.axes["vocab"]
+        return (
+            f"the source's vocabulary is padded from {vocab} to {found} rows, and the padding is left out; if it was trained "
+            f"and must stay, set {field}: {found} in config.json",
+        )
+
+
+def embedding_rows(stored: Stored, folder: Path) -> int:
+    """Rows of the word embedding, padding included."""
+    for key, tensor in stored.tensors.items():
+        if key.endswith(EMBEDDING) and not key.startswith("optimizer.") and len(tensor.shape) == 2:
+            return tensor.shape[0]
+    raise CheckpointError(f"{folder}: no key {EMBEDDING}; only models of the class GPTModel can be read.")
+
+
+def _architecture(folder: Path, stored: Stored, given: Mapping[str, object], config: Path | None) -> Architecture:
+    """The model, from ``config`` or a config.json in the folder or its parent, otherwise from the run's arguments."""
+    for path in (config, folder / "config.json", folder.parent / "config.json"):
+        if path is not None and (path == config or path.is_file()):
+            return saved_architecture(path)
+    where = folder / COMMON_FILE
+    return architecture_from_config(config_of(given, embedding_rows(stored, folder), where), f"{where}: args")

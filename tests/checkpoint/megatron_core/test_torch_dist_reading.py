@@ -1,0 +1,101 @@
+"""The reader against what megatron-core itself saves."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from megatron_core_ranks import LENGTH, VOCABULARY, loaded, saved
+from transformers import AutoModelForCausalLM
+
+from incr_ds.checkpoint.base import STATES
+from incr_ds.checkpoint.huggingface.export import export_huggingface
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.testing.processes import run_processes
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """Saves each family once: its folder, and the model's own logits and Adam's states."""
+
+    @cache
+    def save(family: str) -> tuple[Path, torch.Tensor, dict]:
+        folder = tmp_path_factory.mktemp(family)
+        ((logits, moments),) = run_processes(saved, 1, folder, FAMILIES[family])
+        return folder, logits, moments
+
+    return save
+
+
+def same_logits(source, logits, folder):
+    export_huggingface(source, folder / "exported", torch.float32, source.facts.path)
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", attn_implementation="eager")
+    tokens = torch.arange(LENGTH)[None] * 3 % VOCABULARY
+    with torch.no_grad():
+        found = model(tokens).logits
+    assert logits.std() > 0.02
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+
+
+def grouped(source, layer, state, end):
+    """q, k and v of a layer, as Megatron-core holds them: for each key-value group its queries, its key, its value."""
+    parts = [source.read(f"model.layers.{layer}.self_attn.{x}_proj.{end}", state) for x in "qkv"]
+    groups = source.architecture.sizes["kv_heads"]
+    return torch.cat([part.view(groups, -1, *part.shape[1:]) for part in parts], dim=1).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+)
+def test_transformers_computes_what_megatron_core_did(peer, family, tmp_path):
+    folder, logits, _ = peer(family)
+    source = open_source(folder)
+    assert source.architecture.family.model_type == family
+    assert source.architecture.tied == (family == "qwen2")
+    same_logits(source, logits, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_moments_masters_and_step_are_the_optimizer_s(peer, family):
+    folder, _, moments = peer(family)
+    source = open_source(folder)
+    assert source.facts.step == 3 and source.facts.recorded.global_steps == 3
+    assert source.facts.recorded.global_samples == 96
+    for index, state in enumerate(("exp_avg", "exp_avg_sq", "weight")):
+        for layer in range(4):
+            inside = f"decoder.layers.{layer}."
+            expected = moments[f"{inside}self_attention.linear_qkv.weight"][index]
+            assert torch.equal(grouped(source, layer, state, "weight"), expected)
+            if family == "qwen2":
+                expected = moments[f"{inside}self_attention.linear_qkv.bias"][index]
+                assert torch.equal(grouped(source, layer, state, "bias"), expected)
+            pair = [source.read(f"model.layers.{layer}.mlp.{x}_proj.weight", state) for x in ("gate", "up")]
+            assert torch.equal(torch.cat(pair), moments[f"{inside}mlp.linear_fc1.weight"][index])
+            norm = source.read(f"model.layers.{layer}.post_attention_layernorm.weight", state)
+            assert torch.equal(norm, moments[f"{inside}pre_mlp_layernorm.weight"][index])
+        rows = source.read("model.embed_tokens.weight", state, ((5, 9), (3, 7)))
+        assert torch.equal(rows, moments["embedding.word_embeddings.weight"][index][5:9, 3:7])
+
+
+def test_every_chunk_is_checked(peer):
+    source = open_source(peer("llama")[0])
+    assert set(source.self_check()) == {spec.name for spec in source.architecture.stored}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)])
+def test_ranks_of_another_layout_save_the_same_tensors(peer, degrees, tmp_path):
+    one = open_source(peer("llama")[0])
+    run_processes(loaded, degrees[0] * degrees[1], one.facts.path, tmp_path, FAMILIES["llama"], *degrees)
+    several = open_source(tmp_path)
+    assert several.facts.layout == {"tensor_parallel": degrees[0], "pipeline_parallel": degrees[1]}
+    assert several.facts.step == 3
+    for spec in one.architecture.stored:
+        for state in STATES:
+            assert torch.equal(one.read(spec.name, state), several.read(spec.name, state)), (spec.name, state)
