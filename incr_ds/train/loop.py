@@ -188,16 +188,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
         new_ratio=1.0 if ratio is None else ratio,
         global_batch_size=samples,
     )
-    tokens = samples * run.batch.sequence_length
-    flops = tokens * (job.costs.student + (job.costs.teacher if alpha else 0))
-    after = replace(
-        before,
-        step=before.step + 1,
-        consumed_samples=before.consumed_samples + samples,
-        tokens=before.tokens + tokens,
-        flops=before.flops + flops,
-        skipped_steps=before.skipped_steps + result.skipped,
-    )
+    after, flops = _advance(job, before, samples, taught=bool(alpha), skipped=result.skipped)
     health = after_step(state.health, result.ce, result.skipped, run.divergence)
     edges = (run.schedule.start_step + 1, run.schedule.last_step)
     if result.skipped or not math.isfinite(result.loss):
@@ -205,7 +196,9 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     if result.skipped or after.step in edges or after.step % run.log_interval == 0:
         lap, memory = watch.lap(after.tokens), memory_bytes()
         slow = _skew(job, lap, after.step)
-        speed = lap.tokens_per_second * flops / tokens / run.layout.world_size  # of one process, in FLOP/s
+        speed = (
+            lap.tokens_per_second * flops / (after.tokens - before.tokens) / run.layout.world_size
+        )  # of one process, in FLOP/s
         job.monitor.record(
             after,
             TrainRow(
@@ -235,6 +228,21 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
     if problem is not None:
         problem += f"; gradient norm {result.gradient_norm:.3g}, learning rate {rate:.3g}"
     return replace(state, position=after, health=health), problem
+
+
+def _advance(job: Job, before: Position, samples: int, *, taught: bool, skipped: bool) -> tuple[Position, float]:
+    """The position after one step of ``samples``, and the FLOPs of the step."""
+    tokens = samples * job.run.batch.sequence_length
+    flops = tokens * (job.costs.student + (job.costs.teacher if taught else 0))
+    after = replace(
+        before,
+        step=before.step + 1,
+        consumed_samples=before.consumed_samples + samples,
+        tokens=before.tokens + tokens,
+        flops=before.flops + flops,
+        skipped_steps=before.skipped_steps + skipped,
+    )
+    return after, flops
 
 
 def _new_ratio(job: Job, step: int) -> float | None:

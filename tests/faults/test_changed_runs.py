@@ -9,12 +9,12 @@ from token_data import write_random_documents
 from incr_ds.testing.processes import run_processes
 
 pytestmark = pytest.mark.slow
-ALONE = {"layout": {"data_parallel": 1, "zero_stage": 1}, "growth": [], "checkpoint": {"interval": 3, "keep_last": 0}}
+SINGLE = {"layout": {"data_parallel": 1, "zero_stage": 1}, "growth": [], "checkpoint": {"interval": 3, "keep_last": 0}}
 
 
 def content_of(material, output, end=9, **changes):
     schedule = {"train_steps": 9, "end_step": end, "learning_rate": 1e-2, "warmup_steps": 2}
-    return run_content(material, output, **{"schedule": schedule, **ALONE, **changes})
+    return run_content(material, output, **{"schedule": schedule, **SINGLE, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -472,7 +472,7 @@ def watch(attacks_file):
     """Open each case of a JSON file, and print a JSON line before and after it. Runs in a process of its own."""
     seen = []
     sys.addaudithook(lambda event, _: seen.append(event) if event.startswith(FORBIDDEN) else None)
-    for opener in OPENERS.values():  # what is imported here is no part of a case
+    for opener in OPENERS.values():  # what is imported here does not count
         try:
             opener(Path("/nonexistent"))
         except (IncrError, OSError):
