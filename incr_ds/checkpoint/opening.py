@@ -57,7 +57,7 @@ def _latest(path: Path) -> str:
             f"{path}: a DeepSpeed checkpoint without a file `latest`; name one of its tags with --tag: {', '.join(tags)}."
         )
     raise CheckpointError(
-        f"{path}: neither a DeepSpeed checkpoint (a file `latest`) nor a Megatron-core one (a file `{LATEST}`) "
+        f"{path}: neither a DeepSpeed checkpoint (a file `latest`), nor a Megatron-core one (a file `{LATEST}`), "
         f"nor a Hugging Face folder ({SINGLE} or {INDEX}); found {found}."
     )
 
