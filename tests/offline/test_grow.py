@@ -246,7 +246,10 @@ def test_bad_sources(source, recipe, tmp_path: Path):
     cases = [
         (tmp_path / "nowhere", "not a folder"),
         (source["huggingface"], "has no Adam moments, but optimizer: rescale needs them; set optimizer: reset"),
-        (tmp_path, "neither a DeepSpeed checkpoint (a file `latest`), nor a Megatron-core one (a file `latest_checkpointed"),
+        (
+            tmp_path,
+            "neither a DeepSpeed checkpoint (a file `latest`), nor a Megatron-core one (a file `latest_checkpointed",
+        ),
     ]
     for folder, message in cases:
         done = grow(folder, path, tmp_path / "out")
