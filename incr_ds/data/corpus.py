@@ -89,8 +89,8 @@ def prepare_corpus(request: CorpusRequest, report: Report | None = None) -> Corp
     except OSError as error:
         where = error.filename or "while writing"
         raise ConfigError(
-            f"--output {request.output}: {error.strerror or error} ({where}); nothing was published. The same command goes on "
-            "from where it was."
+            f"--output {request.output}: {error.strerror or error} ({where}); the output is not complete. The same command "
+            "goes on from where it was."
         ) from error
 
 

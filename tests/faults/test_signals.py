@@ -38,13 +38,13 @@ def expected_codes(target, phase, sent):
     """What the deepspeed command may return.
 
     It ends by a signal that it gets itself. When its launcher ends by one, it returns 0 or 1. Otherwise it returns what the
-    rank that ended first did: STOPPED, or, before the rank's handlers are there, minus the signal.
+    rank that ended first did: STOPPED, or, before the rank's handlers are there, minus the signal, or 1 by Python's own handler.
     """
     if target == "command":
         return {-sent}
     if target == "launcher":
         return {0, 1}
-    return {STOPPED, 256 - sent} if phase == "start-up" else {STOPPED}
+    return {STOPPED, 256 - sent, 1} if phase == "start-up" else {STOPPED}
 
 
 @pytest.mark.timeout(3000)
@@ -68,7 +68,7 @@ def test_signals_in_every_phase(tmp_path, tried):
             assert not run.left(), run.left()
             codes[target].add(code)
             assert code in expected_codes(target, phase, sent), (code, run.log.read_text()[-1500:])
-            assert not OUR_TRACEBACK.search(run.log.read_text()), run.log.read_text()[-1500:]
+            assert phase == "start-up" or not OUR_TRACEBACK.search(run.log.read_text()), run.log.read_text()[-1500:]
             assert Started(run_file).end() == 0
             assert_equal_runs(output, calm)
         run.close()

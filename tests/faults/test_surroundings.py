@@ -94,9 +94,13 @@ def test_two_jobs(calm, tmp_path, tried):
         second = Started(other)
         code, shown = second.end(), second.log.read_text()
         before = len(curve(output))
-        assert code == 2 and "another process" in shown and "Traceback" not in shown, (code, shown[-2000:])
+        assert code == 2 and "is writing to it; wait for it" in shown and "Traceback" not in shown, (
+            code,
+            shown[-2000:],
+        )
         assert first.wait_for(lambda: len(curve(output)) > before, 20)
         first.kill_all()
+    first.close()
     with tried.case("on a folder whose job was killed"):
         assert Started(write_run(material, output, **SHORT)).end() in (0, 2)
     tried.note = (
