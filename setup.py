@@ -35,6 +35,7 @@ DEV = [
     "pytest-xdist",
     "pytest-timeout",
     "hypothesis",
+    "atheris; sys_platform == 'linux' and platform_machine == 'x86_64'",  # fuzzing in make faults
     "ruff",
     "mypy",
     "types-PyYAML",

@@ -281,17 +281,27 @@ def _derive(rule: str, sizes: Mapping[str, int], where: str) -> int:
 
 def filled_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Add every default of transformers to ``config``. Raises ConfigError for what transformers refuses."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    _check_dtype(config, where)
     # transformers modifies the mappings that it is given.
     given = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
     try:
         filled = AutoConfig.for_model(config["model_type"], **given).to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except Exception as error:  # its checks raise many kinds of errors, and values that it does not check any other one
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ConfigError(f"{where}: transformers refuses this {config['model_type']} config: {reason}") from error
     return {key: value for key, value in filled.items() if key in config or key not in ("id2label", "label2id")}
+
+
+def _check_dtype(config: Mapping[str, Any], where: str) -> None:
+    """transformers looks for the name among everything that torch contains."""
+    import torch
+
+    for key in ("dtype", "torch_dtype"):
+        name = config.get(key)
+        if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
+            raise ConfigError(f"{where}: {key} {name!r:.80}: expected the name of a torch dtype, like bfloat16.")
 
 
 def _check_heads(sizes: Mapping[str, int], where: str) -> None:

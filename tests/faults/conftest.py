@@ -45,6 +45,7 @@ class Tried:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-report", type=Path, help="Folder for faults.json and faults.md.")
     parser.addoption("--soak-minutes", type=float, default=120, help="How long the soak, and fuzzing, take.")
+    parser.addoption("--fuzz-corpus", type=Path, help="Folder that gets what fuzzing has collected.")
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""Fuzzes one target in a process of its own, guided by coverage (atheris): fuzzing.py TARGET FOLDER FINDINGS CORPUS OPTIONS.
+
+OPTIONS are libFuzzer's. Errors that are not for the user, code that runs, and files that are written outside the folder go to
+FINDINGS, one JSON line for each place, and fuzzing goes on. A time limit or a crash ends the process; its input is left there.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import atheris
+
+FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def watch(folder, seen):
+    """Note in ``seen`` what an input must never cause. The folder, and what the library itself writes, is left out."""
+
+    def hook(event, arguments):
+        if event.startswith(FORBIDDEN):
+            seen.append(f"{event} {arguments!r:.200}")
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
+            path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
+            if isinstance(path, str) and not path.startswith((str(folder), "/dev/null")):
+                seen.append(f"wrote {path:.200}")
+
+    sys.addaudithook(hook)
+
+
+def place_of(error):
+    """Where the package raised or called what raised: the innermost of its own lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/incr_ds/" in frame.filename] or frames
+    return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
+
+
+class Findings:
+    """Defects, one for each place."""
+
+    def __init__(self, folder):
+        self.folder, self.known = folder, set()
+
+    def add(self, place, text, content):
+        if place in self.known:
+            return
+        self.known.add(place)
+        (self.folder / f"input-{len(self.known)}").write_bytes(content)
+        with open(self.folder / "findings.jsonl", "a") as stream:
+            stream.write(json.dumps({"place": place, "text": text}) + "\n")
+
+
+def main(name, folder, findings, corpus, *options):
+    with atheris.instrument_imports(include=["incr_ds", "yaml"]):
+        from fuzz_targets import prepare
+
+        prepared = prepare(name, Path(folder))
+        accepted = any(prepared.try_content(content) for content in prepared.contents())  # imports what readers need
+    assert accepted, f"{name}: the valid content was refused"
+    for number, content in enumerate(prepared.contents()):
+        (Path(corpus) / f"seed-{number}").write_bytes(content)
+    seen, found = [], Findings(Path(findings))
+    watch(folder, seen)
+
+    def one(content):
+        seen.clear()
+        try:
+            prepared.try_content(content)
+            problem = None
+        except Exception as error:
+            problem = place_of(error), "".join(traceback.format_exception(error))[-3000:]
+        if seen:
+            problem = seen[0][:60], "; ".join(seen)
+        if problem:
+            found.add(*problem, content)
+
+    atheris.Setup([sys.argv[0], corpus, *options], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
