@@ -7,6 +7,7 @@ did if the learning rate is multiplied by a, eps by g, and decoupled weight deca
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +106,9 @@ def read_multipliers(folder: Path) -> Mapping[str, Multipliers]:
         return {}
     hint = "; expected the JSON that a growth wrote. Copy it from the grown folder, or remove it to train all tensors alike."
     groups = parse_settings(read_json(path, CheckpointError, hint, LARGE), _Content, str(path)).groups
+    named = Counter(name for group in groups for name in group.tensors)
+    if twice := next((name for name, count in named.items() if count > 1), None):
+        raise CheckpointError(f"{path}: tensor {twice:.80} is named {named[twice]} times; name it in one group only.")
     return {
         name: Multipliers(group.lr, group.eps, group.weight_decay, group.new)
         for group in groups

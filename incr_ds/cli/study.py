@@ -146,9 +146,11 @@ def _seconds(text: str | None) -> float | None:
 
 def _show_plan(planned: Sequence[Job]) -> None:
     rows = [["run", "steps", "FLOPs", "starts from"]]
-    rows += [[job.name, f"{job.steps:,}", f"{job.flops:.2e}", _origin(job.start)] for job in planned]
+    new = [job for job in planned if job.known is None]
+    rows += [[job.name, f"{job.steps:,}", f"{job.flops:.2e}", _origin(job.start)] for job in new]
     _print_table(rows)
-    console.print(f"{len(planned)} runs, {sum(job.flops for job in planned):.3e} FLOPs")
+    known = f"; {len(planned) - len(new)} more are known" if len(new) < len(planned) else ""
+    console.print(f"{len(new)} runs, {sum(job.flops for job in new):.3e} FLOPs{known}")
 
 
 def _origin(start: Path | None) -> str:

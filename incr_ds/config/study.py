@@ -73,8 +73,10 @@ class StudySettings(Settings):
     ``models`` are Hugging Face configs by name, and ``target`` is one of them. ``tokens_per_parameter`` are the budgets, in
     tokens per parameter of the target (embeddings counted). The last ``decay`` of a branch's tokens are linear decay to 0.
     ``common`` holds sections of a run file. ``held_out`` names data sets by domain; the loss of the study is the mean of
-    theirs over ``held_out_samples`` each. ``frontier`` lists the arms whose cheapest is the frontier. ``processes``
-    runs train side by side, with ``threads`` threads each.
+    theirs over ``held_out_samples`` each. ``known`` are summaries of the same study that were written elsewhere, on another
+    machine or before the study had more seeds: their branches, at the learning rates that were chosen, are not run again.
+    ``frontier`` lists the arms whose cheapest is the frontier. ``processes`` runs train side by side, with ``threads``
+    threads each.
     """
 
     output: str
@@ -86,6 +88,7 @@ class StudySettings(Settings):
     common: dict[str, Any]
     held_out: dict[str, str] = Field(min_length=1)
     held_out_samples: int = Field(default=256, ge=4)
+    known: list[str] = Field(default_factory=list)
     frontier: list[str] = Field(default_factory=lambda: ["scratch"])
     processes: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)

@@ -7,8 +7,8 @@ read the same samples in the same order. Positions are counted in optimizer step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from incr_ds.checkpoint.runs import step_folder
 from incr_ds.config.fields import merged
 from incr_ds.config.study import ArmSettings, StudySettings
 from incr_ds.errors import ConfigError
+from incr_ds.study.known import Key, read_known
 
 # The learning rate of an arm at its first seed's largest budget: None while it is not decided.
 Choice = Callable[[str], float | None]
@@ -55,7 +56,7 @@ class Job:
 
     ``run`` is the content of its run file, ``start`` the checkpoint that must exist first. ``before`` are the checkpoints whose
     costs come before this run's, the source's first; the first ``of_source`` of them are the source's. ``recipe`` is written
-    beside the run file. ``flops`` are the run's own, as predicted.
+    beside the run file. ``flops`` are the run's own, as predicted. ``known`` is what an earlier run of the study measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Job:
     of_source: int = 0
     recipe: dict[str, Any] | None = None
     measured: Measured | None = None
+    known: Mapping[str, Any] | None = None
 
     @property
     def final(self) -> Path:
@@ -81,11 +83,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Design:
-    """A study with its models. ``choose`` gives the learning rate of an arm, or None while it is not decided."""
+    """A study with its models, and the results that are known without running it, by branch.
+
+    ``choose`` gives the learning rate of an arm, or None while it is not decided.
+    """
 
     study: StudySettings
     choose: Choice
     models: dict[str, Architecture] = field(default_factory=dict)
+    known: Mapping[Key, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def step_tokens(self) -> int:
@@ -101,11 +107,28 @@ class Design:
 
 def open_design(study: StudySettings, choose: Choice) -> Design:
     """Read the models of a study. Raises ConfigError for a config that is missing or not valid."""
-    return Design(study, choose, {name: saved_architecture(Path(path)) for name, path in study.models.items()})
+    models = {name: saved_architecture(Path(path)) for name, path in study.models.items()}
+    return Design(study, choose, models, read_known(study.known, identity(study)))
+
+
+def identity(study: StudySettings) -> dict[str, Any]:
+    """The settings that the result of a branch depends on, beside what identifies it."""
+    shared = study.model_dump(
+        mode="json", include={"target", "models", "decay", "common", "held_out", "held_out_samples"}
+    )
+    kept = {"model", "growth", "warmup_steps", "warmup_from", "distillation"}
+    return {**shared, "arms": {name: arm.model_dump(mode="json", include=kept) for name, arm in study.arms.items()}}
 
 
 def jobs(design: Design) -> tuple[Job, ...]:
-    """All runs whose learning rates are decided, each after the runs that it starts from; the first seed of all arms first."""
+    """All runs whose learning rates are decided, each after the runs that it starts from; the first seed of all arms first.
+
+    Trunks that no branch needs any more are left out.
+    """
+    return _needed(_all_jobs(design))
+
+
+def _all_jobs(design: Design) -> tuple[Job, ...]:
     return tuple(
         job
         for seed in design.study.seeds
@@ -115,6 +138,20 @@ def jobs(design: Design) -> tuple[Job, ...]:
         for trunk in _trunks(design, arm, seed, rate)
         for job in _runs(design, trunk)
     )
+
+
+def _needed(planned: tuple[Job, ...]) -> tuple[Job, ...]:
+    """All branches, and the trunks that those start from which are not known. A known branch that one starts from is run."""
+    by_output = {Path(job.run["output"]): job for job in planned}
+    used: set[Path] = set()
+    waiting = [job for job in planned if job.measured and job.known is None]
+    while waiting:
+        start = waiting.pop().start
+        if start is not None and start.parents[1] not in used:
+            used.add(start.parents[1])
+            waiting.append(by_output[start.parents[1]])
+    kept = ((job, Path(job.run["output"]) in used) for job in planned)
+    return tuple(replace(job, known=None) if is_used else job for job, is_used in kept if job.measured or is_used)
 
 
 def final_job(design: Design, arm: str, seed: int, rate: float, budget: int) -> Job | None:
@@ -257,6 +294,7 @@ def _branch_job(design: Design, trunk: Trunk, trunk_job: Job, measured: Measured
         before=(*trunk_job.before, checkpoint),
         of_source=trunk_job.of_source,
         measured=measured,
+        known=design.known.get((trunk.arm, trunk.seed, trunk.rate, measured.budget, measured.position)),
     )
 
 

@@ -82,6 +82,8 @@ def best_rate(design: Design, arm: str) -> float | None:
 
 def result_of(job: Job) -> dict[str, Any] | None:
     """What was measured after a job, or None. A trunk that diverged makes its branches diverged."""
+    if job.known is not None:
+        return dict(job.known)
     for folder in (Path(job.run["output"]), job.start.parents[1] if job.start and job.measured else None):
         if folder is not None and (folder / RESULT).is_file():
             return read_json(folder / RESULT, CheckpointError)

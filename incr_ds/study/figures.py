@@ -114,14 +114,17 @@ def _draw_ratios(results: Results, path: Path) -> None:
 
 
 def _draw_curves(results: Results, path: Path) -> None:
-    """Held-out loss along every trunk at the chosen rate and the largest budget, before any decay, with a band over seeds."""
+    """Held-out loss along every trunk at the chosen rate and the largest budget, before any decay, with a band over seeds.
+
+    A branch that is known from another machine has no curve here.
+    """
     figure, (axes,) = _figure()
     palette, design = colours(results.design.study.arms), results.design
     for arm in design.study.arms:
         at: dict[int, list[float]] = defaultdict(list)
         for job, _ in results.measured:
             measured = job.measured
-            if measured is None or job.start is None or job.trunk.arm != arm:
+            if measured is None or job.start is None or job.known or job.trunk.arm != arm:
                 continue
             chosen = [branch for branch in results.of(arm, job.trunk.seed) if branch.rate == job.trunk.rate]
             last = design.study.budgets(arm)[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.checkpoint.runs import step_of
-from incr_ds.study.design import Design, Job, jobs
+from incr_ds.study.design import Design, Job, identity, jobs
 from incr_ds.study.execution import best_rate, is_done, result_of
 from incr_ds.study.savings import Band, Branch, Currency, band, ratios
 from incr_ds.train.metrics import FILE, read_metrics
@@ -70,6 +70,7 @@ def summary(results: Results) -> dict[str, Any]:
     best = best_arm(results)
     top = {name: {} if best is None else arms[best][name] for name in RATIOS}
     return {
+        "settings": identity(study),
         "target_parameters": design.models[study.target].num_parameters,
         "best_arm": best,
         "seeds": [] if best is None else [seed for seed in study.arm_seeds(best) if results.of(best, seed)],
@@ -131,21 +132,24 @@ def early_losses(results: Results, arm: str, budget: int) -> dict[str, float]:
 
     Of the arm's first seed. Losses are means over 8 steps, except after 1. Empty for an arm that did not grow.
     """
-    job = next((job for job, _ in results.measured if _is_chosen(results, job, arm, budget)), None)
+    found = [job for job, _ in results.measured if _is_chosen(results, job, arm, budget)]
+    if found and found[-1].known is not None:
+        return dict(found[-1].known.get("after_growth", {}))
+    job = next(iter(found), None)
     if job is None or not job.of_source or job.start is None:
         return {}
     losses = training_losses(job.start.parents[1])
     source = job.before[job.of_source - 1]
     before = training_losses(source.parents[1])
     step = step_of(source)
-    found = {"before": mean_loss(before, step)}
-    found |= {
+    early = {"before": mean_loss(before, step)}
+    early |= {
         str(after): losses[after] if after == 1 else mean_loss(losses, after)
         for after in EARLY_STEPS
         if after in losses
     }
-    found["spike"] = max(mean_loss(losses, after) for after in range(1, min(SPIKE_STEPS, max(losses)) + 1))
-    return found
+    early["spike"] = max(mean_loss(losses, after) for after in range(1, min(SPIKE_STEPS, max(losses)) + 1))
+    return early
 
 
 def _arm(results: Results, arm: str) -> dict[str, Any]:
@@ -172,7 +176,8 @@ def _last_measures(results: Results, arm: str, budget: int) -> dict[str, Any]:
     """What was measured after the arm's last branch at ``budget``, with its first seed."""
     keys = ("loss", "losses", "bits_per_byte", "cloze", "layer_distance", "effective_rank")
     found = [result for job, result in results.measured if _is_chosen(results, job, arm, budget)]
-    return {key: found[-1][key] for key in keys} if found else {}
+    last = {} if not found else found[-1].get("measures", found[-1])  # a known branch has them apart
+    return {key: last[key] for key in keys if key in last}
 
 
 def _is_chosen(results: Results, job: Job, arm: str, budget: int) -> bool:

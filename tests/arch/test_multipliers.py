@@ -1,5 +1,6 @@
 """Multipliers of single tensors: how they combine, and the file that holds them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,4 +64,14 @@ def test_a_file_under_its_old_name_is_not_passed_over(tmp_path: Path):
     with pytest.raises(
         CheckpointError, match=r"optimizer_groups\.json: this file is multipliers\.json now; grow or train"
     ):
+        read_multipliers(tmp_path)
+
+
+def test_a_tensor_that_is_named_twice_is_refused(tmp_path):
+    groups = [
+        {"lr": 0.5, "eps": 1.0, "weight_decay": 1.0, "tensors": ["a", "b"]},
+        {"lr": 2.0, "eps": 1.0, "weight_decay": 1.0, "tensors": ["b"]},
+    ]
+    (tmp_path / "multipliers.json").write_text(json.dumps({"version": 1, "groups": groups}))
+    with pytest.raises(CheckpointError, match=r"multipliers.json: tensor b is named 2 times; name it in one group"):
         read_multipliers(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -62,13 +64,19 @@ def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--faults-report")
-    if folder is not None:
-        write_report(session.config.stash.get(TRIED, []), folder)
+    found = session.config.stash.get(TRIED, [])
+    if folder is not None and found:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # another part of the suite may end at the same time
+            write_report(found, folder)
+        finally:
+            os.close(descriptor)
 
 
 def write_report(found: list[Tried], folder: Path) -> None:
     """Write the rows of the tests that ran. Rows of other tests stay: the suite may run in parts."""
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     path, today = folder / "faults.json", date.today().isoformat()
     before = json.loads(path.read_text(encoding="utf-8"))["tests"] if path.exists() else []

@@ -11,14 +11,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fuzz_targets import TARGETS
+from fuzz_targets import TARGETS, corpus_file
 
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(sys.platform != "linux", reason="atheris is built for Linux"),
 ]
 ROOT = Path(__file__).parents[2]
-CORPUS = Path(__file__).parent / "corpus"
 LONGEST, MOST_MEMORY = 20, 3000  # seconds of one input, MB
 MOST_DEATHS = 5
 OPTIONS = ("-print_final_stats=1", f"-timeout={LONGEST}", f"-rss_limit_mb={MOST_MEMORY}", "-max_len=20000")
@@ -28,7 +27,7 @@ def fuzz(name, folder, seconds):
     """Fuzz a target. Returns the number of executions and the defects found, each with its input's file in ``folder``."""
     for part in ("corpus", "findings"):
         (folder / part).mkdir(parents=True)
-    if (known := CORPUS / f"{name}.zip").exists():
+    if (known := corpus_file(name)).exists():
         zipfile.ZipFile(known).extractall(folder / "corpus")
     end, executions, deaths = time.monotonic() + seconds, 0, []
     while (left := int(end - time.monotonic())) > 0 and len(deaths) < MOST_DEATHS:

@@ -93,6 +93,37 @@ def test_training_on_a_disk_that_fills(material, tmp_path, tried, background):
     tried.note = "two saves are left out, the last one ends the run; it goes on from the good one, bit for bit"
 
 
+@pytest.mark.timeout(900)
+def test_a_run_that_grows_on_a_disk_that_fills(material, tmp_path, tried):
+    """The checkpoint before the growth fits, and those of the larger model do not."""
+    growth = [{"at_step": 6, "recipe": str(material / "recipe.yaml"), "rewarmup_steps": 2}]
+    changes = {"layout": {"data_parallel": 1, "zero_stage": 1}, "evaluation": None, "growth": growth}
+    changes |= {"checkpoint": {"interval": 3, "keep_last": 1, "max_failures": 0}}
+    schedule = {"train_steps": 12, "learning_rate": 1e-2, "warmup_steps": 2}
+
+    def run(output):
+        return run_content(material, output, schedule=schedule, **changes)
+
+    ((error,),) = run_processes(train_each, 1, [run(tmp_path / "calm")])
+    assert error is None
+    large, small = size_of(newest(tmp_path / "calm")), size_of(tmp_path / "calm" / "data_index")
+    with small_disk(tmp_path / "disk", small + int(1.25 * large)) as disk:
+        output = tmp_path / "disk" / "run"
+        with tried.case("the growth fills the disk"):
+            ((error,),) = run_processes(train_each, 1, [run(output)])
+            assert error is not None and "o space left" in error, error
+            assert newest(output).name in ("step_00000003", "step_00000006"), newest(output)
+            verify_manifest(newest(output))
+        reached = newest(output).name
+        disk.resize(LARGE)
+        with tried.case("the same command with room"):
+            ((error,),) = run_processes(train_each, 1, [run(output)])
+            assert error is None, error
+            assert_equal_runs(output, tmp_path / "calm")
+            assert not list((output / "checkpoints").glob(".step_*"))
+    tried.note = f"the run ended at {reached}, before or at the growth, and went on from there, bit for bit"
+
+
 def tool_cases(material):
     grow = ["--source", material / "source", "--recipe", material / "recipe.yaml", "--output"]
     data = ["--input", material / "text", "--tokenizer", "train:sentencepiece", "--vocab-size", 350, "--output"]

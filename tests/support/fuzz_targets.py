@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 
 ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "tests" / "faults" / "corpus"
 
 
 @dataclass(frozen=True)
@@ -356,6 +358,11 @@ TARGETS = {
     "teacher cache": Target(_open_cache, "cache", "manifest.json"),
     "teacher cache shard": Target(_open_cache, "cache", "*2.safetensors"),
 }
+
+
+def corpus_file(name, corpus=CORPUS):
+    """The archive of what fuzzing a target has found."""
+    return corpus / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.zip"
 
 
 def prepare(name, folder):
