@@ -14,7 +14,7 @@ from typing import Any
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Multipliers, marks_only, without_marks
+from incr_ds.arch.multipliers import Multipliers, marks_only, read_multipliers, without_marks
 from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.runs import step_folder
@@ -224,6 +224,15 @@ def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mappi
             f"optimizer.new_parameters: nothing is new: neither the growth of {where} nor one on the way adds layers, or the "
             "checkpoint is older than this key. Width growth adds no tensors. Remove the key, or grow in depth."
         )
+
+
+def starting_multipliers(run: RunSettings, describe: Describe = _opened) -> Mapping[str, Multipliers]:
+    """The multipliers, and marks of new tensors, that the model which the run begins with has."""
+    origin = run.model.initialize_from
+    if not isinstance(origin, GrowthStart):
+        return {} if origin is None else read_multipliers(Path(origin))
+    plan = _planned(describe(Path(origin.source), run.model.tag), origin.recipe)
+    return grown_multipliers(plan, read_multipliers(Path(origin.source)))
 
 
 def check_teachers(stages: Sequence[Stage], describe: Describe = _opened) -> tuple[Architecture | None, ...]:

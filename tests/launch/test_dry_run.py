@@ -12,6 +12,7 @@ from token_data import write_documents
 from typer.testing import CliRunner
 
 from incr_ds.arch.architecture import architecture_from_config
+from incr_ds.arch.multipliers import NEW, multipliers_text
 from incr_ds.cli.dry_run import show_dry_run
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.launch.activations import Shape, layer_activations
@@ -259,3 +260,25 @@ def test_tables_name_every_kind_of_memory_and_label_the_speed(tiny_run, capsys):
     assert "assuming 50% of 1 TFLOP/s on every device" in shown
     show_dry_run(dry_run(tiny_run()), json=False)
     assert "not stated; --mfu and --peak-tflops assume a speed" in capsys.readouterr().out
+
+
+def test_a_rate_of_new_layers_needs_new_layers(tiny_run, tmp_path):
+    """As in the run itself. Whether a checkpoint elsewhere has new layers is left to the run."""
+    ratio = {"optimizer": {"new_parameters": {"learning_rate_ratio": 2.0}}}
+    nothing = r"optimizer.new_parameters: nothing is new: neither the growth of .* Remove the key, or grow in depth."
+    with pytest.raises(ConfigError, match=nothing):
+        dry_run(tiny_run(**ratio))
+    folder = tmp_path / "model"
+    elsewhere = dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)}))
+    assert f"{folder}/multipliers.json: no such file; it says which layers are new" in elsewhere.missing[-1]
+    (folder / "latest").write_text("global_step1")
+    with pytest.raises(ConfigError, match=nothing):
+        dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)}))
+    (folder / "multipliers.json").write_text(multipliers_text({"model.norm.weight": NEW}))
+    assert dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)})).parts
+    (folder / "multipliers.json").unlink()
+    (tmp_path / "deeper.yaml").write_text(json.dumps({"target": {"num_hidden_layers": 2}}))
+    grown = {"initialize_from": {"source": str(folder), "recipe": str(tmp_path / "deeper.yaml")}}
+    assert dry_run(tiny_run(**ratio, model=grown)).parts
+    later = [{"at_step": 5, "recipe": str(tmp_path / "deeper.yaml"), "rewarmup_steps": 1}]
+    assert len(dry_run(tiny_run(**ratio, growth=later)).parts) == 2
