@@ -104,10 +104,16 @@ def _memory_table(part: Part) -> Table:
     kinds = [kind for kind in _KINDS if any(stage.memory.kinds[kind] for stage in part.pipeline)]
     host = set(part.pipeline[0].memory.on_host)
     table = Table(box=box.SIMPLE_HEAD, title=f"memory of a rank by pipeline stage, {unit}", title_justify="left")
-    for heading in ("stage", *(f"{kind} (host)" if kind in host else kind for kind in kinds), "total"):
+    for heading in (
+        "stage",
+        *(f"{kind} (host)" if kind in host else kind for kind in kinds),
+        "total",
+        *(["on the host"] if host else []),
+    ):
         table.add_column(heading, justify="right")
     for stage in part.pipeline:
         sizes = [*(stage.memory.kinds[kind] for kind in kinds), stage.memory.total]
+        sizes += [stage.memory.host_total] if host else []
         table.add_row(str(stage.number), *(f"{size / factor:,.2f}" for size in sizes))
     return table
 

@@ -43,7 +43,9 @@ class RankMemory:
         states = self.states
         passing = {"buffers": states.buffers, "activations": self.activations, "loss": self.loss}
         kept = {name: getattr(states, name) for name in ("weights", "masters", "moments", "gradients")}
-        return {**kept, **passing, "teacher": self.teacher, "update": max(0, states.update - sum(passing.values()))}
+        # On the host it takes the place of nothing.
+        replaced = 0 if "update" in self.on_host else sum(passing.values())
+        return {**kept, **passing, "teacher": self.teacher, "update": max(0, states.update - replaced)}
 
     @property
     def total(self) -> int:

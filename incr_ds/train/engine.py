@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
@@ -42,7 +43,7 @@ from incr_ds.train.writer import install_writer
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class StepResult:
 
     ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks.
     ``gradient_norm`` is the global norm before clipping. ``skipped`` is True if the gradients were not finite and the
-    weights did not change.
+    weights did not change. ``loss_scale`` is the factor of the step's loss in fp16, None otherwise.
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepResult:
     divergence: float
     gradient_norm: float
     skipped: bool
+    loss_scale: float | None = None
 
 
 def build_engine(
@@ -80,6 +82,7 @@ def build_engine(
     num_groups = group_count(architecture, run.layout, multipliers, frozen)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
+    _check_precision(run)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
     dtype = DTYPES[run.precision]
@@ -94,10 +97,21 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
         )
-    if weights is not None and run.precision == "bf16":
+    if run.precision == "fp16":
+        # A run at the smallest scale ends as one that diverges, and not with DeepSpeed's exception.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    if weights is not None and run.precision != "fp32":
         _keep_masters(model, trained, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
     return TrainingEngine(engine, runner, record, model, trained, run)
+
+
+def _check_precision(run: RunSettings) -> None:
+    accelerator = get_accelerator()
+    if run.precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"precision: fp16: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); set bf16 or fp32."
+        )
 
 
 def _loss(run: RunSettings) -> Loss:
@@ -176,13 +190,14 @@ class TrainingEngine:
         if global_batch_size is not None:
             self._resize(global_batch_size)
         skipped_before = self._engine.skipped_steps
+        scale = float(self._engine.optimizer.loss_scale) if self._run.precision == "fp16" else None
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
         layout = self._run.layout
         shares = layout.data_parallel * layout.tensor_parallel
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
-        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
+        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped, scale)
 
     def _resize(self, global_batch_size: int) -> None:
         """Change the number of micro-batches of the steps from here on."""
@@ -307,7 +322,7 @@ def _optimizer(
 def _keep_masters(
     model: RankModel, trained: tuple[RankParameter, ...], weights: CheckpointWeights | FreshWeights
 ) -> None:
-    """Set the fp32 masters to the checkpoint's own values. DeepSpeed made them from weights rounded to bf16."""
+    """Set the fp32 masters to the checkpoint's own values. DeepSpeed made them from weights rounded to 16 bits."""
     parameters = dict(model.module.named_parameters())
     for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())

@@ -14,27 +14,33 @@ from incr_ds.errors import ConfigError
 def build_adamw(groups: Sequence[dict[str, Any]], run: RunSettings, device: torch.device) -> torch.optim.Optimizer:
     """Build AdamW over parameter ``groups`` with the run's settings.
 
-    DeepSpeed compiles its FusedAdam on first use. Raises ConfigError with the reason if that fails.
+    DeepSpeed compiles its FusedAdam on first use, with optimizer.offload its CPUAdam. Raises ConfigError with the reason if
+    that fails.
     """
     settings = run.optimizer
     options: dict[str, Any] = {"lr": run.schedule.learning_rate, "betas": settings.betas, "eps": settings.eps}
     if settings.implementation == "torch":
         return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
-    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
+    name = "FusedAdam" if settings.offload == "none" else "DeepSpeedCPUAdam"
     try:
-        fused: torch.optim.Optimizer = FusedAdam(groups, **options, adam_w_mode=True)
+        compiled: torch.optim.Optimizer = (
+            FusedAdam(groups, **options, adam_w_mode=True)
+            if settings.offload == "none"
+            else DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+        )
     # Many kinds of errors can come from ninja, the compiler and the loader.
     except Exception as error:
         raise ConfigError(
-            f"optimizer.implementation: deepspeed: FusedAdam could not be built ({type(error).__name__}: {error}). See "
+            f"optimizer.implementation: deepspeed: {name} could not be built ({type(error).__name__}: {error}). See "
             "DeepSpeed's ds_report for its compiler, or set torch."
         ) from error
-    return fused
+    return compiled
 
 
 def adapt_steps(optimizer: torch.optim.Optimizer, run: RunSettings) -> None:
-    """Convert the loaded step counts of ``optimizer`` to the type that it needs: a tensor for torch, an int for FusedAdam."""
+    """Convert the loaded step counts of ``optimizer`` to the type that it needs: a tensor for torch, an int for DeepSpeed's."""
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for state in optimizer.state.values():
         if "step" not in state:

@@ -22,6 +22,9 @@ from incr_ds.sharding.placement import check_layout
 from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_layout_matches
 
+# The dtype of the weights that a run in each precision saves.
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -150,7 +153,7 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         or _has_own_groups(run, folder, declared)
         or multipliers != declared
         or _changes_frozen(run, folder, source)
-        or _changes_precision(run, folder / tag)
+        or source.facts.dtype != PRECISIONS[run.precision]
     ):
         # A grown folder's flat buffers have two groups with all tensors; a run's have groups of its own. Filling tensor by
         # tensor works for both. It also works for masters, which are fp32 at any precision of the model.
@@ -171,11 +174,6 @@ def _has_own_groups(run: RunSettings, folder: Path, declared: Mapping[str, Multi
     settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
     apart = run.optimizer.new_parameters is not None or settings.get("new_parameters") is not None
     return bool(declared if apart else without_marks(declared))
-
-
-def _changes_precision(run: RunSettings, folder: Path) -> bool:
-    """Whether DeepSpeed would look for a tag's optimizer files under other names: those of bf16 have a prefix."""
-    return any(folder.glob("bf16_zero_pp_rank_*")) != (run.precision == "bf16")
 
 
 def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:

@@ -282,3 +282,18 @@ def test_a_rate_of_new_layers_needs_new_layers(tiny_run, tmp_path):
     assert dry_run(tiny_run(**ratio, model=grown)).parts
     later = [{"at_step": 5, "recipe": str(tmp_path / "deeper.yaml"), "rewarmup_steps": 1}]
     assert len(dry_run(tiny_run(**ratio, growth=later)).parts) == 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_on_the_host_is_counted_apart(tiny_run, stage, capsys):
+    """Masters, moments and fp32 gradients; ZeRO-2 keeps bf16 weights and gradients of 63 elements there, too."""
+    layout = {"data_parallel": 2, "zero_stage": stage}
+    there = dry_run(tiny_run(layout=layout, optimizer={"offload": "cpu"}))
+    here = dry_run(tiny_run(layout=layout)).parts[0].pipeline[0].memory
+    memory = there.parts[0].pipeline[0].memory
+    masters, moments = STATES[stage]["masters"], STATES[stage]["moments"]
+    beside = 34 * (4 + 2) + 63 * 2 if stage == 2 else 33 * 4
+    assert memory.kinds["update"] == beside and memory.host_total == masters + moments + beside
+    assert memory.total == here.total - masters - moments - here.kinds["update"]
+    show_dry_run(there, json=False)
+    assert "on the host" in capsys.readouterr().out

@@ -37,6 +37,7 @@ class Case:
     divergence: str = "forward_kl"
     z_loss: float = 0.0
     precision: str = "fp32"
+    offload: str = "none"
     freeze: tuple[str, ...] = ()
     # Prefix of a data set whose facts say that END ends its documents, which are kept apart.
     documents: str = ""
@@ -55,7 +56,7 @@ class Case:
         return pico_run(
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
-            optimizer=OPTIMIZER,
+            optimizer={**OPTIMIZER, "offload": self.offload},
             precision=self.precision,
             model={
                 "config": "pico",

@@ -23,6 +23,7 @@ class Layout:
     pipeline: int = 1
     tensor: int = 1
     tied: bool = False
+    offload: str = "none"
 
 
 def architecture_of(case):
@@ -42,7 +43,13 @@ def run_of(case, folder=None):
     batch = {"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * case.data * 2}
     layout = {"tensor_parallel": case.tensor, "pipeline_parallel": case.pipeline, "data_parallel": case.data}
     changes = {} if folder is None else {"deepspeed": str(Path(folder) / "deepspeed.json")}
-    return pico_run(layout={**layout, "zero_stage": case.zero}, batch=batch, precision=case.precision, **changes)
+    return pico_run(
+        layout={**layout, "zero_stage": case.zero},
+        batch=batch,
+        precision=case.precision,
+        optimizer={"offload": case.offload},
+        **changes,
+    )
 
 
 def measure(folder, cases):

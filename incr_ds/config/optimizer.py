@@ -1,0 +1,63 @@
+"""Settings of the optimizer, of rates of its own for new layers, and of the loss's scale in fp16."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from incr_ds.config.fields import Settings
+
+
+class NewParameterSettings(Settings):
+    """The learning rate of the layers that the newest growth in depth added. All other tensors keep the schedule's.
+
+    Counted from the step at which the run, or the stage of a run that grows, begins.
+    """
+
+    learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """The factor of their learning rate."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which that factor rises linearly from warmup_from times its value."""
+    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The fraction of the factor at which the warm-up starts."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW, torch's own or DeepSpeed's."""
+
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """AdamW's two decay factors."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled weight decay of matrices. Norms and biases do not decay."""
+    gradient_clipping: float = Field(default=1.0, ge=0.0)
+    """The largest global gradient norm; 0 clips nothing."""
+    implementation: Literal["torch", "deepspeed"] = "torch"
+    """AdamW of torch, or DeepSpeed's FusedAdam (with offload its CPUAdam), which is compiled on first use."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu keeps masters and moments in the host's memory and takes the step there. none leaves it to the DeepSpeed JSON."""
+    multipliers: Literal["checkpoint", "none"] = "checkpoint"
+    """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
+    new_parameters: NewParameterSettings | None = None
+    """The learning rate of layers that the newest growth added; null: that of all tensors."""
+
+
+class LossScalingSettings(Settings):
+    """The factor of the loss in fp16, by which small gradients stay above 0.
+
+    A dynamic factor is halved when gradients are not finite, and such a step is skipped. It doubles after a number of steps
+    without that.
+    """
+
+    scale: float | None = Field(default=None, gt=0.0)
+    """A constant factor; null is a dynamic one, to which the other keys belong."""
+    initial_power: int = Field(default=16, ge=0, le=64)
+    """The power of 2 at which the factor begins."""
+    window: int = Field(default=1000, ge=1)
+    """Steps without a skipped one after which the factor doubles."""
+    hysteresis: int = Field(default=2, ge=1)
+    """The skipped step from which on each one halves the factor. The count begins anew after it has doubled."""
+    min_scale: int = Field(default=1, ge=1)
+    """The smallest factor."""
