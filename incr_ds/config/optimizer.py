@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from incr_ds.config.fields import Settings
+from incr_ds.config.layout import ParallelLayout
 
 
 class NewParameterSettings(Settings):
@@ -23,9 +24,22 @@ class NewParameterSettings(Settings):
     """The fraction of the factor at which the warm-up starts."""
 
 
-class OptimizerSettings(Settings):
-    """AdamW, torch's own or DeepSpeed's."""
+class MuonSettings(Settings):
+    """Muon (DeepSpeed's) for the matrices of the decoder layers. AdamW trains everything else."""
 
+    learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """The factor of the schedule's learning rate for these matrices. A step has the spectral norm of the rate."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """The decay factor of the gradients' average."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW, torch's own or DeepSpeed's, alone or beside Muon."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw for all tensors, or muon for the matrices of the decoder layers and AdamW for the others."""
+    muon: MuonSettings | None = None
+    """Muon's own settings; null takes their defaults. Only with name: muon."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """AdamW's two decay factors."""
     eps: float = Field(default=1e-8, gt=0.0)
@@ -42,6 +56,31 @@ class OptimizerSettings(Settings):
     """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
     new_parameters: NewParameterSettings | None = None
     """The learning rate of layers that the newest growth added; null: that of all tensors."""
+
+    @model_validator(mode="after")
+    def _muon_fits(self) -> Self:
+        if self.name != "muon":
+            if self.muon is not None:
+                raise ValueError(f"muon: its settings belong to name: muon, not to name: {self.name}; remove them")
+            return self
+        if self.gradient_clipping:
+            raise ValueError(
+                f"gradient_clipping {self.gradient_clipping:g} does not go with name: muon: DeepSpeed takes the norm over "
+                "Muon's orthogonalized updates, and clipping would shrink these; set gradient_clipping: 0"
+            )
+        if self.offload != "none":
+            raise ValueError(f"offload: {self.offload} does not go with name: muon here; set offload: none")
+        return self
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Raise ValueError if the optimizer cannot train in ``layout``."""
+        if self.name == "muon" and layout.tensor_parallel > 1:
+            raise ValueError(
+                f"optimizer.name: muon with layout.tensor_parallel {layout.tensor_parallel}: Muon needs whole matrices, and "
+                "tensor ranks hold parts of them; use pipeline_parallel or data_parallel"
+            )
+        if self.name == "muon" and layout.zero_stage == 3:
+            raise ValueError("optimizer.name: muon goes with layout.zero_stage 1 and 2 here, not with 3")
 
 
 class LossScalingSettings(Settings):

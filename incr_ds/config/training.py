@@ -198,7 +198,7 @@ class RunSettings(Settings):
     schedule: ScheduleSettings
     """The learning rate, and the number of steps."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """AdamW's settings."""
+    """The optimizer and its settings."""
     data: DataSettings
     """What to read."""
     evaluation: EvaluationSettings | None = None
@@ -280,6 +280,11 @@ class RunSettings(Settings):
             raise ValueError(
                 f"loss_scaling belongs to precision: fp16, not to {self.precision}, whose gradients need no scale; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        self.optimizer.check_layout(self.layout)
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
             "step to several, between which DeepSpeed cannot change with an offloaded optimizer; lower "
             "batch.micro_batch_size, or remove one"
         )
+    if run.optimizer.name == "muon" and offload.get("device", "none") != "none":
+        problems.append("  zero_optimization.offload_optimizer: does not go with optimizer.name: muon here; remove it")
     if problems:
         raise ConfigError("\n".join([f"{run.deepspeed or 'the run file'}: {len(problems)} problem(s)", *problems]))
     _fill_defaults(config)

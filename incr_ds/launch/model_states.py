@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.partition_sizes import partition_size, share_size
+from incr_ds.sharding.optimizer_groups import is_apart
+from incr_ds.sharding.partition_sizes import partition_size, share_size, whole_sizes
 
 FP32 = 4
 MOMENTS = 2  # exp_avg and exp_avg_sq
@@ -79,10 +80,11 @@ def model_states(
     data_parallel: int,
     element: int,
     settings: ZeroSettings,
+    optimizer: str = "adamw",
 ) -> ModelStates:
     """Count a rank that trains the parameter ``groups`` of the optimizer and holds ``frozen`` parameters beside them.
 
-    ``element`` is the number of bytes of a weight and of its gradient.
+    ``element`` is the number of bytes of a weight and of its gradient. ``optimizer`` is optimizer.name.
     """
     if zero_stage == 3:
         return _scattered(groups, frozen, data_parallel, element, settings)
@@ -104,11 +106,21 @@ def model_states(
     return ModelStates(
         weights=sum(parts) * data_parallel * element + still,
         masters=sum(parts) * FP32,
-        moments=sum(parts) * FP32 * MOMENTS,
+        moments=sum(
+            max(momentum_sizes(group, data_parallel)) * element
+            if is_apart(optimizer, group[0].tensor)
+            else part * FP32 * MOMENTS
+            for group, part in zip(groups, parts, strict=True)
+        ),
         gradients=(sum(parts) if zero_stage == 2 else sum(numbers)) * element,
         buffers=_bucket(settings, element, double=bool(settings.overlap_comm)) if settings.contiguous_gradients else 0,
         update=on_host if settings.optimizer_on_host else max(parts) * FP32,
     )
+
+
+def momentum_sizes(group: Sequence[RankParameter], data_parallel: int) -> list[int]:
+    """Elements of Muon's momentum on each data-parallel rank, in the dtype of gradients."""
+    return whole_sizes([parameter.shape for parameter in group], data_parallel)
 
 
 def _scattered(

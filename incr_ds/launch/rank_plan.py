@@ -12,7 +12,7 @@ from incr_ds.launch.activations import Shape, loss_workspace, shape_of, stage_ac
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.model_states import ModelStates, model_states, zero_settings
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups, trained_shards
+from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups, set_apart, trained_shards
 from incr_ds.sharding.placement import rank_parameters, stage_layers
 
 
@@ -97,11 +97,12 @@ Holdings = tuple[tuple[Held, ...], ...]
 def holdings(run: RunSettings, architecture: Architecture) -> Holdings:
     """What every model-parallel rank holds, by pipeline stage and tensor rank, without learning-rate multipliers."""
     frozen = frozen_tensors(architecture, run.model.freeze)
-    count = group_count(architecture, run.layout, None, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    count = group_count(architecture, run.layout, None, frozen, apart)
 
     def held(stage: int, tensor_rank: int) -> Held:
         shards = rank_parameters(architecture, run.layout, stage, tensor_rank)
-        groups = optimizer_groups(trained_shards(shards, frozen), None, count)
+        groups = optimizer_groups(trained_shards(shards, frozen), None, count, apart)
         return Held(groups, tuple(shard for shard in shards if shard.tensor.name in frozen))
 
     layout = run.layout
@@ -120,6 +121,7 @@ def states_of(run: RunSettings, held: Held) -> ModelStates:
         data_parallel=layout.data_parallel,
         element=shape_of(run).element,
         settings=settings,
+        optimizer=run.optimizer.name,
     )
 
 

@@ -31,7 +31,7 @@ from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.launch.deepspeed_config import deepspeed_config
-from incr_ds.sharding.optimizer_groups import group_count
+from incr_ds.sharding.optimizer_groups import group_count, set_apart
 from incr_ds.sharding.placement import check_layout
 
 STATED = "stated"
@@ -208,7 +208,20 @@ def check_stage(stage: Stage) -> None:
         multipliers = marks_only(multipliers)
     if run.optimizer.new_parameters is None:
         multipliers = without_marks(multipliers)
-    group_count(architecture, run.layout, multipliers, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    group_count(architecture, run.layout, multipliers, frozen, apart)
+    if stage.plan is not None:
+        origin = run.model.initialize_from
+        check_muon_growth(run, stage.plan.recipe, origin.recipe if isinstance(origin, GrowthStart) else "the recipe")
+
+
+def check_muon_growth(run: RunSettings, recipe: GrowthRecipe, where: str) -> None:
+    """Raise ConfigError if a run with Muon would begin with a growth's moments, which Muon has no use for."""
+    if run.optimizer.name == "muon" and run.model.load_optimizer and recipe.optimizer != "reset":
+        raise ConfigError(
+            f"{where}: optimizer: {recipe.optimizer}: only Adam's moments can be grown, and with optimizer.name: muon the "
+            "optimizer starts anew after a growth; set optimizer: reset in the recipe."
+        )
 
 
 def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mapping[str, Multipliers]) -> None:

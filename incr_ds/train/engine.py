@@ -29,13 +29,19 @@ from incr_ds.losses.head import Loss
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.optimizer_groups import group_count, group_multipliers, optimizer_groups, trained_shards
+from incr_ds.sharding.optimizer_groups import (
+    group_count,
+    group_multipliers,
+    optimizer_groups,
+    set_apart,
+    trained_shards,
+)
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import end_processes, initialize_distributed
 from incr_ds.train.loading import check_files, own_settings, safe_loading
 from incr_ds.train.moments import fill_optimizer
-from incr_ds.train.optimizer import adapt_steps, build_adamw
+from incr_ds.train.optimizer import adapt_steps, build_optimizer, rate_ratio
 from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.releasing import forget_modules
 from incr_ds.train.skew import ForwardClock, has_own_work
@@ -79,7 +85,8 @@ def build_engine(
     frozen = frozen_tensors(architecture, run.model.freeze)
     # New parameters have groups of their own only in a run that trains them at a rate of their own.
     multipliers = (multipliers or {}) if run.optimizer.new_parameters else without_marks(multipliers or {})
-    num_groups = group_count(architecture, run.layout, multipliers, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    num_groups = group_count(architecture, run.layout, multipliers, frozen, apart)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
     _check_precision(run)
@@ -91,7 +98,7 @@ def build_engine(
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
-    optimizer = _optimizer(model, trained, run, device, multipliers, num_groups)
+    optimizer = _optimizer(model, trained, run, device, _Groups(multipliers, num_groups, apart))
     staged = run.layout.pipeline_parallel > 1
     with without_compiler():  # DeepSpeed imports its Muon to see whether this optimizer is one
         engine, *_ = deepspeed.initialize(
@@ -183,7 +190,7 @@ class TrainingEngine:
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
         for group, multiplier in zip(self._engine.optimizer.param_groups, self._multipliers, strict=True):
-            group["lr"] = learning_rate * multiplier.lr
+            group["lr"] = learning_rate * multiplier.lr * rate_ratio(group, self._run.optimizer)
             if multiplier.new:
                 group["lr"] *= new_ratio
                 group[NEW_RATIO] = new_ratio
@@ -304,19 +311,28 @@ def _optimizer(
     trained: tuple[RankParameter, ...],
     run: RunSettings,
     device: torch.device,
-    multipliers: Mapping[str, Multipliers],
-    num_groups: int,
+    chosen: _Groups,
 ) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(trained, multipliers, num_groups):
+    for shards in optimizer_groups(trained, chosen.multipliers, chosen.number, chosen.apart):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
         settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
-        own = group_multipliers(shards, multipliers)
+        own = group_multipliers(shards, chosen.multipliers)
         members = [parameters[shard.parameter] for shard in shards]
         # Stored in the checkpoint's groups, so that a later growth finds the run file's values.
-        groups.append({"params": members, **own.applied(settings), "multipliers": own.stated()})
-    return build_adamw(groups, run, device)
+        group = {"params": members, **own.applied(settings), "multipliers": own.stated()}
+        groups.append(group | ({"use_muon": shards[0].tensor.name in chosen.apart} if chosen.apart else {}))
+    return build_optimizer(groups, run, device)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """What decides on the parameter groups: see optimizer_groups."""
+
+    multipliers: Mapping[str, Multipliers]
+    number: int
+    apart: frozenset[str]
 
 
 def _keep_masters(

@@ -20,7 +20,7 @@ MODEL = "it holds another model, or holds it in another precision"
 FIXED: Mapping[str, Mapping[str, Any]] = {
     TOKENS: dict.fromkeys(("seed", "batch.sequence_length", "batch.global_batch_size", "data.start_sample"), None)
     | {"schedule.start_step": 0, "batch.ramp": []},
-    GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
+    GROUPS: {"optimizer.name": "adamw", "optimizer.multipliers": "checkpoint", "model.freeze": []},
     MODEL: {"precision": None},
 }
 

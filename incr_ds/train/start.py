@@ -15,7 +15,7 @@ from incr_ds.checkpoint.publish import MANIFEST, read_manifest
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
-from incr_ds.launch.stages import check_recipe_layout
+from incr_ds.launch.stages import check_muon_growth, check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.offline.process_group import agree
 from incr_ds.sharding.placement import check_layout
@@ -77,6 +77,7 @@ def find_resharding(run: RunSettings, folder: Path) -> Start | None:
     found = ParallelLayout.model_validate(on_rank_zero(lambda: read_manifest(folder)["facts"]["layout"]))
     if found == run.layout:
         return None
+    _check_muon(run, str(folder), "be resharded")
     source = agree(all_ranks(), lambda: open_described(folder))
     return Start(
         architecture=source.architecture,
@@ -114,13 +115,14 @@ def check_growth(start: Start) -> None:
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     grown, recipe = open_grown(Path(growth.source), Path(growth.recipe), run.model.tag)
     check_recipe_layout(recipe, growth.recipe, run.layout)
+    check_muon_growth(run, recipe, growth.recipe)
     check_layout(grown.architecture, run.layout)
     kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
     description = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
     return Start(
         architecture=grown.architecture,
         weights=grown,
-        with_moments=run.model.load_optimizer,
+        with_moments=run.model.load_optimizer and run.optimizer.name == "adamw",
         description=description,
         multipliers=_followed(run, grown.multipliers),
     )
@@ -148,6 +150,7 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         description += f", {_resharded(source, ParallelLayout.model_validate(found), run.layout)}"
     declared = read_multipliers(folder)
     multipliers = _followed(run, declared)
+    _check_same_optimizer(run, folder)
     if (
         reshards
         or _has_own_groups(run, folder, declared)
@@ -155,6 +158,7 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         or _changes_frozen(run, folder, source)
         or source.facts.dtype != PRECISIONS[run.precision]
     ):
+        _check_muon(run, str(folder), "be read tensor by tensor, into other groups, precision or layout")
         # A grown folder's flat buffers have two groups with all tensors; a run's have groups of its own. Filling tensor by
         # tensor works for both. It also works for masters, which are fp32 at any precision of the model.
         return Start(
@@ -167,6 +171,27 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     return Start(
         architecture=source.architecture, checkpoint=folder, tag=tag, description=description, multipliers=multipliers
     )
+
+
+def _check_same_optimizer(run: RunSettings, folder: Path) -> None:
+    """Raise ConfigError if the checkpoint's optimizer state is another optimizer's."""
+    settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
+    before = settings.get("name", "adamw")
+    if before != run.optimizer.name:
+        raise ConfigError(
+            f"optimizer.name: {run.optimizer.name}, but {folder} has the optimizer state of {before}; set name: {before}, or "
+            "model.load_optimizer: false, which starts the optimizer anew."
+        )
+
+
+def _check_muon(run: RunSettings, where: str, what: str) -> None:
+    """Raise ConfigError for a run with Muon, whose momentum only DeepSpeed itself loads."""
+    if run.optimizer.name == "muon":
+        raise ConfigError(
+            f"{where}: with optimizer.name: muon, an optimizer state cannot {what}; keep the checkpoint's layout and settings, "
+            "or start from its weights: another output, with model.initialize_from this checkpoint and model.load_optimizer: "
+            "false."
+        )
 
 
 def _has_own_groups(run: RunSettings, folder: Path, declared: Mapping[str, Multipliers]) -> bool:
