@@ -88,13 +88,14 @@ def _teacher_rows(part: Part) -> dict[str, str]:
 
 def _parameter_table(part: Part) -> Table:
     """Parameters of every pipeline stage and of its ranks."""
-    table = Table(box=box.SIMPLE_HEAD, title="parameters by pipeline stage", title_justify="left")
-    for heading in ("stage", "decoder layers", "parameters", "of a tensor rank"):
+    table = Table(box=box.SIMPLE_HEAD, title="work and parameters by pipeline stage", title_justify="left")
+    for heading in ("stage", "decoder layers", "FLOPs a token", "parameters", "of a tensor rank"):
         table.add_column(heading, justify="right")
     for stage in part.pipeline:
         (first, stop), (least, most) = stage.layers, (min(stage.rank_parameters), max(stage.rank_parameters))
         ranks = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-        table.add_row(str(stage.number), f"{first} to {stop - 1}", f"{stage.parameters:,}", ranks)
+        flops = f"{stage.flops:.3e}"
+        table.add_row(str(stage.number), f"{first} to {stop - 1}", flops, f"{stage.parameters:,}", ranks)
     return table
 
 
@@ -213,6 +214,7 @@ def _stage_content(stage: PipelineStage) -> dict[str, Any]:
     return {
         "stage": stage.number,
         "decoder_layers": list(stage.layers),
+        "flops_per_token": stage.flops,
         "parameters": stage.parameters,
         "parameters_by_tensor_rank": list(stage.rank_parameters),
         "memory_bytes": {

@@ -20,6 +20,7 @@ from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.data.mixture import CorpusUse, corpus_uses
 from incr_ds.errors import ConfigError
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.preflight import missing_here
 from incr_ds.launch.rank_plan import PipelineStage, holdings, plan_ranks
@@ -214,12 +215,12 @@ def _single_part(run: RunSettings) -> Part:
     if run.distillation is not None:
         teacher = _described(Path(run.distillation.teacher), None)
         check_vocabularies(architecture, teacher)
-        check_layout(teacher, run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+        check_layout(teacher, run.layout.of_teacher)
         check_trainable(teacher)
     check_trainable(architecture)
     check_layout(architecture, run.layout)
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
-    return _part(0, run, architecture, teacher)
+    return _part(0, placed(run, architecture), architecture, teacher)
 
 
 def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Architecture | None) -> Part:

@@ -30,6 +30,7 @@ from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.sharding.optimizer_groups import group_count, set_apart
 from incr_ds.sharding.placement import check_layout
@@ -90,9 +91,9 @@ def plan_stages(run: RunSettings, first: Architecture) -> tuple[Stage, ...]:
     """
     teaching = _teaching(run, 0)
     if not run.growth and teaching == run.distillation:
-        return (Stage(0, run, first),)
+        return (Stage(0, placed(run, first), first),)
     end = run.growth[0].at_step if run.growth else run.schedule.last_step
-    stages = [Stage(0, _derived(run, 0, run, {"end_step": end}), first)]
+    stages = [Stage(0, placed(_derived(run, 0, run, {"end_step": end}), first), first)]
     if run.growth:
         check_stage(stages[0])
     for number in range(1, len(run.growth) + 1):
@@ -129,7 +130,8 @@ def _planned(source: Architecture, recipe: str) -> GrowthPlan:
 def _grown_stage(run: RunSettings, before: Stage, number: int) -> Stage:
     step = run.growth[number - 1]
     plan = _planned(before.architecture, step.recipe)
-    layout = step.layout or before.run.layout
+    # As it is stated: balanced stages are others for another model.
+    layout = next((each.layout for each in reversed(run.growth[:number]) if each.layout is not None), run.layout)
     check_recipe_layout(plan.recipe, step.recipe, layout)
     rate = step.learning_rate or before.run.schedule.learning_rate
     ramp, reason = _rewarmup(step, plan, before.run, rate)
@@ -142,7 +144,8 @@ def _grown_stage(run: RunSettings, before: Stage, number: int) -> Stage:
     }
     if step.micro_batch_size is not None:
         changes["batch"] = {"micro_batch_size": step.micro_batch_size}
-    return Stage(number, _derived(run, number, before.run, schedule, **changes), plan.target, plan, reason)
+    grown = placed(_derived(run, number, before.run, schedule, **changes), plan.target)
+    return Stage(number, grown, plan.target, plan, reason)
 
 
 def _derived(
@@ -262,7 +265,7 @@ def _checked_teacher(stages: Sequence[Stage], stage: Stage, describe: Describe) 
     teacher = _teacher(stages, stage.run.distillation.teacher, describe)
     with _named(f"growth.{stage.number - 1}" if stage.number else "layout"):
         check_vocabularies(stage.architecture, teacher)
-        check_layout(teacher, stage.run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+        check_layout(teacher, stage.run.layout.of_teacher)
         check_trainable(teacher)
     return teacher
 

@@ -57,7 +57,7 @@ def group_count(
     needs the most. Raises LayoutError if all tensors of a stage are ``frozen``.
     """
     counts = []
-    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout)):
         trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
         if not trained:
             decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]

@@ -23,6 +23,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.data.facts import document_end
 from incr_ds.data.importing import without_compiler
 from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.head import Loss
@@ -82,6 +83,7 @@ def build_engine(
     tensor, which become parameter groups. Tensors frozen by run.model.freeze get no gradient and no optimizer state. Raises
     ConfigError or LayoutError if the run file, the number of processes, the model and the teacher are not consistent.
     """
+    run = placed(run, architecture)
     frozen = frozen_tensors(architecture, run.model.freeze)
     # New parameters have groups of their own only in a run that trains them at a rate of their own.
     multipliers = (multipliers or {}) if run.optimizer.new_parameters else without_marks(multipliers or {})

@@ -92,9 +92,12 @@ def check_layout_matches(folder: Path, found: Mapping[str, int], layout: Paralle
 
     A run without resume.reshard loads DeepSpeed's files as they are, which works only in their own layout.
     """
-    wanted = layout.model_dump()
+    known = {name: found.get(name) for name in layout.model_dump() if name != "stages"}
+    known["stages"] = _as_tuple(found.get("stages", "even"))  # checkpoints that are older than the key have even stages
     different = [
-        f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
+        f"{name} {known[name]} (this run: {value})"
+        for name, value in layout.model_dump().items()
+        if known[name] != value
     ]
     if different:
         raise LayoutError(
@@ -103,6 +106,10 @@ def check_layout_matches(folder: Path, found: Mapping[str, int], layout: Paralle
             "into this one (tools/grow_checkpoint.py, key layout), or start from its weights alone: model.initialize_from with "
             "model.load_optimizer: false."
         )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.freezing import frozen_tensors
@@ -15,10 +16,11 @@ from incr_ds.checkpoint.publish import MANIFEST, read_manifest
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.launch.balance import placed
 from incr_ds.launch.stages import check_muon_growth, check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.offline.process_group import agree
-from incr_ds.sharding.placement import check_layout
+from incr_ds.sharding.placement import check_layout, even_stages
 from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_layout_matches
 
@@ -139,7 +141,8 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
             f"{folder}: incr_ds did not write this DeepSpeed checkpoint; its optimizer state cannot be used as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
-    found = source.facts.layout
+    run = placed(run, source.architecture)
+    found = _found_layout(folder, source)
     if not run.resume.reshard:
         check_layout_matches(folder, found, run.layout)
     reshards = found != run.layout.model_dump()
@@ -171,6 +174,14 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     return Start(
         architecture=source.architecture, checkpoint=folder, tag=tag, description=description, multipliers=multipliers
     )
+
+
+def _found_layout(folder: Path, source: LogicalCheckpoint) -> dict[str, Any]:
+    """A checkpoint's layout by its files. The stages are those that its run noted, or that its files show."""
+    noted, shown = read_manifest(folder)["facts"].get("layout", {}).get("stages"), source.facts.stages
+    is_even = not shown or shown == even_stages(source.architecture.num_layers, len(shown))
+    stages = noted or ("even" if is_even else shown)
+    return {**source.facts.layout, "stages": tuple(stages) if isinstance(stages, list) else stages}
 
 
 def _check_same_optimizer(run: RunSettings, folder: Path) -> None:

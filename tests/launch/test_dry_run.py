@@ -297,3 +297,20 @@ def test_an_optimizer_on_the_host_is_counted_apart(tiny_run, stage, capsys):
     assert memory.total == here.total - masters - moments - here.kinds["update"]
     show_dry_run(there, json=False)
     assert "on the host" in capsys.readouterr().out
+
+
+def test_balanced_stages_are_shown(tiny_run, tmp_path, capsys):
+    """Three layers of 8 matrices of 6, and a head of 6 columns of 2,000 entries that outweighs them all."""
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**SIZES, "num_hidden_layers": 3, "vocab_size": 2000}))
+    layout = {"pipeline_parallel": 2, "stages": "balanced"}
+    found = dry_run(tiny_run(layout=layout))
+    (part,) = found.parts
+    assert [stage.layers for stage in part.pipeline] == [(0, 2), (2, 3)] and part.run.layout.stages == "even"
+    layout["stages"] = [1, 2]
+    stages = dry_run(tiny_run(layout=layout)).parts[0].pipeline
+    assert [stage.layers for stage in stages] == [(0, 1), (1, 3)]
+    assert sum(stage.flops for stage in stages) == sum(stage.flops for stage in part.pipeline)
+    assert sum(stage.flops for stage in part.pipeline) * part.tokens == part.student_flops
+    show_dry_run(found, json=True)
+    shown = json.loads(capsys.readouterr().out)["stages"][0]["pipeline_stages"]
+    assert [stage["flops_per_token"] for stage in shown] == [stage.flops for stage in part.pipeline]

@@ -82,7 +82,9 @@ def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
     folder = save(run, 3)
     assert folder == tmp_path / "checkpoints" / "step_00000003"
     facts = verify_manifest(folder)["facts"]
-    assert facts["layout"] == {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1}
+    assert facts["layout"] == {
+        "tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1, "stages": "even",
+    }  # fmt: skip
     assert (folder / "latest").read_text() == facts["tag"] == "global_step3"
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
     engine = FileEngine()
