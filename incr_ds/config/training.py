@@ -285,6 +285,11 @@ class RunSettings(Settings):
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:
         self.optimizer.check_layout(self.layout)
+        if self.optimizer.name == "muon" and self.precision == "fp16":
+            raise ValueError(
+                "optimizer.name: muon does not go with precision: fp16: DeepSpeed averages gradients with the loss's scale in "
+                "them, and the scale changes; set bf16"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,10 +16,10 @@ from incr_ds.train.pretraining import train_run
 HOST = {"optimizer": {"offload": "cpu"}}
 
 
-def spoil_a_step(zero_stage):
+def spoil_a_step(zero_stage, optimizer):
     """Three steps, the second with gradients that are not finite. Results, and whether the weights stayed."""
     batch = {"sequence_length": 12, "micro_batch_size": 2, "global_batch_size": 8}
-    run = pico_run(layout={"zero_stage": zero_stage}, batch=batch, optimizer={"offload": "cpu"})
+    run = pico_run(layout={"zero_stage": zero_stage}, batch=batch, optimizer=optimizer)
     engine = build_engine(run, pico_architecture(), None, None)
     found = []
     for step in range(3):

@@ -1,12 +1,14 @@
 """Muon for the matrices of decoder layers: the published iteration in every layout, exact resuming, and what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
 import yaml
 from engine_cases import Case
 from muon_runs import reference, train, train_runs
+from offloaded_runs import spoil_a_step
 from token_data import write_random_documents
 
 from incr_ds.checkpoint.opening import open_source
@@ -46,6 +48,13 @@ def test_training_equals_one_process(case):
     assert all(count >= weights[name].numel() for name, count in seen.items())
 
 
+def test_gradients_that_are_not_finite_leave_the_momentum_as_it_was():
+    ((first, spoiled, last),) = run_processes(spoil_a_step, 1, 1, PLAIN)
+    assert [part[0].skipped for part in (first, spoiled, last)] == [False, True, False]
+    assert [part[1] for part in (first, spoiled, last)] == [False, True, False]
+    assert math.isfinite(last[0].loss) and math.isfinite(last[0].gradient_norm)
+
+
 def test_matrices_of_decoder_layers_are_muons():
     architecture = pico_architecture("llama", tied=False, num_hidden_layers=1)
     assert set_apart("adamw", architecture) == frozenset()
@@ -66,6 +75,7 @@ def test_momentum_is_kept_of_whole_tensors():
     [
         ({"optimizer": {"name": "muon"}}, "gradient_clipping 1 does not go with name: muon: .* set gradient_clipping: 0"),
         ({"optimizer": {**PLAIN, "offload": "cpu"}}, "offload: cpu does not go with name: muon"),
+        ({"optimizer": PLAIN, "precision": "fp16"}, "optimizer.name: muon does not go with precision: fp16"),
         ({"optimizer": {"muon": {}}}, "muon: its settings belong to name: muon, not to name: adamw"),
         ({"optimizer": PLAIN, "layout": {"tensor_parallel": 2}}, "optimizer.name: muon with layout.tensor_parallel 2: Muon"),
         ({"optimizer": PLAIN, "layout": {"zero_stage": 3}}, "optimizer.name: muon goes with layout.zero_stage 1 and 2"),
