@@ -25,6 +25,19 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
     return 2 * matrices + 4 * attention
 
 
+def layer_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
+    """Operations of one decoder layer's forward pass per token."""
+    return (forward_flops_per_token(architecture, sequence_length) - head_flops_per_token(architecture)) // max(
+        1, architecture.num_layers
+    )
+
+
+def head_flops_per_token(architecture: Architecture) -> int:
+    """Operations of the output projection's forward pass per token."""
+    matrices = [spec for spec in architecture.tensors if spec.layer is None and spec.role not in LOOKUPS]
+    return 2 * sum(spec.numel for spec in matrices if spec.is_matrix)
+
+
 def training_flops_per_token(
     architecture: Architecture, sequence_length: int, frozen: Collection[str] = frozenset()
 ) -> int:

@@ -41,7 +41,8 @@ class CheckpointFacts:
     ``kind`` is the format's name, ``layout`` its parallel degrees, ``step`` the optimizer's step (None without moments), and
     ``files`` its files. ``no_moments`` is the reason why an existing optimizer state cannot be used, if so. ``dtype`` is
     that of the run's weights (None: the format does not state it). ``optimizer_groups`` are the optimizer's hyperparameters
-    group by group, ``frozen`` the tensors that were not trained, and ``recorded`` the counters of the run.
+    group by group, ``frozen`` the tensors that were not trained, and ``recorded`` the counters of the run. ``stages`` are the
+    decoder layers of each pipeline stage (empty without a pipeline, or if the files do not show them).
     """
 
     path: Path
@@ -56,6 +57,7 @@ class CheckpointFacts:
     frozen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     recorded: Counters = Counters()
+    stages: tuple[int, ...] = ()
 
 
 class LogicalCheckpoint(Protocol):

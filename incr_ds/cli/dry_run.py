@@ -88,13 +88,14 @@ def _teacher_rows(part: Part) -> dict[str, str]:
 
 def _parameter_table(part: Part) -> Table:
     """Parameters of every pipeline stage and of its ranks."""
-    table = Table(box=box.SIMPLE_HEAD, title="parameters by pipeline stage", title_justify="left")
-    for heading in ("stage", "decoder layers", "parameters", "of a tensor rank"):
+    table = Table(box=box.SIMPLE_HEAD, title="work and parameters by pipeline stage", title_justify="left")
+    for heading in ("stage", "decoder layers", "FLOPs a token", "parameters", "of a tensor rank"):
         table.add_column(heading, justify="right")
     for stage in part.pipeline:
         (first, stop), (least, most) = stage.layers, (min(stage.rank_parameters), max(stage.rank_parameters))
         ranks = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-        table.add_row(str(stage.number), f"{first} to {stop - 1}", f"{stage.parameters:,}", ranks)
+        flops = f"{stage.flops:.3e}"
+        table.add_row(str(stage.number), f"{first} to {stop - 1}", flops, f"{stage.parameters:,}", ranks)
     return table
 
 
@@ -104,10 +105,16 @@ def _memory_table(part: Part) -> Table:
     kinds = [kind for kind in _KINDS if any(stage.memory.kinds[kind] for stage in part.pipeline)]
     host = set(part.pipeline[0].memory.on_host)
     table = Table(box=box.SIMPLE_HEAD, title=f"memory of a rank by pipeline stage, {unit}", title_justify="left")
-    for heading in ("stage", *(f"{kind} (host)" if kind in host else kind for kind in kinds), "total"):
+    for heading in (
+        "stage",
+        *(f"{kind} (host)" if kind in host else kind for kind in kinds),
+        "total",
+        *(["on the host"] if host else []),
+    ):
         table.add_column(heading, justify="right")
     for stage in part.pipeline:
         sizes = [*(stage.memory.kinds[kind] for kind in kinds), stage.memory.total]
+        sizes += [stage.memory.host_total] if host else []
         table.add_row(str(stage.number), *(f"{size / factor:,.2f}" for size in sizes))
     return table
 
@@ -207,6 +214,7 @@ def _stage_content(stage: PipelineStage) -> dict[str, Any]:
     return {
         "stage": stage.number,
         "decoder_layers": list(stage.layers),
+        "flops_per_token": stage.flops,
         "parameters": stage.parameters,
         "parameters_by_tensor_rank": list(stage.rank_parameters),
         "memory_bytes": {

@@ -160,6 +160,18 @@ class TargetLayout(ParallelLayout):
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
 
     @model_validator(mode="after")
+    def _stages_are_known(self) -> Self:
+        if self.stages == "balanced":
+            raise ValueError(
+                "stages: balanced depends on a run's sequence length; state the list, which the run's dry run shows"
+            )
+        if self.stages != "even" and self.modules != "own":
+            raise ValueError(
+                f"stages {list(self.stages)}: modules: {self.modules} spreads its layers evenly; remove stages"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _modules_need_a_pipeline_module(self) -> Self:
         if self.modules != "own" and (self.format == "huggingface" or self.zero_stage > 1):
             raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from incr_ds.config.fields import Settings
+
+Layers = Annotated[int, Field(ge=1)]
 
 
 class ParallelLayout(Settings):
@@ -20,6 +22,8 @@ class ParallelLayout(Settings):
     """Ranks with the same weights and other samples."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ZeRO partitions over data-parallel ranks: 1 optimizer states, 2 gradients too, 3 weights too."""
+    stages: Literal["even", "balanced"] | Annotated[tuple[Layers, ...], Field(strict=False)] = "even"
+    """Decoder layers of each pipeline stage: even, balanced (the largest stage's FLOPs are smallest), or a list: [9, 9, 6]."""
 
     @model_validator(mode="after")
     def _pipeline_allows_zero_1(self) -> Self:
@@ -30,10 +34,27 @@ class ParallelLayout(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_number_for_each_stage(self) -> Self:
+        if isinstance(self.stages, tuple) and len(self.stages) != self.pipeline_parallel:
+            raise ValueError(
+                f"stages {list(self.stages)}: expected the decoder layers of pipeline_parallel {self.pipeline_parallel} stages, "
+                f"found {len(self.stages)} numbers"
+            )
+        return self
+
     def __str__(self) -> str:
-        """One word per degree, such as tp1 pp2 dp1 zero1."""
+        """One word per degree, such as tp1 pp2 dp1 zero1, and unlike stages, such as stages9-6."""
         degrees = (("tp", self.tensor_parallel), ("pp", self.pipeline_parallel), ("dp", self.data_parallel))
-        return " ".join(f"{name}{size}" for name, size in (*degrees, ("zero", self.zero_stage)))
+        words = [f"{name}{size}" for name, size in (*degrees, ("zero", self.zero_stage))]
+        if isinstance(self.stages, tuple):
+            words.append(f"stages{'-'.join(map(str, self.stages))}")
+        return " ".join(words)
+
+    @property
+    def of_teacher(self) -> ParallelLayout:
+        """What a teacher beside a model in this layout must fit: the tensor ranks. Its layers are spread evenly."""
+        return self.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1, "stages": "even"})
 
     @property
     def world_size(self) -> int:

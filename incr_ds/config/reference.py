@@ -84,7 +84,7 @@ def _name(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_name(one) for one in arguments if one is not NoneType)
-    if origin is list:
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return f"list of {_name(arguments[0])}"
     if origin is tuple:
         return " and ".join(_name(one) for one in arguments)

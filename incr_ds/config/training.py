@@ -15,6 +15,7 @@ from incr_ds.config.batch import BatchSettings
 from incr_ds.config.distillation import DistillationSettings
 from incr_ds.config.fields import Seed, Settings
 from incr_ds.config.layout import ParallelLayout
+from incr_ds.config.optimizer import LossScalingSettings, OptimizerSettings
 from incr_ds.config.schedule import ScheduleSettings, in_steps
 from incr_ds.config.stages import GrowthStep, check_growth_steps, check_teacher
 
@@ -75,39 +76,6 @@ class ObjectiveSettings(Settings):
         return value
 
 
-class NewParameterSettings(Settings):
-    """The learning rate of the layers that the newest growth in depth added. All other tensors keep the schedule's.
-
-    Counted from the step at which the run, or the stage of a run that grows, begins.
-    """
-
-    learning_rate_ratio: float = Field(default=1.0, gt=0.0)
-    """The factor of their learning rate."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which that factor rises linearly from warmup_from times its value."""
-    warmup_from: float = Field(default=0.0, ge=0.0, le=1.0)
-    """The fraction of the factor at which the warm-up starts."""
-
-
-class OptimizerSettings(Settings):
-    """AdamW, torch's own or DeepSpeed's."""
-
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    """AdamW's two decay factors."""
-    eps: float = Field(default=1e-8, gt=0.0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled weight decay of matrices. Norms and biases do not decay."""
-    gradient_clipping: float = Field(default=1.0, ge=0.0)
-    """The largest global gradient norm; 0 clips nothing."""
-    implementation: Literal["torch", "deepspeed"] = "torch"
-    """AdamW of torch, or DeepSpeed's FusedAdam, which is compiled on first use."""
-    multipliers: Literal["checkpoint", "none"] = "checkpoint"
-    """Whether the checkpoint's learning-rate multipliers per tensor (multipliers.json) apply."""
-    new_parameters: NewParameterSettings | None = None
-    """The learning rate of layers that the newest growth added; null: that of all tensors."""
-
-
 class CorpusSettings(Settings):
     """One Megatron data set of the mix."""
 
@@ -117,6 +85,7 @@ class CorpusSettings(Settings):
     """Its share of the mix, relative to the other weights."""
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -214,8 +183,10 @@ class RunSettings(Settings):
     """The folder of everything that the run writes."""
     seed: Seed = 0
     """The seed of fresh weights, of the order of samples and of dropout."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """The dtype of weights and activations. Masters and moments are fp32."""
+    precision: Precision = "bf16"
+    """The dtype of weights and activations. Masters and moments are fp32. fp16 scales the loss."""
+    loss_scaling: LossScalingSettings | None = None
+    """How fp16 scales the loss; null takes the defaults below. Only with precision: fp16."""
     model: ModelSettings
     """What to train."""
     loss: ObjectiveSettings = ObjectiveSettings()
@@ -227,7 +198,7 @@ class RunSettings(Settings):
     schedule: ScheduleSettings
     """The learning rate, and the number of steps."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """AdamW's settings."""
+    """The optimizer and its settings."""
     data: DataSettings
     """What to read."""
     evaluation: EvaluationSettings | None = None
@@ -300,6 +271,24 @@ class RunSettings(Settings):
             raise ValueError(
                 f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
                 f"{per_pass}; nearest: {nearest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scaling_fits(self) -> Self:
+        if self.loss_scaling is not None and self.precision != "fp16":
+            raise ValueError(
+                f"loss_scaling belongs to precision: fp16, not to {self.precision}, whose gradients need no scale; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        self.optimizer.check_layout(self.layout)
+        if self.optimizer.name == "muon" and self.precision == "fp16":
+            raise ValueError(
+                "optimizer.name: muon does not go with precision: fp16: DeepSpeed averages gradients with the loss's scale in "
+                "them, and the scale changes; set bf16"
             )
         return self
 

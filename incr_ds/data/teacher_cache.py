@@ -54,7 +54,7 @@ class CacheFacts(Settings):
     vocabulary: Count
     top_k: Count
     temperature: float = Field(gt=0.0)
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     stored: Literal["fp16", "fp32"]
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from incr_ds.config.training import OptimizerSettings
+from incr_ds.config.optimizer import OptimizerSettings
 from incr_ds.growth.axis import FRESH
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.published import rate_near

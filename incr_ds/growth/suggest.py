@@ -85,7 +85,7 @@ def suggest_targets(source: Architecture, budget: int, layout: ParallelLayout, m
 
 def recipe_text(suggestion: Suggestion, layout: ParallelLayout, *, has_moments: bool) -> str:
     """Format a suggestion as a recipe file with ``layout``."""
-    degrees = {key: value for key, value in layout.model_dump().items() if key != "zero_stage"}
+    degrees = {key: value for key, value in layout.model_dump().items() if key not in ("zero_stage", "stages")}
     content = {**suggestion.recipe, "optimizer": "rescale" if has_moments else "reset", "layout": degrees}
     head = f"# {suggestion.parameters:,} parameters, {suggestion.ratio:.2f} times the source's; see docs/recipe.md\n"
     return head + "".join(f"# {warning}\n" for warning in suggestion.warnings) + yaml_text(content)

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.config.deepspeed_file import read_deepspeed_file
+from incr_ds.config.optimizer import LossScalingSettings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 
 # DeepSpeed's sections that the run file replaces, and the run-file section to write instead.
-_OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule", "fp16": "precision", "amp": "precision"}
+_OWNED_SECTIONS = {
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16": "precision and loss_scaling",
+    "amp": "precision",
+}
 
 
 def deepspeed_config(run: RunSettings) -> dict[str, Any]:
@@ -36,14 +42,17 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     config: dict[str, Any] = deepcopy(dict(user))
     for path, value, origin in _derived(run):
         problems += _state(config, path, value, origin)
-    offload = user.get("zero_optimization", {}).get("offload_optimizer", {})
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
     if len({count > 1 for count in run.accumulations}) > 1 and offload.get("device", "none") != "none":
         problems.append(
-            "  zero_optimization.offload_optimizer: does not go with batch.ramp from one micro-batch per step to several, "
-            "between which DeepSpeed cannot change with an offloaded optimizer; lower batch.micro_batch_size, or remove one"
+            "  optimizer.offload (zero_optimization.offload_optimizer): does not go with batch.ramp from one micro-batch per "
+            "step to several, between which DeepSpeed cannot change with an offloaded optimizer; lower "
+            "batch.micro_batch_size, or remove one"
         )
+    if run.optimizer.name == "muon" and offload.get("device", "none") != "none":
+        problems.append("  zero_optimization.offload_optimizer: does not go with optimizer.name: muon here; remove it")
     if problems:
-        raise ConfigError("\n".join([f"{run.deepspeed}: {len(problems)} problem(s)", *problems]))
+        raise ConfigError("\n".join([f"{run.deepspeed or 'the run file'}: {len(problems)} problem(s)", *problems]))
     _fill_defaults(config)
     return config
 
@@ -57,8 +66,31 @@ def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
         (("gradient_accumulation_steps",), run.accumulation_at(first), "batch and layout.data_parallel"),
         (("gradient_clipping",), run.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
         (("bf16", "enabled"), run.precision == "bf16", f"precision: {run.precision}"),
+        *_offload(run),
+        *((("fp16", key), value, "loss_scaling") for key, value in _fp16(run).items()),
         (("zero_optimization", "stage"), run.layout.zero_stage, "layout.zero_stage"),
     ]
+
+
+def _offload(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
+    if run.optimizer.offload == "none":
+        return []
+    return [(("zero_optimization", "offload_optimizer", "device"), run.optimizer.offload, "optimizer.offload")]
+
+
+def _fp16(run: RunSettings) -> dict[str, Any]:
+    """DeepSpeed's section fp16, for a run in fp16."""
+    if run.precision != "fp16":
+        return {}
+    scaling = run.loss_scaling or LossScalingSettings()
+    return {
+        "enabled": True,
+        "loss_scale": scaling.scale or 0,  # 0 stands for a dynamic one
+        "initial_scale_power": scaling.initial_power,
+        "loss_scale_window": scaling.window,
+        "hysteresis": scaling.hysteresis,
+        "min_loss_scale": scaling.min_scale,
+    }
 
 
 def _state(config: dict[str, Any], path: tuple[str, ...], value: Any, origin: str) -> list[str]:
@@ -86,7 +118,7 @@ def _fill_defaults(config: dict[str, Any]) -> None:
 
 
 def _dtype_name(run: RunSettings) -> str:
-    return {"bf16": "bf16", "fp32": "fp32"}[run.precision]
+    return run.precision
 
 
 def _check_zero_stage(run: RunSettings) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.arch.multipliers import FILE
 from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.config.distillation import BEFORE_GROWTH
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.data.mixture import CorpusUse, corpus_uses
 from incr_ds.errors import ConfigError
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.preflight import missing_here
 from incr_ds.launch.rank_plan import PipelineStage, holdings, plan_ranks
@@ -132,12 +134,35 @@ class DryRun:
 
 def dry_run(run: RunSettings, speed: Speed | None = None) -> DryRun:
     """Resolve ``run``. Raises IncrError if its models, layouts, batch or DeepSpeed settings cannot be trained."""
+    unknown = _unknown_marks(run)
+    if run.optimizer.new_parameters is not None and not unknown:
+        _check_new_parameters(run)
     parts = tuple(_parts(run))
     growths = [step.at_step for step in run.growth]
     steps = saved_steps(run.checkpoint, run.schedule.start_step, run.schedule.last_step, growths)
     sizes = [next(part.checkpoint for part in parts if step <= part.run.schedule.last_step) for step in steps]
     disk = on_disk(run.checkpoint, steps, growths, sizes)
-    return DryRun(run, parts, disk, tuple(corpus_uses(run, _tokens_here(run))), tuple(missing_here(run)), speed)
+    missing = (*missing_here(run), *unknown)
+    return DryRun(run, parts, disk, tuple(corpus_uses(run, _tokens_here(run))), missing, speed)
+
+
+def _check_new_parameters(run: RunSettings) -> None:
+    """Refuse optimizer.new_parameters as the run would, if nothing is new."""
+    from incr_ds.launch.stages import check_new_parameters, first_architecture, plan_stages, starting_multipliers
+
+    stages = plan_stages(run, first_architecture(run, _described)) if run.growth else ()
+    check_new_parameters(run, stages, starting_multipliers(run, _described))
+
+
+def _unknown_marks(run: RunSettings) -> list[str]:
+    """What a run with optimizer.new_parameters needs of a folder of which only config.json is here."""
+    origin = run.model.initialize_from
+    if run.optimizer.new_parameters is None or origin is None:
+        return []
+    folder = Path(origin.source if isinstance(origin, GrowthStart) else origin)
+    if any(path.is_file() and path.name != "config.json" for path in folder.rglob("*")):
+        return []
+    return [f"{folder / FILE}: no such file; it says which layers are new for optimizer.new_parameters."]
 
 
 def _tokens_here(run: RunSettings) -> dict[str, int]:
@@ -190,12 +215,12 @@ def _single_part(run: RunSettings) -> Part:
     if run.distillation is not None:
         teacher = _described(Path(run.distillation.teacher), None)
         check_vocabularies(architecture, teacher)
-        check_layout(teacher, run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+        check_layout(teacher, run.layout.of_teacher)
         check_trainable(teacher)
     check_trainable(architecture)
     check_layout(architecture, run.layout)
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
-    return _part(0, run, architecture, teacher)
+    return _part(0, placed(run, architecture), architecture, teacher)
 
 
 def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Architecture | None) -> Part:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.partition_sizes import partition_size, share_size
+from incr_ds.sharding.optimizer_groups import is_apart
+from incr_ds.sharding.partition_sizes import partition_size, share_size, whole_sizes
 
 FP32 = 4
 MOMENTS = 2  # exp_avg and exp_avg_sq
-ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a weight, by the run file's precision
+ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight, by the run file's precision
 _COMMUNICATED = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 
 
@@ -19,7 +20,8 @@ _COMMUNICATED = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 class ZeroSettings:
     """DeepSpeed's settings that decide what ZeRO holds. Sizes are in elements; the defaults are DeepSpeed's.
 
-    ``overlap_comm`` None is on for stage 3 only. ``optimizer_on_host`` and ``parameters_on_host`` say what is offloaded.
+    ``overlap_comm`` None is on for stage 3 only. ``optimizer_on_host`` and ``parameters_on_host`` say what is offloaded,
+    ``accumulates`` whether a step has several micro-batches.
     """
 
     reduce_bucket_size: int = 500_000_000
@@ -30,6 +32,7 @@ class ZeroSettings:
     max_live_parameters: int = 1_000_000_000
     communicated_bytes: int | None = None
     optimizer_on_host: bool = False
+    accumulates: bool = False
     parameters_on_host: bool = False
 
 
@@ -46,6 +49,7 @@ def zero_settings(config: Mapping[str, Any]) -> ZeroSettings:
         overlap_comm=section.get("overlap_comm"),
         contiguous_gradients=section.get("contiguous_gradients", True),
         communicated_bytes=_COMMUNICATED.get(config.get("communication_data_type") or ""),
+        accumulates=config["gradient_accumulation_steps"] > 1,
         optimizer_on_host=_is_offloaded(section, "offload_optimizer") or bool(section.get("cpu_offload")),
         parameters_on_host=_is_offloaded(section, "offload_param") or bool(section.get("cpu_offload_param")),
     )
@@ -56,7 +60,8 @@ class ModelStates:
     """Bytes on one rank between two steps, and two that come and go.
 
     ``buffers`` are those that DeepSpeed communicates with during forward and backward, gathered parameters of stage 3
-    included. ``update`` is the fp32 gradient while the optimizer takes its step, when no activations exist.
+    included. ``update`` is the fp32 gradient while the optimizer takes its step, when no activations exist. An optimizer on
+    the host keeps it, for all groups, and with ZeRO-1 and 2 its new weights and accumulated gradients beside it.
     """
 
     weights: int
@@ -75,10 +80,11 @@ def model_states(
     data_parallel: int,
     element: int,
     settings: ZeroSettings,
+    optimizer: str = "adamw",
 ) -> ModelStates:
     """Count a rank that trains the parameter ``groups`` of the optimizer and holds ``frozen`` parameters beside them.
 
-    ``element`` is the number of bytes of a weight and of its gradient.
+    ``element`` is the number of bytes of a weight and of its gradient. ``optimizer`` is optimizer.name.
     """
     if zero_stage == 3:
         return _scattered(groups, frozen, data_parallel, element, settings)
@@ -96,14 +102,25 @@ def model_states(
             masters and trained * FP32,
         )
     parts = [partition_size(number, data_parallel) for number in numbers]
+    on_host = sum(parts) * (FP32 + element) + (sum(numbers) * element if settings.accumulates else 0)
     return ModelStates(
         weights=sum(parts) * data_parallel * element + still,
         masters=sum(parts) * FP32,
-        moments=sum(parts) * FP32 * MOMENTS,
+        moments=sum(
+            max(momentum_sizes(group, data_parallel)) * element
+            if is_apart(optimizer, group[0].tensor)
+            else part * FP32 * MOMENTS
+            for group, part in zip(groups, parts, strict=True)
+        ),
         gradients=(sum(parts) if zero_stage == 2 else sum(numbers)) * element,
         buffers=_bucket(settings, element, double=bool(settings.overlap_comm)) if settings.contiguous_gradients else 0,
-        update=max(parts) * FP32,
+        update=on_host if settings.optimizer_on_host else max(parts) * FP32,
     )
+
+
+def momentum_sizes(group: Sequence[RankParameter], data_parallel: int) -> list[int]:
+    """Elements of Muon's momentum on each data-parallel rank, in the dtype of gradients."""
+    return whole_sizes([parameter.shape for parameter in group], data_parallel)
 
 
 def _scattered(
@@ -127,7 +144,7 @@ def _scattered(
         moments=shares * FP32 * MOMENTS,
         gradients=shares * element,
         buffers=bucket + gathered * element,
-        update=min(shares, settings.sub_group_size) * FP32,
+        update=(shares if settings.optimizer_on_host else min(shares, settings.sub_group_size)) * FP32,
     )
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import RunSettings
 from incr_ds.launch.activations import Shape, loss_workspace, shape_of, stage_activations, teacher_bytes
+from incr_ds.launch.balance import stage_flops
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.launch.model_states import ModelStates, model_states, zero_settings
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups, trained_shards
+from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups, set_apart, trained_shards
 from incr_ds.sharding.placement import rank_parameters, stage_layers
 
 
@@ -43,7 +45,9 @@ class RankMemory:
         states = self.states
         passing = {"buffers": states.buffers, "activations": self.activations, "loss": self.loss}
         kept = {name: getattr(states, name) for name in ("weights", "masters", "moments", "gradients")}
-        return {**kept, **passing, "teacher": self.teacher, "update": max(0, states.update - sum(passing.values()))}
+        # On the host it takes the place of nothing.
+        replaced = 0 if "update" in self.on_host else sum(passing.values())
+        return {**kept, **passing, "teacher": self.teacher, "update": max(0, states.update - replaced)}
 
     @property
     def total(self) -> int:
@@ -58,7 +62,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """One pipeline stage. ``layers`` are its decoder layers (first, stop).
+    """One pipeline stage. ``layers`` are its decoder layers (first, stop), ``flops`` its operations for a token.
 
     ``parameters`` are those of the stage, tied tensors included, and ``rank_parameters`` what each of its tensor ranks
     holds before ZeRO. ``memory`` is that of a rank that holds the most.
@@ -66,6 +70,7 @@ class PipelineStage:
 
     number: int
     layers: tuple[int, int]
+    flops: int
     parameters: int
     rank_parameters: tuple[int, ...]
     memory: RankMemory
@@ -95,11 +100,12 @@ Holdings = tuple[tuple[Held, ...], ...]
 def holdings(run: RunSettings, architecture: Architecture) -> Holdings:
     """What every model-parallel rank holds, by pipeline stage and tensor rank, without learning-rate multipliers."""
     frozen = frozen_tensors(architecture, run.model.freeze)
-    count = group_count(architecture, run.layout, None, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    count = group_count(architecture, run.layout, None, frozen, apart)
 
     def held(stage: int, tensor_rank: int) -> Held:
         shards = rank_parameters(architecture, run.layout, stage, tensor_rank)
-        groups = optimizer_groups(trained_shards(shards, frozen), None, count)
+        groups = optimizer_groups(trained_shards(shards, frozen), None, count, apart)
         return Held(groups, tuple(shard for shard in shards if shard.tensor.name in frozen))
 
     layout = run.layout
@@ -118,6 +124,7 @@ def states_of(run: RunSettings, held: Held) -> ModelStates:
         data_parallel=layout.data_parallel,
         element=shape_of(run).element,
         settings=settings,
+        optimizer=run.optimizer.name,
     )
 
 
@@ -129,7 +136,8 @@ def plan_ranks(
     return tuple(
         PipelineStage(
             number=number,
-            layers=_decoder_layers(architecture, run.layout.pipeline_parallel, number),
+            layers=_decoder_layers(architecture, run.layout, number),
+            flops=stage_flops(run, architecture)[number],
             parameters=sum(shard.numel for shard in rank_parameters(architecture, whole, number, 0)),
             rank_parameters=tuple(rank.numel for rank in ranks),
             memory=_memory(run, architecture, teacher, number, ranks[0]),
@@ -143,7 +151,7 @@ def _memory(
 ) -> RankMemory:
     """The memory of tensor rank 0, which has the larger part of every tensor that does not divide."""
     shape = shape_of(run)
-    layers = _decoder_layers(architecture, run.layout.pipeline_parallel, stage)
+    layers = _decoder_layers(architecture, run.layout, stage)
     is_last = stage == run.layout.pipeline_parallel - 1
     settings = zero_settings(deepspeed_config(run))
     optimizer = ("masters", "moments", "update") if settings.optimizer_on_host else ()
@@ -172,7 +180,7 @@ def _activations(
     )
 
 
-def _decoder_layers(architecture: Architecture, pipeline_parallel: int, stage: int) -> tuple[int, int]:
-    numbers = stage_layers(architecture.num_layers, pipeline_parallel)[stage]
+def _decoder_layers(architecture: Architecture, layout: ParallelLayout, stage: int) -> tuple[int, int]:
+    numbers = stage_layers(architecture.num_layers, layout)[stage]
     inside = [number - 1 for number in numbers if 1 <= number <= architecture.num_layers]
     return inside[0], inside[-1] + 1

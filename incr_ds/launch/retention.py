@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from incr_ds.config.training import CheckpointSettings, RunSettings
 from incr_ds.launch.activations import shape_of
-from incr_ds.launch.model_states import FP32, MOMENTS
+from incr_ds.launch.model_states import FP32, MOMENTS, momentum_sizes
 from incr_ds.launch.rank_plan import Held, Holdings
 from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.optimizer_groups import is_apart
 from incr_ds.sharding.partition_sizes import partition_size, share_size
 
 # latest, config.json, manifest.json, and zero_to_fp32.py and zero_to_torch.py by DeepSpeed; a tokenizer's files come besides
@@ -43,7 +44,7 @@ def checkpoint_size(run: RunSettings, held: Holdings) -> CheckpointSize:
     """One checkpoint in the run's layout, as DeepSpeed writes it. ``held`` are the run's holdings."""
     layout, element = run.layout, shape_of(run).element
     ranks = [rank for stage in held for rank in stage]
-    optimizer = sum(_optimizer_elements(run, rank) for rank in ranks) * FP32 * (1 + MOMENTS)
+    optimizer = sum(_optimizer_bytes(run, rank) for rank in ranks)
     if layout.zero_stage == 3:  # weights are in the masters, except frozen ones
         weights = sum(_scattered(rank.frozen, layout.data_parallel) for rank in ranks)
     else:
@@ -81,13 +82,19 @@ def on_disk(
     return OnDisk(len(steps), len(kept), left, peak, peak_bytes, peak_files)
 
 
-def _optimizer_elements(run: RunSettings, held: Held) -> int:
-    """Elements of each optimizer state that the data-parallel ranks of a model-parallel rank save together."""
+def _optimizer_bytes(run: RunSettings, held: Held) -> int:
+    """Masters and optimizer states that the data-parallel ranks of a model-parallel rank save together."""
+    return sum(_group_bytes(run, group) for group in held.groups)
+
+
+def _group_bytes(run: RunSettings, group: Sequence[RankParameter]) -> int:
     ranks = run.layout.data_parallel
     if run.layout.zero_stage == 3:
-        return sum(_scattered(group, ranks) for group in held.groups)
-    numbers = [sum(shard.numel for shard in group) for group in held.groups]
-    return sum(partition_size(number, ranks) * ranks for number in numbers)
+        return _scattered(group, ranks) * FP32 * (1 + MOMENTS)
+    elements = partition_size(sum(shard.numel for shard in group), ranks) * ranks
+    if is_apart(run.optimizer.name, group[0].tensor):
+        return elements * FP32 + sum(momentum_sizes(group, ranks)) * shape_of(run).element
+    return elements * FP32 * (1 + MOMENTS)
 
 
 def _scattered(parameters: Sequence[RankParameter], ranks: int) -> int:

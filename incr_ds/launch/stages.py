@@ -14,7 +14,7 @@ from typing import Any
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
-from incr_ds.arch.multipliers import Multipliers, marks_only, without_marks
+from incr_ds.arch.multipliers import Multipliers, marks_only, read_multipliers, without_marks
 from incr_ds.arch.training import check_trainable, check_vocabularies
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.runs import step_folder
@@ -30,8 +30,9 @@ from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
-from incr_ds.sharding.optimizer_groups import group_count
+from incr_ds.sharding.optimizer_groups import group_count, set_apart
 from incr_ds.sharding.placement import check_layout
 
 STATED = "stated"
@@ -90,9 +91,9 @@ def plan_stages(run: RunSettings, first: Architecture) -> tuple[Stage, ...]:
     """
     teaching = _teaching(run, 0)
     if not run.growth and teaching == run.distillation:
-        return (Stage(0, run, first),)
+        return (Stage(0, placed(run, first), first),)
     end = run.growth[0].at_step if run.growth else run.schedule.last_step
-    stages = [Stage(0, _derived(run, 0, run, {"end_step": end}), first)]
+    stages = [Stage(0, placed(_derived(run, 0, run, {"end_step": end}), first), first)]
     if run.growth:
         check_stage(stages[0])
     for number in range(1, len(run.growth) + 1):
@@ -129,7 +130,8 @@ def _planned(source: Architecture, recipe: str) -> GrowthPlan:
 def _grown_stage(run: RunSettings, before: Stage, number: int) -> Stage:
     step = run.growth[number - 1]
     plan = _planned(before.architecture, step.recipe)
-    layout = step.layout or before.run.layout
+    # As it is stated: balanced stages are others for another model.
+    layout = next((each.layout for each in reversed(run.growth[:number]) if each.layout is not None), run.layout)
     check_recipe_layout(plan.recipe, step.recipe, layout)
     rate = step.learning_rate or before.run.schedule.learning_rate
     ramp, reason = _rewarmup(step, plan, before.run, rate)
@@ -142,7 +144,8 @@ def _grown_stage(run: RunSettings, before: Stage, number: int) -> Stage:
     }
     if step.micro_batch_size is not None:
         changes["batch"] = {"micro_batch_size": step.micro_batch_size}
-    return Stage(number, _derived(run, number, before.run, schedule, **changes), plan.target, plan, reason)
+    grown = placed(_derived(run, number, before.run, schedule, **changes), plan.target)
+    return Stage(number, grown, plan.target, plan, reason)
 
 
 def _derived(
@@ -208,7 +211,20 @@ def check_stage(stage: Stage) -> None:
         multipliers = marks_only(multipliers)
     if run.optimizer.new_parameters is None:
         multipliers = without_marks(multipliers)
-    group_count(architecture, run.layout, multipliers, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    group_count(architecture, run.layout, multipliers, frozen, apart)
+    if stage.plan is not None:
+        origin = run.model.initialize_from
+        check_muon_growth(run, stage.plan.recipe, origin.recipe if isinstance(origin, GrowthStart) else "the recipe")
+
+
+def check_muon_growth(run: RunSettings, recipe: GrowthRecipe, where: str) -> None:
+    """Raise ConfigError if a run with Muon would begin with a growth's moments, which Muon has no use for."""
+    if run.optimizer.name == "muon" and run.model.load_optimizer and recipe.optimizer != "reset":
+        raise ConfigError(
+            f"{where}: optimizer: {recipe.optimizer}: only Adam's moments can be grown, and with optimizer.name: muon the "
+            "optimizer starts anew after a growth; set optimizer: reset in the recipe."
+        )
 
 
 def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mapping[str, Multipliers]) -> None:
@@ -226,6 +242,15 @@ def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mappi
         )
 
 
+def starting_multipliers(run: RunSettings, describe: Describe = _opened) -> Mapping[str, Multipliers]:
+    """The multipliers, and marks of new tensors, that the model which the run begins with has."""
+    origin = run.model.initialize_from
+    if not isinstance(origin, GrowthStart):
+        return {} if origin is None else read_multipliers(Path(origin))
+    plan = _planned(describe(Path(origin.source), run.model.tag), origin.recipe)
+    return grown_multipliers(plan, read_multipliers(Path(origin.source)))
+
+
 def check_teachers(stages: Sequence[Stage], describe: Describe = _opened) -> tuple[Architecture | None, ...]:
     """The teacher of each stage (None: it has none), each checked against its stage's model and layout.
 
@@ -240,7 +265,7 @@ def _checked_teacher(stages: Sequence[Stage], stage: Stage, describe: Describe) 
     teacher = _teacher(stages, stage.run.distillation.teacher, describe)
     with _named(f"growth.{stage.number - 1}" if stage.number else "layout"):
         check_vocabularies(stage.architecture, teacher)
-        check_layout(teacher, stage.run.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+        check_layout(teacher, stage.run.layout.of_teacher)
         check_trainable(teacher)
     return teacher
 

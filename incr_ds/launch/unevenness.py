@@ -19,7 +19,7 @@ def uneven(architecture: Architecture, run: RunSettings) -> Iterator[str]:
                 f"{field} {size:,} over {layout.tensor_parallel} tensor ranks: parts of {parts}; "
                 f"nearest that divides: {_nearest(size, layout.tensor_parallel)}"
             )
-    if architecture.num_layers % layout.pipeline_parallel:
+    if layout.stages == "even" and architecture.num_layers % layout.pipeline_parallel:
         count, depth = architecture.num_layers, layout.pipeline_parallel
         fitting = [degree for degree in range(1, count + 1) if count % degree == 0]
         near = sorted(sorted(fitting, key=lambda degree: abs(degree - depth))[:2])

@@ -25,7 +25,7 @@ class FusedLoss(torch.autograd.Function):
             loss = problem.objective.total(*means(walk.parts, prepared.tokens)[:ENTROPY])
         # Saved for autograd's own check, which names an input that was changed in place before the backward pass.
         ctx.save_for_backward(hidden, head)
-        ctx.gradients, ctx.scale = walk.gradients(), problem.gradient_scale
+        ctx.gradients, ctx.scale, ctx.lift = walk.gradients(), problem.gradient_scale, prepared.lift
         ctx.mark_non_differentiable(walk.parts, prepared.tokens)
         return loss, walk.parts, prepared.tokens
 
@@ -39,14 +39,18 @@ class FusedLoss(torch.autograd.Function):
                 "distillation_loss: a second backward through the same call; the first one already used its gradients. "
                 "Add the losses and call backward once, or compute the loss again"
             )
-        ctx.saved_tensors  # noqa: B018 - runs the check
+        hidden, head = ctx.saved_tensors  # runs the check
         hidden_gradient, head_gradient = ctx.gradients
         ctx.gradients = None
         scale = grad_loss if ctx.scale is None else _kept_promise(grad_loss, ctx.scale)
-        scaled = [
-            part if part is None else part.mul_(scale.to(part.dtype)) for part in (hidden_gradient, head_gradient)
-        ]
-        return scaled[0], scaled[1], None
+        if ctx.lift is not None:
+            scale = scale / ctx.lift
+        return _scaled(hidden_gradient, scale, hidden.dtype), _scaled(head_gradient, scale, head.dtype), None
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``gradient`` times ``scale``, in place, and then rounded to ``dtype``."""
+    return None if gradient is None else gradient.mul_(scale.to(gradient.dtype)).to(dtype)
 
 
 def _kept_promise(grad_loss: Tensor, promised: Tensor) -> Tensor:

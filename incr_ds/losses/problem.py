@@ -55,8 +55,8 @@ class Prepared:
     """A problem whose projections are set up: what a pass over the logits needs.
 
     ``tokens`` (0-d) counts the valid tokens, ``live`` [N] marks them, and ``weights`` [N] are their weights in the
-    gradient. ``picks`` [N, 1 + K] are the columns whose logits are needed individually: the label's, then the sparse
-    teacher's.
+    gradient, times ``lift`` (0-d) if there is one. ``picks`` [N, 1 + K] are the columns whose logits are needed
+    individually: the label's, then the sparse teacher's.
     """
 
     problem: Problem
@@ -69,6 +69,7 @@ class Prepared:
     tokens: Tensor
     live: Tensor
     weights: Tensor
+    lift: Tensor | None
     picks: Tensor
 
     @property
@@ -104,7 +105,10 @@ def prepare(hidden: Tensor, head: Tensor, problem: Problem) -> Prepared:
     teacher, entries = _open_teacher(problem, student.dtype)
     live = problem.labels != problem.ignore_index
     tokens = live.sum()
-    weights = live.to(student.dtype) / tokens.clamp_min(1)
+    # A mean's gradients, divided by thousands of tokens, would be 0 in fp16. So they are divided in the backward pass, where
+    # the loss's scale comes in.
+    lift = tokens.clamp_min(1) if student.operand_dtype == torch.float16 and problem.head_gradient is None else None
+    weights = live.to(student.dtype) / (1 if lift is not None else tokens.clamp_min(1))
     if problem.gradient_scale is not None:
         weights = weights * problem.gradient_scale
     picks = problem.labels[:, None] if entries is None else torch.cat([problem.labels[:, None], entries.indices], dim=1)
@@ -119,6 +123,7 @@ def prepare(hidden: Tensor, head: Tensor, problem: Problem) -> Prepared:
         tokens=tokens,
         live=live,
         weights=weights,
+        lift=lift,
         picks=problem.part.columns(picks),
     )
 

@@ -66,7 +66,8 @@ class RecomputingWalk:
             self._hidden_gradient = prepared.hidden.new_zeros(prepared.hidden.shape, dtype=prepared.dtype)
         self._head_gradient = problem.head_gradient
         if problem.wants_head and problem.head_gradient is None:
-            self._head_gradient = torch.empty_like(prepared.head)
+            wide = prepared.head.dtype if prepared.lift is None else prepared.dtype  # see StoredWalk
+            self._head_gradient = torch.empty_like(prepared.head, dtype=wide)
             self._head_gradient[problem.part.size if prepared.hidden.shape[0] else 0 :] = 0
 
     def _block(self, columns: slice) -> tuple[Tensor, Tensor | None]:

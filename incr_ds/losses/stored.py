@@ -38,7 +38,10 @@ class StoredWalk:
         del self._logits, self._teacher_logits
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden and head in their dtypes. The head's is None if it was added to a given buffer."""
+        """Gradients of hidden and head in their dtypes, with a ``lift`` the head's in that of sums.
+
+        The head's is None if it was added to a given buffer.
+        """
         prepared = self._prepared
         if self._hidden_gradient is not None:
             for reduction in self._reductions:
@@ -46,6 +49,8 @@ class StoredWalk:
             self._hidden_gradient = self._hidden_gradient.to(prepared.hidden.dtype)
         if prepared.problem.head_gradient is not None or self._head_gradient is None:
             return self._hidden_gradient, None
+        if prepared.lift is not None:
+            return self._hidden_gradient, self._head_gradient
         return self._hidden_gradient, self._head_gradient.to(prepared.head.dtype)
 
     def _allocate(self) -> None:
@@ -65,8 +70,9 @@ class StoredWalk:
             dtype = hidden.dtype if problem.part.group is None else prepared.dtype
             self._hidden_gradient = hidden.new_empty(hidden.shape, dtype=dtype)
         if problem.wants_head and problem.head_gradient is None:
-            # The product of a single chunk is rounded only once in any dtype.
-            self._head_gradient = head.new_empty(head.shape, dtype=prepared.dtype if plan.chunks > 1 else head.dtype)
+            # The product of a single chunk is rounded only once in any dtype. Sums of lifted gradients may exceed fp16.
+            wide = plan.chunks > 1 or prepared.lift is not None
+            self._head_gradient = head.new_empty(head.shape, dtype=prepared.dtype if wide else head.dtype)
             self._head_gradient[problem.part.size if hidden.shape[0] else 0 :] = 0
 
     def _chunk(self, rows: slice) -> None:

@@ -80,7 +80,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     if request.layout.pipeline_parallel == 1:
         module = LanguageModel(factory, range(request.architecture.num_layers + 3))
     else:
-        module = StagedLanguageModel(factory, topology, teacher, observe)
+        module = StagedLanguageModel(factory, topology, request.layout, teacher, observe)
         grid = module.mpu()
     shards = rank_parameters(request.architecture, request.layout, stage, ranks.rank)
     check_parameters(module, shards)
@@ -132,7 +132,7 @@ def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Tea
         return None
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
-    check_layout(architecture, request.layout.model_copy(update={"pipeline_parallel": 1, "zero_stage": 1}))
+    check_layout(architecture, request.layout.of_teacher)
     check_trainable(architecture)
     weights = CheckpointWeights(request.teacher)
     return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from incr_ds.arch.tensors import Role
+from incr_ds.config.layout import ParallelLayout
 from incr_ds.data.targets import Targets
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
@@ -116,10 +117,12 @@ class StagedLanguageModel(PipelineModule):
         self,
         factory: LayerFactory,
         topology: ProcessTopology,
+        layout: ParallelLayout,
         teacher: Teacher | None,
         observe: Callable[[DistillationLoss], None],
     ) -> None:
         architecture = factory.architecture
+        self._stages = stage_layers(architecture.num_layers, layout)
         blocks = [LayerSpec(BlockLayer, factory, layer) for layer in range(architecture.num_layers)]
         first, last = _ends(factory)
         # DeepSpeed prints its partition to rank 0's standard output.
@@ -194,9 +197,8 @@ class StagedLanguageModel(PipelineModule):
         return head
 
     def _partition_layers(self, method: Any = None) -> None:
-        stages = stage_layers(self._num_layers - 3, self.num_stages)
-        self.parts = [stage.start for stage in stages] + [self._num_layers]
-        own = stages[self.stage_id]
+        self.parts = [stage.start for stage in self._stages] + [self._num_layers]
+        own = self._stages[self.stage_id]
         self._set_bounds(start=own.start, stop=own.stop)
 
 

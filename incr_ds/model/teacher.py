@@ -17,7 +17,9 @@ class Teacher:
     """The teacher's part on one pipeline stage. Not an nn.Module, so that the student's parameters never include it."""
 
     def __init__(self, factory: LayerFactory, layout: ParallelLayout, stage: int) -> None:
-        layers = stage_layers(factory.architecture.num_layers, layout.pipeline_parallel)[stage]
+        # Its layers are spread evenly, whatever the student's stages are.
+        even = layout.model_copy(update={"stages": "even"})
+        layers = stage_layers(factory.architecture.num_layers, even)[stage]
         factory = replace(factory, activation_checkpointing=False)
         self._model = LanguageModel(factory, layers).eval().requires_grad_(False)
         self._dtype = factory.dtype

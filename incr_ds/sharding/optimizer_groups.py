@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import UNCHANGED, Multipliers
+from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import RankParameter
@@ -13,18 +14,22 @@ from incr_ds.sharding.placement import rank_parameters, stage_layers
 
 
 def optimizer_groups(
-    shards: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None = None, at_least: int = 1
+    shards: tuple[RankParameter, ...],
+    multipliers: Mapping[str, Multipliers] | None = None,
+    at_least: int = 1,
+    apart: Collection[str] = (),
 ) -> tuple[tuple[RankParameter, ...], ...]:
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
-    Tensors with the same ``multipliers`` share a group, and groups are ordered by multipliers. Groups are halved until
-    there are ``at_least`` that many. ZeRO's flat buffers follow this order, so an engine and the checkpoint that it loads
-    need the same arguments. Raises LayoutError if there are fewer tensors than groups.
+    Tensors with the same ``multipliers`` share a group, and groups are ordered by multipliers. Those that are set ``apart``
+    for another optimizer have groups of their own. Groups are halved until there are ``at_least`` that many. ZeRO's flat
+    buffers follow this order, so an engine and the checkpoint that it loads need the same arguments. Raises LayoutError if there
+    are fewer tensors than groups.
     """
-    found: dict[tuple[bool, Multipliers], list[RankParameter]] = {}
+    found: dict[tuple[bool, bool, Multipliers], list[RankParameter]] = {}
     for shard in shards:
         own = group_multipliers((shard,), multipliers)
-        found.setdefault((not shard.tensor.is_matrix, own), []).append(shard)
+        found.setdefault((not shard.tensor.is_matrix, shard.tensor.name in apart, own), []).append(shard)
     groups = [tuple(found[key]) for key in sorted(found)]
     if len(shards) < at_least:
         raise LayoutError(
@@ -44,6 +49,7 @@ def group_count(
     layout: ParallelLayout,
     multipliers: Mapping[str, Multipliers] | None,
     frozen: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> int:
     """Number of parameter groups on every rank of a layout.
 
@@ -51,7 +57,7 @@ def group_count(
     needs the most. Raises LayoutError if all tensors of a stage are ``frozen``.
     """
     counts = []
-    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout.pipeline_parallel)):
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout)):
         trained = trained_shards(rank_parameters(architecture, layout, stage, 0), frozen)
         if not trained:
             decoder = [layer - 1 for layer in layers if 1 <= layer <= architecture.num_layers]
@@ -60,8 +66,18 @@ def group_count(
                 f"{decoder[-1]}, has nothing to train, and DeepSpeed's pipeline needs a gradient on every stage; train one of "
                 "its tensors (a norm is enough), use fewer stages, or pipeline_parallel: 1."
             )
-        counts.append(len(optimizer_groups(trained, multipliers)))
+        counts.append(len(optimizer_groups(trained, multipliers, apart=apart)))
     return max(counts)
+
+
+def set_apart(optimizer: str, architecture: Architecture) -> frozenset[str]:
+    """The tensors that ``optimizer`` (optimizer.name) does not train by AdamW: for muon, matrices of decoder layers."""
+    return frozenset(spec.name for spec in architecture.stored if is_apart(optimizer, spec))
+
+
+def is_apart(optimizer: str, tensor: TensorSpec) -> bool:
+    """Whether ``tensor`` is one of them."""
+    return optimizer == "muon" and tensor.layer is not None and tensor.is_matrix
 
 
 def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:

@@ -62,15 +62,27 @@ def check_layout(architecture: Architecture, layout: ParallelLayout, where: str 
             f"  pipeline_parallel {layout.pipeline_parallel}: the model has {architecture.num_layers} layers; "
             f"pipeline_parallel can be 1 to {architecture.num_layers}"
         )
+    if isinstance(layout.stages, tuple) and sum(layout.stages) != architecture.num_layers:
+        problems.append(
+            f"  stages {list(layout.stages)}: {sum(layout.stages)} decoder layers, and the model has {architecture.num_layers}"
+        )
     if problems:
         raise LayoutError("\n".join([f"{where}: the model cannot be cut this way", *problems]))
 
 
-def stage_layers(num_layers: int, pipeline_parallel: int) -> tuple[range, ...]:
-    """Pipeline layers of each stage. Layer 0 is the embedding, 1..L the decoder, L+1 the final norm, L+2 the head."""
-    decoder = split_bounds(num_layers, pipeline_parallel)
-    starts = [start + 1 for start, _ in decoder]
-    starts[0] = 0
+def even_stages(num_layers: int, pipeline_parallel: int) -> tuple[int, ...]:
+    """Decoder layers of each stage if they are spread evenly."""
+    return tuple(stop - start for start, stop in split_bounds(num_layers, pipeline_parallel))
+
+
+def stage_layers(num_layers: int, layout: ParallelLayout) -> tuple[range, ...]:
+    """Pipeline layers of each stage. Layer 0 is the embedding, 1..L the decoder, L+1 the final norm, L+2 the head.
+
+    ``layout.stages`` must be even or a list: launch/balance.py turns balanced into one.
+    """
+    assert layout.stages != "balanced"
+    counts = layout.stages if isinstance(layout.stages, tuple) else even_stages(num_layers, layout.pipeline_parallel)
+    starts = [0, *(1 + stop for stop in accumulate(counts[:-1]))]
     return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], num_layers + 3], strict=True))
 
 
@@ -122,7 +134,7 @@ def rank_parameters(
             _shard(spec, spec.name, layout, tensor_rank, architecture.num_layers) for spec in architecture.stored
         )
     num_layers = architecture.num_layers
-    layers = stage_layers(num_layers, layout.pipeline_parallel)[stage]
+    layers = stage_layers(num_layers, layout)[stage]
     tied, own = [], []
     for spec in sorted(architecture.stored, key=lambda spec: pipeline_layer(spec, num_layers)):
         layer = pipeline_layer(spec, num_layers)

@@ -243,7 +243,7 @@ def _health(folder: Path) -> Health | None:
 def _write_companions(
     folder: Path, tag: str, run: RunSettings, architecture: Architecture, multipliers: Mapping[str, Multipliers] | None
 ) -> None:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
     tokenizer = None if run.data.tokenizer is None else Path(run.data.tokenizer)
     Companions(config_text(architecture, dtype), tokenizer, multipliers or {}, {"latest": tag}).write(folder)
 

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
@@ -22,19 +23,26 @@ from incr_ds.config.training import RunSettings
 from incr_ds.data.facts import document_end
 from incr_ds.data.importing import without_compiler
 from incr_ds.errors import CheckpointError, ConfigError
+from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.head import Loss
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.optimizer_groups import group_count, group_multipliers, optimizer_groups, trained_shards
+from incr_ds.sharding.optimizer_groups import (
+    group_count,
+    group_multipliers,
+    optimizer_groups,
+    set_apart,
+    trained_shards,
+)
 from incr_ds.train.batches import Batch, LossRecord, PipelineRunner, PlainRunner
 from incr_ds.train.checkpoint_layout import check_checkpoint_layout
 from incr_ds.train.distributed import end_processes, initialize_distributed
 from incr_ds.train.loading import check_files, own_settings, safe_loading
 from incr_ds.train.moments import fill_optimizer
-from incr_ds.train.optimizer import adapt_steps, build_adamw
+from incr_ds.train.optimizer import adapt_steps, build_optimizer, rate_ratio
 from incr_ds.train.ranks import on_every_rank
 from incr_ds.train.releasing import forget_modules
 from incr_ds.train.skew import ForwardClock, has_own_work
@@ -42,7 +50,7 @@ from incr_ds.train.writer import install_writer
 
 __all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class StepResult:
 
     ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks.
     ``gradient_norm`` is the global norm before clipping. ``skipped`` is True if the gradients were not finite and the
-    weights did not change.
+    weights did not change. ``loss_scale`` is the factor of the step's loss in fp16, None otherwise.
     """
 
     loss: float
@@ -59,6 +67,7 @@ class StepResult:
     divergence: float
     gradient_norm: float
     skipped: bool
+    loss_scale: float | None = None
 
 
 def build_engine(
@@ -74,12 +83,15 @@ def build_engine(
     tensor, which become parameter groups. Tensors frozen by run.model.freeze get no gradient and no optimizer state. Raises
     ConfigError or LayoutError if the run file, the number of processes, the model and the teacher are not consistent.
     """
+    run = placed(run, architecture)
     frozen = frozen_tensors(architecture, run.model.freeze)
     # New parameters have groups of their own only in a run that trains them at a rate of their own.
     multipliers = (multipliers or {}) if run.optimizer.new_parameters else without_marks(multipliers or {})
-    num_groups = group_count(architecture, run.layout, multipliers, frozen)
+    apart = set_apart(run.optimizer.name, architecture)
+    num_groups = group_count(architecture, run.layout, multipliers, frozen, apart)
     config = deepspeed_config(run)
     device = initialize_distributed(run.layout)
+    _check_precision(run)
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
     dtype = DTYPES[run.precision]
@@ -88,16 +100,27 @@ def build_engine(
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
-    optimizer = _optimizer(model, trained, run, device, multipliers, num_groups)
+    optimizer = _optimizer(model, trained, run, device, _Groups(multipliers, num_groups, apart))
     staged = run.layout.pipeline_parallel > 1
     with without_compiler():  # DeepSpeed imports its Muon to see whether this optimizer is one
         engine, *_ = deepspeed.initialize(
             model=model.module, optimizer=optimizer, config=config, mpu=None if staged else model.grid
         )
-    if weights is not None and run.precision == "bf16":
+    if run.precision == "fp16":
+        # A run at the smallest scale ends as one that diverges, and not with DeepSpeed's exception.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    if weights is not None and run.precision != "fp32":
         _keep_masters(model, trained, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
     return TrainingEngine(engine, runner, record, model, trained, run)
+
+
+def _check_precision(run: RunSettings) -> None:
+    accelerator = get_accelerator()
+    if run.precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"precision: fp16: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); set bf16 or fp32."
+        )
 
 
 def _loss(run: RunSettings) -> Loss:
@@ -169,20 +192,21 @@ class TrainingEngine:
         if alpha > 0 and self._run.distillation is None:
             raise ConfigError(f"alpha is {alpha}, but the run file has no section distillation that names a teacher")
         for group, multiplier in zip(self._engine.optimizer.param_groups, self._multipliers, strict=True):
-            group["lr"] = learning_rate * multiplier.lr
+            group["lr"] = learning_rate * multiplier.lr * rate_ratio(group, self._run.optimizer)
             if multiplier.new:
                 group["lr"] *= new_ratio
                 group[NEW_RATIO] = new_ratio
         if global_batch_size is not None:
             self._resize(global_batch_size)
         skipped_before = self._engine.skipped_steps
+        scale = float(self._engine.optimizer.loss_scale) if self._run.precision == "fp16" else None
         self._runner.train(batches, alpha, temperature)
         loss, ce, divergence, *_ = self._over_ranks().tolist()
         layout = self._run.layout
         shares = layout.data_parallel * layout.tensor_parallel
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
-        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped)
+        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped, scale)
 
     def _resize(self, global_batch_size: int) -> None:
         """Change the number of micro-batches of the steps from here on."""
@@ -289,25 +313,34 @@ def _optimizer(
     trained: tuple[RankParameter, ...],
     run: RunSettings,
     device: torch.device,
-    multipliers: Mapping[str, Multipliers],
-    num_groups: int,
+    chosen: _Groups,
 ) -> torch.optim.Optimizer:
     parameters = dict(model.module.named_parameters())
     groups = []
-    for shards in optimizer_groups(trained, multipliers, num_groups):
+    for shards in optimizer_groups(trained, chosen.multipliers, chosen.number, chosen.apart):
         decay = run.optimizer.weight_decay if shards[0].tensor.is_matrix else 0.0
         settings = {"lr": run.schedule.learning_rate, "eps": run.optimizer.eps, "weight_decay": decay}
-        own = group_multipliers(shards, multipliers)
+        own = group_multipliers(shards, chosen.multipliers)
         members = [parameters[shard.parameter] for shard in shards]
         # Stored in the checkpoint's groups, so that a later growth finds the run file's values.
-        groups.append({"params": members, **own.applied(settings), "multipliers": own.stated()})
-    return build_adamw(groups, run, device)
+        group = {"params": members, **own.applied(settings), "multipliers": own.stated()}
+        groups.append(group | ({"use_muon": shards[0].tensor.name in chosen.apart} if chosen.apart else {}))
+    return build_optimizer(groups, run, device)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """What decides on the parameter groups: see optimizer_groups."""
+
+    multipliers: Mapping[str, Multipliers]
+    number: int
+    apart: frozenset[str]
 
 
 def _keep_masters(
     model: RankModel, trained: tuple[RankParameter, ...], weights: CheckpointWeights | FreshWeights
 ) -> None:
-    """Set the fp32 masters to the checkpoint's own values. DeepSpeed made them from weights rounded to bf16."""
+    """Set the fp32 masters to the checkpoint's own values. DeepSpeed made them from weights rounded to 16 bits."""
     parameters = dict(model.module.named_parameters())
     for shard in trained:
         safe_set_full_fp32_param(parameters[shard.parameter], weights.read(shard).float())

@@ -210,6 +210,7 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 learning_rate=rate,
                 gradient_norm=result.gradient_norm,
                 skipped=result.skipped,
+                loss_scale=result.loss_scale,
                 tflops_per_rank=speed / 1e12,
                 mfu=_share_of_peak(job, speed),
                 memory_bytes=memory[0],
@@ -348,8 +349,9 @@ def _bad_batch(job: Job, state: TrainingState, result: StepResult) -> str:
     first = next_sample(job.run, state)
     last = first + job.run.batch.size_at(state.position.step) - 1
     effect = "the step was skipped" if result.skipped else "the weights have changed"
+    scale = "" if result.loss_scale is None else f", loss scale {result.loss_scale:g}"
     return (
-        f"step {state.position.step + 1}: not finite: loss {result.loss:.6g}, gradient norm {result.gradient_norm:.6g}, "
+        f"step {state.position.step + 1}: not finite: loss {result.loss:.6g}, gradient norm {result.gradient_norm:.6g}{scale}, "
         f"on samples {first} to {last}; {effect}"
     )
 

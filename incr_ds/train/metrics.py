@@ -43,7 +43,8 @@ class TrainRow:
     its device's peak, None if that is not known. ``data_seconds`` is the part of ``seconds`` (the steps' time) that waited for
     batches. ``save_seconds`` was spent on saving besides. Memory is in bytes. ``slowest_ratio`` is the time of the
     slowest rank's own work over the median rank's, None if it is not measured (train/skew.py). ``new_learning_rate`` is the
-    rate of the layers that the newest growth added, None if they have no rate of their own.
+    rate of the layers that the newest growth added, None if they have no rate of their own. ``loss_scale`` is the factor of
+    the loss in fp16, None otherwise.
     """
 
     loss: float
@@ -55,6 +56,7 @@ class TrainRow:
     new_learning_rate: float | None = None
     gradient_norm: float
     skipped: bool
+    loss_scale: float | None = None
     tokens_per_second: float
     tflops_per_rank: float
     mfu: float | None

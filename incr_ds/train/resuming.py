@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ from incr_ds.errors import ConfigError, LayoutError
 TOKENS = "resuming would not continue the same order of tokens"
 GROUPS = "its optimizer state is that of other parameter groups"
 MODEL = "it holds another model, or holds it in another precision"
-TRAINING_DATA = "data.train"
 FIXED: Mapping[str, Mapping[str, Any]] = {
-    TOKENS: dict.fromkeys(
-        ("seed", "batch.sequence_length", "batch.global_batch_size", TRAINING_DATA, "data.start_sample"), None
-    )
+    TOKENS: dict.fromkeys(("seed", "batch.sequence_length", "batch.global_batch_size", "data.start_sample"), None)
     | {"schedule.start_step": 0, "batch.ramp": []},
-    GROUPS: {"optimizer.multipliers": "checkpoint", "model.freeze": []},
+    GROUPS: {"optimizer.name": "adamw", "optimizer.multipliers": "checkpoint", "model.freeze": []},
     MODEL: {"precision": None},
 }
 
@@ -68,7 +65,7 @@ def check_continues(
     """Raise an error if the run cannot resume from the checkpoint ``folder``, whose manifest holds ``facts``.
 
     It cannot with another model, tokenizer or precision, with other data without ``run.resume.change_data``, nor in another
-    layout without ``run.resume.reshard``.
+    layout without ``run.resume.reshard``. Data is the same if its content and weights are, wherever its files are.
     ``data`` is the fingerprint of each data set. ``architecture`` and ``layout`` are those of the stage in which the run
     resumes. Raises LayoutError or ConfigError that lists every difference.
     """
@@ -76,13 +73,10 @@ def check_continues(
         check_layout_matches(folder, facts["layout"], layout)
     old, new = facts["settings"], run.model_dump(mode="json")
     problems = {heading: list(_changed(old, new, fixed)) for heading, fixed in FIXED.items()}
-    if run.resume.change_data:
-        problems[TOKENS] = [line for line in problems[TOKENS] if not line.startswith(f"{TRAINING_DATA}:")]
-    else:
-        problems[TOKENS][:0] = _other_data(facts["data"], data)
+    other_data = [] if run.resume.change_data else list(_other_data(facts, run, data))
+    problems[TOKENS][:0] = other_data
     problems[GROUPS] += _other_groups(old, new)
-    is_other_data = any(line.startswith(("data ", f"{TRAINING_DATA}:")) for line in problems[TOKENS])
-    remedy = " With resume.change_data: true, the run reads other data from here on." if is_other_data else ""
+    remedy = " With resume.change_data: true, the run reads other data from here on." if other_data else ""
     problems[TOKENS] += _other_tokenizer(folder, run)
     problems[MODEL][:0] = _other_fields(folder, architecture)
     if any(problems.values()):
@@ -98,9 +92,12 @@ def check_layout_matches(folder: Path, found: Mapping[str, int], layout: Paralle
 
     A run without resume.reshard loads DeepSpeed's files as they are, which works only in their own layout.
     """
-    wanted = layout.model_dump()
+    known = {name: found.get(name) for name in layout.model_dump() if name != "stages"}
+    known["stages"] = _as_tuple(found.get("stages", "even"))  # checkpoints that are older than the key have even stages
     different = [
-        f"{name} {found.get(name)} (this run: {value})" for name, value in wanted.items() if found.get(name) != value
+        f"{name} {known[name]} (this run: {value})"
+        for name, value in layout.model_dump().items()
+        if known[name] != value
     ]
     if different:
         raise LayoutError(
@@ -109,6 +106,10 @@ def check_layout_matches(folder: Path, found: Mapping[str, int], layout: Paralle
             "into this one (tools/grow_checkpoint.py, key layout), or start from its weights alone: model.initialize_from with "
             "model.load_optimizer: false."
         )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -144,12 +145,27 @@ def _other_groups(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
         yield f"optimizer.{key}: {'set' if before else 'not set'} there, {'set' if after else 'not set'} in this run file"
 
 
-def _other_data(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
-    for name, fingerprint in new.items():
-        if name not in old:
-            yield f"data {name}: not part of it"
-        elif old[name] != fingerprint:
-            yield f"data {name}: changed since"
+def _other_data(facts: Mapping[str, Any], run: RunSettings, data: Mapping[str, str]) -> Iterator[str]:
+    """Data sets with other content than the checkpoint's. One that was moved, with its content, is the same."""
+    old = facts["data"]
+    before = facts["settings"]["data"]["train"]
+    after = [corpus.model_dump(mode="json") for corpus in run.data.train]
+    same_mix = _mix(before, old) == _mix(after, data)
+    trained = {corpus.prefix for corpus in run.data.train} if same_mix else set()
+    for prefix, fingerprint in data.items():
+        if prefix in trained:
+            continue
+        if prefix in old and old[prefix] != fingerprint:
+            yield f"data {prefix}: changed since"
+        elif fingerprint not in old.values():
+            yield f"data {prefix}: not part of it"
+    if not same_mix and before != after:
+        yield f"data.train: {before} there, {after} in this run file"
+
+
+def _mix(corpora: Sequence[Mapping[str, Any]], fingerprints: Mapping[str, str]) -> list[tuple[str | None, float]]:
+    """Content and weight of each corpus, in the order of the run file, which the order of samples depends on."""
+    return [(fingerprints.get(corpus["prefix"]), corpus["weight"]) for corpus in corpora]
 
 
 def _other_tokenizer(folder: Path, run: RunSettings) -> Iterator[str]:

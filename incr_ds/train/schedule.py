@@ -9,8 +9,9 @@ import hashlib
 import math
 
 from incr_ds.config.distillation import DistillationSettings
+from incr_ds.config.optimizer import NewParameterSettings
 from incr_ds.config.schedule import ScheduleSettings
-from incr_ds.config.training import NewParameterSettings, RunSettings
+from incr_ds.config.training import RunSettings
 
 
 def learning_rate(schedule: ScheduleSettings, step: int) -> float:

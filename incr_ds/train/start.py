@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config, read_config
 from incr_ds.arch.freezing import frozen_tensors
@@ -15,12 +16,16 @@ from incr_ds.checkpoint.publish import MANIFEST, read_manifest
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
-from incr_ds.launch.stages import check_recipe_layout
+from incr_ds.launch.balance import placed
+from incr_ds.launch.stages import check_muon_growth, check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.offline.process_group import agree
-from incr_ds.sharding.placement import check_layout
+from incr_ds.sharding.placement import check_layout, even_stages
 from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_layout_matches
+
+# The dtype of the weights that a run in each precision saves.
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,7 @@ def find_resharding(run: RunSettings, folder: Path) -> Start | None:
     found = ParallelLayout.model_validate(on_rank_zero(lambda: read_manifest(folder)["facts"]["layout"]))
     if found == run.layout:
         return None
+    _check_muon(run, str(folder), "be resharded")
     source = agree(all_ranks(), lambda: open_described(folder))
     return Start(
         architecture=source.architecture,
@@ -111,13 +117,14 @@ def check_growth(start: Start) -> None:
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     grown, recipe = open_grown(Path(growth.source), Path(growth.recipe), run.model.tag)
     check_recipe_layout(recipe, growth.recipe, run.layout)
+    check_muon_growth(run, recipe, growth.recipe)
     check_layout(grown.architecture, run.layout)
     kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
     description = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
     return Start(
         architecture=grown.architecture,
         weights=grown,
-        with_moments=run.model.load_optimizer,
+        with_moments=run.model.load_optimizer and run.optimizer.name == "adamw",
         description=description,
         multipliers=_followed(run, grown.multipliers),
     )
@@ -134,7 +141,8 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
             f"{folder}: incr_ds did not write this DeepSpeed checkpoint; its optimizer state cannot be used as "
             "it is. Grow or convert it (tools/grow_checkpoint.py), or set model.load_optimizer: false for its weights."
         )
-    found = source.facts.layout
+    run = placed(run, source.architecture)
+    found = _found_layout(folder, source)
     if not run.resume.reshard:
         check_layout_matches(folder, found, run.layout)
     reshards = found != run.layout.model_dump()
@@ -145,13 +153,15 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         description += f", {_resharded(source, ParallelLayout.model_validate(found), run.layout)}"
     declared = read_multipliers(folder)
     multipliers = _followed(run, declared)
+    _check_same_optimizer(run, folder)
     if (
         reshards
         or _has_own_groups(run, folder, declared)
         or multipliers != declared
         or _changes_frozen(run, folder, source)
-        or _changes_precision(run, folder / tag)
+        or source.facts.dtype != PRECISIONS[run.precision]
     ):
+        _check_muon(run, str(folder), "be read tensor by tensor, into other groups, precision or layout")
         # A grown folder's flat buffers have two groups with all tensors; a run's have groups of its own. Filling tensor by
         # tensor works for both. It also works for masters, which are fp32 at any precision of the model.
         return Start(
@@ -166,16 +176,40 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
     )
 
 
+def _found_layout(folder: Path, source: LogicalCheckpoint) -> dict[str, Any]:
+    """A checkpoint's layout by its files. The stages are those that its run noted, or that its files show."""
+    noted, shown = read_manifest(folder)["facts"].get("layout", {}).get("stages"), source.facts.stages
+    is_even = not shown or shown == even_stages(source.architecture.num_layers, len(shown))
+    stages = noted or ("even" if is_even else shown)
+    return {**source.facts.layout, "stages": tuple(stages) if isinstance(stages, list) else stages}
+
+
+def _check_same_optimizer(run: RunSettings, folder: Path) -> None:
+    """Raise ConfigError if the checkpoint's optimizer state is another optimizer's."""
+    settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
+    before = settings.get("name", "adamw")
+    if before != run.optimizer.name:
+        raise ConfigError(
+            f"optimizer.name: {run.optimizer.name}, but {folder} has the optimizer state of {before}; set name: {before}, or "
+            "model.load_optimizer: false, which starts the optimizer anew."
+        )
+
+
+def _check_muon(run: RunSettings, where: str, what: str) -> None:
+    """Raise ConfigError for a run with Muon, whose momentum only DeepSpeed itself loads."""
+    if run.optimizer.name == "muon":
+        raise ConfigError(
+            f"{where}: with optimizer.name: muon, an optimizer state cannot {what}; keep the checkpoint's layout and settings, "
+            "or start from its weights: another output, with model.initialize_from this checkpoint and model.load_optimizer: "
+            "false."
+        )
+
+
 def _has_own_groups(run: RunSettings, folder: Path, declared: Mapping[str, Multipliers]) -> bool:
     """Whether the run's parameter groups, or those in the folder, can be others than the two of every folder."""
     settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
     apart = run.optimizer.new_parameters is not None or settings.get("new_parameters") is not None
     return bool(declared if apart else without_marks(declared))
-
-
-def _changes_precision(run: RunSettings, folder: Path) -> bool:
-    """Whether DeepSpeed would look for a tag's optimizer files under other names: those of bf16 have a prefix."""
-    return any(folder.glob("bf16_zero_pp_rank_*")) != (run.precision == "bf16")
 
 
 def _changes_frozen(run: RunSettings, folder: Path, source: LogicalCheckpoint) -> bool:

@@ -46,6 +46,21 @@ def test_what_deepspeed_owns_is_kept_and_the_rest_derived(tmp_path: Path):
     assert config["bf16"] == {"enabled": True} and config["gradient_clipping"] == 0.7
 
 
+def test_the_optimizer_on_the_host(tmp_path: Path):
+    run = pico_run(optimizer={"offload": "cpu"}, layout={"zero_stage": 2})
+    assert deepspeed_config(run)["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    own = {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}
+    content = with_json(tmp_path, own).model_dump() | {"optimizer": {"offload": "cpu"}}
+    section = deepspeed_config(pico_run(**content))["zero_optimization"]["offload_optimizer"]
+    assert section == {"device": "cpu", "pin_memory": True}
+    own["zero_optimization"]["offload_optimizer"]["device"] = "nvme"
+    with_json(tmp_path, own)
+    with pytest.raises(
+        ConfigError, match="offload_optimizer.device: 'nvme', but the run file derives 'cpu' from optimizer"
+    ):
+        deepspeed_config(pico_run(**content))
+
+
 def test_every_disagreement_is_named_at_once(tmp_path: Path):
     own = {
         "train_batch_size": 16,

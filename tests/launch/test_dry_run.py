@@ -12,6 +12,7 @@ from token_data import write_documents
 from typer.testing import CliRunner
 
 from incr_ds.arch.architecture import architecture_from_config
+from incr_ds.arch.multipliers import NEW, multipliers_text
 from incr_ds.cli.dry_run import show_dry_run
 from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.launch.activations import Shape, layer_activations
@@ -259,3 +260,57 @@ def test_tables_name_every_kind_of_memory_and_label_the_speed(tiny_run, capsys):
     assert "assuming 50% of 1 TFLOP/s on every device" in shown
     show_dry_run(dry_run(tiny_run()), json=False)
     assert "not stated; --mfu and --peak-tflops assume a speed" in capsys.readouterr().out
+
+
+def test_a_rate_of_new_layers_needs_new_layers(tiny_run, tmp_path):
+    """As in the run itself. Whether a checkpoint elsewhere has new layers is left to the run."""
+    ratio = {"optimizer": {"new_parameters": {"learning_rate_ratio": 2.0}}}
+    nothing = r"optimizer.new_parameters: nothing is new: neither the growth of .* Remove the key, or grow in depth."
+    with pytest.raises(ConfigError, match=nothing):
+        dry_run(tiny_run(**ratio))
+    folder = tmp_path / "model"
+    elsewhere = dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)}))
+    assert f"{folder}/multipliers.json: no such file; it says which layers are new" in elsewhere.missing[-1]
+    (folder / "latest").write_text("global_step1")
+    with pytest.raises(ConfigError, match=nothing):
+        dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)}))
+    (folder / "multipliers.json").write_text(multipliers_text({"model.norm.weight": NEW}))
+    assert dry_run(tiny_run(**ratio, model={"initialize_from": str(folder)})).parts
+    (folder / "multipliers.json").unlink()
+    (tmp_path / "deeper.yaml").write_text(json.dumps({"target": {"num_hidden_layers": 2}}))
+    grown = {"initialize_from": {"source": str(folder), "recipe": str(tmp_path / "deeper.yaml")}}
+    assert dry_run(tiny_run(**ratio, model=grown)).parts
+    later = [{"at_step": 5, "recipe": str(tmp_path / "deeper.yaml"), "rewarmup_steps": 1}]
+    assert len(dry_run(tiny_run(**ratio, growth=later)).parts) == 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_on_the_host_is_counted_apart(tiny_run, stage, capsys):
+    """Masters, moments and fp32 gradients; ZeRO-2 keeps bf16 weights and gradients of 63 elements there, too."""
+    layout = {"data_parallel": 2, "zero_stage": stage}
+    there = dry_run(tiny_run(layout=layout, optimizer={"offload": "cpu"}))
+    here = dry_run(tiny_run(layout=layout)).parts[0].pipeline[0].memory
+    memory = there.parts[0].pipeline[0].memory
+    masters, moments = STATES[stage]["masters"], STATES[stage]["moments"]
+    beside = 34 * (4 + 2) + 63 * 2 if stage == 2 else 33 * 4
+    assert memory.kinds["update"] == beside and memory.host_total == masters + moments + beside
+    assert memory.total == here.total - masters - moments - here.kinds["update"]
+    show_dry_run(there, json=False)
+    assert "on the host" in capsys.readouterr().out
+
+
+def test_balanced_stages_are_shown(tiny_run, tmp_path, capsys):
+    """Three layers of 8 matrices of 6, and a head of 6 columns of 2,000 entries that outweighs them all."""
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**SIZES, "num_hidden_layers": 3, "vocab_size": 2000}))
+    layout = {"pipeline_parallel": 2, "stages": "balanced"}
+    found = dry_run(tiny_run(layout=layout))
+    (part,) = found.parts
+    assert [stage.layers for stage in part.pipeline] == [(0, 2), (2, 3)] and part.run.layout.stages == "even"
+    layout["stages"] = [1, 2]
+    stages = dry_run(tiny_run(layout=layout)).parts[0].pipeline
+    assert [stage.layers for stage in stages] == [(0, 1), (1, 3)]
+    assert sum(stage.flops for stage in stages) == sum(stage.flops for stage in part.pipeline)
+    assert sum(stage.flops for stage in part.pipeline) * part.tokens == part.student_flops
+    show_dry_run(found, json=True)
+    shown = json.loads(capsys.readouterr().out)["stages"][0]["pipeline_stages"]
+    assert [stage["flops_per_token"] for stage in shown] == [stage.flops for stage in part.pipeline]

@@ -16,6 +16,10 @@ CASES = {
     "ZeRO-2": Layout(zero=2, precision="fp32", data=2),
     "ZeRO-3": Layout(zero=3, precision="bf16", data=2),
     "ZeRO-3 in fp32": Layout(zero=3, precision="fp32", data=2),
+    "ZeRO-2 on the host": Layout(zero=2, precision="bf16", data=2, offload="cpu"),
+    "ZeRO-3 on the host": Layout(zero=3, precision="fp32", data=2, offload="cpu"),
+    "Muon": Layout(zero=1, precision="bf16", data=2, muon=True),
+    "Muon in a pipeline": Layout(zero=1, precision="fp32", pipeline=2, muon=True),
     "pipeline": Layout(zero=1, precision="bf16", pipeline=2, tied=True),
     "tensor": Layout(zero=1, precision="bf16", tensor=2),
 }

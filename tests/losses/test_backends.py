@@ -1,5 +1,7 @@
 """Every backend against the reference in fp64: values and gradients, all kinds of teacher, paddings, precisions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,3 +265,19 @@ def test_per_token_parts_are_zero_where_ignored():
     result = distillation_loss(*problem.tensors, alpha=0.5)
     assert result.per_token.shape == (4, N)
     assert (result.per_token == 0).all(0).nonzero().flatten().tolist() == [5, 9]
+
+
+@pytest.mark.parametrize(
+    ("backend", "budget"), [("torch", None), ("torch", 20_000), ("triton", None), ("recompute", 20_000)]
+)
+def test_small_gradients_in_fp16_survive_until_the_loss_is_scaled(backend, budget):
+    """Divided by the number of tokens, gradients of hidden states here have no more than 5 bits in fp16."""
+    problem = make_problem(tokens=512, scale=0.1)
+    low = replace(problem, head=problem.head * 1e-4).to(torch.float16)
+    expected = outcome(low.to(torch.float64), alpha=0.5, backend="reference")[5:]
+    assert expected[0].abs().max() < 2e-6
+    result = distillation_loss(*low.tensors, alpha=0.5, backend=backend, budget_bytes=budget)
+    (result.loss * 2.0**14).backward()
+    assert low.hidden.grad.dtype == low.head.grad.dtype == torch.float16
+    found = [tensor.grad.double() / 2**14 for tensor in (low.hidden, low.head)]
+    assert max(relative_errors(found, expected)) < 2e-3

@@ -28,9 +28,10 @@ def test_split_bounds_is_a_partition(total, parts):
 
 
 def test_stage_layers():
-    assert stage_layers(3, 1) == (range(0, 6),)
+    assert stage_layers(3, ParallelLayout()) == (range(0, 6),)
     # 0 embedding, 1-2 | 3 decoder, 4 final norm, 5 head
-    assert stage_layers(3, 2) == (range(0, 3), range(3, 6))
+    assert stage_layers(3, ParallelLayout(pipeline_parallel=2)) == (range(0, 3), range(3, 6))
+    assert stage_layers(3, ParallelLayout(pipeline_parallel=2, stages=(1, 2))) == (range(0, 2), range(2, 6))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -37,6 +37,8 @@ class Case:
     divergence: str = "forward_kl"
     z_loss: float = 0.0
     precision: str = "fp32"
+    offload: str = "none"
+    stages: str | tuple = "even"
     freeze: tuple[str, ...] = ()
     # Prefix of a data set whose facts say that END ends its documents, which are kept apart.
     documents: str = ""
@@ -51,11 +53,11 @@ class Case:
 
     def run(self):
         attention = "eager" if self.family == "gemma2" else "sdpa"
-        layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline}
+        layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline, "stages": self.stages}
         return pico_run(
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
             batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
-            optimizer=OPTIMIZER,
+            optimizer={**OPTIMIZER, "offload": self.offload},
             precision=self.precision,
             model={
                 "config": "pico",

@@ -23,6 +23,8 @@ class Layout:
     pipeline: int = 1
     tensor: int = 1
     tied: bool = False
+    offload: str = "none"
+    muon: bool = False
 
 
 def architecture_of(case):
@@ -41,8 +43,15 @@ def run_of(case, folder=None):
     """The case's run. With a ``folder``, the DeepSpeed JSON and the run's output are written there."""
     batch = {"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * case.data * 2}
     layout = {"tensor_parallel": case.tensor, "pipeline_parallel": case.pipeline, "data_parallel": case.data}
+    optimizer = {"name": "muon", "gradient_clipping": 0.0} if case.muon else {"offload": case.offload}
     changes = {} if folder is None else {"deepspeed": str(Path(folder) / "deepspeed.json")}
-    return pico_run(layout={**layout, "zero_stage": case.zero}, batch=batch, precision=case.precision, **changes)
+    return pico_run(
+        layout={**layout, "zero_stage": case.zero},
+        batch=batch,
+        precision=case.precision,
+        optimizer=optimizer,
+        **changes,
+    )
 
 
 def measure(folder, cases):
@@ -91,8 +100,8 @@ def held(built):
     masters, moments = {}, {}
     for master, state in optimizer.state.items():  # after a step, ZeRO-3's parameter groups are empty
         _note(masters, master)
-        _note(moments, state["exp_avg"])
-        _note(moments, state["exp_avg_sq"])
+        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & state.keys():
+            _note(moments, state[name])
     own = {place: size for place, size in masters.items() if place not in weights}
     return {"weights": sum(weights.values()), "masters": sum(own.values()), "moments": sum(moments.values())}
 

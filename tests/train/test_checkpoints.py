@@ -82,7 +82,9 @@ def test_a_checkpoint_is_whole_and_comes_back(tmp_path):
     folder = save(run, 3)
     assert folder == tmp_path / "checkpoints" / "step_00000003"
     facts = verify_manifest(folder)["facts"]
-    assert facts["layout"] == {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1}
+    assert facts["layout"] == {
+        "tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1, "zero_stage": 1, "stages": "even",
+    }  # fmt: skip
     assert (folder / "latest").read_text() == facts["tag"] == "global_step3"
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
     engine = FileEngine()
@@ -187,6 +189,39 @@ def test_what_would_change_the_order_of_tokens_is_refused(tmp_path, changes, dat
     folder = save(run_settings(tmp_path), 1)
     with pytest.raises(ConfigError, match=f"would not continue the same order of tokens:\n  {message}"):
         resume(FileEngine(), run_settings(tmp_path, **changes), folder, data)
+
+
+def corpora(*prefixes, weights=(1.0, 2.0), **others):
+    return {"data": {"train": [{"prefix": p, "weight": w} for p, w in zip(prefixes, weights, strict=False)], **others}}
+
+
+SETS = {"a": "f00", "b": "f11", "v": "f22"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        (corpora("x/a", "y", validation="z"), {"x/a": "f00", "y": "f11", "z": "f22"}, None),
+        # The names were exchanged together with the content.
+        (corpora("b", "a", validation="v"), {"b": "f00", "a": "f11", "v": "f22"}, None),
+        (corpora("b", "a", validation="v"), SETS, r"data.train: .*'a', 'weight': 1.0.* there"),
+        (corpora("a", "b", validation="v"), {"a": "f11", "b": "f00", "v": "f22"}, "data a: changed since\n  data b: changed"),
+        (corpora("x/a", "b", validation="v"), {**SETS, "x/a": "f99"}, r"data x/a: not part of it\n  data.train: "),
+        (corpora("x/a", "b", weights=(2, 1.0), validation="v"), {"x/a": "f00", "b": "f11", "v": "f22"}, "data.train: "),
+        (corpora("a", "b", validation="z"), {"a": "f00", "b": "f11", "z": "f99"}, "data z: not part of it"),
+    ],
+)  # fmt: skip
+def test_moved_data_goes_on_and_changed_data_does_not(tmp_path, changes, data, message):
+    first = run_settings(tmp_path, evaluation={"interval": 1, "samples": 2}, **corpora("a", "b", validation="v"))
+    position = Position(step=1, consumed_samples=2, tokens=16, flops=1e3)
+    begun = TrainingState(position=position, evaluated_step=0, data=SETS, settings=first.model_dump(mode="json"))
+    folder = save_checkpoint(FileEngine(), first, MODEL, begun)
+    later = run_settings(tmp_path, evaluation={"interval": 1, "samples": 2}, **changes)
+    if message is None:
+        assert resume(FileEngine(), later, folder, data).position == position
+        return
+    with pytest.raises(ConfigError, match=f"same order of tokens:\n  {message}"):
+        resume(FileEngine(), later, folder, data)
 
 
 def test_other_parameter_groups_are_refused(tmp_path):

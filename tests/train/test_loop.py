@@ -10,6 +10,8 @@ import torch
 from one_number import LENGTH, SKIPPED, curve, make_world, names, settings, stop_at, stoppable
 from safetensors.torch import load_file, save_file
 
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.training import RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import drawn_model, small_architecture
@@ -305,6 +307,24 @@ def test_data_that_changed_at_equal_size_is_refused_on_resume(world):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="same order of tokens:\n  data .*x_train_text_document: changed since"):
         pretrain(run)
+
+
+def test_data_that_was_moved_goes_on_and_is_named(world, capsys):
+    whole = settings(world, "whole")
+    pretrain(whole)
+    run, folder = settings(world, "run"), world["folder"]
+    world["on_step"] = stop_at(3)
+    assert stoppable(run).stopped
+    world["on_step"] = lambda step, number: number
+    for ending in (".bin", ".idx"):
+        (folder / f"x_train_text_document{ending}").rename(folder / f"moved{ending}")
+    moved = run.model_dump()
+    moved["data"]["train"][0]["prefix"] = str(folder / "moved")
+    capsys.readouterr()
+    pretrain(parse_settings(moved, RunSettings, "test"))
+    shown = capsys.readouterr().out
+    assert f"data.train.0.prefix: {folder}/x_train_text_document -> {folder}/moved" in shown
+    assert curve(run) == curve(whole)
 
 
 def test_data_is_read_whole_once_and_not_at_every_start(world, monkeypatch):

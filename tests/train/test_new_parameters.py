@@ -20,7 +20,7 @@ from incr_ds.arch.multipliers import (
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
-from incr_ds.config.training import NewParameterSettings
+from incr_ds.config.optimizer import NewParameterSettings
 from incr_ds.errors import ConfigError
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.planner import plan_growth

@@ -29,6 +29,18 @@ def test_a_fused_adam_that_cannot_be_built_says_why(monkeypatch):
         build_adamw([{"params": [torch.nn.Parameter(torch.ones(2))]}], pico_run(optimizer=DEEPSPEED), CPU)
 
 
+def test_a_cpu_adam_that_cannot_be_built_says_why(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("Unable to JIT load the cpu_adam op")
+
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", broken)
+    with pytest.raises(
+        ConfigError, match=r"DeepSpeedCPUAdam could not be built \(RuntimeError: Unable to JIT .*set torch"
+    ):
+        run = pico_run(optimizer={**DEEPSPEED, "offload": "cpu"})
+        build_adamw([{"params": [torch.nn.Parameter(torch.ones(2))]}], run, CPU)
+
+
 @pytest.mark.parametrize("found", [7, 7.0, torch.tensor(7.0)])
 def test_steps_get_the_type_that_the_implementation_computes_with(found):
     for settings, kind in ((TORCH, torch.Tensor), (DEEPSPEED, int)):
@@ -62,6 +74,16 @@ def four_steps(first, second, folder):
     found = steps(engine, [2, 3])
     engine.close()
     return found
+
+
+@pytest.mark.slow  # DeepSpeed compiles its optimizer
+def test_deepspeeds_cpu_adam_equals_torchs_on_the_host(tmp_path):
+    host = [{**settings, "offload": "cpu"} for settings in (TORCH, DEEPSPEED)]
+    (expected,) = run_processes(four_steps, 1, TORCH, TORCH, tmp_path / "device")
+    for name, first, second in (("torch", *host), ("deepspeed", *reversed(host))):
+        (found,) = run_processes(four_steps, 1, first, second, tmp_path / name, timeout=500.0)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow  # DeepSpeed compiles its optimizer

@@ -14,7 +14,7 @@ _ZERO_3_MODEL = "zero_pp_rank_{data}_mp_rank_{model:02d}_model_states.pt"
 _OPTIMIZER = "zero_pp_rank_{data}_mp_rank_{model:02d}_optim_states.pt"
 _LAYER = "layer_{layer:02d}-model_{tensor:02d}-model_states.pt"
 # Before the name of an optimizer file, by the dtype of the model's weights.
-OPTIMIZER_PREFIXES = {"float32": "", "bfloat16": "bf16_", "float16": "fp16_"}
+OPTIMIZER_PREFIXES = {"float32": "", "bfloat16": "bf16_", "float16": ""}
 ANY_MODEL_FILE = "mp_rank_XX_model_states.pt"  # for messages
 
 
@@ -54,7 +54,7 @@ class TagFiles:
 def tag_files(names: Iterable[str]) -> TagFiles:
     """Sort the names of a folder's files; others are left out."""
     names = list(names)
-    optimizer = rf"(?:{'|'.join(OPTIMIZER_PREFIXES.values())})" + _pattern(_OPTIMIZER)
+    optimizer = rf"(?:{'|'.join((*OPTIMIZER_PREFIXES.values(), 'fp16_'))})" + _pattern(_OPTIMIZER)
     return TagFiles(
         {int(match["model"]): match[0] for match in _matches(_pattern(_MODEL), names)},
         {(int(match["model"]), int(match["data"])): match[0] for match in _matches(_pattern(_ZERO_3_MODEL), names)},

@@ -162,11 +162,22 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     refuse_adapters(parameters, str(model_path))
     names = logical_names(parameters, architecture)
     kind = f"DeepSpeed ZeRO-{first.stage}" if first.says_stage else "DeepSpeed BF16_Optimizer"
-    dtype = "bfloat16" if files[0].name.startswith(OPTIMIZER_PREFIXES["bfloat16"]) else "float32"
+    dtype = _weights_dtype(files[0], model)
     info = first.universal_info or model.get("universal_checkpoint_info")
     groups = _hyperparameters(first)
     found = (shards, first.stage, kind, dtype, step, names, groups, info, no_moments)
     return ModelRank(index, model_path, files, model, *found)
+
+
+def _weights_dtype(optimizer: Path, model: ModelStates) -> str:
+    """The dtype of the run's weights: bf16 has files of other names, and fp16 is in the run's config and in its module."""
+    if optimizer.name.startswith(OPTIMIZER_PREFIXES["bfloat16"]):
+        return "bfloat16"
+    config: Any = model.get("ds_config")
+    section = config.get("fp16") if isinstance(config, dict) else None
+    stated = isinstance(section, dict) and section.get("enabled") is True
+    saved = any(tensor.dtype == torch.float16 for tensor in (model.get("module") or {}).values())
+    return "float16" if stated or saved else "float32"
 
 
 def _parameters(

@@ -107,7 +107,18 @@ class ZeroCheckpoint:
             frozen=self._frozen(),
             notes=padding_notes(*where) if self._is_megatron else (),
             recorded=counters(first.model, self._folder.parent),
+            stages=self._stages(),
         )
+
+    def _stages(self) -> tuple[int, ...]:
+        """Decoder layers of each pipeline stage, if every layer has a tensor that is trained."""
+        if self._pipeline_parallel == 1:
+            return ()
+        by_name, counts = self.architecture.by_name, list[int]()
+        for rank in self._ranks[:: self._tensor_parallel]:
+            trained = (rank.names[name] for name in rank.shards.parameters if name not in rank.shards.frozen)
+            counts.append(len({by_name[name].layer for name in trained if name in by_name} - {None}))
+        return tuple(counts) if sum(counts) == self.architecture.num_layers else ()
 
     def _frozen(self) -> tuple[str, ...]:
         """The tensors that were not trained."""

@@ -144,7 +144,8 @@ class ModelFile(ArchiveFile):
                 "pp_degree": layout.pipeline_parallel,
                 "tp_degree": layout.tensor_parallel,
             },
-            "ds_config": {},
+            # Nothing else tells fp16 from fp32 where a pipeline stores the weights.
+            "ds_config": {"fp16": {"enabled": True}} if target.dtype == torch.float16 else {},
             "ds_version": FORMAT_VERSION,
         }
 

@@ -25,7 +25,12 @@ from incr_ds.checkpoint.sink import Label, Sink, data_of
 from incr_ds.checkpoint.streaming import Slices, StreamedTensor
 
 ALIGNMENT = 64
-_STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+    torch.int64: torch.LongStorage,
+}
 _WIDE = 0xFFFFFFFF  # in a 32-bit field: the value is in the 64-bit one
 _HAS_DESCRIPTOR = 0x0808  # flags: sizes follow the data; names are UTF-8
 

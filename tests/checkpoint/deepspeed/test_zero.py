@@ -264,7 +264,7 @@ def test_a_payload_does_not_run(damaged, tmp_path: Path):
 
 
 def test_fp16_with_a_dynamic_loss_scaler(damaged):
-    """DeepSpeed trains in fp16 on GPUs only: what it writes there, made from an fp32 checkpoint."""
+    """What DeepSpeed writes in fp16, made from an fp32 checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     folder = damaged("z1")
@@ -279,6 +279,7 @@ def test_fp16_with_a_dynamic_loss_scaler(damaged):
         torch.save(content, optimizer_file(folder, rank))
     live = torch.load(folder / "live.pt")
     checkpoint = open_source(folder)
+    assert checkpoint.facts.dtype == "float16"
     assert all(torch.equal(checkpoint.read(name), weight) for name, weight in live.items())
     assert len(list(checkpoint.self_check())) == len(live)
 
