@@ -29,7 +29,9 @@ def open_source(
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; expected a DeepSpeed checkpoint or a Hugging Face folder.")
+        raise CheckpointError(
+            f"{path}: not a folder; expected a checkpoint of DeepSpeed or Megatron-core, or a Hugging Face folder."
+        )
     if (path / ADAPTER).is_file():
         raise CheckpointError(f"{path / ADAPTER}: {ADAPTER_CURE}")
     # A folder of transformers' Trainer under DeepSpeed has both formats; only DeepSpeed's has the moments.

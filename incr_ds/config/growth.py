@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -140,24 +140,38 @@ class FittedOperators(Settings):
     layers: list[dict[int, float]] = Field(default_factory=list)
 
 
+LearningRate = Annotated[float, Field(ge=0.0)]
+
+
 class TargetLayout(ParallelLayout):
     """The layout on disk, and its format.
 
     ``deepspeed`` is DeepSpeed's own ZeRO files for exactly this layout, with moments. ``universal`` is DeepSpeed's
-    folder for every data-parallel size and ZeRO stage, with moments. ``huggingface`` has weights only.
+    folder for every data-parallel size and ZeRO stage, with moments. ``torch_dist`` is Megatron-core's folder for any
+    degrees, with moments. ``huggingface`` has weights only.
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
-    for a Hugging Face folder and the source's precision for DeepSpeed. ``modules`` names the training code that will
-    load it: ``transformers`` (also this package's trainer), or ``megatron-deepspeed``, with its vocabulary padded to a
-    multiple of ``vocabulary_multiple`` times tensor_parallel. Under ZeRO-3, ``sub_group_size`` must be the one in the
-    engine's zero_optimization section.
+    for a Hugging Face folder and the source's precision for the others. ``modules`` names the training code that will
+    load it: ``transformers`` (also this package's trainer), or ``megatron-deepspeed``. Its vocabulary is padded to a
+    multiple of ``vocabulary_multiple`` times tensor_parallel, and so is that of ``torch_dist``. Under ZeRO-3,
+    ``sub_group_size`` must be the one in the engine's zero_optimization section.
+
+    ``learning_rates`` are the run's --lr and --min-lr, for Megatron-core from 0.19 on, which finds the parameter groups
+    of a ``torch_dist`` checkpoint by them.
     """
 
-    format: Literal["deepspeed", "universal", "huggingface"] = "deepspeed"
+    format: Literal["deepspeed", "universal", "torch_dist", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     modules: Literal["own", "megatron-deepspeed"] = "own"
     vocabulary_multiple: int = Field(default=128, ge=1)
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
+    learning_rates: tuple[LearningRate, LearningRate] | None = Field(default=None, strict=False)
+
+    @model_validator(mode="after")
+    def _learning_rates_are_megatron_core_s(self) -> Self:
+        if self.learning_rates is not None and self.format != "torch_dist":
+            raise ValueError(f"learning_rates with format: {self.format}; only torch_dist holds them; leave them out")
+        return self
 
     @model_validator(mode="after")
     def _stages_are_known(self) -> Self:
@@ -173,7 +187,7 @@ class TargetLayout(ParallelLayout):
 
     @model_validator(mode="after")
     def _modules_need_a_pipeline_module(self) -> Self:
-        if self.modules != "own" and (self.format == "huggingface" or self.zero_stage > 1):
+        if self.modules != "own" and (self.format in ("huggingface", "torch_dist") or self.zero_stage > 1):
             raise ValueError(
                 f"modules: {self.modules} with format: {self.format} and zero_stage: {self.zero_stage}; models with these "
                 "modules are pipelines; use format: deepspeed or universal with zero_stage: 1"

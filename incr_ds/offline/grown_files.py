@@ -14,6 +14,8 @@ from incr_ds.checkpoint.huggingface.writer import (
     index_text,
     published_config_text,
 )
+from incr_ds.checkpoint.megatron_core.folders import LATEST
+from incr_ds.checkpoint.megatron_core.writer import CommonFile
 from incr_ds.checkpoint.publish import (
     MANIFEST,
     read_manifest,
@@ -32,7 +34,9 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
         training = source_training(planned.request.source, planned.source.facts)
         if advice := advice_text(advise(plan, training, ratio)):
             texts[ADVICE_FILE] = advice
-    if not shards:
+    if layout.format == "torch_dist":
+        texts[LATEST] = next(file.target.tag for file in planned.files if isinstance(file, CommonFile))
+    elif not shards:
         texts["latest_universal" if layout.format == "universal" else "latest"] = TAG
     elif (index := index_text(shards)) is not None:
         texts["model.safetensors.index.json"] = index

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from incr_ds.checkpoint.huggingface.writer import (
     huggingface_files,
 )
 from incr_ds.checkpoint.integrity import open_described
+from incr_ds.checkpoint.megatron_core.writer import MegatronCoreTarget, megatron_core_files
 from incr_ds.checkpoint.publish import refuse_overlap
 from incr_ds.checkpoint.streaming import TargetFile, tensor_bytes
 from incr_ds.checkpoint.universal.writer import universal_files
@@ -125,9 +127,13 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
-    _check_layout(plan, str(request.recipe))
+    if layout.format != "torch_dist":
+        _check_layout(plan, str(request.recipe))
     refuse(MOMENT_RULES, str(source.facts.path), source.facts, recipe)
     dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
+    if layout.format == "torch_dist":
+        files = megatron_core_files(_megatron_core_target(source, plan, dtype), f"{request.recipe}: layout")
+        return PlannedGrowth(request, source, plan, files, dtype, multipliers)
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
     # Only this release is known to load files without a state.
     has_moments = recipe.optimizer != "reset" or request.target_deepspeed != TESTED
@@ -151,15 +157,38 @@ def _target_files(target: NativeTarget, layout: TargetLayout) -> tuple[TargetFil
 
 
 def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> NativeTarget:
-    step = 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
+    global_steps = source.facts.recorded.global_steps or 0
+    step, groups = _step(source, plan), _groups(source)
+    target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
+    return _in_modules(target, plan.recipe.layout)
+
+
+def _megatron_core_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> MegatronCoreTarget:
+    layout, recorded, step = plan.recipe.layout, source.facts.recorded, _step(source, plan)
+    return MegatronCoreTarget(
+        plan.target,
+        layout,
+        dtype,
+        step,
+        iteration=step if recorded.global_steps is None else recorded.global_steps,
+        samples=recorded.global_samples or 0,
+        groups=_groups(source),
+        vocabulary=padded_vocabulary(plan.target.sizes["vocab"], layout.vocabulary_multiple, layout.tensor_parallel),
+        has_moments=plan.recipe.optimizer != "reset",
+    )
+
+
+def _step(source: LogicalCheckpoint, plan: GrowthPlan) -> int:
+    return 0 if plan.recipe.optimizer == "reset" else source.facts.step or 0
+
+
+def _groups(source: LogicalCheckpoint) -> tuple[Mapping[str, Any], ...]:
+    """AdamW's hyperparameters, those of decaying parameters first."""
     saved = [without_multipliers(group) for group in source.facts.optimizer_groups]
-    groups = tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
+    return tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},
     )
-    global_steps = source.facts.recorded.global_steps or 0
-    target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
-    return _in_modules(target, plan.recipe.layout)
 
 
 def _in_modules(target: NativeTarget, layout: TargetLayout) -> NativeTarget:

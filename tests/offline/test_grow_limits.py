@@ -69,6 +69,7 @@ WITH_MOMENTS = (
     {"tensor_parallel": 3, "pipeline_parallel": 2, "data_parallel": 2},
     {"modules": "megatron-deepspeed", "tensor_parallel": 3},
     {"modules": "megatron-deepspeed", "format": "universal"},
+    {"format": "torch_dist", "tensor_parallel": 3},
 )
 
 

@@ -32,6 +32,7 @@ LAYOUTS = {
     "universal pipeline": {"format": "universal", "pipeline_parallel": 2},
     "megatron": {"modules": "megatron-deepspeed", "tensor_parallel": 3, "pipeline_parallel": 2},
     "megatron universal": {"modules": "megatron-deepspeed", "format": "universal"},
+    "torch_dist": {"format": "torch_dist", "tensor_parallel": 3, "dtype": "bfloat16"},
     "huggingface": {"format": "huggingface"},
     "huggingface bf16": {"format": "huggingface", "dtype": "bfloat16"},
 }
@@ -57,7 +58,7 @@ def write(folder, source, recipe, layout):
 def digest(folder):
     found = xxhash.xxh3_64()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".pt", ".safetensors"):
+        if path.suffix in (".pt", ".safetensors", ".distcp"):
             found.update(f"{path.relative_to(folder)}\n".encode())
             found.update(path.read_bytes())
     return found.hexdigest()

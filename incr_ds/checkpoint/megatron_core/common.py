@@ -18,6 +18,7 @@ from incr_ds.errors import CheckpointError
 
 FILE, FORMAT_FILE = "common.pt", "metadata.json"
 FORMAT = "torch_dist"
+HYPERPARAMETERS = ("lr", "eps", "weight_decay")
 
 
 def read_common(folder: Path) -> Mapping[str, Any]:
@@ -65,16 +66,32 @@ def arguments(common: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def optimizer_steps(content: Any) -> Iterator[int]:
     """Every count of Adam's steps in an optimizer's state without its tensors."""
+    for inner in _mappings(content):
+        counts = [group.get("step") for group in _groups(inner)]
+        yield from (int(count) for count in (*counts, inner.get("common_step")) if isinstance(count, int | float))
+
+
+def optimizer_groups(content: Any) -> tuple[Mapping[str, Any], ...]:
+    """AdamW's hyperparameters by group, from an optimizer's state without its tensors; () if a group lacks one."""
+    groups = next((found for inner in _mappings(content) if (found := _groups(inner))), [])
+    if not all(isinstance(group.get(name), int | float) for group in groups for name in HYPERPARAMETERS):
+        return ()
+    if not all(isinstance(group.get("betas"), list) and len(group["betas"]) == 2 for group in groups):
+        return ()
+    return tuple(
+        {**{name: group[name] for name in HYPERPARAMETERS}, "betas": tuple(group["betas"])} for group in groups
+    )
+
+
+def _mappings(content: Any) -> Iterator[Mapping[Any, Any]]:
+    """Every mapping in plain data, except the groups of an optimizer."""
+    if isinstance(content, dict):
+        yield content
+        content = [item for key, item in content.items() if key != "param_groups"]
     if isinstance(content, list | tuple):
         for item in content:
-            yield from optimizer_steps(item)
-    if not isinstance(content, dict):
-        return
-    for group in content.get("param_groups") or ():
-        if isinstance(group, dict) and isinstance(group.get("step"), int | float):
-            yield int(group["step"])
-    if isinstance(content.get("common_step"), int | float):
-        yield int(content["common_step"])
-    for key, item in content.items():
-        if key != "param_groups":
-            yield from optimizer_steps(item)
+            yield from _mappings(item)
+
+
+def _groups(content: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
+    return [group for group in content.get("param_groups") or () if isinstance(group, dict)]

@@ -1,12 +1,13 @@
-"""The Hugging Face config that follows from Megatron-LM's arguments in a checkpoint."""
+"""Megatron-LM's arguments in a checkpoint, and the Hugging Face config: each follows from the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.errors import CheckpointError
+from incr_ds.arch.architecture import Architecture
+from incr_ds.errors import CheckpointError, LayoutError
 
 # Arguments under which the model is one of the supported families.
 _EXPECTED: Mapping[str, Any] = {
@@ -19,6 +20,7 @@ _EXPECTED: Mapping[str, Any] = {
     "num_experts": None,
     "multi_latent_attention": False,
     "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
     "window_size": None,
     "rotary_seq_len_interpolation_factor": None,
     "mtp_num_layers": None,
@@ -33,6 +35,23 @@ _SIZES = {
     "head_dim": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
 }
+_AXES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_query_groups": "kv_heads",
+    "kv_channels": "head_dim",
+}
+# The constants of Megatron-core's rotary_pos_embedding.py, which are Llama 3.1's.
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_OTHER_BIASES = ("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
+_EPS = ("layernorm_epsilon", "norm_epsilon")  # the value of --norm-epsilon: from Megatron-LM 0.16 on, and before
 _OPEN = "Give the Hugging Face config of this model with --config FILE."
 
 
@@ -56,9 +75,61 @@ def config_of(arguments: Mapping[str, Any], vocabulary: int, where: Path) -> dic
         **_rotary(arguments, where),
         "num_key_value_heads": _key_value_heads(arguments, where),
         "vocab_size": arguments.get("vocab_size") or vocabulary,
-        "rms_norm_eps": _number(arguments, "norm_epsilon", where),
+        "rms_norm_eps": _number(arguments, _EPS[0] if _EPS[0] in arguments else _EPS[1], where),
         "tie_word_embeddings": tied,
     }
+
+
+def arguments_of(architecture: Architecture, where: str) -> dict[str, Any]:
+    """The arguments of Megatron-LM that describe a Llama, Mistral, Qwen2 or Qwen3.
+
+    Raises LayoutError that names the first config field that Megatron-core's GPTModel is not known to compute alike.
+    """
+    config, sizes = architecture.config, architecture.sizes
+    for field, reason in _unlike(architecture):
+        raise LayoutError(f"{where}: {field}: {reason}; choose another layout.format.")
+    own = {name: sizes[axis] for name, axis in _AXES.items()}
+    present = {spec.local_name for spec in architecture.stored}
+    fixed = {name: value for name, value in _EXPECTED.items() if value is not None}
+    return {
+        **fixed,
+        **own,
+        **_scaling_arguments(config["rope_parameters"]),
+        "max_position_embeddings": config["max_position_embeddings"],
+        "group_query_attention": sizes["kv_heads"] != sizes["heads"],
+        "vocab_size": sizes["vocab"],
+        **dict.fromkeys(_EPS, config["rms_norm_eps"]),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": not architecture.tied,
+        "add_qkv_bias": "self_attn.q_proj.bias" in present,
+        "qk_layernorm": "self_attn.q_norm.weight" in present,
+    }
+
+
+def _unlike(architecture: Architecture) -> Iterator[tuple[str, str]]:
+    """Config fields that no argument expresses here, each with the reason."""
+    config = architecture.config
+    if config["hidden_act"] != "silu":
+        yield "hidden_act", f"{config['hidden_act']!r}, and --swiglu means 'silu'"
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        yield "sliding_window", f"{config['sliding_window']}; only full attention is written for Megatron-core"
+    biases = [spec.local_name for spec in architecture.stored if spec.local_name.endswith(_OTHER_BIASES)]
+    if biases:
+        yield biases[0], "Megatron-core has biases of q, k and v alone, or of all linear layers"
+    rope = dict(config["rope_parameters"])
+    if not float(rope["rope_theta"]).is_integer():
+        yield "rope_parameters.rope_theta", f"{rope['rope_theta']}, and --rotary-base is a whole number"
+    scaled = rope.get("rope_type", "default") != "default"
+    if scaled and {key: rope.get(key) for key in _LLAMA_3} != _LLAMA_3:
+        yield "rope_parameters", f"{rope}; Megatron-core has llama3's scaling with {_LLAMA_3} and a factor"
+
+
+def _scaling_arguments(rope: Mapping[str, Any]) -> dict[str, Any]:
+    base = {"rotary_base": int(rope["rope_theta"])}
+    if rope.get("rope_type", "default") == "default":
+        return {**base, "use_rope_scaling": False}
+    return {**base, "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
 
 
 def _family(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,15 +147,8 @@ def _rotary(arguments: Mapping[str, Any], where: Path) -> dict[str, Any]:
     base: dict[str, Any] = {"rope_theta": float(_number(arguments, "rotary_base", where))}
     if not arguments.get("use_rope_scaling", False):
         return base
-    # The constants of Megatron-core's rotary_pos_embedding.py, which are Llama 3.1's.
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(_number(arguments, "rope_scaling_factor", where)),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    return {**base, "rope_scaling": scaling}
+    factor = float(_number(arguments, "rope_scaling_factor", where))
+    return {**base, "rope_scaling": {**_LLAMA_3, "factor": factor}}
 
 
 def _number(arguments: Mapping[str, Any], name: str, where: Path) -> Any:

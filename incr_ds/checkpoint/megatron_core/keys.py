@@ -14,11 +14,16 @@ from incr_ds.sharding.blocks import Block, RankParameter
 from incr_ds.sharding.megatron_modules import MEGATRON_CORE, module_parameters, modules_of
 
 # The keys of an optimizer's state are those of the parameters, after this. "model": the model's own weights.
+MODEL_PREFIX = ""
+OF_DISTRIBUTED_OPTIMIZER, OF_OPTIMIZER = "optimizer.state.param.", "optimizer.state.fp32_param."
+MOMENT_PREFIXES: Mapping[State, str] = {
+    "exp_avg": "optimizer.state.exp_avg.",
+    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
+}
 _PREFIXES: Mapping[State | Literal["model"], tuple[str, ...]] = {
-    "weight": ("optimizer.state.fp32_param.", "optimizer.state.param.", ""),
-    "exp_avg": ("optimizer.state.exp_avg.",),
-    "exp_avg_sq": ("optimizer.state.exp_avg_sq.",),
-    "model": ("",),
+    "weight": (OF_OPTIMIZER, OF_DISTRIBUTED_OPTIMIZER, MODEL_PREFIX),
+    **{state: (prefix,) for state, prefix in MOMENT_PREFIXES.items()},
+    "model": (MODEL_PREFIX,),
 }
 _NEMO = "module."  # the model inside of NeMo's module
 _HALVES = ("_w", "_v")  # gate and up, where each has a key of its own

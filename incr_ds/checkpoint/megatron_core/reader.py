@@ -10,7 +10,13 @@ import torch
 from incr_ds.arch.architecture import Architecture, architecture_from_config, saved_architecture
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype, rows_and_columns
 from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
-from incr_ds.checkpoint.megatron_core.common import arguments, check_format, optimizer_steps, read_common
+from incr_ds.checkpoint.megatron_core.common import (
+    arguments,
+    check_format,
+    optimizer_groups,
+    optimizer_steps,
+    read_common,
+)
 from incr_ds.checkpoint.megatron_core.configuration import config_of
 from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
 from incr_ds.checkpoint.megatron_core.metadata import Stored, read_metadata
@@ -91,6 +97,7 @@ class MegatronCoreCheckpoint:
             layout,
             no_moments,
             dtype=weights[saved].dtype,
+            optimizer_groups=() if no_moments else optimizer_groups(common.get("optimizer")),
             notes=self._padding_note(),
             recorded=Counters(
                 global_steps=iteration if isinstance(iteration, int) else None,

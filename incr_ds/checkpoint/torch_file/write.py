@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from isal.isal_zlib import crc32
@@ -31,6 +31,7 @@ _STORAGES = {
     torch.float16: torch.HalfStorage,
     torch.int64: torch.LongStorage,
 }
+_BYTE_ORDER, _VERSION = b"little", b"3\n"
 _WIDE = 0xFFFFFFFF  # in a 32-bit field: the value is in the 64-bit one
 _HAS_DESCRIPTOR = 0x0808  # flags: sizes follow the data; names are UTF-8
 
@@ -84,14 +85,28 @@ class Archive:
         return tuple(tensor for tensor in self.tensors if isinstance(tensor, StreamedTensor))
 
     def write(self, sink: Sink, name: str, slices: Slices) -> None:
-        """Write the archive. ``name`` is its inner folder, the file's stem."""
-        records = _Records(sink, name)
+        """Append the archive to a file. ``name`` is its inner folder, the file's stem."""
+        records = _Records(sink, name, sink.position)
         records.add("data.pkl", [(memoryview(self.pickled), None)])
-        records.add("byteorder", [(memoryview(b"little"), None)])
+        records.add("byteorder", [(memoryview(_BYTE_ORDER), None)])
         for number, tensor in enumerate(self.tensors):
             records.add(f"data/{number}", _data(tensor, slices))
-        records.add("version", [(memoryview(b"3\n"), None)])
+        records.add("version", [(memoryview(_VERSION), None)])
         records.finish()
+
+    def num_bytes(self, name: str) -> int:
+        """Size of the archive that ``write`` appends, without reading a tensor."""
+        count = _Count()
+        records = _Records(count, name, 0)
+        data = [tensor.num_bytes if isinstance(tensor, StreamedTensor) else tensor.nbytes for tensor in self.tensors]
+        sizes = {"data.pkl": len(self.pickled), "byteorder": len(_BYTE_ORDER)}
+        sizes |= {f"data/{number}": size for number, size in enumerate(data)}
+        for record, size in (sizes | {"version": len(_VERSION)}).items():
+            records.begin(record)
+            count.position += size
+            records.end(size, 0)
+        records.finish()
+        return count.position
 
 
 def archive_of(content: Any) -> Archive:
@@ -150,36 +165,70 @@ def _data(tensor: StreamedTensor | torch.Tensor, slices: Slices) -> Iterator[tup
     return iter([(data_of(tensor.contiguous().reshape(-1)), None)])
 
 
+class _Appended(Protocol):
+    """What an archive is appended to."""
+
+    position: int
+
+    def write(self, data: bytes | memoryview, label: Label | None = None) -> None: ...
+
+
+@dataclass
+class _Count:
+    """Counts bytes instead of writing them."""
+
+    position: int = 0
+
+    def write(self, data: bytes | memoryview, label: Label | None = None) -> None:
+        self.position += len(data)
+
+
 @dataclass
 class _Records:
-    """Writes a zip archive and keeps its records for the directory at the end."""
+    """Appends a zip archive, which begins at ``start``, and keeps its records for the directory at the end."""
 
-    sink: Sink
+    sink: _Appended
     folder: str
+    start: int
     directory: list[bytes] = field(default_factory=list)
+    record: tuple[bytes, int] = (b"", 0)
+
+    @property
+    def position(self) -> int:
+        """Bytes of the archive so far."""
+        return self.sink.position - self.start
 
     def add(self, name: str, blocks: Iterable[tuple[memoryview, Label | None]]) -> None:
         """Write one stored record."""
-        encoded, offset = f"{self.folder}/{name}".encode(), self.sink.position
+        self.begin(name)
+        first, checksum = self.position, 0
+        for block, label in blocks:
+            checksum = crc32(block, checksum)
+            self.sink.write(block, label)
+        self.end(self.position - first, checksum)
+
+    def begin(self, name: str) -> None:
+        """Write what stands before a record's data."""
+        encoded, offset = f"{self.folder}/{name}".encode(), self.position
         padding = -(offset + 30 + len(encoded) + 4) % ALIGNMENT
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         fields = (0x04034B50, 45, _HAS_DESCRIPTOR, 0, 0, 0, 0, 0, 0, len(encoded), len(extra))
         self.sink.write(struct.pack("<IHHHHHIIIHH", *fields) + encoded + extra)
-        start, checksum = self.sink.position, 0
-        for block, label in blocks:
-            checksum = crc32(block, checksum)
-            self.sink.write(block, label)
-        size = self.sink.position - start
+        self.record = encoded, offset
+
+    def end(self, size: int, checksum: int) -> None:
+        """Write what stands behind a record's data. ``size`` is the number of its bytes."""
         form = "<IIQQ" if size >= _WIDE else "<IIII"
         self.sink.write(struct.pack(form, 0x08074B50, checksum, size, size))
+        encoded, offset = self.record
         self.directory.append(_directory_entry(encoded, checksum, size, offset))
 
     def finish(self) -> None:
         """Write the central directory in its 64-bit form, which is valid for any size."""
-        start, count = self.sink.position, len(self.directory)
+        start, count = self.position, len(self.directory)
         for entry in self.directory:
             self.sink.write(entry)
-        end = self.sink.position
+        end = self.position
         wide = (0x06064B50, 44, 45, 45, 0, 0, count, count, end - start, start)
         self.sink.write(struct.pack("<IQHHIIQQQQ", *wide) + struct.pack("<IIQI", 0x07064B50, 0, end, 1))
         few = min(count, 0xFFFF)

@@ -109,6 +109,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path):
 UNSUPPORTED = {
     "num_experts": (8, "args.num_experts: found 8, and a config follows from None only"),
     "normalization": ("LayerNorm", "args.normalization: found 'LayerNorm', and a config follows from 'RMSNorm' only"),
+    "layernorm_zero_centered_gamma": (True, "args.layernorm_zero_centered_gamma: found True"),
     "rotary_base": (None, "args.rotary_base: expected a number, found None"),
     "num_layers": (4, r"expected shape \[4, 96\], found \[3, 96\]"),
     "ffn_hidden_size": (112, "parameter\\(s\\) do not match the config"),
@@ -133,6 +134,14 @@ def test_a_config_answers_what_the_arguments_leave_open(tmp_path: Path):
     assert torch.equal(found.read("model.norm.weight"), source.read("model.norm.weight"))
     assert found.facts.states == ("weight",)
     assert found.facts.no_moments == "it was saved without the optimizer"
+
+
+def test_the_eps_has_another_name_from_0_16_on(tmp_path: Path):
+    inner = write_source(tmp_path, truth(rms_norm_eps=3e-6))
+    common = torch.load(inner / "common.pt", weights_only=False)
+    vars(common["args"])["layernorm_epsilon"] = vars(common["args"]).pop("norm_epsilon")
+    torch.save(common, inner / "common.pt")
+    assert open_source(tmp_path).architecture.config["rms_norm_eps"] == 3e-6
 
 
 def test_llama_3_scaling_follows_from_the_arguments(tmp_path: Path):

@@ -1,0 +1,278 @@
+"""Writes Megatron-core's distributed checkpoints (torch_dist), which Megatron-LM loads under any parallel degrees.
+
+Each layer has a file of its own. The state of the optimizer is stored parameter by parameter, which Megatron-core calls
+``fully_reshardable``. Format facts were read in megatron-core 0.16.1 (dist_checkpointing/, optimizer/), in Megatron-LM
+(megatron/training/checkpointing.py, 2026-08-22) and in Transformer Engine 2.18 (pytorch/module/base.py).
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.megatron_core.chunks import NewChunk, chunks_by_layer, stored_states
+from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
+from incr_ds.checkpoint.megatron_core.common import FORMAT, FORMAT_FILE, HYPERPARAMETERS
+from incr_ds.checkpoint.megatron_core.configuration import arguments_of
+from incr_ds.checkpoint.megatron_core.index import IndexedTensor, index_bytes
+from incr_ds.checkpoint.megatron_core.metadata import FILE as INDEX_FILE
+from incr_ds.checkpoint.megatron_core.metadata import Place
+from incr_ds.checkpoint.sink import Sink
+from incr_ds.checkpoint.streaming import Slices, StreamedTensor, TargetFile
+from incr_ds.checkpoint.torch_file.write import ArchiveFile, archive_of
+from incr_ds.config.growth import TargetLayout
+from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of
+
+_ARCHIVE = "archive"  # the inner folder of an archive that torch.save writes to a stream
+_EXTRA_STATE = "_extra_state"
+_ATTENTION = "self_attention.core_attention"  # a module without parameters
+_SHARDING = "fully_reshardable"
+
+
+@dataclass(frozen=True)
+class MegatronCoreTarget:
+    """What all files of one checkpoint have in common.
+
+    ``step`` is the optimizer's step, ``iteration`` and ``samples`` are the run's. ``groups`` are the AdamW hyperparameters of
+    the decaying and the non-decaying parameter group. ``vocabulary`` is the number of rows of the embedding, padding
+    included. Without ``has_moments`` there are weights alone, in a folder that Megatron-LM starts a run from.
+    """
+
+    architecture: Architecture
+    layout: TargetLayout
+    dtype: torch.dtype
+    step: int
+    iteration: int
+    samples: int
+    groups: tuple[Mapping[str, Any], ...]
+    vocabulary: int
+    has_moments: bool = True
+
+    @property
+    def tag(self) -> str:
+        """What latest_checkpointed_iteration.txt says: the iteration, or that there are weights alone."""
+        return str(self.iteration) if self.has_moments else "release"
+
+    @property
+    def folder(self) -> str:
+        """The folder that it names."""
+        return f"iter_{self.iteration:07d}" if self.has_moments else "release"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardFile:
+    """__N_0.distcp: the chunks of one layer, one archive of torch.save after the other, and an empty object."""
+
+    target: MegatronCoreTarget
+    layer: int
+    chunks: tuple[NewChunk, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the file in the iteration's folder."""
+        return f"__{self.layer}_0.distcp"
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.folder}/{self.name}"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """The data of all chunks."""
+        return tuple(chunk.tensor for chunk in self.chunks)
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the archives."""
+        for chunk in self.chunks:
+            archive_of(chunk.tensor).write(sink, _ARCHIVE, slices)
+        _EMPTY.write(sink, _ARCHIVE, slices)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where each chunk will be, and at the end the empty object."""
+        found, position = [], 0
+        for archive in (*(archive_of(chunk.tensor) for chunk in self.chunks), _EMPTY):
+            found.append(Place(self.name, position, archive.num_bytes(_ARCHIVE)))
+            position += found[-1].length
+        return tuple(found)
+
+    def objects(self) -> Iterator[str]:
+        """Keys of the objects that Transformer Engine's modules expect, which are empty unless it computes in 8 bits."""
+        names = sorted({chunk.keys[0].rpartition(".")[0] for chunk in self.chunks})
+        layers = self.target.architecture.num_layers
+        for name in names:
+            if name.startswith("decoder.layers."):
+                yield f"{name}.{_EXTRA_STATE}/shard_{self._decoder}_{layers}"
+            elif name.startswith("decoder."):
+                yield f"{name}.{_EXTRA_STATE}/shard_0_1"
+        if any(name.startswith("decoder.layers.") for name in names):
+            yield f"decoder.layers.{_ATTENTION}.{_EXTRA_STATE}/shard_{self._decoder}_{layers}"
+
+    @property
+    def _decoder(self) -> int:
+        return self.layer - modules_of(MEGATRON_CORE).first_decoder
+
+
+_EMPTY = archive_of([None])
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """.metadata: the place of every chunk."""
+
+    target: MegatronCoreTarget
+    shards: tuple[ShardFile, ...]
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.folder}/{INDEX_FILE}"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """None."""
+        return ()
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file. Places follow from shapes, so the shards need not exist."""
+        tensors: dict[str, IndexedTensor] = {}
+        objects: dict[str, Place] = {}
+        for shard in self.shards:
+            for chunk, place in zip(shard.chunks, shard.places[:-1], strict=True):
+                for key in chunk.keys:
+                    held = tensors.setdefault(key, IndexedTensor(chunk.whole, chunk.tensor.dtype))
+                    held.chunks[chunk.offsets, chunk.tensor.shape] = place
+            objects |= dict.fromkeys(shard.objects(), shard.places[-1])
+        sink.write(index_bytes(tensors, objects))
+
+
+@dataclass(frozen=True)
+class CommonFile(ArchiveFile):
+    """common.pt: what all ranks share."""
+
+    target: MegatronCoreTarget
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.folder}/{COMMON_FILE}"
+
+    def content(self) -> dict[str, Any]:
+        """The arguments, the counters, and the optimizer's and the scheduler's state without tensors."""
+        target = self.target
+        content = {
+            "args": Namespace(**self._arguments()),
+            "checkpoint_version": 3.0,
+            "iteration": target.iteration if target.has_moments else 0,
+            "num_floating_point_operations_so_far": 0,
+            "content_metadata": {
+                "distrib_optim_sharding_type": _SHARDING,
+                "distrib_optim_fully_reshardable_mem_efficient": False,
+                "singleton_local_shards": False,
+                "chained_optim_avoid_prefix": True,
+            },
+        }
+        if not target.has_moments:
+            return content
+        return {**content, "optimizer": self._optimizer(), "opt_param_scheduler": self._scheduler()}
+
+    def _arguments(self) -> dict[str, Any]:
+        target, layout = self.target, self.target.layout
+        return arguments_of(target.architecture, COMMON_FILE) | {
+            "padded_vocab_size": target.vocabulary,
+            "make_vocab_size_divisible_by": layout.vocabulary_multiple,
+            "tensor_model_parallel_size": layout.tensor_parallel,
+            "pipeline_model_parallel_size": layout.pipeline_parallel,
+            "params_dtype": target.dtype,
+            "bf16": target.dtype == torch.bfloat16,
+            "fp16": target.dtype == torch.float16,
+            "ckpt_format": FORMAT,
+            "consumed_train_samples": target.samples if target.has_moments else 0,
+            "consumed_valid_samples": 0,
+            # Otherwise Megatron-LM would look for the generators' states under equal degrees.
+            "no_save_rng": True,
+            "no_save_optim": not target.has_moments,
+        }
+
+    def _optimizer(self) -> dict[str, Any]:
+        """The parameter groups, where the distributed optimizer, the one with masters and the one without expect them."""
+        groups = [self._group(self.target.groups[0], 1.0), self._group(self.target.groups[-1], 0.0)]
+        content: dict[str, Any] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
+        return content | ({"param_groups": groups} if self.target.dtype == torch.float32 else {})
+
+    def _group(self, saved: Mapping[str, Any], decay: float) -> dict[str, Any]:
+        # Without a recipe's learning_rates neither max_lr nor min_lr: they would replace those of the run that loads this.
+        rates = self.target.layout.learning_rates
+        return {
+            **({} if rates is None else dict(zip(("max_lr", "min_lr"), rates, strict=True))),
+            **{name: saved[name] for name in (*HYPERPARAMETERS, "betas")},
+            "bias_correction": True,
+            "wd_mult": decay,
+            "lr_mult": 1.0,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+            "default_config": True,
+            "step": self.target.step,
+        }
+
+    def _scheduler(self) -> dict[str, Any]:
+        """A constant rate from the run's samples on, for OptimizerParamScheduler."""
+        group, samples = self.target.groups[0], self.target.samples
+        return {
+            "max_lr": group["lr"],
+            "min_lr": 0.0,
+            "lr_warmup_steps": 0,
+            "lr_decay_steps": max(samples, 1),
+            "lr_decay_style": "constant",
+            "num_steps": samples,
+            "start_wd": group["weight_decay"],
+            "end_wd": group["weight_decay"],
+            "wd_incr_steps": max(samples, 1),
+            "wd_incr_style": "constant",
+        }
+
+
+@dataclass(frozen=True)
+class FormatFile:
+    """metadata.json: the names of the formats of shards and of common.pt."""
+
+    target: MegatronCoreTarget
+
+    @property
+    def path(self) -> str:
+        """Path inside the target folder."""
+        return f"{self.target.folder}/{FORMAT_FILE}"
+
+    @property
+    def tensors(self) -> tuple[StreamedTensor, ...]:
+        """None."""
+        return ()
+
+    def write(self, sink: Sink, slices: Slices) -> None:
+        """Write the file."""
+        content = {
+            "sharded_backend": FORMAT,
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        sink.write(json.dumps(content).encode())
+
+
+def megatron_core_files(target: MegatronCoreTarget, where: str) -> tuple[TargetFile, ...]:
+    """Every file of a checkpoint. Raises LayoutError if Megatron-core does not have this model or cannot cut it so."""
+    degrees = target.layout.tensor_parallel
+    check_modules(modules_of(MEGATRON_CORE), target.architecture, degrees, where)
+    arguments_of(target.architecture, where)
+    states = stored_states(target.dtype, target.has_moments)
+    layers = chunks_by_layer(target.architecture, degrees, target.vocabulary, states)
+    shards = tuple(ShardFile(target, layer, chunks) for layer, chunks in layers.items())
+    return (*shards, IndexFile(target, shards), CommonFile(target), FormatFile(target))

@@ -1,0 +1,242 @@
+"""Growth into the format torch_dist: what torch.distributed.checkpoint and this package's reader find in it."""
+
+import errno
+import json
+import warnings
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from sources import contents
+from torch_dist_folders import PREFIX, STATES, parameters_of
+
+from incr_ds.checkpoint.huggingface.export import export_huggingface
+from incr_ds.checkpoint.megatron_core.configuration import arguments_of, config_of
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.config.fields import parse_settings
+from incr_ds.config.growth import GrowthRecipe
+from incr_ds.errors import CheckpointError, ConfigError, GrowthError, LayoutError
+from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.run import grow_checkpoint, write_file
+from incr_ds.testing.memory import small_architecture
+from incr_ds.testing.synthetic import SyntheticCheckpoint
+
+LAYOUT = {"format": "torch_dist", "vocabulary_multiple": 8}
+FULL = {"mistral": {"sliding_window": None}}
+MASTERS = "optimizer.state.param."
+
+
+def truth(family="llama", **changes):
+    return SyntheticCheckpoint(small_architecture(family, num_key_value_heads=2, **FULL.get(family, {}), **changes))
+
+
+def planned(folder, source, layout=None, workers=1, name="out", **recipe):
+    (folder / "recipe.yaml").write_text("target: {}\n")
+    asked = parse_settings({"target": {}, **recipe, "layout": LAYOUT | (layout or {})}, GrowthRecipe, "test")
+    return plan_files(GrowthRequest(folder, folder / "recipe.yaml", folder / name, workers=workers), source, asked)
+
+
+def same(found, expected, states=STATES, cast=None):
+    for spec in expected.architecture.stored:
+        for state in states:
+            whole = expected.read(spec.name, state)
+            assert torch.equal(found.read(spec.name, state), whole.to(cast or whole.dtype)), (spec.name, state)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {"dtype": "float32", "tensor_parallel": 2}], ids=str)
+def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, layout):
+    source = truth(family, tie_word_embeddings=family == "qwen3")
+    grow_checkpoint(planned(tmp_path, source, layout))
+    found = open_source(tmp_path / "out")
+    assert found.facts.path == tmp_path / "out/iter_0000100"
+    assert (found.facts.step, found.facts.recorded.global_steps) == (100, 100)
+    assert found.facts.dtype == layout["dtype"]
+    assert found.facts.layout == {"tensor_parallel": layout.get("tensor_parallel", 1), "pipeline_parallel": 1}
+    same(found, source)
+    assert set(found.self_check()) == {spec.name for spec in source.architecture.stored}
+    (tmp_path / "out/config.json").unlink()
+    again = open_source(tmp_path / "out")
+    assert again.architecture.sizes == source.architecture.sizes and again.architecture.tied == source.architecture.tied
+    same(again, source, ("weight",))
+
+
+def stored_by_torch(folder):
+    """Every tensor in a folder, as torch.distributed.checkpoint loads it."""
+    described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = {
+        key: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.load(found, checkpoint_id=folder, no_dist=True)
+    return found
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_torch_finds_each_tensor_under_megatron_s_keys(tmp_path: Path, tensor_parallel):
+    source = truth()
+    grow_checkpoint(planned(tmp_path, source, {"tensor_parallel": tensor_parallel, "dtype": "bfloat16"}))
+    found = stored_by_torch(tmp_path / "out/iter_0000100")
+    expected = {key: tensor.bfloat16() for key, tensor in parameters_of(source, "weight").items()}
+    for state in STATES:
+        expected |= {PREFIX[state] + key: tensor for key, tensor in parameters_of(source, state).items()}
+    expected |= {MASTERS + key: tensor for key, tensor in parameters_of(source, "weight").items()}
+    assert set(found) == set(expected)
+    vocabulary = 104 if tensor_parallel == 1 else 112
+    for key, tensor in expected.items():
+        padded = key.endswith(("word_embeddings.weight", "output_layer.weight"))
+        rows = 101 if padded else len(tensor)
+        assert found[key].shape == ((vocabulary, *tensor.shape[1:]) if padded else tensor.shape), key
+        assert torch.equal(found[key][:rows], tensor[:rows]) and not found[key][rows:].any(), key
+
+
+def test_masters_have_the_bytes_of_one_copy(tmp_path: Path):
+    planned_growth = planned(tmp_path, truth(), {"dtype": "bfloat16"})
+    parameters = planned_growth.plan.target.num_parameters + 2 * 3 * 96  # three rows of padding, twice
+    assert planned_growth.num_bytes == parameters * (2 + 4 + 4 + 4)
+    assert planned(tmp_path, truth(), {"dtype": "float32"}).num_bytes == parameters * (4 + 4 + 4)
+
+
+def common_of(folder):
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(folder / "iter_0000100/common.pt", weights_only=True)
+
+
+def test_common_holds_plain_values_that_a_safe_load_accepts(tmp_path: Path):
+    source = truth("qwen3")
+    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16", "tensor_parallel": 2}))
+    common = common_of(tmp_path / "out")
+    assert "max_lr" not in common["optimizer"]["optimizer"]["param_groups"][0]
+    assert common["iteration"] == 100 and common["checkpoint_version"] == 3.0
+    assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+    decay, rest = common["optimizer"]["optimizer"]["param_groups"]
+    assert (decay["wd_mult"], rest["wd_mult"], decay["step"], rest["step"]) == (1.0, 0.0, 100, 100)
+    args = vars(common["args"])
+    assert (args["num_query_groups"], args["kv_channels"], args["padded_vocab_size"]) == (2, 8, 112)
+    assert args["qk_layernorm"] and args["no_save_rng"] and not args["add_qkv_bias"]
+    assert (args["tensor_model_parallel_size"], args["params_dtype"]) == (2, torch.bfloat16)
+    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "100"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_arguments_and_config_follow_from_each_other(family):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    source = small_architecture(family, num_key_value_heads=2, rope_parameters=rope)
+    config = config_of(arguments_of(source, "test"), 104, Path("common.pt"))
+    assert config["model_type"] == family
+    fields = ("hidden_size", "head_dim", "num_key_value_heads", "vocab_size", "rms_norm_eps", "tie_word_embeddings")
+    assert {name: config[name] for name in fields} == {name: source.config[name] for name in fields}
+    assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == rope
+
+
+def test_hyperparameters_go_through(tmp_path: Path):
+    """The run that loads a checkpoint takes Adam's betas and eps from it, so those of the source must be there."""
+    source = truth()
+    decay = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.05}
+    groups = ({**decay, "weight_decay": 0.0, "foreach": None}, {**decay, "amsgrad": False})
+    source.facts = replace(source.facts, optimizer_groups=groups)
+    grow_checkpoint(planned(tmp_path, source, {"learning_rates": [3e-4, 3e-5]}))
+    for group in common_of(tmp_path / "out")["optimizer"]["optimizer"]["param_groups"]:
+        assert (group["max_lr"], group["min_lr"]) == (3e-4, 3e-5)
+    first = open_source(tmp_path / "out")
+    assert first.facts.optimizer_groups == (decay, {**decay, "weight_decay": 0.0})
+    grow_checkpoint(planned(tmp_path, first, name="again"))
+    assert open_source(tmp_path / "again").facts.optimizer_groups == first.facts.optimizer_groups
+
+
+def test_without_moments_a_release_holds_the_weights_alone(tmp_path: Path):
+    source = truth()
+    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16"}, optimizer="reset"))
+    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
+    found = open_source(tmp_path / "out")
+    assert found.facts.path.name == "release" and found.facts.states == ("weight",)
+    assert found.facts.no_moments == "it was saved without the optimizer"
+    same(found, source, ("weight",), torch.bfloat16)
+    assert not any(key.startswith("optimizer.") for key in stored_by_torch(tmp_path / "out/release"))
+
+
+def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path):
+    export_huggingface(truth(), tmp_path / "first", torch.bfloat16, tmp_path / "none")
+    recipe = {"target": {}, "optimizer": "reset", "layout": LAYOUT | {"dtype": "bfloat16", "tensor_parallel": 2}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    grow_checkpoint(plan_request(GrowthRequest(tmp_path / "first", tmp_path / "recipe.yaml", tmp_path / "out")))
+    export_huggingface(open_source(tmp_path / "out"), tmp_path / "second", torch.bfloat16, tmp_path / "out")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0].items() <= configs[1].items()
+
+
+def test_a_grown_checkpoint_has_the_same_tensors_as_in_another_format(tmp_path: Path):
+    grown = {"target": {"hidden_size": 144, "num_hidden_layers": 5, "intermediate_size": 300}}
+    grow_checkpoint(planned(tmp_path, truth(), {"tensor_parallel": 2}, **grown))
+    grow_checkpoint(planned(tmp_path, truth(), {"format": "universal"}, name="universal", **grown))
+    same(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
+
+
+def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grow_checkpoint(planned(tmp_path, truth(), name="once"))
+    written = []
+
+    def failing(file, folder, slices):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(file.path)
+        return write_file(file, folder, slices)
+
+    monkeypatch.setattr("incr_ds.offline.run.write_file", failing)
+    with pytest.raises(CheckpointError, match="nothing was published. Finished files are kept"):
+        grow_checkpoint(planned(tmp_path, truth()))
+    monkeypatch.setattr("incr_ds.offline.run.write_file", lambda *a: written.append(a[0].path) or write_file(*a))
+    grow_checkpoint(planned(tmp_path, truth(), workers=3))
+    assert set(written) == {file.path for file in planned(tmp_path, truth()).files}
+    assert len(written) < 2 * len(set(written)), "files that were finished are not written again"
+    one, other = contents(tmp_path / "once"), contents(tmp_path / "out")
+    assert {name: data for name, data in one.items() if name != "manifest.json"} == {
+        name: data for name, data in other.items() if name != "manifest.json"
+    }
+
+
+REFUSED = {
+    "tensor_parallel 4: does not divide": ({}, {"tensor_parallel": 4}),
+    "self_attn.o_proj.bias: Megatron-core has biases of q, k and v alone": ({"attention_bias": True}, {}),
+    "hidden_act: 'gelu', and --swiglu means 'silu'": ({"hidden_act": "gelu"}, {}),
+    "rope_parameters: .*Megatron-core has llama3's scaling": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {},
+    ),
+    "rope_theta: 10000.5, and --rotary-base is a whole number": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
+    changes, layout = REFUSED[message]
+    with pytest.raises(LayoutError, match=message):
+        planned(tmp_path, truth(**changes), layout)
+
+
+def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
+    with pytest.raises(LayoutError, match="no modules for gpt2; supported: llama, mistral, qwen2, qwen3"):
+        planned(tmp_path, SyntheticCheckpoint(small_architecture("gpt2")))
+    window = SyntheticCheckpoint(small_architecture("mistral", sliding_window=9))
+    with pytest.raises(LayoutError, match="sliding_window: 9; only full attention is written"):
+        planned(tmp_path, window)
+    with pytest.raises(ConfigError, match="modules: megatron-deepspeed with format: torch_dist"):
+        planned(tmp_path, truth(), {"modules": "megatron-deepspeed"})
+    with pytest.raises(ConfigError, match="learning_rates with format: universal; only torch_dist holds them"):
+        planned(tmp_path, truth(), {"format": "universal", "learning_rates": [1e-3, 0.0]})
+    export_huggingface(truth(), tmp_path / "weights", torch.bfloat16, tmp_path / "none")
+    with pytest.raises(GrowthError, match="optimizer: reset"):
+        planned(tmp_path, open_source(tmp_path / "weights"))

@@ -1,0 +1,198 @@
+"""Megatron-core's own training on CPU ranks: its DistributedDataParallel, its optimizers and scheduler, and its checkpoints
+as Megatron-LM loads and saves them.
+
+Their constructors put a few numbers on a CUDA device, and ask parameters for the name of a CUDA type; both are the CPU's here.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron_core_ranks import SIZES, arguments, logits_of, model_of, start
+
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+MODULES += ("mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Load ``source`` (an iteration's folder; None: start anew), train ``steps`` steps, and save in ``folder``."""
+
+    source: Path | None
+    folder: Path
+    steps: int = 0
+    degrees: tuple[int, int] = (1, 1)
+    distributed: bool = True
+    further: dict = field(default_factory=dict)
+
+
+def without_cuda():
+    def on_the_cpu(made):
+        return functools.wraps(made)(lambda *args, device=None, **named: made(*args, **named))
+
+    own = torch.Tensor.type
+    torch.tensor, torch.zeros = on_the_cpu(torch.tensor), on_the_cpu(torch.zeros)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Parameter.type = lambda self: own(self).replace("torch.", "torch.cuda.")
+
+
+def with_torch_adam():
+    """torch's AdamW has its step among the states of a parameter, unlike the fused ones, for which this method was written."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    own = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def setting(self, parameter, tensors):
+        held = self._get_main_param_and_optimizer_states(parameter)
+        own(self, parameter, {**tensors, "step": held["step"]})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = setting
+
+
+def trained(cases):
+    """Run every case in one world.
+
+    Returns for each the logits, the keys that nobody asked for, and those that the folder lacked.
+    """
+    from megatron.core import parallel_state
+
+    found = []
+    for number, case in enumerate(cases):
+        if number == 0:
+            start(*case.degrees)
+            without_cuda()
+            with_torch_adam()
+        else:
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(*case.degrees)
+        found.append(_run(case))
+    return found
+
+
+def _run(case):
+    given = arguments(
+        tensor_model_parallel_size=case.degrees[0], pipeline_model_parallel_size=case.degrees[1], **case.further
+    )
+    model, optimizer, scheduler = _built(given, case.distributed)
+    _step(model, optimizer, scheduler, 0)  # torch's optimizer allocates its state
+    keys = _loaded(model, optimizer, scheduler, given, case.source) if case.source is not None else None
+    for step in range(1, case.steps + 1):
+        _step(model, optimizer, scheduler, step)
+    _save(model, optimizer, scheduler, given, case.folder)
+    return logits_of(model).float() if case.degrees[1] == 1 else None, keys
+
+
+def _built(given, distributed):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    model = model_of(given).to(given.params_dtype)
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
+    )
+    config = OptimizerConfig(
+        lr=1e-3,
+        min_lr=1e-3,
+        weight_decay=0.1,
+        clip_grad=0.0,
+        bf16=given.params_dtype == torch.bfloat16,
+        params_dtype=given.params_dtype,
+        use_distributed_optimizer=distributed,
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-3,
+        min_lr=1e-3,
+        lr_warmup_steps=0,
+        lr_decay_steps=1000,
+        lr_decay_style="constant",
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=1000,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return model, optimizer, scheduler
+
+
+def _step(model, optimizer, scheduler, step):
+    """A step with gradients that are sines, equal on all data-parallel ranks."""
+    for parameter in model.parameters():
+        parameter.main_grad.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter) + float(step)))
+    assert optimizer.step()[0]
+    scheduler.step(increment=32)
+
+
+def _content(model, optimizer, scheduler, given, metadata, *, is_loading=False):
+    content = {"model": model.sharded_state_dict(metadata=dict(metadata))}
+    content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=is_loading, metadata=dict(metadata))
+    return {**content, "opt_param_scheduler": scheduler.state_dict(), "args": given, "iteration": 3}
+
+
+def _extra_states(model, content):
+    """What Transformer Engine's modules would ask for beside what local modules do."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    asked = {value.key for value in content["model"].values()}
+    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    keys = [(f"decoder.layers.{name}._extra_state", i) for name in MODULES for i in layers]
+    found = {
+        str(key): ShardedObject(key[0], None, (SIZES["num_layers"],), (key[1],), _replica())
+        for key in keys
+        if key[0] not in asked
+    }
+    last = "decoder.final_layernorm._extra_state"
+    return {**found, **({last: ShardedObject(last, None, (1,), (0,), _replica())} if model.post_process else {})}
+
+
+def _replica():
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    return (0, *ranks)
+
+
+def _loaded(model, optimizer, scheduler, given, path):
+    from megatron.core import dist_checkpointing
+
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    assert vars(common["args"])["num_layers"] == SIZES["num_layers"]
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    content = _content(model, optimizer, scheduler, given, metadata, is_loading=True)
+    extra = {} if "no_save_rng" not in vars(common["args"]) else {"extra": _extra_states(model, content)}
+    found, missing, unexpected = dist_checkpointing.load({**content, **extra}, str(path), strict="return_all")
+    model.load_state_dict(found["model"])
+    state = found["optimizer"]["optimizer"].get("state", {})
+    if (
+        state and "common_step" not in state
+    ):  # where torch's AdamW expects it; the fused ones have it in their groups alone
+        state["common_step"] = torch.tensor(float(found["optimizer"]["optimizer"]["param_groups"][0]["step"]))
+    optimizer.load_state_dict(found["optimizer"])
+    for own in optimizer.chained_optimizers[0].optimizer.state.values():
+        own["step"] = own["step"].clone()  # loaded as one tensor, which every parameter would then count up
+    scheduler.load_state_dict(found["opt_param_scheduler"])
+    assert set(found.get("extra", {}).values()) <= {None}
+    return missing, unexpected
+
+
+def _save(model, optimizer, scheduler, given, folder):
+    from megatron.core import dist_checkpointing
+
+    path = Path(folder) / "iter_0000003"
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+        (Path(folder) / "latest_checkpointed_iteration.txt").write_text("3")
+    dist.barrier()
+    content = _content(model, optimizer, scheduler, given, METADATA)
+    dist_checkpointing.save(content, str(path), content_metadata=METADATA)
