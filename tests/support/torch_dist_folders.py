@@ -1,13 +1,18 @@
 """Checkpoints in Megatron-core's format whose shards torch.distributed.checkpoint itself writes, without ranks."""
 
 import argparse
+import io
 import json
 import math
+import pickle
 import warnings
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 PREFIX = {
@@ -90,6 +95,61 @@ def write_folder(folder: Path, tensors, common):
     (inner / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     (folder / "latest_checkpointed_iteration.txt").write_text("7\n")
     return inner
+
+
+def flatten(inner: Path, keys, tensor_ranks, data_ranks):
+    """Store the tensors ``keys`` of a folder anew, as Megatron-core 0.13's distributed optimizer did.
+
+    Every layer is a part, and gate and up are two. Each tensor rank has its share of these along the dimension that it cuts.
+    A part's elements are divided over data-parallel ranks, at places that do not follow its rows.
+    """
+    metadata = dcp.FileSystemReader(inner).read_metadata()
+    held = {key: torch.empty(metadata.state_dict_metadata[key].size) for key in keys}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.load(held, checkpoint_id=inner, no_dist=True)
+    metadata.mcore_data = {key: {} for key in metadata.state_dict_metadata}
+    metadata.storage_data = {index: info for index, info in metadata.storage_data.items() if index.fqn not in held}
+    for key, tensor in held.items():
+        chunks = []
+        counts = _parts(key, tensor, tensor_ranks)
+        sizes = [size // count for size, count in zip(tensor.shape, counts, strict=True)]
+        for number in product(*map(range, counts)):
+            cuts = tuple(slice(n * size, (n + 1) * size) for n, size in zip(number, sizes, strict=True))
+            part = tensor[cuts].reshape(-1)
+            ends = [(len(part) * rank + rank) // data_ranks for rank in range(data_ranks)] + [len(part)]
+            for rank, (begin, end) in enumerate(pairwise(ends)):
+                file = f"__{rank}_1.distcp"
+                place = _append(inner / file, part[begin:end].view(*(1 for _ in number), -1).clone())
+                offsets = torch.Size((*number, begin))
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in number), end - begin))))
+                metadata.storage_data[MetadataIndex(key, offsets)] = _StorageInfo(file, *place)
+        entry = metadata.state_dict_metadata[key]
+        entry.size, entry.chunks = torch.Size((*counts, math.prod(sizes))), chunks
+        metadata.mcore_data[key] = {"nd_reformulated_orig_global_shape": tuple(tensor.shape)}
+    (inner / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _parts(key, tensor, ranks):
+    counts = [1] * tensor.dim()
+    if "decoder.layers." in key:
+        counts[0] = len(tensor)
+    if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        counts[-1] = ranks
+    elif key.endswith(("linear_qkv.weight", "linear_fc1.weight")):
+        counts[1] = ranks * (2 if "fc1" in key else 1)
+    elif key.endswith(("word_embeddings.weight", "output_layer.weight")):
+        counts[0] = ranks
+    return counts
+
+
+def _append(path, tensor):
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    with open(path, "ab") as stream:
+        offset = stream.tell()
+        stream.write(buffer.getbuffer())
+    return offset, buffer.tell()
 
 
 def write_source(folder: Path, source, change=lambda tensors: tensors, **further):

@@ -114,6 +114,9 @@ class _Search:
     def _shape_problem(self, place: Located, shape: tuple[int, ...]) -> list[str]:
         found = self.tensors[place.key].shape
         expected = shape if place.layer is None else (self.architecture.num_layers, *shape)
+        parts = self.tensors[place.key].parts
+        if place.layer is not None and parts is not None and parts[0] != self.architecture.num_layers:
+            return [f"  {place.key}: expected a part for each layer, found {parts[0]}"]
         if found == expected:
             return []
         return [f"  {place.key}: expected shape {list(expected)}, found {list(found)}"]

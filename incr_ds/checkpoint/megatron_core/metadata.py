@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _OURS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _FURTHER = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "collections.OrderedDict"}
 _FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.distcp")
 _LARGEST = 1 << 62
+_ORIGINAL = "nd_reformulated_orig_global_shape"  # Megatron-core's name for the shape of a tensor that it flattened
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the checkpoint. Its chunks cover it exactly once. ``dtype`` is the name of a type of torch."""
+    """A tensor of the checkpoint. Its chunks cover it exactly once. ``dtype`` is the name of a type of torch.
+
+    ``parts`` is None, or into how many equal parts each dimension was cut before they were flattened. A chunk's offsets and
+    sizes are then the number of its part in each dimension, and a range of the part's elements in row-major order.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[Chunk, ...]
+    parts: tuple[int, ...] | None = None
 
     @property
     def type(self) -> torch.dtype:
@@ -104,12 +110,14 @@ def _refuse_foreign(walker: Walker, path: Path) -> None:
 def _stored(content: Any, path: Path) -> Stored:
     fields = attributes(content)
     described, places = fields["state_dict_metadata"], _places(fields["storage_data"], path)
+    flattened = {key: _size(entry[_ORIGINAL]) for key, entry in (fields.get("mcore_data") or {}).items() if entry}
     tensors, objects = {}, {}
     for key, entry in described.items():
         if entry.name == "BytesStorageMetadata":
             objects[str(key)] = places[key, ()]
         else:
-            tensors[str(key)] = _tensor(key, attributes(entry), places, path)
+            stored = _tensor(key, attributes(entry), places, path)
+            tensors[str(key)] = _flattened(key, stored, flattened[key], path) if key in flattened else stored
     return Stored(tensors, objects)
 
 
@@ -154,6 +162,17 @@ def _tensor(key: str, fields: Mapping[str, Any], places: Mapping[Any, Place], pa
             "each. A rank's part is missing, or the file is damaged."
         )
     return StoredTensor(shape, dtype, chunks)
+
+
+def _flattened(key: str, stored: StoredTensor, shape: tuple[int, ...], path: Path) -> StoredTensor:
+    """The tensor of ``shape`` whose equal parts are stored, each as one row of elements."""
+    *parts, elements = stored.shape
+    fits = len(parts) == len(shape) and all(n and size % n == 0 for size, n in zip(shape, parts, strict=True))
+    if not fits or math.prod(shape) != elements * math.prod(parts):
+        raise CheckpointError(
+            f"{path}: {key}: {list(stored.shape)} are not equal parts of {list(shape)}, one flattened part after the other."
+        )
+    return replace(stored, shape=shape, parts=tuple(parts))
 
 
 def _overlaps(chunks: tuple[Chunk, ...]) -> Iterator[bool]:

@@ -116,7 +116,7 @@ class MegatronCoreCheckpoint:
             )
         if any(key.startswith("optimizer.state.exp_avg.") and key.endswith(EMBEDDING) for key in keys):
             return (
-                "the distributed optimizer's state is flattened (fully_sharded_model_space); save with "
+                "the distributed optimizer's state is flattened (fully_sharded_model_space) without their shapes; save with "
                 "--dist-ckpt-optim-fully-reshardable"
             )
         other = sorted(key for key in keys if key.startswith("optimizer."))

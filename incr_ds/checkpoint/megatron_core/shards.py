@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
+from incr_ds.checkpoint.megatron_core.flattened import Part, part_of
 from incr_ds.checkpoint.megatron_core.metadata import Chunk, Place, StoredTensor
 from incr_ds.checkpoint.torch_file.plain import plain_content
 from incr_ds.checkpoint.torch_file.validate import damaged, walk_archive
@@ -76,6 +77,9 @@ class Shards:
         """Rows [first, stop) of a tensor or, if layers are stacked in it, of one layer's."""
         shape = stored.shape if layer is None else stored.shape[1:]
         found = torch.empty((stop - first, *shape[1:]), dtype=stored.type)
+        if stored.parts is not None:
+            self._fill_from_parts(found, stored, first, layer)
+            return found
         for chunk in stored.chunks:
             offsets, sizes = chunk.offsets, chunk.sizes
             start = 0
@@ -92,6 +96,25 @@ class Shards:
                 columns = (slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True))
                 found[(slice(begin - first, end - first), *columns)] = part
         return found
+
+    def _fill_from_parts(self, found: torch.Tensor, stored: StoredTensor, first: int, layer: int | None) -> None:
+        """Fill rows from ``first`` on of a tensor, or of one layer's, whose parts are flattened."""
+        stop, parts = first + len(found), dict[Part, torch.Tensor]()
+        for chunk in stored.chunks:
+            *number, offset = chunk.offsets
+            part = part_of(stored, number, layer)
+            if part is None:
+                continue
+            wanted = part.rows(first, stop)
+            begin, end = max(offset, wanted.start), min(offset + chunk.sizes[-1], wanted.stop)
+            if begin < end:
+                elements = parts.setdefault(part, torch.empty(len(wanted), dtype=stored.type))
+                elements[begin - wanted.start : end - wanted.start] = self._elements(
+                    stored, chunk, begin - offset, end - begin
+                )
+        for part, elements in parts.items():
+            place = part.place(first, stop)
+            found[place] = elements.view(found[place].shape)
 
     def content(self, place: Place) -> Any:
         """A serialized object as plain data. Nothing in it is run."""

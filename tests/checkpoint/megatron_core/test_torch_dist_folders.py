@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch_dist_folders import arguments_of, parameters_of, write_folder, write_source
+from torch_dist_folders import PREFIX, arguments_of, flatten, parameters_of, write_folder, write_source
 
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import CheckpointError, IncrError
@@ -162,18 +162,41 @@ def test_moments_in_the_layout_of_buffers_are_refused_by_name(tmp_path: Path):
         found.read("model.norm.weight", "exp_avg")
 
 
-def test_flattened_moments_are_refused_by_name(tmp_path: Path):
+def optimizer_keys(source):
+    return [PREFIX[state] + key for state in STATES for key in parameters_of(source, state)]
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (2, 2)], ids=str)
+def test_flattened_masters_and_moments_are_read(tmp_path: Path, ranks):
+    """fully_sharded_model_space: the parts of tensor ranks, flattened and divided over data-parallel ranks."""
     source = truth()
+    flatten(write_source(tmp_path, source), optimizer_keys(source), *ranks)
+    found = open_source(tmp_path)
+    assert found.facts.states == STATES and found.facts.step == source.facts.step
+    same(found, source)
+    assert set(found.self_check()) == {spec.name for spec in source.architecture.stored}
 
-    def flattened(tensors):
-        return {key: t.flatten()[None, None] if key.startswith("optimizer.") else t for key, t in tensors.items()}
 
-    write_source(tmp_path, source, flattened)
+def test_flattened_moments_whose_shape_is_not_stated_are_refused(tmp_path: Path):
+    source = truth()
+    inner = write_source(tmp_path, source)
+    flatten(inner, optimizer_keys(source), 1, 2)
+    changed(inner, lambda metadata: setattr(metadata, "mcore_data", {}))
     found = open_source(tmp_path)
     assert found.facts.states == ("weight",)
     assert torch.equal(found.read("model.norm.weight"), source.read("model.norm.weight").bfloat16())
-    with pytest.raises(CheckpointError, match="no exp_avg: .*fully_sharded_model_space.*use optimizer: reset"):
+    with pytest.raises(CheckpointError, match="no exp_avg: .*without their shapes.*use optimizer: reset"):
         found.read("model.norm.weight", "exp_avg")
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 251), (96, 250), (3, 0, 250)], ids=str)
+def test_flattened_moments_of_another_shape_are_refused(tmp_path: Path, shape):
+    source = truth()
+    inner = write_source(tmp_path, source)
+    flatten(inner, [FC2], 2, 2)
+    changed(inner, lambda metadata: metadata.mcore_data[FC2].update(nd_reformulated_orig_global_shape=shape))
+    with pytest.raises(CheckpointError, match=r"linear_fc2.weight: \[3, 1, 2, 12000\] are not equal parts of"):
+        open_source(tmp_path)
 
 
 def test_unknown_parameters_and_steps_that_differ_are_refused(tmp_path: Path):
