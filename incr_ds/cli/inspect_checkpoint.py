@@ -69,6 +69,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "active_parameters": architecture.active_parameters,
                 "components": component_sizes(architecture),
                 "layout": dict(facts.layout),
+                "stages": list(facts.stages),
                 "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},
                 "states": list(facts.states),
                 "no_moments": facts.no_moments,

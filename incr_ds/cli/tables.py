@@ -114,6 +114,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         **{architecture.family.axes[axis]: f"{architecture.sizes[axis]:,}" for axis in _stated_sizes(architecture)},
         **{f"  {name}": f"{size:,}" for name, size in component_sizes(architecture).items()},
         "layout": _layout_text(checkpoint),
+        **({"layers per stage": ", ".join(map(str, facts.stages))} if facts.stages else {}),
         "states": ", ".join(facts.states) + (f" ({facts.no_moments})" if facts.no_moments else ""),
         "optimizer step": "none" if facts.step is None else str(facts.step),
         **({} if facts.dtype is None else {"dtype": facts.dtype}),

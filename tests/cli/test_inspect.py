@@ -22,6 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory):
     recipes = {
         "native": {"target": {}, "layout": {"data_parallel": 2, "tensor_parallel": 3}},
         "universal": {"target": {}, "layout": {"format": "universal"}},
+        "staged": {"target": {}, "layout": {"pipeline_parallel": 2, "stages": [2, 1]}},
         "wider": {"target": {"intermediate_size": 60}},
     }
     source = SyntheticCheckpoint(pico_architecture())
@@ -39,6 +40,13 @@ def test_components_are_listed(folders):
         assert shown in done.stdout
     content = json.loads(run_tool("inspect_checkpoint", folders / "native", "--json").stdout)
     assert sum(content["components"].values()) == content["parameters"]
+
+
+def test_unlike_stages_are_shown(folders):
+    shown = run_tool("inspect_checkpoint", folders / "staged").stdout
+    assert re.search(r"layers per stage +2, 1", shown)
+    assert json.loads(run_tool("inspect_checkpoint", folders / "staged", "--json").stdout)["stages"] == [2, 1]
+    assert "layers per stage" not in run_tool("inspect_checkpoint", folders / "native").stdout
 
 
 def test_every_tensor_stands_in_the_tree(folders):
