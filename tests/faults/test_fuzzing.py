@@ -61,8 +61,8 @@ def test_fuzzing(tmp_path, tried, request, name):
                 raise AssertionError(defect["text"])
         corpus = len(list((folder / "corpus").iterdir()))
         if kept := request.config.getoption("--fuzz-corpus"):
-            shutil.copytree(folder / "corpus", kept / name / "corpus")
-            shutil.copytree(folder / "findings", kept / name / "findings")
+            for part in ("corpus", "findings"):
+                shutil.copytree(folder / part, kept / name / part, dirs_exist_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     tried.tried, tried.passed = executions, executions - len(defects)
