@@ -113,11 +113,20 @@ def open_encoder(given: str, *, eos_token: str | None = None, trust: bool = Fals
             f"--tokenizer {given}: {kind}; expected a transformers tokenizer folder (tokenizer.json, tokenizer_config.json), a "
             "tokenizer.json, a sentencepiece .model file, or train:sentencepiece."
         )
+    encoder = replace(encoder, encode=partial(_encoded, given, encoder.encode))
     if eos_token is None:
         return encoder
     if eos_token not in vocabulary:
         raise ConfigError(f"--eos-token {eos_token}: --tokenizer {given} has no such token.")
     return replace(encoder, end_of_text=vocabulary[eos_token])
+
+
+def _encoded(given: str, encode: Callable[[list[str]], list[list[int]]], texts: list[str]) -> list[list[int]]:
+    """Encode with a tokenizer that may load and still fail: a model may lack the token for unknown words, for example."""
+    try:
+        return encode(texts)
+    except Exception as error:  # the libraries' own kinds, from Rust and from C++
+        raise ConfigError(f"--tokenizer {given}: it cannot encode the text: {_reason(error)}") from error
 
 
 def _tokenizer_file(path: Path) -> Any:
@@ -171,14 +180,13 @@ def _sentencepiece_encoder(path: Path) -> tuple[TextEncoder, dict[str, int]]:
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=regular_bytes(path, LARGE))
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        # Of an empty file it makes a model without a piece.
+        size = model.get_piece_size() if model.serialized_model_proto() else 0
+        vocabulary = {model.id_to_piece(number): number for number in range(size)}
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # a piece that is not UTF-8 is a ValueError, too
         raise ConfigError(f"--tokenizer {path}: not a sentencepiece model ({_reason(error)}).") from error
-    size = (
-        model.get_piece_size() if model.serialized_model_proto() else 0
-    )  # of an empty file it makes a model without a piece
     if size == 0:
         raise ConfigError(f"--tokenizer {path}: not a sentencepiece model (it has no pieces).")
-    vocabulary = {model.id_to_piece(number): number for number in range(size)}
     end = model.eos_id()
     return TextEncoder(size, end if end >= 0 else None, partial(model.encode, num_threads=1)), vocabulary
 

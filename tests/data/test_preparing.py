@@ -22,7 +22,7 @@ from incr_ds.data.corpus import prepare_corpus
 from incr_ds.data.documents import Place
 from incr_ds.data.index_file import open_index, write_index
 from incr_ds.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
-from incr_ds.data.tokenizer import encode_documents
+from incr_ds.data.tokenizer import encode_documents, open_encoder, train_sentencepiece
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.offline.sentences import load_tokenizer
 
@@ -436,6 +436,26 @@ def test_a_tokenizer_that_does_not_fit_is_named(home, tmp_path: Path, tokenizer,
     with pytest.raises(ConfigError, match=message):
         prepare_corpus(request(home, tokenizer=str(tmp_path / tokenizer), output=tmp_path / "new" / "x", **changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_that_loads_and_cannot_encode_is_named(home, tmp_path: Path):
+    model = {"type": "WordLevel", "vocab": {"some": 0}, "unk_token": "?"}
+    (tmp_path / "words.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    asked = {"tokenizer": str(tmp_path / "words.json"), "append_eos": False}
+    with pytest.raises(
+        ConfigError, match=r"--tokenizer .*words\.json: it cannot encode the text: .*Missing \[UNK\] token"
+    ):
+        prepare_corpus(request(home, output=tmp_path / "new" / "x", **asked))
+    assert not list((tmp_path / "new").glob("x*"))
+
+
+def test_a_piece_that_is_not_utf_8_is_refused(tmp_path: Path):
+    train_sentencepiece((f"the quick brown fox number {number} jumps" for number in range(400)), 330, tmp_path / "made")
+    content = (tmp_path / "made" / "tokenizer.model").read_bytes()
+    assert b"uick" in content
+    (tmp_path / "bad.model").write_bytes(content.replace(b"uick", b"\x94ick"))
+    with pytest.raises(ConfigError, match=r"bad\.model: not a sentencepiece model \(.*can't decode byte 0x94"):
+        open_encoder(str(tmp_path / "bad.model"))
 
 
 def test_an_error_of_the_system_in_a_rust_library_is_one_of_python(tmp_path):
