@@ -449,6 +449,13 @@ def test_a_tokenizer_that_loads_and_cannot_encode_is_named(home, tmp_path: Path)
     assert not list((tmp_path / "new").glob("x*"))
 
 
+def test_a_message_shows_control_characters_as_escapes(tmp_path: Path):
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": "?"}
+    (tmp_path / "x.json").write_text(json.dumps({"version": "1.0\x1b[2J", "model": model}))
+    with pytest.raises(ConfigError, match=r"x\.json: transformers cannot load it: .*version '1\.0\\x1b\[2J'"):
+        open_encoder(str(tmp_path / "x.json"))
+
+
 def test_a_piece_that_is_not_utf_8_is_refused(tmp_path: Path):
     train_sentencepiece((f"the quick brown fox number {number} jumps" for number in range(400)), 330, tmp_path / "made")
     content = (tmp_path / "made" / "tokenizer.model").read_bytes()
