@@ -108,16 +108,22 @@ class Design:
 def open_design(study: StudySettings, choose: Choice) -> Design:
     """Read the models of a study. Raises ConfigError for a config that is missing or not valid."""
     models = {name: saved_architecture(Path(path)) for name, path in study.models.items()}
-    return Design(study, choose, models, read_known(study.known, identity(study)))
+    return Design(study, choose, models, read_known(study.known, identity(study, models)))
 
 
-def identity(study: StudySettings) -> dict[str, Any]:
-    """The settings that the result of a branch depends on, beside what identifies it."""
-    shared = study.model_dump(
-        mode="json", include={"target", "models", "decay", "common", "held_out", "held_out_samples"}
-    )
+def identity(study: StudySettings, models: Mapping[str, Architecture]) -> dict[str, Any]:
+    """The settings that the result of a branch depends on, beside what identifies it. Models are compared by their sizes."""
+    shared = study.model_dump(mode="json", include={"target", "decay", "common", "held_out", "held_out_samples"})
     kept = {"model", "growth", "warmup_steps", "warmup_from", "distillation"}
-    return {**shared, "arms": {name: arm.model_dump(mode="json", include=kept) for name, arm in study.arms.items()}}
+    return {
+        **shared,
+        "models": {name: _description(model) for name, model in models.items()},
+        "arms": {name: arm.model_dump(mode="json", include=kept) for name, arm in study.arms.items()},
+    }
+
+
+def _description(model: Architecture) -> dict[str, Any]:
+    return {"model_type": model.family.model_type, "tied": model.tied, **model.sizes}
 
 
 def jobs(design: Design) -> tuple[Job, ...]:

@@ -70,7 +70,7 @@ def summary(results: Results) -> dict[str, Any]:
     best = best_arm(results)
     top = {name: {} if best is None else arms[best][name] for name in RATIOS}
     return {
-        "settings": identity(study),
+        "settings": identity(study, design.models),
         "target_parameters": design.models[study.target].num_parameters,
         "best_arm": best,
         "seeds": [] if best is None else [seed for seed in study.arm_seeds(best) if results.of(best, seed)],

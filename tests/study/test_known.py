@@ -71,3 +71,11 @@ def test_another_study_is_refused(earlier):
     content["decay"] = 0.3
     with pytest.raises(ConfigError, match=r"summary.json: it belongs to another study: decay is 0.2, expected 0.3"):
         opened(StudySettings.model_validate(content))
+
+
+def test_a_model_of_another_size_is_refused(earlier, tmp_path):
+    _, content = earlier
+    path = tmp_path / "2.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 24}))
+    with pytest.raises(ConfigError, match=r"summary.json: it belongs to another study: models is .*'ffn': 16"):
+        opened(StudySettings.model_validate(content))

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import atheris
 
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def watch(folder, seen):
+def watch(folder, seen, forbidden):
     """Note in ``seen`` what an input must never cause. The folder, and what the library itself writes, is left out."""
 
     def hook(event, arguments):
-        if event.startswith(FORBIDDEN):
+        if event.startswith(forbidden):
             seen.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
             path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
@@ -55,6 +54,7 @@ class Findings:
 def main(name, folder, findings, corpus, *options):
     with atheris.instrument_imports(include=["incr_ds", "yaml"]):
         from fuzz_targets import prepare
+        from hostile import FORBIDDEN
 
         prepared = prepare(name, Path(folder))
         accepted = any(prepared.try_content(content) for content in prepared.contents())  # imports what readers need
@@ -62,7 +62,7 @@ def main(name, folder, findings, corpus, *options):
     for number, content in enumerate(prepared.contents()):
         (Path(corpus) / f"seed-{number}").write_bytes(content)
     seen, found = [], Findings(Path(findings))
-    watch(folder, seen)
+    watch(folder, seen, FORBIDDEN)
 
     def one(content):
         seen.clear()

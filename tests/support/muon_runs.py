@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 from engine_cases import LENGTH, ROWS, micro_batches, student, transformers_model
-from progressive_runs import content_of, settings_of
+from progressive_runs import content_of, refusal, settings_of
 
 from incr_ds.config.fields import merged
-from incr_ds.errors import IncrError
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.distributed import initialize_distributed
 from incr_ds.train.engine import build_engine
@@ -118,11 +117,3 @@ def train_runs(folder, layout):
         "rescale": start("x", model={"config": None, "initialize_from": adams}),
     }
     return {name: refusal(run) for name, run in cases.items()}
-
-
-def refusal(run):
-    try:
-        train_run(run)
-    except IncrError as error:
-        return str(error)
-    return None

@@ -9,6 +9,7 @@ import yaml
 
 from incr_ds.config.fields import merged, parse_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.errors import IncrError
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.train import checkpoints, loop, pretraining
@@ -146,3 +147,12 @@ def kill_after(module, name, condition):
         return result
 
     setattr(module, name, killing)
+
+
+def refusal(run):
+    """Train, and return the message of the refusal, or None."""
+    try:
+        train_run(run)
+    except IncrError as error:
+        return str(error)
+    return None

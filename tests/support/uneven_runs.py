@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from progressive_runs import content_of, settings_of
+from progressive_runs import content_of, refusal, settings_of
 
 from incr_ds.config.fields import merged
-from incr_ds.errors import IncrError
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.train.distributed import initialize_distributed
@@ -52,11 +51,3 @@ def train_everything(folder):
         "layers": start("x", {"pipeline_parallel": 2, "stages": [2, 3]}),
     }
     return {name: refusal(run) for name, run in refused.items()}
-
-
-def refusal(run):
-    try:
-        train_run(run)
-    except IncrError as error:
-        return str(error)
-    return None
