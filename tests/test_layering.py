@@ -97,3 +97,12 @@ def test_the_order_names_every_module_and_only_those():
 
 def test_only_errors_stand_at_the_top():
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "errors.py"}
+
+
+def test_a_class_name_stands_for_one_thing():
+    homes = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module_of(path))
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}

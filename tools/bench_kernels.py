@@ -16,7 +16,7 @@ from incr_ds.bench.variants import VARIANTS
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
 from incr_ds.errors import ConfigError
-from incr_ds.losses.planner import LossShape, Machine, default_budget, plan_loss, plan_recompute
+from incr_ds.losses.planner import LossShape, Speeds, default_budget, plan_loss, plan_recompute
 
 
 class Grid(StrEnum):
@@ -85,7 +85,7 @@ def _show(
     for shape in shapes:
         recompute = plan_recompute(shape, default_budget(True, recompute=True), accumulates=True)
         for plan in (plan_loss(shape, budget), recompute):
-            described = plan.describe(Machine(tflops, bandwidth))
+            described = plan.describe(Speeds(tflops, bandwidth))
             console.print(f"planned for N={shape.tokens} V={shape.vocabulary}: {described}")
 
 

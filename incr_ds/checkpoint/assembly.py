@@ -47,7 +47,7 @@ class Holder(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldBlock:
     """A block of a logical tensor that is stored in a parameter of one model-parallel rank."""
 
     rank: Holder
@@ -75,8 +75,8 @@ class Assembled:
     """A logical tensor: blocks that cover it exactly once, and copies of them on other ranks."""
 
     shape: tuple[int, ...]
-    held: tuple[Held, ...]
-    copies: tuple[tuple[Held, Held], ...]
+    held: tuple[HeldBlock, ...]
+    copies: tuple[tuple[HeldBlock, HeldBlock], ...]
 
     def read(self, state: State, first: int, stop: int) -> torch.Tensor:
         """Rows [first, stop)."""
@@ -97,9 +97,9 @@ class Assembled:
         return torch.empty(0, *self.shape[1:]) if whole is None else whole
 
 
-def assemble(shape: tuple[int, ...], found: Sequence[Held], where: str) -> Assembled:
+def assemble(shape: tuple[int, ...], found: Sequence[HeldBlock], where: str) -> Assembled:
     """Join blocks to a tensor of ``shape``. Raises CheckpointError if they leave a gap or overlap without being equal."""
-    held: dict[tuple[tuple[int, int], ...], Held] = {}
+    held: dict[tuple[tuple[int, int], ...], HeldBlock] = {}
     copies = []
     for item in found:
         first = held.setdefault(item.block.bounds, item)
@@ -115,7 +115,7 @@ def assemble(shape: tuple[int, ...], found: Sequence[Held], where: str) -> Assem
     return Assembled(shape, tuple(kept), tuple(copies))
 
 
-def _overlap(held: Sequence[Held]) -> bool:
+def _overlap(held: Sequence[HeldBlock]) -> bool:
     """Whether two of the blocks (sorted by their bounds) share an element."""
     for number, one in enumerate(held):
         for other in held[number + 1 :]:

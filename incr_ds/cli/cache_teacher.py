@@ -13,7 +13,7 @@ from incr_ds.cli.options import Json
 from incr_ds.launch.packages import require
 
 
-class Stored(StrEnum):
+class StoredAs(StrEnum):
     """How log-probabilities are stored."""
 
     fp16 = "fp16"
@@ -25,7 +25,7 @@ def main(
     config: Annotated[list[Path], typer.Option(help="Run file with a section distillation. Repeatable.")],
     output: Annotated[Path, typer.Option(help="Cache to write, for distillation.cache in the run file.")],
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Entries to keep for each token.")] = 64,
-    stored: Annotated[Stored, typer.Option(help="Format of the log-probabilities.")] = Stored.fp16,
+    stored: Annotated[StoredAs, typer.Option(help="Format of the log-probabilities.")] = StoredAs.fp16,
     shard_samples: Annotated[
         int | None, typer.Option(min=1, help="Samples in a shard; default: as many as fit 256 MiB.")
     ] = None,

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from incr_ds.cli.command import console, print_json
-from incr_ds.launch.dry_run import SECONDS_PER_HOUR, DryRun, Part, largest
+from incr_ds.launch.dry_run import SECONDS_PER_HOUR, DryRun, RunPart, largest
 from incr_ds.launch.rank_plan import PipelineStage
 
 # The columns of a memory table, in their order.
@@ -46,7 +46,7 @@ def show_dry_run(found: DryRun, *, json: bool) -> None:
         console.print(f"assumed: {line}", markup=False)
 
 
-def _part_table(part: Part, *, several: bool) -> Table:
+def _part_table(part: RunPart, *, several: bool) -> Table:
     run, layout, batch = part.run, part.run.layout, part.run.batch
     title = f"stage {part.number}: " if several else ""
     rows = {
@@ -70,7 +70,7 @@ def _part_table(part: Part, *, several: bool) -> Table:
     return table
 
 
-def _sizes_text(part: Part) -> str:
+def _sizes_text(part: RunPart) -> str:
     """Samples and micro-batches of a step, for every size of the global batch."""
     sizes = zip(part.spans, part.run.accumulations, strict=True)
     if len(part.spans) == 1:
@@ -78,7 +78,7 @@ def _sizes_text(part: Part) -> str:
     return ", ".join(f"{size:,} samples = {count:,} in {steps:,} steps" for (steps, size), count in sizes) + ";"
 
 
-def _teacher_rows(part: Part) -> dict[str, str]:
+def _teacher_rows(part: RunPart) -> dict[str, str]:
     if part.teacher is None:
         return {}
     share = part.teacher_flops / part.flops
@@ -86,7 +86,7 @@ def _teacher_rows(part: Part) -> dict[str, str]:
     return {"teacher": f"{text}: {part.teacher_flops:.3e} FLOPs, {share:.1%} of all"}
 
 
-def _parameter_table(part: Part) -> Table:
+def _parameter_table(part: RunPart) -> Table:
     """Parameters of every pipeline stage and of its ranks."""
     table = Table(box=box.SIMPLE_HEAD, title="work and parameters by pipeline stage", title_justify="left")
     for heading in ("stage", "decoder layers", "FLOPs a token", "parameters", "of a tensor rank"):
@@ -99,7 +99,7 @@ def _parameter_table(part: Part) -> Table:
     return table
 
 
-def _memory_table(part: Part) -> Table:
+def _memory_table(part: RunPart) -> Table:
     """Bytes on a rank of every pipeline stage, in the unit of the largest."""
     unit, factor = _unit(largest(part).memory.total)
     kinds = [kind for kind in _KINDS if any(stage.memory.kinds[kind] for stage in part.pipeline)]
@@ -119,7 +119,7 @@ def _memory_table(part: Part) -> Table:
     return table
 
 
-def _checkpointing_text(part: Part) -> str:
+def _checkpointing_text(part: RunPart) -> str:
     """What the run's other choice of activation checkpointing would mean for the largest rank."""
     memory = largest(part).memory
     if memory.recomputes:
@@ -185,7 +185,7 @@ def _content(found: DryRun) -> dict[str, Any]:
     }
 
 
-def _part_content(part: Part) -> dict[str, Any]:
+def _part_content(part: RunPart) -> dict[str, Any]:
     return {
         "stage": part.number,
         "first_step": part.run.schedule.start_step,

@@ -19,8 +19,8 @@ from incr_ds.errors import ConfigError
 from incr_ds.launch.packages import require
 
 if TYPE_CHECKING:
-    from incr_ds.study.design import Job
-    from incr_ds.study.execution import Progress
+    from incr_ds.study.design import StudyJob
+    from incr_ds.study.execution import StudyProgress
 
 _DURATION = re.compile(r"(\d+)(s|m|h)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -52,7 +52,7 @@ def run_study(
 def _run_all(
     study: StudySettings,
     seconds: float | None,
-    show: Callable[[Progress], None],
+    show: Callable[[StudyProgress], None],
     folder: Path,
     command: str,
     json: bool,
@@ -74,7 +74,7 @@ def _run_all(
 
 
 def _run_probe(
-    study: StudySettings, steps: int, seconds: float | None, show: Callable[[Progress], None], json: bool
+    study: StudySettings, steps: int, seconds: float | None, show: Callable[[StudyProgress], None], json: bool
 ) -> None:
     from incr_ds.study.execution import execute, opened
     from incr_ds.study.probe import probe_jobs, ranking
@@ -104,7 +104,7 @@ class _Shown:
     def __init__(self) -> None:
         self._done, self._time = -1, 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: StudyProgress) -> None:
         if progress.done == self._done and time.monotonic() - self._time < _SHOWN_EVERY:
             return
         self._done, self._time = progress.done, time.monotonic()
@@ -117,7 +117,7 @@ class _Shown:
         )
 
 
-def _silent(_: Progress) -> None:
+def _silent(_: StudyProgress) -> None:
     return None
 
 
@@ -144,7 +144,7 @@ def _seconds(text: str | None) -> float | None:
     return float(int(match[1]) * _SECONDS[match[2]])
 
 
-def _show_plan(planned: Sequence[Job]) -> None:
+def _show_plan(planned: Sequence[StudyJob]) -> None:
     rows = [["run", "steps", "FLOPs", "starts from"]]
     new = [job for job in planned if job.known is None]
     rows += [[job.name, f"{job.steps:,}", f"{job.flops:.2e}", _origin(job.start)] for job in new]

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from incr_ds.config.json_file import LARGE, read_json
 from incr_ds.data.corpus_workspace import corpus_workspace, is_finished, publish_files
-from incr_ds.data.documents import Batch, NotText, Place, check_readers, documents_of, most_batches, read_batches
+from incr_ds.data.documents import Batch, InputPlace, NotText, check_readers, documents_of, most_batches, read_batches
 from incr_ds.data.encoding import Encoding, encode_in_order, is_held_out
 from incr_ds.data.selection import SPLITS, CorpusRequest, Selection, select_files
 from incr_ds.data.token_files import Counts, TokenFiles
@@ -145,7 +145,7 @@ def _train_tokenizer(folder: Path, request: CorpusRequest, selection: Selection,
         return
     unfinished = folder.with_name("tokenizer.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    batches = read_batches(selection, Place(), request.text_key)
+    batches = read_batches(selection, InputPlace(), request.text_key)
     texts = _training_texts(batches, request, partial(_report_reading, report, selection.total_bytes))
     train_sentencepiece(texts, request.vocabulary_size, unfinished)
     unfinished.rename(folder)

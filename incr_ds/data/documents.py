@@ -28,7 +28,7 @@ _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class InputPlace:
     """Where reading stands: in file number ``file``, before record ``record`` (a line or a row, from 0).
 
     In a file of lines, ``offset`` is the number of bytes of the decompressed text before that line.
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Records:
     """Some records of a file that follow one another: a whole text or whole lines as bytes, or rows as they were read.
 
     ``first`` is the number of the first record, from 1.
@@ -60,8 +60,8 @@ class Piece:
 class Batch:
     """Pieces that are tokenized together. ``after`` is the place behind them, and ``read`` the bytes of files up to it."""
 
-    pieces: tuple[Piece, ...]
-    after: Place
+    pieces: tuple[Records, ...]
+    after: InputPlace
     read: int
 
 
@@ -73,12 +73,12 @@ class NotText:
     position: int
 
 
-def read_batches(selection: Selection, start: Place, key: str) -> Iterator[Batch]:
+def read_batches(selection: Selection, start: InputPlace, key: str) -> Iterator[Batch]:
     """Yield the records of the selected files from ``start`` on. Raises ConfigError for a file that cannot be read."""
-    pieces: list[Piece] = []
+    pieces: list[Records] = []
     num_bytes, before = 0, sum(selection.sizes[: start.file])
     for number in range(start.file, len(selection.files)):
-        inner = start if number == start.file else Place(number)
+        inner = start if number == start.file else InputPlace(number)
         for piece, after, read in _pieces(selection.files[number], inner, key):
             pieces.append(piece)
             num_bytes += piece.num_bytes
@@ -87,7 +87,7 @@ def read_batches(selection: Selection, start: Place, key: str) -> Iterator[Batch
                 pieces, num_bytes = [], 0
         before += selection.sizes[number]
     if pieces:
-        yield Batch(tuple(pieces), Place(len(selection.files)), before)
+        yield Batch(tuple(pieces), InputPlace(len(selection.files)), before)
 
 
 def most_batches(selection: Selection) -> int:
@@ -95,7 +95,7 @@ def most_batches(selection: Selection) -> int:
     return 1 + selection.total_bytes // BATCH_BYTES
 
 
-def documents_of(piece: Piece, key: str) -> Iterator[str | NotText]:
+def documents_of(piece: Records, key: str) -> Iterator[str | NotText]:
     """The documents of a piece, empty ones left out. Raises ConfigError that names file, line or row, and what was found."""
     if isinstance(piece.content, list):
         yield from _rows(piece, piece.content, key)
@@ -124,7 +124,7 @@ def _is_table(path: Path) -> bool:
     return path.suffix in (".parquet", ".arrow")
 
 
-def _pieces(path: Path, start: Place, key: str) -> Iterator[tuple[Piece, Place, int]]:
+def _pieces(path: Path, start: InputPlace, key: str) -> Iterator[tuple[Records, InputPlace, int]]:
     """The pieces of a file, each with the place behind it and the bytes of the file that were read so far."""
     try:
         with open_regular(path) as stream:
@@ -132,26 +132,32 @@ def _pieces(path: Path, start: Place, key: str) -> Iterator[tuple[Piece, Place, 
                 from incr_ds.data.tables import read_rows  # pyarrow takes a moment to import, and is an extra
 
                 for first, rows, read in read_rows(stream, path, start.record, key):
-                    yield Piece(path, first + 1, rows), Place(start.file, first + len(rows)), read
+                    yield Records(path, first + 1, rows), InputPlace(start.file, first + len(rows)), read
             elif _is_lines(path):
                 for lines, before, after in _whole_lines(text_blocks(stream, path, start.offset), path, start):
-                    yield Piece(path, before.record + 1, lines), after, stream.tell()
+                    yield Records(path, before.record + 1, lines), after, stream.tell()
             else:
-                yield Piece(path, 1, _whole_text(text_blocks(stream, path), path)), Place(start.file + 1), stream.tell()
+                yield (
+                    Records(path, 1, _whole_text(text_blocks(stream, path), path)),
+                    InputPlace(start.file + 1),
+                    stream.tell(),
+                )
     except OSError as error:
         raise ConfigError(f"--input {path}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:  # a pipe or a device
         raise ConfigError(f"--input {path}: cannot be read ({error}).") from error
 
 
-def _whole_lines(blocks: Iterator[bytes], path: Path, start: Place) -> Iterator[tuple[bytes, Place, Place]]:
+def _whole_lines(
+    blocks: Iterator[bytes], path: Path, start: InputPlace
+) -> Iterator[tuple[bytes, InputPlace, InputPlace]]:
     """Cut blocks behind their last line break. Yields the lines, and the places before and behind them."""
     place, held, length = start, list[bytes](), 0
     for block in blocks:
         cut = block.rfind(b"\n") + 1
         if cut:
             lines = b"".join([*held, block[:cut]])
-            after = Place(place.file, place.record + lines.count(b"\n"), place.offset + len(lines))
+            after = InputPlace(place.file, place.record + lines.count(b"\n"), place.offset + len(lines))
             yield lines, place, after
             place, held, length = after, [], 0
         held.append(block[cut:])
@@ -159,7 +165,7 @@ def _whole_lines(blocks: Iterator[bytes], path: Path, start: Place) -> Iterator[
         if length > LONGEST_DOCUMENT:
             raise ConfigError(f"--input {path}, line {place.record + 1}: {_TOO_LONG}")
     if length:
-        yield b"".join(held), place, Place(place.file, place.record + 1, place.offset + length)
+        yield b"".join(held), place, InputPlace(place.file, place.record + 1, place.offset + length)
 
 
 def _whole_text(blocks: Iterator[bytes], path: Path) -> bytes:
@@ -171,7 +177,7 @@ def _whole_text(blocks: Iterator[bytes], path: Path) -> bytes:
     return bytes(text)
 
 
-def _json_lines(piece: Piece, content: bytes, key: str) -> Iterator[str]:
+def _json_lines(piece: Records, content: bytes, key: str) -> Iterator[str]:
     for number, line in enumerate(content.split(b"\n"), start=piece.first):
         try:
             if not (shown := line.decode("utf-8")).strip():
@@ -188,14 +194,14 @@ def _json_lines(piece: Piece, content: bytes, key: str) -> Iterator[str]:
         yield from _checked(found[key], f"{piece.path}, line {number}", key)
 
 
-def _no_object(piece: Piece, number: int, key: str, found: str) -> ConfigError:
+def _no_object(piece: Records, number: int, key: str, found: str) -> ConfigError:
     return ConfigError(
         f"--input {piece.path}, line {number}: expected a JSON object with the key {key} (option --text-key), "
         f"found {found:.300}."
     )
 
 
-def _rows(piece: Piece, rows: list[Any], key: str) -> Iterator[str]:
+def _rows(piece: Records, rows: list[Any], key: str) -> Iterator[str]:
     for number, text in enumerate(rows, start=piece.first):
         yield from _checked(text, f"{piece.path}, row {number}", key)
 

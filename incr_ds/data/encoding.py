@@ -16,7 +16,7 @@ from multiprocessing import get_context
 import numpy as np
 import xxhash
 
-from incr_ds.data.documents import Batch, NotText, Place, documents_of
+from incr_ds.data.documents import Batch, InputPlace, NotText, documents_of
 from incr_ds.data.selection import SPLITS
 from incr_ds.data.tokenizer import TextEncoder
 from incr_ds.errors import IncrError
@@ -43,7 +43,7 @@ class EncodedBatch:
     splits: Mapping[str, SplitTokens]
     digests: bytes
     not_text: tuple[NotText, ...]
-    after: Place
+    after: InputPlace
     read: int
 
 

@@ -20,13 +20,13 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from incr_ds.config.json_file import file_blocks
-from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.data.index_file import DataIndex, open_index
 from incr_ds.errors import ConfigError
 
 CHUNK_BYTES = 1 << 26
 
 
-class _Content(TypedDict):
+class _FingerprintFile(TypedDict):
     fingerprint: str
     tokens: int
     smallest: int
@@ -38,7 +38,7 @@ class _Entry:
     """What a record holds about one data set."""
 
     identity: dict[str, list[int]]
-    content: _Content
+    content: _FingerprintFile
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """One chunk of a .bin: xxh3 of its bytes, its smallest and its largest token."""
 
     digest: str
@@ -87,22 +87,22 @@ class Chunk:
     largest: int
 
 
-def num_chunks(index: IndexFile) -> int:
+def num_chunks(index: DataIndex) -> int:
     """Number of chunks of the .bin."""
     return math.ceil(index.num_tokens * index.dtype.itemsize / CHUNK_BYTES)
 
 
-def scan_chunk(index: IndexFile, number: int) -> Chunk:
+def scan_chunk(index: DataIndex, number: int) -> TokenChunk:
     """Read one chunk. Raises ConfigError if the file has become shorter."""
     path, per_chunk = Path(index.prefix + ".bin"), CHUNK_BYTES // index.dtype.itemsize
     count = min(per_chunk, index.num_tokens - number * per_chunk)
     tokens = np.fromfile(path, index.dtype, count, offset=number * CHUNK_BYTES)
     if len(tokens) != count:
         raise ConfigError(f"{path}: became shorter while it was being read; prepare the data again.")
-    return Chunk(xxhash.xxh3_128_hexdigest(tokens.data), int(tokens.min()), int(tokens.max()))
+    return TokenChunk(xxhash.xxh3_128_hexdigest(tokens.data), int(tokens.min()), int(tokens.max()))
 
 
-def combine(index: IndexFile, chunks: Sequence[Chunk]) -> DataSet:
+def combine(index: DataIndex, chunks: Sequence[TokenChunk]) -> DataSet:
     """Build the data set from its index and all chunks of its .bin, in order. Raises ConfigError for a wrong index."""
     index.check()
     digest = xxhash.xxh3_128()

@@ -26,7 +26,7 @@ _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class IndexFile:
+class DataIndex:
     """The header of an index file whose size agrees with it, and whose .bin is a list of whole tokens."""
 
     prefix: str
@@ -87,8 +87,8 @@ class IndexFile:
             raise ConfigError(f"{self.path}: {what.format(number)}; the file is damaged. Prepare the data again.")
 
 
-def open_index(prefix: str) -> IndexFile:
-    """Read the header of PREFIX.idx. The entries are not read: see ``IndexFile.check``.
+def open_index(prefix: str) -> DataIndex:
+    """Read the header of PREFIX.idx. The entries are not read: see ``DataIndex.check``.
 
     Raises ConfigError if a file is missing, is not an index of tokens, or has a size that its header does not describe.
     """
@@ -112,7 +112,7 @@ def open_index(prefix: str) -> IndexFile:
     expected, found = HEADER.size + sequences * (4 + 8) + starts * 8, path.stat().st_size
     if expected != found:
         raise ConfigError(f"{path}: {found} bytes, but its header describes {expected}; prepare the data again.")
-    index = IndexFile(prefix, np.dtype(TOKEN_TYPES[code]), sequences, starts)
+    index = DataIndex(prefix, np.dtype(TOKEN_TYPES[code]), sequences, starts)
     if left := os.path.getsize(prefix + ".bin") % index.dtype.itemsize:
         raise ConfigError(
             f"{prefix}.bin: ends {left} bytes into a token of {index.dtype.itemsize} bytes; copy it again."

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.config.json_file import LARGE, file_blocks, read_json
-from incr_ds.data.documents import Place
+from incr_ds.data.documents import InputPlace
 from incr_ds.data.encoding import EncodedBatch
 from incr_ds.data.index_file import write_index
 from incr_ds.data.selection import SPLITS
@@ -41,20 +41,20 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Progress:
+class CorpusProgress:
     """How far a corpus is written: the place in the input, the bytes of each file, and what was counted until there.
 
     ``read`` is in bytes of the input. ``not_text`` lists files that were skipped.
     """
 
-    place: Place
+    place: InputPlace
     read: int
     sizes: Mapping[str, int]
     counts: Mapping[str, Counts]
     not_text: tuple[str, ...]
 
 
-_PROGRESS = TypeAdapter(Progress)
+_PROGRESS = TypeAdapter(CorpusProgress)
 
 
 class TokenFiles:
@@ -123,7 +123,7 @@ class TokenFiles:
         return digest.hexdigest()
 
 
-def _recorded(folder: Path, names: list[str]) -> Progress:
+def _recorded(folder: Path, names: list[str]) -> CorpusProgress:
     """The last recorded progress, or the beginning if there is none or the files do not have what it says."""
     path = folder / PROGRESS
     if path.is_file():
@@ -137,8 +137,8 @@ def _recorded(folder: Path, names: list[str]) -> Progress:
     return _beginning(names)
 
 
-def _beginning(names: list[str]) -> Progress:
-    return Progress(Place(), 0, dict.fromkeys(names, 0), {split: Counts() for split in SPLITS}, ())
+def _beginning(names: list[str]) -> CorpusProgress:
+    return CorpusProgress(InputPlace(), 0, dict.fromkeys(names, 0), {split: Counts() for split in SPLITS}, ())
 
 
 def _added(counts: Counts, tokens: Any) -> Counts:

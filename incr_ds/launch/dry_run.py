@@ -40,7 +40,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Part:
+class RunPart:
     """A stage of the run: all of it, or what lies before, between or after its growths.
 
     ``taught_steps`` are those in which the teacher runs. FLOPs are of the whole part, all ranks together.
@@ -102,7 +102,7 @@ class DryRun:
     """
 
     run: RunSettings
-    parts: tuple[Part, ...]
+    parts: tuple[RunPart, ...]
     disk: OnDisk
     data: tuple[CorpusUse, ...]
     missing: tuple[str, ...]
@@ -193,7 +193,7 @@ def stated_speed(run: RunSettings, mfu: float | None, peak_tflops: float | None)
     return Speed(mfu, peak)
 
 
-def _parts(run: RunSettings) -> Iterator[Part]:
+def _parts(run: RunSettings) -> Iterator[RunPart]:
     taught_by_itself = run.distillation is not None and run.distillation.teacher == BEFORE_GROWTH
     if not (run.growth or taught_by_itself or isinstance(run.model.initialize_from, GrowthStart)):
         yield _single_part(run)
@@ -207,7 +207,7 @@ def _parts(run: RunSettings) -> Iterator[Part]:
         yield _part(stage.number, stage.run, stage.architecture, teacher)
 
 
-def _single_part(run: RunSettings) -> Part:
+def _single_part(run: RunSettings) -> RunPart:
     origin = run.model.config if run.model.config is not None else str(run.model.initialize_from)
     is_file = run.model.config is not None
     architecture = saved_architecture(Path(origin)) if is_file else _described(Path(origin), run.model.tag)
@@ -223,7 +223,7 @@ def _single_part(run: RunSettings) -> Part:
     return _part(0, placed(run, architecture), architecture, teacher)
 
 
-def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Architecture | None) -> Part:
+def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Architecture | None) -> RunPart:
     deepspeed_config(run)
     if run.distillation is not None and run.distillation.cache is not None:
         teacher = None  # it ran before, in tools/cache_teacher.py
@@ -233,7 +233,7 @@ def _part(number: int, run: RunSettings, architecture: Architecture, teacher: Ar
     tokens = run.batch.samples_between(first, run.schedule.last_step) * length
     held = holdings(run, architecture)
     per_token = 0 if teacher is None else forward_flops_per_token(teacher, length)
-    return Part(
+    return RunPart(
         number=number,
         run=run,
         architecture=architecture,
@@ -271,6 +271,6 @@ def _described(folder: Path, tag: str | None) -> Architecture:
     return saved_architecture(found[0])
 
 
-def largest(part: Part) -> PipelineStage:
+def largest(part: RunPart) -> PipelineStage:
     """The pipeline stage whose ranks need the most memory."""
     return max(part.pipeline, key=lambda stage: stage.memory.total)

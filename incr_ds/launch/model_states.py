@@ -56,7 +56,7 @@ def zero_settings(config: Mapping[str, Any]) -> ZeroSettings:
 
 
 @dataclass(frozen=True)
-class ModelStates:
+class StateMemory:
     """Bytes on one rank between two steps, and two that come and go.
 
     ``buffers`` are those that DeepSpeed communicates with during forward and backward, gathered parameters of stage 3
@@ -81,7 +81,7 @@ def model_states(
     element: int,
     settings: ZeroSettings,
     optimizer: str = "adamw",
-) -> ModelStates:
+) -> StateMemory:
     """Count a rank that trains the parameter ``groups`` of the optimizer and holds ``frozen`` parameters beside them.
 
     ``element`` is the number of bytes of a weight and of its gradient. ``optimizer`` is optimizer.name.
@@ -93,7 +93,7 @@ def model_states(
     if zero_stage == 0:
         trained = sum(numbers)
         masters = trained * FP32 if element < FP32 else 0
-        return ModelStates(
+        return StateMemory(
             trained * element + still,
             masters,
             trained * FP32 * MOMENTS,
@@ -103,7 +103,7 @@ def model_states(
         )
     parts = [partition_size(number, data_parallel) for number in numbers]
     on_host = sum(parts) * (FP32 + element) + (sum(numbers) * element if settings.accumulates else 0)
-    return ModelStates(
+    return StateMemory(
         weights=sum(parts) * data_parallel * element + still,
         masters=sum(parts) * FP32,
         moments=sum(
@@ -129,7 +129,7 @@ def _scattered(
     data_parallel: int,
     element: int,
     settings: ZeroSettings,
-) -> ModelStates:
+) -> StateMemory:
     """ZeRO-3: every parameter is spread over the ranks by itself. Small ones are whole on every rank as well."""
     trained = [parameter for group in groups for parameter in group]
     everything = [parameter.numel for parameter in (*trained, *frozen)]
@@ -138,7 +138,7 @@ def _scattered(
     small = sum(number for number in everything if number <= settings.param_persistence_threshold)
     gathered = min(sum(everything) - small, settings.max_live_parameters)
     bucket = _bucket(settings, element, double=False) if settings.contiguous_gradients else 0
-    return ModelStates(
+    return StateMemory(
         weights=(shares + still + small) * element,
         masters=shares * FP32,  # a copy also in fp32: DeepSpeed means to share it, but compares a device with its name
         moments=shares * FP32 * MOMENTS,

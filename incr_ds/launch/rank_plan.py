@@ -12,7 +12,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.launch.activations import Shape, loss_workspace, shape_of, stage_activations, teacher_bytes
 from incr_ds.launch.balance import stage_flops
 from incr_ds.launch.deepspeed_config import deepspeed_config
-from incr_ds.launch.model_states import ModelStates, model_states, zero_settings
+from incr_ds.launch.model_states import StateMemory, model_states, zero_settings
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups, set_apart, trained_shards
 from incr_ds.sharding.placement import rank_parameters, stage_layers
@@ -26,7 +26,7 @@ class RankMemory:
     (with activation checkpointing). ``on_host`` names the kinds that are offloaded to the host's memory.
     """
 
-    states: ModelStates
+    states: StateMemory
     activations_kept: int
     activations_recomputed: int
     recomputes: bool
@@ -77,7 +77,7 @@ class PipelineStage:
 
 
 @dataclass(frozen=True)
-class Held:
+class RankHoldings:
     """What one model-parallel rank holds: the optimizer's parameter groups, and frozen parameters."""
 
     groups: tuple[tuple[RankParameter, ...], ...]
@@ -94,7 +94,7 @@ class Held:
         return sum(parameter.numel for parameter in self.parameters)
 
 
-Holdings = tuple[tuple[Held, ...], ...]
+Holdings = tuple[tuple[RankHoldings, ...], ...]
 
 
 def holdings(run: RunSettings, architecture: Architecture) -> Holdings:
@@ -103,10 +103,10 @@ def holdings(run: RunSettings, architecture: Architecture) -> Holdings:
     apart = set_apart(run.optimizer.name, architecture)
     count = group_count(architecture, run.layout, None, frozen, apart)
 
-    def held(stage: int, tensor_rank: int) -> Held:
+    def held(stage: int, tensor_rank: int) -> RankHoldings:
         shards = rank_parameters(architecture, run.layout, stage, tensor_rank)
         groups = optimizer_groups(trained_shards(shards, frozen), None, count, apart)
-        return Held(groups, tuple(shard for shard in shards if shard.tensor.name in frozen))
+        return RankHoldings(groups, tuple(shard for shard in shards if shard.tensor.name in frozen))
 
     layout = run.layout
     return tuple(
@@ -114,7 +114,7 @@ def holdings(run: RunSettings, architecture: Architecture) -> Holdings:
     )
 
 
-def states_of(run: RunSettings, held: Held) -> ModelStates:
+def states_of(run: RunSettings, held: RankHoldings) -> StateMemory:
     """The model states of a rank."""
     layout, settings = run.layout, zero_settings(deepspeed_config(run))
     return model_states(
@@ -147,7 +147,7 @@ def plan_ranks(
 
 
 def _memory(
-    run: RunSettings, architecture: Architecture, teacher: Architecture | None, stage: int, held: Held
+    run: RunSettings, architecture: Architecture, teacher: Architecture | None, stage: int, held: RankHoldings
 ) -> RankMemory:
     """The memory of tensor rank 0, which has the larger part of every tensor that does not divide."""
     shape = shape_of(run)

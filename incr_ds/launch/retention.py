@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from incr_ds.config.training import CheckpointSettings, RunSettings
 from incr_ds.launch.activations import shape_of
 from incr_ds.launch.model_states import FP32, MOMENTS, momentum_sizes
-from incr_ds.launch.rank_plan import Held, Holdings
+from incr_ds.launch.rank_plan import Holdings, RankHoldings
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import is_apart
 from incr_ds.sharding.partition_sizes import partition_size, share_size
@@ -82,7 +82,7 @@ def on_disk(
     return OnDisk(len(steps), len(kept), left, peak, peak_bytes, peak_files)
 
 
-def _optimizer_bytes(run: RunSettings, held: Held) -> int:
+def _optimizer_bytes(run: RunSettings, held: RankHoldings) -> int:
     """Masters and optimizer states that the data-parallel ranks of a model-parallel rank save together."""
     return sum(_group_bytes(run, group) for group in held.groups)
 

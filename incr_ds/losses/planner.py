@@ -28,7 +28,7 @@ def default_budget(cuda: bool, *, recompute: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Speeds:
     """Speeds that a prediction assumes: matrix products in TFLOP/s, memory in GB/s (10^9 bytes)."""
 
     tflops: float
@@ -109,11 +109,11 @@ class LossPlan:
         again = 2 * shape.accumulation_bytes * shape.vocabulary * shape.student_width
         return shape.tokens * shape.vocabulary * passes + (self.chunks - 1) * again
 
-    def milliseconds(self, machine: Machine) -> float:
+    def milliseconds(self, machine: Speeds) -> float:
         """Predicted time of forward and backward together."""
         return machine.milliseconds(self.flops, self.moved_bytes)
 
-    def describe(self, machine: Machine) -> str:
+    def describe(self, machine: Speeds) -> str:
         """The plan in one readable line."""
         return (
             f"{self.chunks} chunks of {self.chunk_rows} tokens, slabs of {self.slab_rows}: "
@@ -165,11 +165,11 @@ class LeanPlan:
         again = 2 * shape.accumulation_bytes * shape.tokens * shape.student_width
         return shape.tokens * shape.vocabulary * passes + (self.blocks - 1) * again
 
-    def milliseconds(self, machine: Machine) -> float:
+    def milliseconds(self, machine: Speeds) -> float:
         """Predicted time of forward and backward together."""
         return machine.milliseconds(self.flops, self.moved_bytes)
 
-    def describe(self, machine: Machine) -> str:
+    def describe(self, machine: Speeds) -> str:
         """The plan in one readable line."""
         return (
             f"{self.blocks} blocks of {self.columns} columns, {self.walks} walks: {self.buffer_bytes / 1e9:.2f} GB, "

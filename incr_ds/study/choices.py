@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from incr_ds.errors import ConfigError
-from incr_ds.study.forecast import FLOPS_PER_PARAMETER, Saving, best_size, evidence, law_loss, predict_saving
+from incr_ds.study.forecast import FLOPS_PER_PARAMETER, PredictedSaving, best_size, evidence, law_loss, predict_saving
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Stage:
+class OptionStage:
     """A part of an option: which model is trained on how many tokens."""
 
     model: Model
@@ -45,12 +45,12 @@ class Choice:
     """
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[OptionStage, ...]
     loss: float
     low: float
     high: float
     equivalent: float | None = None
-    saving: Saving | None = None
+    saving: PredictedSaving | None = None
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -105,7 +105,7 @@ def _choices(flops: float, source: Model | None, goal: Model) -> Iterator[Choice
 def _trained(name: str, model: Model, flops: float) -> Choice:
     tokens = flops / model.flops_per_token
     loss = law_loss(model.parameters, model.tokens + tokens)
-    return Choice(name, (Stage(model, tokens),), loss, loss, loss)
+    return Choice(name, (OptionStage(model, tokens),), loss, loss, loss)
 
 
 def _grown_anew(flops: float, goal: Model) -> Choice:
@@ -114,7 +114,7 @@ def _grown_anew(flops: float, goal: Model) -> Choice:
     small = Model(goal.parameters / known.layers_factor, goal.flops_per_token / known.layers_factor)
     per_token = known.source_share * small.flops_per_token + (1 - known.source_share) * goal.flops_per_token
     tokens = flops / per_token
-    stages = (Stage(small, known.source_share * tokens), Stage(goal, (1 - known.source_share) * tokens))
+    stages = (OptionStage(small, known.source_share * tokens), OptionStage(goal, (1 - known.source_share) * tokens))
     return _grown("train a small model, then grow it", stages, goal, flops)
 
 
@@ -122,10 +122,10 @@ def _grown_from(flops: float, source: Model, goal: Model) -> Choice:
     """The source counts at most with the share of the whole that the evidence's sources had: more was not measured."""
     share = evidence().source_share
     counted = min(source.flops, flops * share * source.flops_per_token / ((1 - share) * goal.flops_per_token))
-    return _grown("grow the source", (Stage(goal, flops / goal.flops_per_token),), goal, flops + counted)
+    return _grown("grow the source", (OptionStage(goal, flops / goal.flops_per_token),), goal, flops + counted)
 
 
-def _grown(name: str, stages: tuple[Stage, ...], goal: Model, whole: float) -> Choice:
+def _grown(name: str, stages: tuple[OptionStage, ...], goal: Model, whole: float) -> Choice:
     saving = predict_saving(whole)
     loss, low, high = (
         law_loss(goal.parameters, whole / ratio / goal.flops_per_token)

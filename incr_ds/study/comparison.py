@@ -21,7 +21,7 @@ RUNS = ("source", "grown", "scratch")
 
 
 @dataclass(frozen=True)
-class Point:
+class Evaluation:
     """One held-out evaluation: optimizer steps, tokens and FLOPs of its run so far, and the loss in nats per token."""
 
     step: int
@@ -36,10 +36,10 @@ class Curve:
     """The held-out evaluations of one run, in order of steps."""
 
     run: str
-    points: tuple[Point, ...]
+    points: tuple[Evaluation, ...]
 
     @property
-    def last(self) -> Point:
+    def last(self) -> Evaluation:
         """The final evaluation."""
         return self.points[-1]
 
@@ -51,7 +51,7 @@ class Saving:
     ``sunk`` ignores the source's pre-training; ``counted`` adds it to the grown run. Negative means more FLOPs.
     """
 
-    point: Point
+    point: Evaluation
     sunk: float
     counted: float
 
@@ -75,7 +75,7 @@ def read_curve(run: str, folder: Path) -> Curve:
     rows = [item for item in read_metrics(folder / FILE) if item["kind"] == "evaluation"]
     if not rows:
         raise CheckpointError(f"{folder / FILE}: no held-out evaluation; the run file needs the key evaluation.")
-    points = (Point(r["step"], r["tokens"], r["flops"], r["loss"], r["bits_per_byte"]) for r in rows)
+    points = (Evaluation(r["step"], r["tokens"], r["flops"], r["loss"], r["bits_per_byte"]) for r in rows)
     return Curve(run, tuple(sorted(points, key=lambda point: point.step)))
 
 
@@ -88,7 +88,7 @@ def compare_curves(source: Curve, grown: Curve, scratch: Curve) -> Study:
     return Study(source, grown, scratch, equal, _saving(source, grown, scratch))
 
 
-def first_at_or_below(curve: Curve, loss: float) -> Point | None:
+def first_at_or_below(curve: Curve, loss: float) -> Evaluation | None:
     """The first evaluation of ``curve`` with a loss of at most ``loss``."""
     return next((point for point in curve.points if point.loss <= loss), None)
 
@@ -158,7 +158,7 @@ def _saving(source: Curve, grown: Curve, scratch: Curve) -> Saving | None:
     return Saving(point, 1.0 - spent / whole, 1.0 - (spent + source.last.flops) / whole)
 
 
-def _in_one_sentence(source: Point, grown: Point, scratch: Point) -> str:
+def _in_one_sentence(source: Evaluation, grown: Evaluation, scratch: Evaluation) -> str:
     """Both accountings of the cost, for a reader who knows neither."""
     total, lower = grown.flops + source.flops, "lower" if grown.loss < scratch.loss else "higher"
     equal = abs(total / scratch.flops - 1.0) < 0.01

@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """One run of a study: ``trunk`` itself, or, with ``measured``, a branch of it.
 
     ``run`` is the content of its run file, ``start`` the checkpoint that must exist first. ``before`` are the checkpoints whose
@@ -126,7 +126,7 @@ def _description(model: Architecture) -> dict[str, Any]:
     return {"model_type": model.family.model_type, "tied": model.tied, **model.sizes}
 
 
-def jobs(design: Design) -> tuple[Job, ...]:
+def jobs(design: Design) -> tuple[StudyJob, ...]:
     """All runs whose learning rates are decided, each after the runs that it starts from; the first seed of all arms first.
 
     Trunks that no branch needs any more are left out.
@@ -134,7 +134,7 @@ def jobs(design: Design) -> tuple[Job, ...]:
     return _needed(_all_jobs(design))
 
 
-def _all_jobs(design: Design) -> tuple[Job, ...]:
+def _all_jobs(design: Design) -> tuple[StudyJob, ...]:
     return tuple(
         job
         for seed in design.study.seeds
@@ -146,7 +146,7 @@ def _all_jobs(design: Design) -> tuple[Job, ...]:
     )
 
 
-def _needed(planned: tuple[Job, ...]) -> tuple[Job, ...]:
+def _needed(planned: tuple[StudyJob, ...]) -> tuple[StudyJob, ...]:
     """All branches, and the trunks that those start from which are not known. A known branch that one starts from is run."""
     by_output = {Path(job.run["output"]): job for job in planned}
     used: set[Path] = set()
@@ -160,7 +160,7 @@ def _needed(planned: tuple[Job, ...]) -> tuple[Job, ...]:
     return tuple(replace(job, known=None) if is_used else job for job, is_used in kept if job.measured or is_used)
 
 
-def final_job(design: Design, arm: str, seed: int, rate: float, budget: int) -> Job | None:
+def final_job(design: Design, arm: str, seed: int, rate: float, budget: int) -> StudyJob | None:
     """The last branch of an arm at ``budget``: the run whose loss decides between learning rates."""
     found = [
         job
@@ -192,7 +192,7 @@ def _trunks(design: Design, arm: str, seed: int, rate: float) -> list[Trunk]:
     ]
 
 
-def _runs(design: Design, trunk: Trunk) -> Iterator[Job]:
+def _runs(design: Design, trunk: Trunk) -> Iterator[StudyJob]:
     """A trunk's run and those of its branches."""
     branches = list(_branches(design, trunk))
     kept = sorted({_decay_start(design, end) for _, _, end in branches} | _growth_positions(design, trunk))
@@ -226,7 +226,7 @@ def _decay_start(design: Design, end: int) -> int:
     return end - max(1, round(design.study.decay * end))
 
 
-def _source_job(design: Design, trunk: Trunk) -> tuple[Job, Path] | None:
+def _source_job(design: Design, trunk: Trunk) -> tuple[StudyJob, Path] | None:
     """The job and the checkpoint that a grown trunk starts from."""
     growth = design.study.arms[trunk.arm].growth
     if growth is None:
@@ -246,7 +246,7 @@ def _source_job(design: Design, trunk: Trunk) -> tuple[Job, Path] | None:
     )
 
 
-def _trunk_job(design: Design, trunk: Trunk, kept: list[int], source: tuple[Job, Path] | None) -> Job:
+def _trunk_job(design: Design, trunk: Trunk, kept: list[int], source: tuple[StudyJob, Path] | None) -> StudyJob:
     arm = design.study.arms[trunk.arm]
     name = f"{trunk.folder}/trunk"
     output = f"{design.study.output}/{name}"
@@ -270,7 +270,7 @@ def _trunk_job(design: Design, trunk: Trunk, kept: list[int], source: tuple[Job,
             teacher_flops = own["distillation"]["anneal_steps"] * design.step_tokens * _forward(design, teacher)
     flops = steps[-1] * _step_flops(design, arm.model) + teacher_flops
     before = () if source is None else (*source[0].before, source[1])
-    return Job(
+    return StudyJob(
         name=name,
         trunk=trunk,
         run=_run_file(design, trunk, output, trunk.first, own),
@@ -283,14 +283,14 @@ def _trunk_job(design: Design, trunk: Trunk, kept: list[int], source: tuple[Job,
     )
 
 
-def _branch_job(design: Design, trunk: Trunk, trunk_job: Job, measured: Measured) -> Job:
+def _branch_job(design: Design, trunk: Trunk, trunk_job: StudyJob, measured: Measured) -> StudyJob:
     start = _decay_start(design, measured.position)
     steps = measured.position - start
     name = f"{trunk.folder}/branch-{measured.position}"
     checkpoint = trunk_job.checkpoint(start - trunk.first)
     schedule = {"train_steps": steps, "learning_rate": trunk.rate, "decay": "wsd", "decay_steps": steps}
     own = {"schedule": schedule, "model": {"initialize_from": str(checkpoint)}, "checkpoint": {"keep_last": 1}}
-    return Job(
+    return StudyJob(
         name=name,
         trunk=trunk,
         run=_run_file(design, trunk, f"{design.study.output}/{name}", start, own),

@@ -26,7 +26,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.data.index_file import open_index
 from incr_ds.errors import CheckpointError
 from incr_ds.launch.preflight import check_run
-from incr_ds.study.design import Design, Job, final_job, jobs, open_design
+from incr_ds.study.design import Design, StudyJob, final_job, jobs, open_design
 from incr_ds.study.worker import RESULT, initialize, run_job
 
 POLL_SECONDS = 1.0
@@ -34,7 +34,7 @@ LOOK_SECONDS = 20.0  # how often a free process looks for runs that a checkpoint
 
 
 @dataclass(frozen=True)
-class Progress:
+class StudyProgress:
     """How far a study is: jobs and FLOPs that are done, of those that are known, and what is training now."""
 
     done: int
@@ -80,7 +80,7 @@ def best_rate(design: Design, arm: str) -> float | None:
     return min(losses, key=lambda rate: losses[rate])
 
 
-def result_of(job: Job) -> dict[str, Any] | None:
+def result_of(job: StudyJob) -> dict[str, Any] | None:
     """What was measured after a job, or None. A trunk that diverged makes its branches diverged."""
     if job.known is not None:
         return dict(job.known)
@@ -90,7 +90,7 @@ def result_of(job: Job) -> dict[str, Any] | None:
     return None
 
 
-def is_done(job: Job) -> bool:
+def is_done(job: StudyJob) -> bool:
     """Whether a job is finished, or can never be because its trunk diverged."""
     if job.measured is not None:
         return result_of(job) is not None
@@ -103,8 +103,8 @@ def is_done(job: Job) -> bool:
 def execute(
     study: StudySettings,
     seconds: float | None,
-    report: Callable[[Progress], None],
-    select: Callable[[Design], tuple[Job, ...]] = jobs,
+    report: Callable[[StudyProgress], None],
+    select: Callable[[Design], tuple[StudyJob, ...]] = jobs,
 ) -> bool:
     """Run the jobs that ``select`` names, for at most ``seconds`` (None: to the end). Returns whether all are done.
 
@@ -112,7 +112,7 @@ def execute(
     """
     design, deadline = opened(study), None if seconds is None else time.monotonic() + seconds
     with locked(Path(study.output)), _pool(study) as (pool, stop):
-        running: dict[Future[bool], Job] = {}
+        running: dict[Future[bool], StudyJob] = {}
         started, trained = time.monotonic(), 0.0
         try:
             while not stop.is_set():
@@ -140,7 +140,7 @@ def execute(
     return all(is_done(job) for job in select(design))
 
 
-def _has_ended(future: Future[bool], job: Job) -> bool:
+def _has_ended(future: Future[bool], job: StudyJob) -> bool:
     """Whether a job trained to its end. Raises CheckpointError if something killed its process."""
     try:
         return future.result()
@@ -152,7 +152,7 @@ def _has_ended(future: Future[bool], job: Job) -> bool:
 
 
 def _wait(
-    running: dict[Future[bool], Job], deadline: float | None, stop: Any, longest: float | None
+    running: dict[Future[bool], StudyJob], deadline: float | None, stop: Any, longest: float | None
 ) -> set[Future[bool]]:
     """Wait for a job to end, at most ``longest`` seconds, or set ``stop`` at the deadline."""
     began = time.monotonic()
@@ -165,7 +165,7 @@ def _wait(
             return finished
 
 
-def _refuse_stuck(left: list[Job]) -> None:
+def _refuse_stuck(left: list[StudyJob]) -> None:
     """Raise CheckpointError if a run waits for a checkpoint that no run will write any more."""
     if left:
         start = Path(str(left[0].start))
@@ -175,7 +175,7 @@ def _refuse_stuck(left: list[Job]) -> None:
         )
 
 
-def _can_start(job: Job) -> bool:
+def _can_start(job: StudyJob) -> bool:
     return job.start is None or (job.start / MANIFEST).is_file()
 
 
@@ -189,18 +189,18 @@ def _pool(study: StudySettings) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
 
 
 def _progress(
-    jobs_known: tuple[tuple[Job, ...], tuple[Job, ...]],
-    left: list[Job],
-    running: dict[Future[bool], Job],
+    jobs_known: tuple[tuple[StudyJob, ...], tuple[StudyJob, ...]],
+    left: list[StudyJob],
+    running: dict[Future[bool], StudyJob],
     trained: float,
     seconds: float,
-) -> Progress:
+) -> StudyProgress:
     """How far the jobs are, of those that are known and of those that are expected once all rates are decided."""
     known, in_all = jobs_known
     total, open_flops = sum(job.flops for job in known), sum(job.flops for job in left)
     expected = sum(job.flops for job in in_all)
     speed = trained / seconds if trained else None
-    return Progress(
+    return StudyProgress(
         done=len(known) - len(left),
         known=len(known),
         flops_done=total - open_flops,

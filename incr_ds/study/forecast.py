@@ -29,7 +29,7 @@ SPREAD, SPREAD_PER_DECADE = (
 )  # of the ratio: where something was measured, and more per factor 10 outside of it
 
 
-class Point(Settings):
+class MeasuredRatio(Settings):
     """One measured ratio: cost of growth, source included, divided by the cost of scratch at the same loss."""
 
     flops: float = Field(gt=0.0)
@@ -43,11 +43,11 @@ class Evidence(Settings):
     layers_factor: int
     tokens_per_parameter: list[float] = Field(min_length=2, max_length=2)
     source_share: float = Field(gt=0.0, lt=1.0)
-    points: list[Point] = Field(min_length=2)
+    points: list[MeasuredRatio] = Field(min_length=2)
 
 
 @dataclass(frozen=True)
-class Saving:
+class PredictedSaving:
     """A predicted R_target, its band, and its basis. ``decades`` is how far outside of the measured FLOPs it lies, as log10."""
 
     ratio: float
@@ -76,7 +76,7 @@ def evidence() -> Evidence:
     return found.model_copy(update={"points": sorted(found.points, key=lambda point: point.flops)})
 
 
-def predict_saving(flops: float, measured: Evidence | None = None) -> Saving:
+def predict_saving(flops: float, measured: Evidence | None = None) -> PredictedSaving:
     """R_target where training from scratch costs ``flops``.
 
     Between two measured points it is interpolated in log(flops). Outside, it follows the slope of the least-squares line
@@ -94,10 +94,10 @@ def predict_saving(flops: float, measured: Evidence | None = None) -> Saving:
     else:
         ratio, basis = _between(points, place)
     spread = SPREAD + SPREAD_PER_DECADE * decades
-    return Saving(ratio, ratio - spread, ratio + spread, decades, basis)
+    return PredictedSaving(ratio, ratio - spread, ratio + spread, decades, basis)
 
 
-def _between(points: list[Point], place: float) -> tuple[float, str]:
+def _between(points: list[MeasuredRatio], place: float) -> tuple[float, str]:
     for one, other in pairwise(points):
         left, right = math.log10(one.flops), math.log10(other.flops)
         if left <= place <= right:
@@ -107,7 +107,7 @@ def _between(points: list[Point], place: float) -> tuple[float, str]:
     raise AssertionError("no two points enclose it")
 
 
-def _slope(points: list[Point]) -> float:
+def _slope(points: list[MeasuredRatio]) -> float:
     """Change of the ratio per factor 10 in FLOPs; none for a single point."""
     if len(points) < 2:
         return 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from incr_ds.checkpoint.runs import step_of
 from incr_ds.errors import ConfigError
-from incr_ds.study.design import Design, Job, jobs
+from incr_ds.study.design import Design, StudyJob, jobs
 from incr_ds.study.execution import is_done
 from incr_ds.study.summary import mean_loss, training_losses
 
@@ -26,14 +26,14 @@ class Probed:
     loss: float
 
 
-def probe_jobs(design: Design, steps: int) -> tuple[Job, ...]:
+def probe_jobs(design: Design, steps: int) -> tuple[StudyJob, ...]:
     """The first ``steps`` of every grown arm's trunk at its largest budget, and the runs that they start from.
 
     Each with its first seed and one learning rate: the chosen one, or the first that is stated. Raises ConfigError if an arm's
     trunk is shorter.
     """
     planned = {job.name: job for job in jobs(replace(design, choose=lambda arm: _rate(design, arm)))}
-    chosen: dict[str, Job] = {}
+    chosen: dict[str, StudyJob] = {}
     for trunk in _grown_trunks(design, planned):
         if trunk.steps < steps:
             raise ConfigError(f"--probe {steps}: {trunk.name} has only {trunk.steps} steps; probe fewer.")
@@ -59,7 +59,7 @@ def _rate(design: Design, arm: str) -> float:
     return design.choose(arm) or design.study.arms[arm].learning_rates[0]
 
 
-def _grown_trunks(design: Design, planned: dict[str, Job]) -> Iterator[Job]:
+def _grown_trunks(design: Design, planned: dict[str, StudyJob]) -> Iterator[StudyJob]:
     study = design.study
     for job in planned.values():
         trunk = job.trunk
@@ -68,14 +68,14 @@ def _grown_trunks(design: Design, planned: dict[str, Job]) -> Iterator[Job]:
             yield job
 
 
-def _sources(planned: dict[str, Job], job: Job) -> Iterator[Job]:
+def _sources(planned: dict[str, StudyJob], job: StudyJob) -> Iterator[StudyJob]:
     """The runs that wrote the checkpoints before ``job``, as far as its growth."""
     for checkpoint in job.before:
         source = next(one for one in planned.values() if Path(one.run["output"]) == checkpoint.parents[1])
         yield source if source.measured else _beginning(source, step_of(checkpoint))
 
 
-def _beginning(trunk: Job, steps: int) -> Job:
+def _beginning(trunk: StudyJob, steps: int) -> StudyJob:
     """The first ``steps`` of a trunk's run."""
     schedule = {**trunk.run["schedule"], "train_steps": steps}
     return replace(trunk, run={**trunk.run, "schedule": schedule}, steps=steps, flops=trunk.flops * steps / trunk.steps)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.checkpoint.runs import step_of
-from incr_ds.study.design import Design, Job, identity, jobs
+from incr_ds.study.design import Design, StudyJob, identity, jobs
 from incr_ds.study.execution import best_rate, is_done, result_of
 from incr_ds.study.savings import Band, Branch, Currency, band, ratios
 from incr_ds.train.metrics import FILE, read_metrics
@@ -25,7 +25,7 @@ class Results:
 
     design: Design
     chosen: tuple[Branch, ...]
-    measured: tuple[tuple[Job, dict[str, Any]], ...]
+    measured: tuple[tuple[StudyJob, dict[str, Any]], ...]
 
     def of(self, arm: str, seed: int | None = None, budget: int | None = None) -> list[Branch]:
         """Branches of ``arm`` at its chosen rate, in order of position."""
@@ -180,7 +180,7 @@ def _last_measures(results: Results, arm: str, budget: int) -> dict[str, Any]:
     return {key: last[key] for key in keys if key in last}
 
 
-def _is_chosen(results: Results, job: Job, arm: str, budget: int) -> bool:
+def _is_chosen(results: Results, job: StudyJob, arm: str, budget: int) -> bool:
     measured, study = job.measured, results.design.study
     return (
         measured is not None
@@ -215,7 +215,7 @@ def _search(results: Results) -> dict[str, Any]:
     return {"flops": sum(lost), "losses": {arm: losses for arm, losses in tried.items() if len(losses) > 1}}
 
 
-def _branch(job: Job, result: Mapping[str, Any]) -> Branch:
+def _branch(job: StudyJob, result: Mapping[str, Any]) -> Branch:
     assert job.measured is not None
     trunk = job.trunk
     return Branch(

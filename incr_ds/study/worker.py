@@ -19,13 +19,13 @@ from incr_ds.checkpoint.publish import read_manifest, write_atomically
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.study import StudySettings
 from incr_ds.config.training import RunSettings
-from incr_ds.study.design import Job
+from incr_ds.study.design import StudyJob
 from incr_ds.train.metrics import FILE, read_metrics
 
 RESULT, RUN_FILE, RECIPE_FILE = "result.json", "run.yaml", "recipe.yaml"
 
 
-class Stop:
+class EventStop:
     """A request to stop once ``event`` is set, in the form that the training loop asks for."""
 
     def __init__(self, event: Any) -> None:
@@ -46,7 +46,7 @@ _stop: Any = None
 def initialize(event: Any, threads: int) -> None:
     """Prepare this process to run jobs, each as a run of one process."""
     global _stop
-    _stop = Stop(event)
+    _stop = EventStop(event)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the study itself stops its runs
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,7 +56,7 @@ def initialize(event: Any, threads: int) -> None:
     torch.set_num_threads(threads)  # OMP_NUM_THREADS is too late if torch is imported already
 
 
-def run_job(job: Job, study: StudySettings) -> bool:
+def run_job(job: StudyJob, study: StudySettings) -> bool:
     """Train ``job`` to its end or until the study stops. Returns whether it has ended. Raises IncrError."""
     folder = Path(job.run["output"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def run_job(job: Job, study: StudySettings) -> bool:
     return not stopped
 
 
-def _result(job: Job, study: StudySettings, run: RunSettings) -> dict[str, Any]:
+def _result(job: StudyJob, study: StudySettings, run: RunSettings) -> dict[str, Any]:
     from incr_ds.study.measures import measure
 
     measures = measure(job.final, study.held_out, study.held_out_samples, run.batch.sequence_length)

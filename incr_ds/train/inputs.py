@@ -15,15 +15,15 @@ from incr_ds.checkpoint.publish import write_atomically
 from incr_ds.config.json_file import read_json
 from incr_ds.config.training import RunSettings
 from incr_ds.data.fingerprint import (
-    Chunk,
     DataSet,
+    TokenChunk,
     combine,
     num_chunks,
     record_of,
     recorded,
     scan_chunk,
 )
-from incr_ds.data.index_file import IndexFile, open_index
+from incr_ds.data.index_file import DataIndex, open_index
 from incr_ds.data.mixture import CorpusUse, PastMix, corpus_uses
 from incr_ds.data.samples import Samples, open_held_out_data, open_training_data
 from incr_ds.errors import CheckpointError
@@ -87,15 +87,15 @@ def _opened_indices(prefixes: list[str]) -> list[str]:
     return [open_index(prefix).prefix for prefix in prefixes]
 
 
-def _described(index: IndexFile) -> DataSet:
-    chunks: list[Chunk] = []
+def _described(index: DataIndex) -> DataSet:
+    chunks: list[TokenChunk] = []
     total, at_once = num_chunks(index), CHUNKS_AT_ONCE * all_ranks().size
     for first in range(0, total, at_once):
         chunks += _scanned(index, range(first, min(first + at_once, total)))
     return on_rank_zero(lambda: combine(index, chunks))
 
 
-def _scanned(index: IndexFile, numbers: range) -> list[Chunk]:
+def _scanned(index: DataIndex, numbers: range) -> list[TokenChunk]:
     """Read the chunks with these numbers, each on one rank."""
     ranks = all_ranks()
     mine = on_every_rank(

@@ -15,7 +15,7 @@ from incr_ds.sharding.blocks import RankParameter
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PartitionPlace:
     """Elements [start, stop) of a rank's parameter, at ``offset`` in the flat partition number ``group``."""
 
     group: int
@@ -57,20 +57,20 @@ def _masters(optimizer: Any) -> list[tuple[Tensor, Mapping[str, Any]]]:
     return [(master, groups[numbers[number]]) for number, master in enumerate(masters)]
 
 
-def _place_contiguous(_: Any, parameter: Any) -> _Place | None:
+def _place_contiguous(_: Any, parameter: Any) -> _PartitionPlace | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     inside, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return _Place(mapping.param_group_index, there.start, inside.start, inside.start + inside.numel)
+    return _PartitionPlace(mapping.param_group_index, there.start, inside.start, inside.start + inside.numel)
 
 
-def _place_scattered(optimizer: Any, parameter: Any) -> _Place | None:
+def _place_scattered(optimizer: Any, parameter: Any) -> _PartitionPlace | None:
     """Find a rank's part of a ZeRO-3 parameter. Every rank has an equal share, and the last ones are padded with zeros."""
     group, offset, share = optimizer.grad_position[parameter.ds_id]
     start = parameter.ds_zero_partition_rank * share
     stop = min(start + share, parameter.ds_numel)
-    return _Place(group, offset, start, stop) if start < stop else None
+    return _PartitionPlace(group, offset, start, stop) if start < stop else None
 
 
 def _reset(

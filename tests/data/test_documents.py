@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from incr_ds.data import blocks, documents, tables
-from incr_ds.data.documents import NotText, Place, documents_of, read_batches
+from incr_ds.data.documents import InputPlace, NotText, documents_of, read_batches
 from incr_ds.data.selection import CorpusRequest, select_files
 from incr_ds.errors import ConfigError
 
@@ -86,7 +86,7 @@ def selected(*inputs, **changes):
     return select_files(CorpusRequest(inputs=inputs, tokenizer="", output=Path("out"), **changes))
 
 
-BEGINNING = Place()
+BEGINNING = InputPlace()
 
 
 def read(selection, start=BEGINNING, key="text"):

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from incr_ds.data import corpus, documents, token_files
 from incr_ds.data.corpus import prepare_corpus
-from incr_ds.data.documents import Place
+from incr_ds.data.documents import InputPlace
 from incr_ds.data.index_file import open_index, write_index
 from incr_ds.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from incr_ds.data.tokenizer import encode_documents, open_encoder, train_sentencepiece
@@ -164,7 +164,7 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(home, t
                 prepare_corpus(broken)
         (left,) = (tmp_path / "broken").iterdir()
         assert left.name.startswith(".code.incomplete-corpus-")
-    assert begins[0] == Place() < begins[1] < begins[2]
+    assert begins[0] == InputPlace() < begins[1] < begins[2]
     prepare_corpus(broken)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -224,7 +224,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_goes_on(home, tmp_path: Pat
     begins = []
     monkeypatch.setattr(token_files.TokenFiles, "append", interrupting(10**9, begins))
     prepare_corpus(wanted)
-    assert begins[0] > Place(0, 200)
+    assert begins[0] > InputPlace(0, 200)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -293,7 +293,7 @@ def test_a_damaged_record_of_progress_counts_as_none(home, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(token_files.TokenFiles, "append", interrupting(10**9, begins))
         prepare_corpus(request(home, output=tmp_path / "code"))
-    assert begins == [Place()] and contents(tmp_path) == contents(home / "out")
+    assert begins == [InputPlace()] and contents(tmp_path) == contents(home / "out")
 
 
 def test_the_first_mistake_in_the_input_is_the_one_that_is_named(home, tmp_path: Path, monkeypatch):

@@ -8,7 +8,7 @@ from incr_ds.losses.planner import (
     LEAN_CUDA_BUDGET_BYTES,
     SLAB_ROWS,
     LossShape,
-    Machine,
+    Speeds,
     cached_rows,
     default_budget,
     plan_loss,
@@ -16,7 +16,7 @@ from incr_ds.losses.planner import (
 )
 
 REFERENCE = LossShape(tokens=8192, vocabulary=128256, student_width=4096, teacher_width=2048)
-H200 = Machine(tflops=790, gigabytes_per_second=4300)
+H200 = Speeds(tflops=790, gigabytes_per_second=4300)
 
 
 def test_a_budget_of_2_5_gigabytes_makes_one_chunk_of_the_reference_shape():

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from incr_ds.checkpoint.assembly import Held, assemble
+from incr_ds.checkpoint.assembly import HeldBlock, assemble
 from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
@@ -120,7 +120,7 @@ def test_rectangles_are_joined(tiling, data):
         rank = type(
             "Rank", (), {"shards": FlatShards({"p": pieces}, flat), "index": number, "model_file": Path("test")}
         )()
-        held.append(Held(rank, "p", Block("t", (rows, columns), above, left)))
+        held.append(HeldBlock(rank, "p", Block("t", (rows, columns), above, left)))
     tensor = assemble(shape, held, "test")
     first = data.draw(st.integers(0, shape[0] - 1))
     stop = data.draw(st.integers(first + 1, shape[0]))
@@ -133,7 +133,9 @@ def test_rectangles_are_joined(tiling, data):
 
 
 def test_overlapping_rectangles_are_refused():
-    held = [Held(None, "p", Block("t", bounds)) for bounds in (((0, 2), (0, 3)), ((1, 2), (0, 3)), ((3, 4), (0, 3)))]
+    held = [
+        HeldBlock(None, "p", Block("t", bounds)) for bounds in (((0, 2), (0, 3)), ((1, 2), (0, 3)), ((3, 4), (0, 3)))
+    ]
     with pytest.raises(
         CheckpointError, match=r"t: its shards hold 12 elements, expected the 12 of shape \[4, 3\] once each"
     ):

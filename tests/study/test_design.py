@@ -11,14 +11,14 @@ from incr_ds.config.study import StudySettings
 from incr_ds.config.training import RunSettings
 from incr_ds.errors import ConfigError
 from incr_ds.growth.planner import plan_growth
-from incr_ds.study.design import Job, jobs, open_design
+from incr_ds.study.design import StudyJob, jobs, open_design
 from incr_ds.study.execution import assumed
 from incr_ds.study.probe import probe_jobs
 
 ROOT = Path(__file__).parents[2]
 
 
-def by_name(settings: StudySettings) -> dict[str, Job]:
+def by_name(settings: StudySettings) -> dict[str, StudyJob]:
     return {job.name: job for job in jobs(assumed(settings))}
 
 

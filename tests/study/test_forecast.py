@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from incr_ds.study.forecast import Evidence, Point, best_size, evidence, law_loss, predict_saving
+from incr_ds.study.forecast import Evidence, MeasuredRatio, best_size, evidence, law_loss, predict_saving
 
 LINE = Evidence(
     layers_factor=2,
     source_share=0.5,
     tokens_per_parameter=[5, 20],
-    points=[Point(flops=10.0**place, ratio=1.0 - 0.05 * place, of=f"1e{place}") for place in (2, 3, 5)],
+    points=[MeasuredRatio(flops=10.0**place, ratio=1.0 - 0.05 * place, of=f"1e{place}") for place in (2, 3, 5)],
 )
 
 
@@ -44,7 +44,7 @@ def test_outside_of_the_measured_range_it_says_so_and_the_band_grows(place, deca
 
 
 def test_a_point_far_away_does_not_change_the_slope():
-    far = Point(flops=1e-9, ratio=0.2, of="far")
+    far = MeasuredRatio(flops=1e-9, ratio=0.2, of="far")
     more = LINE.model_copy(update={"points": [far, *LINE.points]})
     assert predict_saving(1e7, more).ratio == pytest.approx(1.0 - 0.05 * 7)
     assert predict_saving(1e-11, more).ratio == pytest.approx(0.2)  # a point alone has no slope

@@ -8,13 +8,13 @@ from studies import TARGET, tiny_study
 
 from incr_ds.config.study import StudySettings
 from incr_ds.errors import CheckpointError
-from incr_ds.study.design import Job, jobs
+from incr_ds.study.design import StudyJob, jobs
 from incr_ds.study.execution import best_rate, execute, is_done, opened
 from incr_ds.study.pages import table, write_study_report
 from incr_ds.study.summary import Results, best_arm, collect, spearman, summary
 
 
-def write_result(job: Job, loss: float, flops: float, source: float) -> None:
+def write_result(job: StudyJob, loss: float, flops: float, source: float) -> None:
     """What a worker writes after a branch, and the metrics of the trunk that it left."""
     folder = Path(job.run["output"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -244,12 +244,12 @@ def _open_metrics(folder):
 
 def _open_text(name):
     def opened(folder):
-        from incr_ds.data.documents import Place, documents_of, read_batches
+        from incr_ds.data.documents import InputPlace, documents_of, read_batches
         from incr_ds.data.selection import Selection
 
         path = folder / name
         selection = Selection((path,), (path.stat().st_size,), 0, 0)
-        for batch in read_batches(selection, Place(0), "text"):
+        for batch in read_batches(selection, InputPlace(0), "text"):
             for piece in batch.pieces:
                 list(documents_of(piece, "text"))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import Assembled, Held, assemble, cut_blocks
+from incr_ds.checkpoint.assembly import Assembled, HeldBlock, assemble, cut_blocks
 from incr_ds.checkpoint.base import check_shapes
 from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
@@ -40,7 +40,7 @@ def assembled_tensors(
             found.setdefault(logical, {}).setdefault(rank.index // tensor_parallel, []).append((rank, parameter))
     declared = architecture.by_name
     maps = AffineMaps(ranks[0].universal_info, ranks[0].model_file)
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[HeldBlock]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for logical, stages in found.items():
         parts = next(iter(stages.values()))
@@ -59,16 +59,16 @@ def assembled_tensors(
 
 def _held(
     maps: AffineMaps, logical: str, whole: tuple[int, ...], parts: Sequence[Part], tensor_parallel: int
-) -> list[Held]:
+) -> list[HeldBlock]:
     described = [(part, maps.blocks(part[1], logical, part[0].index % tensor_parallel)) for part in parts]
     if all(blocks is not None for _, blocks in described):
-        return [Held(*part, block) for part, blocks in described for block in blocks or ()]
+        return [HeldBlock(*part, block) for part, blocks in described for block in blocks or ()]
     shapes = [rank.shards.parameters[parameter].shape for rank, parameter in parts]
     blocks = cut_blocks(logical, whole, shapes)
-    return [Held(*part, block) for part, block in zip(parts, blocks, strict=False)]
+    return [HeldBlock(*part, block) for part, block in zip(parts, blocks, strict=False)]
 
 
-def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter]) -> Iterator[Held]:
+def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter]) -> Iterator[HeldBlock]:
     """The tensors of experts, each a block of a joined parameter. Raises CheckpointError for a wrong shape."""
     for rank in ranks:
         joined = {name: known[logical] for name, logical in rank.names.items() if logical in known}
@@ -79,7 +79,9 @@ def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, J
             for name, parameter in joined.items()
         }
         as_matrices = replace(rank, shards=replace(rank.shards, parameters={**rank.shards.parameters, **matrices}))
-        yield from (Held(as_matrices, name, block) for name, parameter in joined.items() for block in parameter.blocks)
+        yield from (
+            HeldBlock(as_matrices, name, block) for name, parameter in joined.items() for block in parameter.blocks
+        )
 
 
 def check_joined(parameter: JoinedParameter, shape: tuple[int, ...], where: str) -> None:
@@ -91,6 +93,6 @@ def check_joined(parameter: JoinedParameter, shape: tuple[int, ...], where: str)
         )
 
 
-def _reach(whole: tuple[int, ...], held: Sequence[Held]) -> tuple[int, ...]:
+def _reach(whole: tuple[int, ...], held: Sequence[HeldBlock]) -> tuple[int, ...]:
     """The shape that the blocks span: how far they reach in each dimension."""
     return tuple(max(item.block.bounds[dimension][1] for item in held) for dimension in range(len(whole)))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import Assembled, Held, Holder, assemble
+from incr_ds.checkpoint.assembly import Assembled, HeldBlock, Holder, assemble
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import RankParameter
@@ -43,7 +43,7 @@ def fused_tensors(
     vocabulary: int,
 ) -> Mapping[str, Assembled]:
     """Assemble every logical tensor from holders of parameters with their shapes; errors as in ``megatron_tensors``."""
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[HeldBlock]] = {}
     problems: list[str] = []
     for holder, shapes in holders:
         declared = _declared(architecture, tensor_parallel, holder.index % tensor_parallel, vocabulary)
@@ -55,7 +55,7 @@ def fused_tensors(
                 problems.append(f"  {parameter}: expected shape {list(expected.shape)}, found {list(shape)}")
             else:
                 for block in expected.blocks:
-                    held.setdefault(block.name, []).append(Held(holder, parameter, block))
+                    held.setdefault(block.name, []).append(HeldBlock(holder, parameter, block))
     problems += [f"  {spec.name}: in no parameter" for spec in architecture.stored if spec.name not in held]
     if problems:
         shown = problems[:_SHOWN] + ([f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])

@@ -14,7 +14,7 @@ from incr_ds.checkpoint.megatron_core.metadata import StoredTensor
 
 
 @dataclass(frozen=True)
-class Part:
+class Rectangle:
     """A rectangle of a tensor: its first position and its size in each dimension."""
 
     offsets: tuple[int, ...]
@@ -37,7 +37,7 @@ class Part:
         return begin, max(begin, min(stop, self.offsets[0] + self.sizes[0]))
 
 
-def part_of(stored: StoredTensor, number: Sequence[int], layer: int | None) -> Part | None:
+def part_of(stored: StoredTensor, number: Sequence[int], layer: int | None) -> Rectangle | None:
     """Part ``number`` (one number per dimension) of a flattened tensor or, with ``layer``, of that layer's.
 
     None if the part is another layer's.
@@ -45,5 +45,5 @@ def part_of(stored: StoredTensor, number: Sequence[int], layer: int | None) -> P
     sizes = [size // count for size, count in zip(stored.shape, stored.parts or (), strict=True)]
     offsets = [size * index for size, index in zip(sizes, number, strict=True)]
     if layer is None:
-        return Part(tuple(offsets), tuple(sizes))
-    return Part(tuple(offsets[1:]), tuple(sizes[1:])) if offsets[0] == layer else None
+        return Rectangle(tuple(offsets), tuple(sizes))
+    return Rectangle(tuple(offsets[1:]), tuple(sizes[1:])) if offsets[0] == layer else None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-from incr_ds.checkpoint.megatron_core.flattened import Part, part_of
+from incr_ds.checkpoint.megatron_core.flattened import Rectangle, part_of
 from incr_ds.checkpoint.megatron_core.metadata import Chunk, Place, StoredTensor
 from incr_ds.checkpoint.torch_file.plain import plain_content
 from incr_ds.checkpoint.torch_file.validate import damaged, walk_archive
@@ -99,7 +99,7 @@ class Shards:
 
     def _fill_from_parts(self, found: torch.Tensor, stored: StoredTensor, first: int, layer: int | None) -> None:
         """Fill rows from ``first`` on of a tensor, or of one layer's, whose parts are flattened."""
-        stop, parts = first + len(found), dict[Part, torch.Tensor]()
+        stop, parts = first + len(found), dict[Rectangle, torch.Tensor]()
         for chunk in stored.chunks:
             *number, offset = chunk.offsets
             part = part_of(stored, number, layer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import Assembled, Held, assemble
+from incr_ds.checkpoint.assembly import Assembled, HeldBlock, assemble
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, check_dtype, check_shapes, rows_and_columns
 from incr_ds.checkpoint.deepspeed.holders import check_joined
 from incr_ds.checkpoint.deepspeed.megatron import fused_tensors, is_megatron
@@ -119,7 +119,7 @@ class UniversalCheckpoint:
             check_joined(parameter, shape, str(self._folder / "zero"))
             holder = _Parameters(self._folder / "zero", self)
             for block in parameter.blocks:
-                found[block.name] = assemble(block.shape, [Held(holder, name, block)], str(self._folder))
+                found[block.name] = assemble(block.shape, [HeldBlock(holder, name, block)], str(self._folder))
         return found
 
     def _parameters(self) -> Iterator[str]:

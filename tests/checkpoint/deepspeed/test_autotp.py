@@ -99,7 +99,7 @@ def info(entry, version=1):
 
 def test_a_scaled_bias_is_unscaled_and_its_moments_too():
     """Pieces pre-divided by the degree, as the format allows: weight by s, exp_avg by 1/s, exp_avg_sq by 1/s^2."""
-    from incr_ds.checkpoint.assembly import Held, assemble
+    from incr_ds.checkpoint.assembly import HeldBlock, assemble
     from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
 
     stored = {"weight": torch.arange(5.0) / 2, "exp_avg": torch.arange(5.0) * 2, "exp_avg_sq": torch.arange(5.0) * 4}
@@ -108,7 +108,7 @@ def test_a_scaled_bias_is_unscaled_and_its_moments_too():
     )
     blocks = AffineMaps(info(replicated(0.5)), "test").blocks("a.bias", "a.bias", 1)
     rank = type("Rank", (), {"shards": shards})()
-    tensor = assemble((5,), [Held(rank, "a.bias", block) for block in blocks], "test")
+    tensor = assemble((5,), [HeldBlock(rank, "a.bias", block) for block in blocks], "test")
     for state in stored:
         assert torch.equal(tensor.read(state, 1, 4), torch.arange(1.0, 4.0)), state
 
