@@ -115,11 +115,16 @@ class Architecture:
     @property
     def active_parameters(self) -> int:
         """Stored elements that one token uses: of a mixture's experts, only as many as the router picks."""
-        experts = sum(spec.numel for spec in self.stored if spec.expert is not None)
-        if not experts:
-            return self.num_parameters
-        picked = int(self.config["num_experts_per_tok"])
-        return self.num_parameters - experts + experts * picked // self.sizes["experts"]
+        return sum(spec.numel for spec in self.stored if self.is_active(spec))
+
+    @property
+    def active_experts(self) -> int:
+        """Experts of a layer that one token uses; 0 for a dense model."""
+        return int(self.config["num_experts_per_tok"]) if "experts" in self.sizes else 0
+
+    def is_active(self, spec: TensorSpec) -> bool:
+        """Whether ``spec`` counts for one token. Experts have equal sizes, so the first ones stand for those that it uses."""
+        return spec.expert is None or spec.expert < self.active_experts
 
     def _layer(self, items: list[TensorDeclaration], layer: int) -> Iterator[TensorSpec]:
         """The tensors of one layer. Those of a mixture's experts come expert by expert."""

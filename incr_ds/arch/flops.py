@@ -4,7 +4,8 @@ Counting follows the usual convention (Kaplan et al. 2020; PaLM, appendix B). A 
 per token forward and 4 N backward. Attention scores and values cost 4 L H D S forward per token (L layers, H heads of
 size D, sequence length S, the causal half not subtracted) and twice that backward. The output projection is counted. The
 embedding lookup, norms, activations and recomputation under activation checkpointing are not. A frozen matrix has only
-one of the backward pass's two products, and a layer has none if nothing is trained in it or below it.
+one of the backward pass's two products, and a layer has none if nothing is trained in it or below it. Of a mixture's
+experts, those count that one token uses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LOOKUPS = ("embedding", "positions")
 
 def forward_flops_per_token(architecture: Architecture, sequence_length: int) -> int:
     """Operations of one forward pass per token."""
-    matrices = sum(spec.numel for spec in architecture.tensors if spec.is_matrix and spec.role not in LOOKUPS)
+    matrices = sum(spec.numel for spec in _matrices(architecture))
     sizes = architecture.sizes
     attention = sizes["layers"] * sizes["heads"] * sizes["head_dim"] * sequence_length
     return 2 * matrices + 4 * attention
@@ -44,11 +45,20 @@ def training_flops_per_token(
     """Operations of forward and backward per token: three times the forward pass if nothing is ``frozen``."""
     sizes = architecture.sizes
     lowest = min(_depth(spec, sizes["layers"]) for spec in architecture.stored if spec.name not in frozen)
-    matrices = [spec for spec in architecture.tensors if spec.is_matrix and spec.role not in LOOKUPS]
+    matrices = _matrices(architecture)
     through = sum(spec.numel for spec in matrices if _depth(spec, sizes["layers"]) >= lowest)
     trained = sum(spec.numel for spec in matrices if (spec.tied_to or spec.name) not in frozen)
     attention = sizes["heads"] * sizes["head_dim"] * sequence_length * (sizes["layers"] - max(0, lowest))
     return forward_flops_per_token(architecture, sequence_length) + 2 * (through + trained) + 8 * max(0, attention)
+
+
+def _matrices(architecture: Architecture) -> list[TensorSpec]:
+    """The matrices that multiply a token."""
+    return [
+        spec
+        for spec in architecture.tensors
+        if spec.is_matrix and spec.role not in LOOKUPS and architecture.is_active(spec)
+    ]
 
 
 def _depth(spec: TensorSpec, num_layers: int) -> int:

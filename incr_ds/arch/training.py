@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.family import families
+from incr_ds.arch.family import families, mixtures
+from incr_ds.config.training import ObjectiveSettings
 from incr_ds.errors import ConfigError, LayoutError
+
+ROUTER_LOSS = 0.001  # transformers' router_aux_loss_coef of Mixtral and Qwen3-MoE
 
 
 def check_trainable(architecture: Architecture) -> None:
     """Raise LayoutError or ConfigError if models of this family, or with these fields, cannot be trained here."""
     if not architecture.family.training_supported:
-        known = ", ".join(name for name, family in families().items() if family.training_supported)
+        every = families() | mixtures()
+        known = ", ".join(name for name, family in every.items() if family.training_supported)
         raise LayoutError(
             f"{architecture.family.model_type} can be grown and exported, but not trained here; supported for training: {known}."
         )
@@ -30,3 +34,15 @@ def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
             f"distillation.teacher: its vocabulary has {theirs} entries, the model's {ours}; they must be the same. "
             "Use the checkpoint that the model was grown from, or train without distillation."
         )
+
+
+def router_factor(loss: ObjectiveSettings, architecture: Architecture) -> float:
+    """The factor of the router loss: 0 for a dense model. Raises ConfigError if one is stated for a dense model."""
+    if "experts" in architecture.sizes:
+        return ROUTER_LOSS if loss.router is None else loss.router
+    if loss.router is not None:
+        raise ConfigError(
+            f"loss.router: {loss.router:g}: a {architecture.family.model_type} has no router, since it is not a mixture of "
+            "experts; remove it."
+        )
+    return 0.0

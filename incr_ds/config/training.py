@@ -65,6 +65,8 @@ class ObjectiveSettings(Settings):
 
     z_loss: float = Field(default=0.0, ge=0.0)
     """The factor of (log sum exp of the logits)^2 in the loss."""
+    router: float | None = Field(default=None, ge=0.0)
+    """The factor of the router loss, which spreads a mixture's tokens over its experts; null: 0.001. Only for mixtures."""
     backend: Literal["auto", "torch", "triton", "cuda", "recompute"] = "auto"
     """The loss's row kernels. auto takes the one known to be fastest on the device; recompute stores no logits."""
 

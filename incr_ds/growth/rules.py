@@ -71,7 +71,7 @@ def _mixture_is_weights_alone(source: Architecture, recipe: GrowthRecipe) -> str
         return None
     return (
         f"a {recipe.target['model_type']} target is written as a Hugging Face folder of weights: set layout.format: "
-        "huggingface and optimizer: reset. Mixtures are not trained here."
+        "huggingface and optimizer: reset."
     )
 
 

@@ -51,8 +51,7 @@ def upcycled(dense: GrowthPlan, recipe: GrowthRecipe, where: str) -> GrowthPlan:
     if experts.method == "drop":
         inexact = (*inexact, "experts.new: drop does not keep the source's function: part of every expert starts anew")
     refuse_inexact(recipe, inexact, where)
-    trained = f"a {mixture.model_type} cannot be trained by this package: use a package that trains Hugging Face folders of it"
-    notes = (*dense.notes, *inexact[len(dense.inexact) :], *_notes(experts), trained)
+    notes = (*dense.notes, *inexact[len(dense.inexact) :], *_notes(experts))
     return replace(dense, recipe=recipe, target=target, inexact=inexact, notes=notes, experts=experts)
 
 

@@ -53,7 +53,10 @@ def layer_activations(architecture: Architecture, shape: Shape) -> int:
     per_norm = FP32 + element if architecture.family.norm == "rms" else element
     whole = hidden * ((before or 2) * element + norms * per_norm)
     return shape.tokens * (
-        whole + _attention(architecture, shape, per_norm if inside else 0) + _ffn(architecture, shape)
+        whole
+        + _attention(architecture, shape, per_norm if inside else 0)
+        + _ffn(architecture, shape)
+        + _routing(architecture, shape)
     )
 
 
@@ -119,8 +122,16 @@ def _ffn(architecture: Architecture, shape: Shape) -> int:
     first = sum(
         dim.size // widest
         for spec in architecture.stored
-        if spec.layer == 0 and spec.is_matrix
+        if spec.layer == 0 and spec.is_matrix and architecture.is_active(spec)
         for dim in spec.dims
         if dim.use == "out" and set(dim.named_axes) == {"ffn"}
     )
     return 2 * first * -(-widest // shape.tensor_parallel) * shape.element
+
+
+def _routing(architecture: Architecture, shape: Shape) -> int:
+    """Bytes per token that a mixture adds: the router's probabilities, and each chosen expert's input and output."""
+    picked = architecture.active_experts
+    if not picked:
+        return 0
+    return FP32 * architecture.sizes["experts"] + 2 * picked * architecture.sizes["hidden"] * shape.element

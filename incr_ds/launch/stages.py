@@ -15,7 +15,7 @@ from typing import Any
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers, marks_only, read_multipliers, without_marks
-from incr_ds.arch.training import check_trainable, check_vocabularies
+from incr_ds.arch.training import check_trainable, check_vocabularies, router_factor
 from incr_ds.checkpoint.integrity import open_described
 from incr_ds.checkpoint.runs import step_folder
 from incr_ds.config.distillation import BEFORE_GROWTH, DistillationSettings
@@ -203,6 +203,7 @@ def check_stage(stage: Stage) -> None:
     run, architecture = stage.run, stage.architecture
     check_trainable(architecture)
     check_layout(architecture, run.layout)
+    router_factor(run.loss, architecture)
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     frozen = frozen_tensors(architecture, run.model.freeze)
     follows = run.optimizer.multipliers == "checkpoint"

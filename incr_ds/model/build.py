@@ -47,7 +47,7 @@ class ModelRequest:
     """What to build: the student, its initial weights, an optional teacher, their layout and how they compute.
 
     ``dtype`` is the dtype of parameters and activations. The teacher is put on ``device``; the engine moves the student.
-    ``document_end`` is LayerFactory's.
+    ``document_end`` and ``router_loss`` are LayerFactory's.
     """
 
     architecture: Architecture
@@ -59,6 +59,7 @@ class ModelRequest:
     device: torch.device
     loss: Loss = distillation_loss
     document_end: int | None = None
+    router_loss: float = 0.0
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -154,4 +155,5 @@ def _factory(
         settings.activation_checkpointing,
         loss,
         request.document_end,
+        request.router_loss,
     )

@@ -18,6 +18,7 @@ from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.head import DistillationHead, Loss
 from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
+from incr_ds.model.routing import Routing
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
 from incr_ds.sharding.blocks import RankParameter
@@ -35,7 +36,8 @@ def module_path(architecture: Architecture, spec: TensorSpec) -> str:
 class LayerFactory:
     """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
 
-    With ``document_end``, the token that ends a document, attention and positions begin anew behind it.
+    With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``router_loss`` is
+    the factor of a mixture's router loss.
     """
 
     architecture: Architecture
@@ -47,6 +49,7 @@ class LayerFactory:
     activation_checkpointing: bool = False
     loss: Loss = distillation_loss
     document_end: int | None = None
+    router_loss: float = 0.0
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -54,6 +57,8 @@ class LayerFactory:
         fields = {key: value for key, value in self.architecture.config.items() if key != "model_type"}
         config = AutoConfig.for_model(self.architecture.family.model_type, **fields)
         config._attn_implementation = transformers_attention(self.attention)
+        if self.architecture.family.joined:
+            config._experts_implementation = "eager"  # transformers' grouped products refuse some sizes
         return config
 
     @cached_property
@@ -61,6 +66,17 @@ class LayerFactory:
         """Rotary embeddings and masks, shared by the layers."""
         meta = getattr(self._base, "rotary_emb", None)
         return Positions(self.config, None if meta is None else type(meta)(self.config))
+
+    @cached_property
+    def routing(self) -> Routing:
+        """The router losses of the layers; None are added for a dense model."""
+        return Routing(self.architecture)
+
+    @property
+    def router(self) -> str | None:
+        """Path of the router inside a decoder layer; None for a dense model."""
+        found = (spec.local_name for spec in self.architecture.stored if spec.role == "router")
+        return next((name.rpartition(".")[0] for name in found), None)
 
     def path(self, role: Role) -> str:
         """Path, in transformers' model, of the module outside of the layers that holds the tensors of ``role``."""
@@ -100,7 +116,7 @@ class LayerFactory:
     @cached_property
     def _shards(self) -> Mapping[str, RankParameter]:
         cut = ParallelLayout(tensor_parallel=self.ranks.size)
-        return {shard.tensor.name: shard for shard in rank_parameters(self.architecture, cut, 0, self.ranks.rank)}
+        return {shard.parameter: shard for shard in rank_parameters(self.architecture, cut, 0, self.ranks.rank)}
 
     @property
     def _base(self) -> nn.Module:
@@ -113,7 +129,7 @@ class LayerFactory:
             for key, path in paths.items()
             for name, _ in holder[key].named_parameters()
         }
-        specs = {inside: self.architecture.by_name[name] for inside, name in names.items()}
+        specs = {inside: self._shards[name].tensor for inside, name in names.items()}
         cut_linears(holder, specs, self.ranks)
         for inside, empty in list(holder.named_parameters()):
             owner, _, attribute = inside.rpartition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
@@ -17,14 +17,28 @@ from incr_ds.data.targets import Targets
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
 from incr_ds.losses.teachers import split_targets
+from incr_ds.model.blocks import DecoderLayer
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory
-from incr_ds.model.plain import run_block
+from incr_ds.model.plain import with_router_loss
 from incr_ds.model.positions import document_positions
 from incr_ds.model.teacher import Teacher, pack
 from incr_ds.sharding.placement import TIED_KEY, stage_layers
 
 Stream = Tensor | tuple[Tensor, ...]
+
+
+class _Received(NamedTuple):
+    """What a stage gets.
+
+    ``student`` is input_ids [B, S] or hidden states [B, S, Hs], ``taught`` input_ids or packed bytes, see ``pack``. ``router``
+    [1] is the router loss of the stages before, and ``positions`` [B, S] come if documents are kept apart.
+    """
+
+    student: Tensor
+    taught: Tensor
+    router: Tensor | None
+    positions: Tensor | None
 
 
 class EmbeddingLayer(nn.Module):
@@ -52,16 +66,12 @@ class BlockLayer(nn.Module):
 
     def __init__(self, factory: LayerFactory, layer: int) -> None:
         super().__init__()
-        self.block = factory.block(layer)
-        self._layer = layer
-        self._positions = factory.positions
-        self._recompute = factory.activation_checkpointing
-        self._attention = factory.attention
+        self._layer = DecoderLayer(factory, layer)
+        self.block = self._layer.block
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
-        arguments = self._positions.arguments(hidden, self._layer)
-        return run_block(self.block, hidden, arguments, self._recompute and self.training, self._attention)
+        return self._layer.run(hidden)
 
 
 class NormLayer(nn.Module):
@@ -108,7 +118,8 @@ def _hand_on(module: nn.Module, hidden: Tensor) -> Tensor:
 class StagedLanguageModel(PipelineModule):
     """One rank's stage. Stages exchange the student's hidden states and, if the teacher runs, also the teacher's.
 
-    If attention begins anew in each document, they exchange positions, too, since only the first stage has the tokens.
+    If attention begins anew in each document, they exchange positions, too, since only the first stage has the tokens. A
+    mixture's stages hand on the sum of router losses.
     ``observe`` is called with the loss of every micro-batch on the last stage. ``alpha`` and ``temperature`` are set
     before each step to the same values on every rank. ``teaching`` says whether the teacher runs.
     """
@@ -134,6 +145,7 @@ class StagedLanguageModel(PipelineModule):
         self.temperature: float = 1.0
         self.teaching = False
         self._document_end, self._positions = factory.document_end, factory.positions
+        self.routing, self._router_loss = factory.routing, factory.router_loss
         # Set without nn.Module's registration: the head's parameter belongs to its pipeline layer and must not get a
         # second name, and the teacher is not part of the student.
         object.__setattr__(self, "_teacher", teacher)
@@ -151,35 +163,43 @@ class StagedLanguageModel(PipelineModule):
 
     def forward(self, stream: Stream) -> Stream:
         """Run this stage on the student's hidden states, and on the teacher's beside them while ``teaching``."""
-        student, taught, positions = self._received(stream)
-        self._positions.begin(positions)
-        sent = [self._own_layers(student)]
+        received = self._received(stream)
+        self._positions.begin(received.positions)
+        sent = [self._own_layers(received.student)]
         if self.teaching:
-            sent.append(pack(self._teacher.forward(taught, positions)))
-        if positions is not None:
-            sent.append(positions)
+            sent.append(pack(self._teacher.forward(received.taught, received.positions)))
+        if self.routing.is_mixture:
+            sent.append(self._routed(sent[0], received.router))
+        if received.positions is not None:
+            sent.append(received.positions)
         return tuple(sent) if len(sent) > 1 else sent[0]
 
-    def _received(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a stage gets for the student and for the teacher, and positions [B, S] if documents are kept apart.
-
-        The student gets input_ids [B, S] or hidden states [B, S, Hs], the teacher input_ids or packed bytes, see ``pack``.
-        """
+    def _received(self, stream: Stream) -> _Received:
         parts = list(stream) if isinstance(stream, tuple) else [stream]
-        if self._document_end is None:
-            return parts[0], parts[-1], None
-        # The tokens come alone, everything else comes with positions.
-        positions = parts.pop() if len(parts) > 1 else document_positions(parts[0], self._document_end)
-        return parts[0], parts[-1], positions
+        if len(parts) == 1 and not parts[0].is_floating_point():  # the tokens come alone
+            tokens, end = parts[0], self._document_end
+            return _Received(tokens, tokens, None, None if end is None else document_positions(tokens, end))
+        positions = None if self._document_end is None else parts.pop()
+        router = parts.pop() if self.routing.is_mixture else None
+        return _Received(parts[0], parts[-1], router, positions)
+
+    def _routed(self, hidden: Tensor, before: Tensor | None) -> Tensor:
+        """The router loss [1] of this stage and of those ``before``."""
+        own = self.routing.take_mean(hidden)
+        routed = own if before is None else before + own
+        # DeepSpeed asks every stage for a gradient, also where everything that the routers read is frozen.
+        return routed if routed.requires_grad or not hidden.requires_grad else routed.requires_grad_()
 
     def loss(self, outputs: Stream, targets: Targets) -> Tensor:
         """Loss of the last stage's ``outputs`` against ``targets``: labels [B, S], or also a cached teacher."""
         assert self._head is not None
         labels, cached = split_targets(targets, self._head.vocab_size)
-        student, taught, _ = self._received(outputs)
-        teacher = (self._teacher.unpack(taught), self._teacher.head) if self.teaching else (None, None)
+        received = self._received(outputs)
+        teacher = (self._teacher.unpack(received.taught), self._teacher.head) if self.teaching else (None, None)
         weights = {"alpha": self.alpha, "temperature": self.temperature}
-        parts: DistillationLoss = self._head(student, labels, *teacher, teacher=cached, **weights)
+        parts: DistillationLoss = self._head(received.student, labels, *teacher, teacher=cached, **weights)
+        if received.router is not None:
+            parts = with_router_loss(parts, received.router, self._router_loss)
         self._observe(parts)
         return parts.loss
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import Role, TensorSpec
@@ -14,7 +13,7 @@ from incr_ds.data.targets import Targets
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.teachers import split_targets
-from incr_ds.model.attention import Attention, preferred_kernels
+from incr_ds.model.blocks import DecoderLayer
 from incr_ds.model.embedding import InputEmbedding, head_input
 from incr_ds.model.layers import LayerFactory, module_path
 from incr_ds.model.positions import document_positions
@@ -32,14 +31,14 @@ class LanguageModel(nn.Module):
         architecture = factory.architecture
         # nn.Module does not search dictionaries, so the modules are registered once, at transformers' paths.
         self._ends: dict[Role, nn.Module] = {}
-        self._blocks: dict[int, nn.Module] = {}
+        self._blocks: list[DecoderLayer] = []
         for path, spec in _places(architecture, layers):
-            module = factory.block(spec.layer) if spec.layer is not None else factory.module(spec.role)
-            _attach(self, path, module)
-            if spec.layer is not None:
-                self._blocks[spec.layer] = module
+            if spec.layer is None:
+                module = self._ends[spec.role] = factory.module(spec.role)
             else:
-                self._ends[spec.role] = module
+                self._blocks.append(DecoderLayer(factory, spec.layer))
+                module = self._blocks[-1].block
+            _attach(self, path, module)
         tokens = self._ends.get("embedding")
         self._architecture = architecture
         positions = cast(nn.Embedding | None, self._ends.get("positions"))
@@ -50,8 +49,7 @@ class LanguageModel(nn.Module):
             )
         self._positions = factory.positions
         self._document_end = factory.document_end
-        self._recompute = factory.activation_checkpointing
-        self._attention = factory.attention
+        self.routing, self._router_loss = factory.routing, factory.router_loss
 
     def forward(
         self,
@@ -67,7 +65,7 @@ class LanguageModel(nn.Module):
         hidden = self.hidden_states(input_ids)  # [B, S, H]
         weights = {"alpha": alpha, "temperature": temperature}
         parts: DistillationLoss = self.lm_head(hidden, labels, teacher_hidden, teacher_head, teacher=cached, **weights)
-        return parts
+        return with_router_loss(parts, self.routing.take_mean(hidden), self._router_loss)
 
     def hidden_states(self, stream: Tensor, positions: Tensor | None = None) -> Tensor:
         """Run the layers up to the head. ``stream`` is input_ids [B, S] on the first stage, otherwise hidden [B, S, H].
@@ -79,12 +77,16 @@ class LanguageModel(nn.Module):
             # [B, S] -> [B, S, H]
             stream = self._embedding.hidden_states(stream, training=self.training, positions=positions)
         self._positions.begin(positions)
-        for layer, block in self._blocks.items():
-            arguments = self._positions.arguments(stream, layer)
-            stream = run_block(block, stream, arguments, self._recompute and self.training, self._attention)
+        for layer in self._blocks:
+            stream = layer.run(stream)
         if "final_norm" not in self._ends:
             return stream
         return head_input(self._architecture, self._ends["final_norm"](stream))
+
+
+def with_router_loss(parts: DistillationLoss, router: Tensor, factor: float) -> DistillationLoss:
+    """``parts`` with the router loss [1] added to the loss, times ``factor``."""
+    return parts._replace(loss=parts.loss + factor * router[0]) if factor else parts
 
 
 def _places(architecture: Architecture, layers: range) -> Iterator[tuple[str, TensorSpec]]:
@@ -108,14 +110,3 @@ def _attach(root: nn.Module, path: str, module: nn.Module) -> None:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(name, module)
-
-
-def run_block(block: nn.Module, hidden: Tensor, arguments: Any, recompute: bool, attention: Attention) -> Tensor:
-    """Run one decoder layer. With ``recompute`` its activations are computed again in the backward pass."""
-
-    def run(stream: Tensor) -> Tensor:
-        with preferred_kernels(attention):
-            output: Tensor = block(stream, **arguments)
-        return output
-
-    return checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.tensors import TensorSpec
 from incr_ds.checkpoint.base import LogicalCheckpoint
-from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.blocks import Block, RankParameter
 
 
 class Weights(Protocol):
@@ -35,13 +35,14 @@ class FreshWeights:
         self._deviation = float(config.get(family.config.initializer) or 0.02)
         self._writers = 1.0 / math.sqrt(2 * architecture.num_layers) if family.fresh_writers == "scaled" else 1.0
         self._padding_row = config.get("pad_token_id")
-        self._seed = seed
+        self._seed, self._tensors = seed, architecture.by_name
 
     def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, fp32."""
-        return self._whole(shard.tensor)[tuple(slice(*part) for part in shard.bounds)].clone()
+        return _stacked(shard, lambda block: self._whole(block.name)[tuple(slice(*part) for part in block.bounds)])
 
-    def _whole(self, spec: TensorSpec) -> Tensor:
+    def _whole(self, name: str) -> Tensor:
+        spec = self._tensors[name]
         if not spec.is_matrix:
             return torch.full(spec.shape, 0.0 if spec.name.endswith(".bias") else 1.0 - spec.offset)
         digest = hashlib.blake2b(f"{self._seed}:{spec.name}".encode(), digest_size=8).digest()
@@ -61,4 +62,10 @@ class CheckpointWeights:
 
     def read(self, shard: RankParameter) -> Tensor:
         """The values of ``shard``, in the checkpoint's dtype."""
-        return self._checkpoint.read(shard.tensor.name, "weight", shard.bounds)
+        return _stacked(shard, lambda block: self._checkpoint.read(block.name, "weight", block.bounds))
+
+
+def _stacked(shard: RankParameter, read: Callable[[Block], Tensor]) -> Tensor:
+    """A parameter whose blocks are stacked by rows."""
+    parts = [read(block) for block in shard.blocks]
+    return parts[0].clone() if len(parts) == 1 else torch.cat(parts).view(shard.shape)

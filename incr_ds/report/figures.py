@@ -28,6 +28,8 @@ class Panel:
 PANELS = (
     Panel("Training loss", "nats per token", {"loss": "loss", "ce": "cross entropy"}),
     Panel("Distance to the teacher", "nats per token", {"divergence": "divergence"}),
+    Panel("Router loss", "mean over layers", {"router_loss": "router loss"}),
+    Panel("Largest expert", "share of tokens / even share", {"expert_load": "largest expert"}),
     Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
     Panel("Gradient norm", "before clipping", {"gradient_norm": "gradient norm"}, log=True),
     Panel("Throughput", "tokens per second", {"tokens_per_second": "tokens/s"}),

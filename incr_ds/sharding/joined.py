@@ -14,13 +14,15 @@ from incr_ds.sharding.blocks import Block
 
 @dataclass(frozen=True)
 class JoinedParameter:
-    """A parameter [experts, rows, columns] that holds, for each expert, the tensors of ``members`` stacked by rows.
+    """A parameter [experts, rows, columns] of ``layer`` that holds, for each expert, the tensors of ``members`` stacked by rows.
 
-    As a matrix [experts * rows, columns] it consists of ``blocks``. An optimizer and tensor parallelism treat all of it
-    like its first tensor.
+    ``local_name`` is its name inside the layer. As a matrix [experts * rows, columns] it consists of ``blocks``. An optimizer
+    and tensor parallelism treat all of it like its first tensor.
     """
 
     parameter: str
+    layer: int
+    local_name: str
     num_experts: int
     members: tuple[TensorSpec, ...]
 
@@ -61,6 +63,6 @@ def joined_parameters(architecture: Architecture) -> Mapping[str, JoinedParamete
                 for expert in range(num_experts)
                 for name in names
             )
-            parameter = template.format(layer=layer)
-            found[parameter] = JoinedParameter(parameter, num_experts, members)
+            parameter, local_name = template.format(layer=layer), template.partition("{layer}.")[2]
+            found[parameter] = JoinedParameter(parameter, layer, local_name, num_experts, members)
     return found

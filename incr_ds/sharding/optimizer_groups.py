@@ -8,7 +8,7 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import UNCHANGED, Multipliers
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
-from incr_ds.errors import LayoutError
+from incr_ds.errors import ConfigError, LayoutError
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.placement import rank_parameters, stage_layers
 
@@ -71,7 +71,15 @@ def group_count(
 
 
 def set_apart(optimizer: str, architecture: Architecture) -> frozenset[str]:
-    """The tensors that ``optimizer`` (optimizer.name) does not train by AdamW: for muon, matrices of decoder layers."""
+    """The tensors that ``optimizer`` (optimizer.name) does not train by AdamW: for muon, matrices of decoder layers.
+
+    Raises ConfigError for muon and a mixture.
+    """
+    if optimizer == "muon" and architecture.family.joined:
+        raise ConfigError(
+            f"optimizer.name: muon does not go with {architecture.family.model_type}, whose experts share one parameter of "
+            "three dimensions; set adamw."
+        )
     return frozenset(spec.name for spec in architecture.stored if is_apart(optimizer, spec))
 
 
@@ -81,10 +89,29 @@ def is_apart(optimizer: str, tensor: TensorSpec) -> bool:
 
 
 def trained_shards(shards: tuple[RankParameter, ...], frozen: Collection[str]) -> tuple[RankParameter, ...]:
-    """The ``shards`` whose tensors are not ``frozen``."""
+    """The ``shards`` whose tensors are not ``frozen``. Raises ConfigError if some tensors of a parameter are."""
+    for shard in shards:
+        names = [block.name for block in shard.blocks]
+        still = [name for name in names if name in frozen]
+        if still and len(still) < len(names):
+            moving = next(name for name in names if name not in frozen)
+            raise ConfigError(
+                f"model.freeze: {still[0]} is frozen and {moving} is not, but one parameter holds all experts of a layer; "
+                "freeze all of them or none."
+            )
     return tuple(shard for shard in shards if shard.tensor.name not in frozen)
 
 
 def group_multipliers(group: tuple[RankParameter, ...], multipliers: Mapping[str, Multipliers] | None) -> Multipliers:
-    """The multipliers of one group of ``optimizer_groups``."""
-    return (multipliers or {}).get(group[0].tensor.name, UNCHANGED)
+    """The multipliers of one group of ``optimizer_groups``.
+
+    Raises LayoutError if tensors that are in one parameter differ: a layer's experts train alike.
+    """
+    known = multipliers or {}
+    found = {known.get(block.name, UNCHANGED) for block in group[0].blocks}
+    if len(found) > 1:
+        raise LayoutError(
+            f"{group[0].parameter}: its experts differ in learning-rate multipliers, and one parameter has one; "
+            "set optimizer.multipliers: none."
+        )
+    return found.pop()

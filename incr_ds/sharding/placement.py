@@ -6,7 +6,6 @@ it. Ranks are numbered as in DeepSpeed's PipeModelDataParallelTopology: pipe out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,7 +14,7 @@ from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import Block, RankParameter
-from incr_ds.sharding.joined import JoinedParameter
+from incr_ds.sharding.joined import JoinedParameter, joined_parameters
 from incr_ds.sharding.megatron_modules import CUT_AXES
 
 SHARDED_AXES = CUT_AXES
@@ -118,6 +117,9 @@ def names_in_pipelines(architecture: Architecture) -> dict[str, str]:
             layers.append(head)
         found |= {f"{layer}.{layer_local_name(spec)}": spec.name for layer in layers}
         found[pipeline_name(spec, architecture)] = spec.name
+    found |= {
+        f"{one.layer + 1}.block.{one.local_name}": one.parameter for one in joined_parameters(architecture).values()
+    }
     return found
 
 
@@ -127,8 +129,24 @@ def rank_parameters(
     """The parameters of the ranks of (stage, tensor_rank), in the order of their module's ``named_parameters``.
 
     With pipeline_parallel 1 the module is the Hugging Face one, with its names. Otherwise the names are those of
-    ``pipeline_name``, tied ones first. Learned positions are part of the embedding's module on the first stage.
+    ``pipeline_name``, tied ones first. Learned positions are part of the embedding's module on the first stage. Experts'
+    tensors are blocks of the parameters that hold all experts of a layer.
     """
+    shards = _tensor_parameters(architecture, layout, stage, tensor_rank)
+    joined = joined_parameters(architecture).values()
+    first = {parameter.members[0].name: parameter for parameter in joined}
+    inside = {spec.name for parameter in joined for spec in parameter.members} - set(first)
+    kept = [shard for shard in shards if shard.tensor.name not in inside]
+    staged = layout.pipeline_parallel > 1
+    return tuple(
+        _join(shard, first[shard.tensor.name], staged) if shard.tensor.name in first else shard for shard in kept
+    )
+
+
+def _tensor_parameters(
+    architecture: Architecture, layout: ParallelLayout, stage: int, tensor_rank: int
+) -> tuple[RankParameter, ...]:
+    """A parameter for each tensor that the ranks hold."""
     if layout.pipeline_parallel == 1:
         return tuple(
             _shard(spec, spec.name, layout, tensor_rank, architecture.num_layers) for spec in architecture.stored
@@ -146,17 +164,13 @@ def rank_parameters(
     return (*tied, *own)
 
 
-def with_joined(shards: tuple[RankParameter, ...], joined: Mapping[str, JoinedParameter]) -> tuple[RankParameter, ...]:
-    """Replace the tensors of each joined parameter of a mixture by the parameter, at the place of its first tensor."""
-    first = {parameter.members[0].name: parameter for parameter in joined.values()}
-    inside = {spec.name for parameter in joined.values() for spec in parameter.members} - set(first)
-    kept = [shard for shard in shards if shard.tensor.name not in inside]
-    return tuple(_join(shard, first[shard.tensor.name]) if shard.tensor.name in first else shard for shard in kept)
-
-
-def _join(shard: RankParameter, joined: JoinedParameter) -> RankParameter:
+def _join(shard: RankParameter, joined: JoinedParameter, staged: bool) -> RankParameter:
+    local_name = f"block.{joined.local_name}"
+    parameter = f"{shard.pipeline_layer}.{local_name}" if staged else joined.parameter
     # Tensor parallelism does not cut it.
-    return replace(shard, parameter=joined.parameter, shape=joined.shape, blocks=joined.blocks, cut=None)
+    return replace(
+        shard, parameter=parameter, shape=joined.shape, blocks=joined.blocks, local_name=local_name, cut=None
+    )
 
 
 def sharded_dimension(spec: TensorSpec) -> int | None:

@@ -23,6 +23,7 @@ TRAINED_BESIDE = (
     "granite",
     "cohere",
 )  # small models of these: incr_ds.testing.memory
+MIXTURES = ("mixtral", "qwen3_moe")  # and of these
 
 
 def pico_config(family: str = "llama", *, tied: bool = False, **changes: Any) -> dict[str, Any]:

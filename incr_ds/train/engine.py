@@ -18,6 +18,7 @@ from torch import Tensor
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import NEW_RATIO, Multipliers, without_marks
+from incr_ds.arch.training import router_factor
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.training import RunSettings
 from incr_ds.data.facts import document_end
@@ -28,6 +29,7 @@ from incr_ds.launch.deepspeed_config import deepspeed_config
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.head import Loss
 from incr_ds.model.build import ModelRequest, RankModel, build_rank_model
+from incr_ds.model.routing import RoutingResult, routing_result
 from incr_ds.model.weights import CheckpointWeights, FreshWeights
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.optimizer_groups import (
@@ -59,7 +61,8 @@ class StepResult:
 
     ``loss``, ``ce`` and ``divergence`` are means over the step's micro-batches on all data-parallel ranks.
     ``gradient_norm`` is the global norm before clipping. ``skipped`` is True if the gradients were not finite and the
-    weights did not change. ``loss_scale`` is the factor of the step's loss in fp16, None otherwise.
+    weights did not change. ``loss_scale`` is the factor of the step's loss in fp16, None otherwise. ``routing`` describes a
+    mixture's routers.
     """
 
     loss: float
@@ -68,6 +71,7 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     loss_scale: float | None = None
+    routing: RoutingResult | None = None
 
 
 def build_engine(
@@ -96,7 +100,8 @@ def build_engine(
     record = LossRecord()
     dtype = DTYPES[run.precision]
     end = document_end(run)
-    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run), end)
+    factor = router_factor(run.loss, architecture)
+    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run), end, factor)
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
@@ -206,7 +211,7 @@ class TrainingEngine:
         shares = layout.data_parallel * layout.tensor_parallel
         norm = float(self._engine.get_global_grad_norm())
         skipped = self._engine.skipped_steps > skipped_before
-        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped, scale)
+        return StepResult(loss / shares, ce / shares, divergence / shares, norm, skipped, scale, self._routing())
 
     def _resize(self, global_batch_size: int) -> None:
         """Change the number of micro-batches of the steps from here on."""
@@ -294,6 +299,14 @@ class TrainingEngine:
         """Release the engine and end the process groups."""
         self.release()
         end_processes()
+
+    def _routing(self) -> RoutingResult | None:
+        routing = self._engine.module.routing
+        if not routing.is_mixture:
+            return None
+        record = routing.take_record(self._engine.device)
+        dist.all_reduce(record)
+        return routing_result(record, self._engine.gradient_accumulation_steps() * self._run.layout.data_parallel)
 
     def _over_ranks(self) -> Tensor:
         totals = self._record.take(self._engine.device)

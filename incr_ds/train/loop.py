@@ -211,6 +211,8 @@ def train_step(job: Job, state: TrainingState, feed: Batches, watch: Stopwatch) 
                 gradient_norm=result.gradient_norm,
                 skipped=result.skipped,
                 loss_scale=result.loss_scale,
+                router_loss=None if result.routing is None else result.routing.loss,
+                expert_load=None if result.routing is None else result.routing.expert_load,
                 tflops_per_rank=speed / 1e12,
                 mfu=_share_of_peak(job, speed),
                 memory_bytes=memory[0],

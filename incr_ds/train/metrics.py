@@ -44,7 +44,8 @@ class TrainRow:
     batches. ``save_seconds`` was spent on saving besides. Memory is in bytes. ``slowest_ratio`` is the time of the
     slowest rank's own work over the median rank's, None if it is not measured (train/skew.py). ``new_learning_rate`` is the
     rate of the layers that the newest growth added, None if they have no rate of their own. ``loss_scale`` is the factor of
-    the loss in fp16, None otherwise.
+    the loss in fp16, None otherwise. ``router_loss`` and ``expert_load`` are a mixture's: the mean router loss of its layers,
+    without its factor, and the largest share of a layer's tokens that one expert got, relative to an even share.
     """
 
     loss: float
@@ -57,6 +58,8 @@ class TrainRow:
     gradient_norm: float
     skipped: bool
     loss_scale: float | None = None
+    router_loss: float | None = None
+    expert_load: float | None = None
     tokens_per_second: float
     tflops_per_rank: float
     mfu: float | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State
-from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor
+from incr_ds.checkpoint.streaming import Part, Slices, StreamedTensor, block_parts
 from incr_ds.sharding.blocks import RankParameter
 
 
@@ -38,8 +38,8 @@ def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], c
         if place is None:  # no part of it on this rank
             continue
         for state in checkpoint.facts.states:  # missing moments stay zero
-            part = Part(shard.tensor.name, state, shard.bounds, place.start, place.stop)
-            _fill(flats[place.group][state].narrow(0, place.offset, place.stop - place.start), part, slices)
+            parts = block_parts(shard.blocks, shard.shape, state, place.start, place.stop)
+            _fill(flats[place.group][state].narrow(0, place.offset, place.stop - place.start), parts, slices)
 
 
 def _is_stage3(optimizer: Any) -> bool:
@@ -84,8 +84,8 @@ def _reset(
     return {"weight": master.data, **moments}
 
 
-def _fill(destination: Tensor, part: Part, slices: Slices) -> None:
+def _fill(destination: Tensor, parts: tuple[Part, ...], slices: Slices) -> None:
     position = 0
-    for block in slices.blocks(StreamedTensor((destination.numel(),), torch.float32, (part,))):
+    for block in slices.blocks(StreamedTensor((destination.numel(),), torch.float32, parts)):
         destination[position : position + block.numel()].copy_(block)
         position += block.numel()

@@ -155,9 +155,12 @@ def _line(values: Row) -> str:
 
 def _train_line(values: TrainRow) -> str:
     taught = f" (ce {values.ce:.4f}, kl {values.divergence:.4f}, a {values.alpha:.3f})" if values.alpha else ""
+    routed = ""
+    if values.router_loss is not None:
+        routed = f"  router {values.router_loss:.3f}, largest expert x {values.expert_load:.2f}"
     mfu = "" if values.mfu is None else f"  mfu {values.mfu:.1%}"
     return (
-        f"loss {values.loss:.4f}{taught}  lr {values.learning_rate:.2e}  |g| {values.gradient_norm:.3f}  "
+        f"loss {values.loss:.4f}{taught}  lr {values.learning_rate:.2e}  |g| {values.gradient_norm:.3f}{routed}  "
         f"{values.tokens_per_second:,.0f} tokens/s{mfu}{'  SKIPPED' if values.skipped else ''}"
     )
 

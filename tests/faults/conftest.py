@@ -64,7 +64,7 @@ def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--faults-report")
-    found = session.config.stash.get(TRIED, [])
+    found = [row for row in session.config.stash.get(TRIED, []) if row.tried]  # none if the test was interrupted
     if folder is not None and found:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

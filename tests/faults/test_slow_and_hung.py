@@ -23,17 +23,17 @@ def train_slowly(content, where):
     from io import StringIO
 
     from incr_ds.data import samples
-    from incr_ds.model import plain
+    from incr_ds.model.blocks import DecoderLayer
 
-    module, name = {"data": (samples, "_stack"), "forward": (plain, "run_block")}[where]
-    whole = getattr(module, name)
+    owner, name = {"data": (samples, "_stack"), "forward": (DecoderLayer, "run")}[where]
+    whole = getattr(owner, name)
 
     def slow(*arguments):
         time.sleep(0.1)
         return whole(*arguments)
 
     if os.environ["RANK"] == "1":
-        setattr(module, name, slow)
+        setattr(owner, name, slow)
     with redirect_stdout(StringIO()) as shown:
         errors = train_each([content])
     assert errors == [None]

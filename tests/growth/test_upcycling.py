@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.family import mixtures
+from incr_ds.arch.flops import training_flops_per_token
 from incr_ds.checkpoint.huggingface.writer import config_text
 from incr_ds.errors import GrowthError
 from incr_ds.growth.planner import plan_growth
@@ -249,12 +250,18 @@ def test_every_field_of_the_dense_config_has_a_place(dense, mixture):
     assert named <= fields
 
 
-def test_a_mixture_says_that_it_is_not_trained_here_and_what_a_token_passes_through():
+def test_what_a_token_of_a_mixture_passes_through():
     source = small_architecture("llama")
     plan = plan_growth(source, upcycling("mixtral"))
-    assert plan.notes[-1].startswith("a mixtral cannot be trained by this package")
     sizes, config = plan.target.sizes, plan.target.config
     expert = 3 * sizes["hidden"] * sizes["ffn"]
     idle = (sizes["experts"] - config["num_experts_per_tok"]) * expert * sizes["layers"]
     assert plan.target.active_parameters == plan.target.num_parameters - idle < plan.target.num_parameters
     assert source.active_parameters == source.num_parameters
+    idle_flops = training_flops_per_token(plan.target, 16) - 6 * (plan.target.active_parameters - lookups(plan.target))
+    assert idle_flops == 12 * sizes["layers"] * sizes["heads"] * sizes["head_dim"] * 16
+
+
+def lookups(architecture):
+    """Elements that multiply no token: embeddings that are not tied, and norms."""
+    return sum(spec.numel for spec in architecture.stored if not spec.is_matrix or spec.role == "embedding")

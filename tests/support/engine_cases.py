@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.offline.compare import logical_parts
 from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.memory import small_architecture
-from incr_ds.testing.pico import TRAINED_BESIDE, pico_architecture
+from incr_ds.testing.pico import MIXTURES, TRAINED_BESIDE, pico_architecture
 from incr_ds.testing.runs import pico_run
 
 ROWS, LENGTH, STEPS, RATE = 2, 12, 4, 0.05
@@ -36,6 +38,7 @@ class Case:
     recompute: bool = False
     divergence: str = "forward_kl"
     z_loss: float = 0.0
+    router: float | None = None
     precision: str = "fp32"
     offload: str = "none"
     stages: str | tuple = "even"
@@ -66,7 +69,7 @@ class Case:
                 "attention": attention,
             },
             distillation={"teacher": "pico", "anneal_steps": STEPS, "divergence": self.divergence},
-            loss={"z_loss": self.z_loss},
+            loss={"z_loss": self.z_loss, "router": self.router},
             data={"train": [{"prefix": self.documents or "pico"}], "reset_at_document_end": bool(self.documents)},
         )
 
@@ -86,7 +89,7 @@ CHANGES = {
 
 
 def student(case):
-    if case.family in TRAINED_BESIDE:
+    if case.family in (*TRAINED_BESIDE, *MIXTURES):
         changes = {"tie_word_embeddings": case.tied, **CHANGES.get(case.family, {})}
         return drawn_checkpoint(small_architecture(case.family, **changes), seed=1)
     # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
@@ -95,7 +98,7 @@ def student(case):
 
 
 def teacher(case=None):
-    if case is not None and case.family in TRAINED_BESIDE:
+    if case is not None and case.family in (*TRAINED_BESIDE, *MIXTURES):
         return drawn_checkpoint(
             small_architecture(case.family, tie_word_embeddings=True, **CHANGES.get(case.family, {})), seed=2
         )
@@ -134,12 +137,23 @@ def train(case):
         evaluations.append(engine.evaluate(iter(held_out), 3))
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
-        values = {
-            (shard.tensor.name, shard.bounds): parameter.detach().clone()
-            for shard, parameter in zip(engine.shards, parameters, strict=True)
-        }
+        values = pieces(engine.shards, parameters)
     engine.close()
     return steps, evaluations, values
+
+
+def pieces(shards, parameters):
+    """Copies of the slices of logical tensors that parameters hold, by name and bounds."""
+    return {
+        (block.name, block.bounds): rows_of(parameter, shard)[block.row : block.row + block.shape[0]].clone()
+        for shard, parameter in zip(shards, parameters, strict=True)
+        for block in shard.blocks
+    }
+
+
+def rows_of(parameter, shard):
+    """A parameter as it is, or one that holds experts as a matrix of all their rows."""
+    return parameter.detach() if len(shard.blocks) == 1 else parameter.detach().flatten(0, 1)
 
 
 def reference(case):
@@ -166,15 +180,15 @@ def reference(case):
         optimizer.step()
         steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
         evaluations.append(token_mean(model, micro_batches(3 * case.data, 100, bool(case.documents)), case))
-    return steps, evaluations, dict(model.named_parameters())
+    return steps, evaluations, logical_parts(student(case).architecture, dict(model.named_parameters()))
 
 
 def transformers_model(checkpoint):
     config = dict(checkpoint.architecture.config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    model.load_state_dict(
-        {spec.name: checkpoint.read(spec.name) for spec in checkpoint.architecture.stored}, strict=False
-    )
+    eager = {"experts_implementation": "eager"} if checkpoint.architecture.family.joined else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config), **eager)
+    for name, part in logical_parts(checkpoint.architecture, dict(model.named_parameters())).items():
+        part.data.copy_(checkpoint.read(name))
     return model
 
 
@@ -203,7 +217,15 @@ def losses(case, model, guide, input_ids, labels, alpha, temperature):
         log_p, log_q = log_q, log_p
     divergence = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
     z = logits.logsumexp(1).square().mean()
-    return (1 - alpha) * ce + alpha * temperature**2 * divergence + case.z_loss * z, ce, divergence
+    loss = (1 - alpha) * ce + alpha * temperature**2 * divergence + case.z_loss * z
+    return loss + (router_loss(model, input_ids) * case.router if case.router else 0), ce, divergence
+
+
+def router_loss(model, input_ids):
+    """The mean of transformers' router losses of the layers."""
+    found = model(input_ids, output_router_logits=True).router_logits
+    experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
+    return torch.stack([load_balancing_loss_func((layer,), experts, chosen) for layer in found]).mean()
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import deepspeed
-from engine_cases import RATE, SCHEDULE, Case, micro_batches, student, teacher
+from engine_cases import RATE, SCHEDULE, Case, micro_batches, pieces, student, teacher
 from resuming_engines import load_own
 
 from incr_ds.testing.runs import pico_run
@@ -31,6 +31,8 @@ def train_case(output, case):
     )
     saved = save_checkpoint(engine, run, weights.architecture, state)
     at_save = values(engine, case)
+    held_out = micro_batches(3 * case.data, 100)[engine.data_parallel_rank :: case.data]
+    evaluation = engine.evaluate(iter(held_out), 3)
     results += steps(engine, case, range(SAVED, len(SCHEDULE)))
     whole = values(engine, case)
     resumed = build_engine(run, weights.architecture, None, teacher(case))
@@ -38,7 +40,7 @@ def train_case(output, case):
     again = steps(resumed, case, range(SAVED, len(SCHEDULE)))
     states = sum(state["exp_avg"].numel() for state in resumed._engine.optimizer.optimizer.state.values())
     return {
-        "results": results, "again": again, "saved": str(saved), "states": states,
+        "results": results, "again": again, "saved": str(saved), "states": states, "evaluation": evaluation,
         "at_save": at_save, "whole": whole, "resumed": values(resumed, case),
     }  # fmt: skip
 
@@ -56,10 +58,7 @@ def steps(engine, case, numbers):
 def values(engine, case):
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
-        return {
-            (shard.tensor.name, shard.bounds): parameter.detach().clone()
-            for shard, parameter in zip(engine.shards, parameters, strict=True)
-        }
+        return pieces(engine.shards, parameters)
 
 
 def load_grown(folders, layouts):

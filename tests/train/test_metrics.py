@@ -95,7 +95,8 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path):
 def test_the_keys_of_a_row_are_public():
     position = ["kind", "step", "consumed_samples", "tokens", "flops", "stage", "skipped_steps"]
     train = ["loss", "ce", "divergence", "alpha", "temperature", "learning_rate", "new_learning_rate", "gradient_norm"]
-    assert list(row(Position(), train_row(1.0))) == [*position, *train, "skipped", "loss_scale", *TIMINGS]
+    own = ["skipped", "loss_scale", "router_loss", "expert_load"]
+    assert list(row(Position(), train_row(1.0))) == [*position, *train, *own, *TIMINGS]
     assert TIMINGS == (
         "tokens_per_second", "tflops_per_rank", "mfu", "seconds", "data_seconds", "save_seconds",
         "memory_bytes", "peak_memory_bytes", "slowest_rank", "slowest_ratio",

@@ -23,11 +23,10 @@ from incr_ds.checkpoint.torch_file.write import ArchiveFile
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.joined import joined_parameters
 from incr_ds.sharding.megatron_modules import Modules, module_parameters, num_pipeline_layers
 from incr_ds.sharding.optimizer_groups import optimizer_groups
 from incr_ds.sharding.partition_sizes import partition_size
-from incr_ds.sharding.placement import rank_parameters, split_bounds, with_joined
+from incr_ds.sharding.placement import rank_parameters, split_bounds
 
 FORMAT_VERSION = TESTED
 ADAMW_DEFAULTS: Mapping[str, Any] = {
@@ -89,8 +88,7 @@ class NativeTarget:
         """
         stage, tensor_rank = divmod(model_rank, self.layout.tensor_parallel)
         if self.modules is None:
-            held = rank_parameters(self.architecture, self.layout, stage, tensor_rank)
-            return with_joined(held, joined_parameters(self.architecture))
+            return rank_parameters(self.architecture, self.layout, stage, tensor_rank)
         degrees = (self.layout.tensor_parallel, tensor_rank, self.vocabulary)
         return stage_parameters(self.modules, self.architecture, self.layout.pipeline_parallel, stage, degrees)
 
