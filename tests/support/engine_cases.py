@@ -1,6 +1,7 @@
 """Cases of training over processes, and the same training in one process without this package's engine."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,8 @@ def train(case):
         batches = iter(mine) if engine.reads_data else None
         steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
         held_out = micro_batches(3 * case.data, 100, bool(case.documents))[engine.data_parallel_rank :: case.data]
-        evaluations.append(engine.evaluate(iter(held_out), 3))
+        means = engine.evaluate(iter(held_out), 3, taught=alpha > 0)
+        evaluations.append((means.ce, 0.0 if means.teacher_kl is None else means.teacher_kl))
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
         values = {
@@ -165,7 +167,9 @@ def reference(case):
         norm = torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["gradient_clipping"])
         optimizer.step()
         steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
-        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100, bool(case.documents)), case))
+        held_out = micro_batches(3 * case.data, 100, bool(case.documents))
+        kl = distance(case, model, guide, held_out) if alpha else 0.0
+        evaluations.append((token_mean(model, held_out, case), kl))
     return steps, evaluations, dict(model.named_parameters())
 
 
@@ -204,6 +208,15 @@ def losses(case, model, guide, input_ids, labels, alpha, temperature):
     divergence = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
     z = logits.logsumexp(1).square().mean()
     return (1 - alpha) * ce + alpha * temperature**2 * divergence + case.z_loss * z, ce, divergence
+
+
+@torch.no_grad()
+def distance(case, model, guide, batches):
+    """KL(teacher || student) per token in fp64, at temperature 1 and as forward KL, whatever the run trains with."""
+    student, taught = (copy.deepcopy(one).double().eval() for one in (model, guide))
+    forward = replace(case, divergence="forward_kl")
+    parts = [(losses(forward, student, taught, *batch, 0.5, 1.0)[2], (batch[1] != -100).sum()) for batch in batches]
+    return (sum(kl * tokens for kl, tokens in parts) / sum(tokens for _, tokens in parts)).item()
 
 
 @torch.no_grad()
