@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from incr_ds.kernels.rows import Divergence
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss, distillation_loss
 from incr_ds.losses.teachers import HiddenTeacher, SampledTeacher, Teacher, TopKTeacher
@@ -46,10 +47,11 @@ class DistillationHead(nn.Module):
         teacher: Teacher | None = None,
         alpha: Scalar = 0.0,
         temperature: Scalar = 1.0,
+        divergence: Divergence | None = None,
     ) -> DistillationLoss:
         """Loss of ``hidden`` [..., H] against ``labels`` [...] and ``teacher_hidden`` [..., Ht].
 
-        ``teacher`` replaces the two teacher arguments and has the same leading dimensions.
+        ``teacher`` replaces the two teacher arguments and has the same leading dimensions. ``divergence`` replaces the run's.
         """
         return self.loss(
             hidden.flatten(0, -2),
@@ -63,6 +65,7 @@ class DistillationHead(nn.Module):
             group=self.group,
             vocab_start=self.vocab_start,
             vocab_size=self.vocab_size,
+            **({} if divergence is None else {"divergence": divergence}),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from incr_ds.arch.tensors import Role
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.data.targets import Targets
+from incr_ds.kernels.rows import Divergence
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.head import DistillationHead
 from incr_ds.losses.teachers import split_targets
@@ -119,9 +120,9 @@ class StagedLanguageModel(PipelineModule):
     """One rank's stage. Stages exchange the student's hidden states and, if the teacher runs, also the teacher's.
 
     If attention begins anew in each document, they exchange positions, too, since only the first stage has the tokens. A
-    mixture's stages hand on the sum of router losses.
-    ``observe`` is called with the loss of every micro-batch on the last stage. ``alpha`` and ``temperature`` are set
-    before each step to the same values on every rank. ``teaching`` says whether the teacher runs.
+    mixture's stages hand on the sum of router losses. ``observe`` is called with the loss of every micro-batch on the last
+    stage. ``alpha``, ``temperature`` and ``divergence`` (None: the run's) are set before each step to the same values on
+    every rank. ``teaching`` says whether the teacher runs.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class StagedLanguageModel(PipelineModule):
             )
         self.alpha: float = 0.0
         self.temperature: float = 1.0
+        self.divergence: Divergence | None = None
         self.teaching = False
         self._document_end, self._positions = factory.document_end, factory.positions
         self.routing, self._router_loss = factory.routing, factory.router_loss
@@ -196,7 +198,7 @@ class StagedLanguageModel(PipelineModule):
         labels, cached = split_targets(targets, self._head.vocab_size)
         received = self._received(outputs)
         teacher = (self._teacher.unpack(received.taught), self._teacher.head) if self.teaching else (None, None)
-        weights = {"alpha": self.alpha, "temperature": self.temperature}
+        weights = {"alpha": self.alpha, "temperature": self.temperature, "divergence": self.divergence}
         parts: DistillationLoss = self._head(received.student, labels, *teacher, teacher=cached, **weights)
         if received.router is not None:
             parts = with_router_loss(parts, received.router, self._router_loss)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import Role, TensorSpec
 from incr_ds.data.targets import Targets
+from incr_ds.kernels.rows import Divergence
 from incr_ds.losses.arguments import Scalar
 from incr_ds.losses.distillation import DistillationLoss
 from incr_ds.losses.teachers import split_targets
@@ -59,11 +60,15 @@ class LanguageModel(nn.Module):
         teacher_head: Tensor | None = None,
         alpha: Scalar = 0.0,
         temperature: Scalar = 1.0,
+        divergence: Divergence | None = None,
     ) -> DistillationLoss:
-        """Loss of the whole model. ``targets`` holds the token after each of ``input_ids`` [B, S], or also a cached teacher."""
+        """Loss of the whole model. ``targets`` holds the token after each of ``input_ids`` [B, S], or also a cached teacher.
+
+        ``divergence`` replaces the run's.
+        """
         labels, cached = split_targets(targets, self.lm_head.vocab_size)
         hidden = self.hidden_states(input_ids)  # [B, S, H]
-        weights = {"alpha": alpha, "temperature": temperature}
+        weights = {"alpha": alpha, "temperature": temperature, "divergence": divergence}
         parts: DistillationLoss = self.lm_head(hidden, labels, teacher_hidden, teacher_head, teacher=cached, **weights)
         return with_router_loss(parts, self.routing.take_mean(hidden), self._router_loss)
 

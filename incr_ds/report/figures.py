@@ -39,6 +39,7 @@ PANELS = (
     Panel("Memory of rank 0", "GB", {"memory_bytes": "now", "peak_memory_bytes": "peak"}, scale=1e-9),
 )
 HELD_OUT = "Held-out loss"
+DISTANCE = Panel("Distance to the teacher on held-out data", "nats per token", {"teacher_kl": "KL(teacher || student)"})
 
 
 def draw_runs(runs: Sequence[History]) -> dict[str, bytes]:
@@ -51,7 +52,8 @@ def draw_runs(runs: Sequence[History]) -> dict[str, bytes]:
         panel.title: _draw(panel, runs, palette, rows)
         for panel, rows in (
             (training, _trained),
-            (held_out, lambda run: run.evaluated),
+            (held_out, _evaluated),
+            (DISTANCE, _evaluated),
             *((panel, _trained) for panel in others),
         )
     }
@@ -60,6 +62,10 @@ def draw_runs(runs: Sequence[History]) -> dict[str, bytes]:
 
 def _trained(run: History) -> Sequence[Row]:
     return run.trained
+
+
+def _evaluated(run: History) -> Sequence[Row]:
+    return run.evaluated
 
 
 def _draw(

@@ -37,6 +37,7 @@ def run_page(runs: Sequence[History]) -> str:
     parts += [part for name, png in draw_runs(runs).items() for part in (heading(name), picture(name, png))]
     parts += [
         *_held_out(runs),
+        *_distance(runs),
         *_growths(runs),
         *_roll_backs(runs),
         *_configuration(runs),
@@ -62,6 +63,7 @@ def numbers_of(run: History) -> dict[str, Any]:
         "training_loss": number(run.trained[-1], "loss") if run.trained else None,
         "held_out_loss": {key.removeprefix(VALIDATION): number(evaluated, key) for key in run.domains},
         "bits_per_byte": number(evaluated, "bits_per_byte"),
+        "teacher_kl": _last(numbers(run.evaluated, "teacher_kl")),
         "skipped_steps": last.get("skipped_steps"),
         "tokens_per_second": _median(run, "tokens_per_second"),
         "tflops_per_rank": _median(run, "tflops_per_rank"),
@@ -90,6 +92,10 @@ def state_of(run: History) -> str:
 def _median(run: History, key: str) -> float | None:
     found = numbers(run.trained, key)
     return statistics.median(found) if found else None
+
+
+def _last(found: Sequence[float]) -> float | None:
+    return found[-1] if found else None
 
 
 def _sum(run: History, key: str) -> float | None:
@@ -146,6 +152,21 @@ def _held_out(runs: Sequence[History]) -> list[str]:
         for row in (run.evaluated[:1] + run.evaluated[1:][-1:])
     ]
     return [heading("Held-out loss, first and last"), table(rows, ["data", "run", "step", "nats per token"])]
+
+
+def _distance(runs: Sequence[History]) -> list[str]:
+    """How the student's distance to its teacher moves, as long as the teacher runs."""
+    rows = []
+    for run in runs:
+        measured = [row for row in run.evaluated if number(row, "teacher_kl") is not None]
+        if not measured:
+            continue
+        farthest = max(measured, key=lambda row: number(row, "teacher_kl") or 0.0)
+        shown = (measured[0], farthest, measured[-1])
+        rows.append([run.name, *(f"{number(row, 'teacher_kl'):.4f} at step {_count(row['step'])}" for row in shown)])
+    head = ["run", "first", "farthest", "last while it taught"]
+    title = heading("Distance to the teacher on held-out data, KL(teacher || student) in nats per token")
+    return [title, table(rows, head)] if rows else []
 
 
 def _growths(runs: Sequence[History]) -> list[str]:

@@ -50,7 +50,7 @@ from incr_ds.train.releasing import forget_modules
 from incr_ds.train.skew import ForwardClock, has_own_work
 from incr_ds.train.writer import install_writer
 
-__all__ = ["StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
+__all__ = ["HeldOutMeans", "StepResult", "TrainingEngine", "build_engine", "initialize_distributed"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +72,17 @@ class StepResult:
     skipped: bool
     loss_scale: float | None = None
     routing: RoutingResult | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutMeans:
+    """Means over held-out tokens in nats, the same on every rank: cross entropy, and KL(teacher || student) at temperature 1.
+
+    ``teacher_kl`` is None if the teacher was not asked.
+    """
+
+    ce: float
+    teacher_kl: float | None
 
 
 def build_engine(
@@ -225,11 +236,15 @@ class TrainingEngine:
         """Free the teacher's memory. From now on ``alpha`` must be 0. Returns whether there was a teacher."""
         return self._runner.forget_teacher()
 
-    def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
-        """Mean cross entropy in nats per token over ``num_micro_batches`` per data-parallel rank."""
-        self._runner.evaluate(batches, num_micro_batches)
-        *_, total, tokens = self._over_ranks().tolist()
-        return float(total / max(tokens, 1.0))
+    def evaluate(self, batches: Iterator[Batch], num_micro_batches: int, *, taught: bool = False) -> HeldOutMeans:
+        """Means over the tokens of ``num_micro_batches`` per data-parallel rank.
+
+        ``taught`` needs a teacher of the engine's own, and adds the student's distance to it.
+        """
+        self._runner.evaluate(batches, num_micro_batches, taught=taught)
+        *_, ce, kl, tokens = self._over_ranks().tolist()
+        count = max(tokens, 1.0)
+        return HeldOutMeans(ce / count, kl / count if taught else None)
 
     def save(self, folder: Path, tag: str, client_state: Mapping[str, Any]) -> None:
         """Write DeepSpeed's checkpoint files into folder/tag, without a ``latest`` file.

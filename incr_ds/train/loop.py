@@ -277,20 +277,35 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
     found = {}
     for name, held_out in job.data.held_out.items():
         feed = held_out_batches(held_out, samples, run.batch, rank, layout.data_parallel)
-        loss = job.engine.evaluate(feed, samples // (run.batch.micro_batch_size * layout.data_parallel))
-        found[name] = HeldOut(loss, _perplexity(loss), bits_per_byte(loss, run.data.held_out[name]))
+        count = samples // (run.batch.micro_batch_size * layout.data_parallel)
+        means = job.engine.evaluate(feed, count, taught=_asks_teacher(run, step))
+        bits = bits_per_byte(means.ce, run.data.held_out[name])
+        found[name] = HeldOut(means.ce, _perplexity(means.ce), bits, means.teacher_kl)
     job.monitor.record(state.position, _evaluation_row(run, found, time.perf_counter() - start))
     return replace(state, evaluated_step=step)
+
+
+def _asks_teacher(run: RunSettings, step: int) -> bool:
+    """Whether an evaluation after ``step`` steps asks the teacher: if it runs, and its weight in the next step is above 0.
+
+    A cached teacher does not run, and its cache has no held-out tokens.
+    """
+    settings = run.distillation
+    return (
+        settings is not None and settings.cache is None and bool(distillation_weight(settings, steps_taught(run, step)))
+    )
 
 
 def _evaluation_row(run: RunSettings, found: Mapping[str, HeldOut], seconds: float) -> EvaluationRow:
     """The means over all held-out sets, and each of them if they have names."""
     loss = fmean(each.loss for each in found.values())
     bits = [each.bits_per_byte for each in found.values() if each.bits_per_byte is not None]
+    distances = [each.teacher_kl for each in found.values() if each.teacher_kl is not None]
     return EvaluationRow(
         loss=loss,
         perplexity=_perplexity(loss),
         bits_per_byte=fmean(bits) if len(bits) == len(found) else None,
+        teacher_kl=fmean(distances) if distances else None,
         seconds=seconds,
         sets={} if isinstance(run.data.validation, str) else found,
     )

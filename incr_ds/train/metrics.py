@@ -74,23 +74,29 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What was measured on one held-out set. ``bits_per_byte`` is None if the bytes behind the tokens are not known."""
+    """What was measured on one held-out set. ``bits_per_byte`` is None if the bytes behind the tokens are not known.
+
+    ``teacher_kl`` is KL(teacher || student) at temperature 1, None if no teacher was asked.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
+    teacher_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
     """One held-out evaluation.
 
-    If the run names its held-out sets, ``sets`` has each of them, and ``loss`` and ``bits_per_byte`` are their means.
+    If the run names its held-out sets, ``sets`` has each of them, and ``loss``, ``bits_per_byte`` and ``teacher_kl`` are
+    their means.
     """
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
+    teacher_kl: float | None = None
     seconds: float
     sets: Mapping[str, HeldOut] = field(default_factory=dict)
 

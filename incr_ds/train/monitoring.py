@@ -168,7 +168,9 @@ def _train_line(values: TrainRow) -> str:
 def _held_out_line(values: EvaluationRow) -> str:
     bits = "" if values.bits_per_byte is None else f"  {values.bits_per_byte:.4f} bits/byte"
     sets = ", ".join(f"{name} {found.loss:.4f}" for name, found in values.sets.items())
-    return f"held-out loss {values.loss:.4f}{f' ({sets})' if sets else ''}  perplexity {values.perplexity:.2f}{bits}"
+    distance = "" if values.teacher_kl is None else f"  kl from the teacher {values.teacher_kl:.4f}"
+    named = f" ({sets})" if sets else ""
+    return f"held-out loss {values.loss:.4f}{named}  perplexity {values.perplexity:.2f}{bits}{distance}"
 
 
 def _roll_back_line(values: RollBackRow) -> str:

@@ -1,7 +1,9 @@
 """The batch scripts, hand-written and generated, with stand-ins for Slurm's commands and for the training program."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -209,3 +211,17 @@ def test_the_hand_written_script_is_what_would_be_generated():
     assert text.endswith(f"\n\n{BODY.read_text()}")
     asked = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert asked == directives(BatchJob(Nodes(1, 8), "incr_ds-pretrain"))
+
+
+def test_the_page_on_several_nodes_says_what_script_and_launcher_do():
+    page = (GENERIC.parents[2] / "docs" / "several_nodes.md").read_text()
+    assert (
+        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))" in BODY.read_text() and "20000 + job number mod 20000" in page
+    )
+    deepspeed = Path(importlib.util.find_spec("deepspeed").origin).parent
+    exported = re.search(r"^EXPORT_ENVS = \[(.*)\]", (deepspeed / "launcher" / "runner.py").read_text(), re.M)[1]
+    stated = re.search(r"variables that begin\nwith (.*)\. Others", page)[1]
+    assert set(re.findall(r"`(\w+)`", stated)) == {*re.findall(r"'(\w+)'", exported), "NCCL"} - {"MLFLOW"}
+    assert "timeout=30)" in (deepspeed / "launcher" / "launch.py").read_text() and "They have 30 seconds" in page
+    waits = re.search(r'"DEEPSPEED_TIMEOUT", default=(\d+)', (deepspeed / "constants.py").read_text())[1]
+    assert f"{waits} by default" in page

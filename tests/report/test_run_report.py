@@ -94,6 +94,15 @@ def test_a_finished_run_shows_its_numbers_figures_settings_and_versions(tmp_path
     assert "started from fresh weights of pico" in page.text and "400 tokens, 4.000e+06 FLOPs in this run" in page.text
 
 
+def test_the_distance_to_the_teacher_on_held_out_data_is_shown_as_long_as_it_was_measured(tmp_path):
+    rows = [(0, held_out(4.0, 0.0)), (2, held_out(3.9, 0.25)), (4, held_out(3.8, 0.125)), (6, held_out(3.7))]
+    page = report_of(write_metrics(tmp_path / "taught", rows), write_metrics(tmp_path / "alone", [(0, held_out(4.0))]))
+    assert figures.DISTANCE.title in page.figures
+    assert page.rows["taught"] == ["0.0000 at step 0", "0.2500 at step 2", "0.1250 at step 4"]
+    assert "alone" not in page.rows  # it had no teacher
+    assert numbers_of(read_history(tmp_path / "taught", "taught"))["teacher_kl"] == 0.125
+
+
 def test_the_lines_of_a_figure_are_the_rows(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or b"")

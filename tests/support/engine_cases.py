@@ -1,6 +1,7 @@
 """Cases of training over processes, and the same training in one process without this package's engine."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,8 @@ def train(case):
         batches = iter(mine) if engine.reads_data else None
         steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
         held_out = micro_batches(3 * case.data, 100, bool(case.documents))[engine.data_parallel_rank :: case.data]
-        evaluations.append(engine.evaluate(iter(held_out), 3))
+        means = engine.evaluate(iter(held_out), 3, taught=alpha > 0)
+        evaluations.append((means.ce, 0.0 if means.teacher_kl is None else means.teacher_kl))
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
         values = pieces(engine.shards, parameters)
@@ -179,7 +181,9 @@ def reference(case):
         norm = torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["gradient_clipping"])
         optimizer.step()
         steps.append((loss.item(), ce.item(), divergence.item() if alpha else 0.0, norm.item()))
-        evaluations.append(token_mean(model, micro_batches(3 * case.data, 100, bool(case.documents)), case))
+        held_out = micro_batches(3 * case.data, 100, bool(case.documents))
+        kl = distance(case, model, guide, held_out) if alpha else 0.0
+        evaluations.append((token_mean(model, held_out, case), kl))
     return steps, evaluations, logical_parts(student(case).architecture, dict(model.named_parameters()))
 
 
@@ -226,6 +230,15 @@ def router_loss(model, input_ids):
     found = model(input_ids, output_router_logits=True).router_logits
     experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
     return torch.stack([load_balancing_loss_func((layer,), experts, chosen) for layer in found]).mean()
+
+
+@torch.no_grad()
+def distance(case, model, guide, batches):
+    """KL(teacher || student) per token in fp64, at temperature 1 and as forward KL, whatever the run trains with."""
+    student, taught = (copy.deepcopy(one).double().eval() for one in (model, guide))
+    forward = replace(case, divergence="forward_kl")
+    parts = [(losses(forward, student, taught, *batch, 0.5, 1.0)[2], (batch[1] != -100).sum()) for batch in batches]
+    return (sum(kl * tokens for kl, tokens in parts) / sum(tokens for _, tokens in parts)).item()
 
 
 @torch.no_grad()

@@ -39,10 +39,10 @@ def load_evaluate_save(folder, layout, precision, tokens, by="DeepSpeed"):
     else:
         engine.load(Path(folder), "grown")
     batch = (tokens[:, :-1], tokens[:, 1:])
-    loss = engine.evaluate(iter([batch]), 1)
+    loss = engine.evaluate(iter([batch]), 1).ce
     engine.save(Path(folder) / "again", "loaded", {})
     engine.train_step(iter([batch]), learning_rate=1e-3)
-    after = engine.evaluate(iter([batch]), 1)
+    after = engine.evaluate(iter([batch]), 1).ce
     if os.environ["RANK"] == "0":
         config = (Path(folder) / "config.json").read_text()
         (Path(folder) / "again" / "config.json").write_text(config)

@@ -12,7 +12,7 @@ from incr_ds.config.training import RunSettings
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import small_architecture
 from incr_ds.train import loop, pretraining
-from incr_ds.train.engine import StepResult
+from incr_ds.train.engine import HeldOutMeans, StepResult
 from incr_ds.train.metrics import TIMINGS, read_metrics
 from incr_ds.train.pretraining import pretrain
 
@@ -48,10 +48,11 @@ class OneNumber:
         had, self.teacher = self.teacher is not None, None
         return had
 
-    def evaluate(self, batches, num_micro_batches):
+    def evaluate(self, batches, num_micro_batches, *, taught):
         found = list(batches)
         assert len(found) == num_micro_batches
-        return self.number / 4 + sum(inputs.double().mean().item() for inputs, _ in found) / num_micro_batches / 100
+        seen = sum(inputs.double().mean().item() for inputs, _ in found) / num_micro_batches / 100
+        return HeldOutMeans(self.number / 4 + seen, self.number / 8 if taught else None)
 
     def save(self, folder, tag, client_state):
         (folder / tag).mkdir()

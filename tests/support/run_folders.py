@@ -18,8 +18,8 @@ def train_row(loss, **changes):
     return TrainRow(**(values | changes))
 
 
-def held_out(loss):
-    return EvaluationRow(loss=loss, perplexity=2.0, bits_per_byte=loss / 3, seconds=1.0)
+def held_out(loss, teacher_kl=None):
+    return EvaluationRow(loss=loss, perplexity=2.0, bits_per_byte=loss / 3, teacher_kl=teacher_kl, seconds=1.0)
 
 
 def growth(recipe="deep.yaml"):

@@ -32,7 +32,7 @@ def train_case(output, case):
     saved = save_checkpoint(engine, run, weights.architecture, state)
     at_save = values(engine, case)
     held_out = micro_batches(3 * case.data, 100)[engine.data_parallel_rank :: case.data]
-    evaluation = engine.evaluate(iter(held_out), 3)
+    evaluation = engine.evaluate(iter(held_out), 3, taught=True)
     results += steps(engine, case, range(SAVED, len(SCHEDULE)))
     whole = values(engine, case)
     resumed = build_engine(run, weights.architecture, None, teacher(case))

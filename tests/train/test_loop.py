@@ -157,6 +157,18 @@ def test_the_teacher_costs_flops_only_while_its_weight_lasts(world, monkeypatch)
     assert [item["alpha"] for item in curve(taught) if item["kind"] == "train"] == [0.5, 0.25, 0, 0, 0, 0]
 
 
+def test_evaluations_ask_the_teacher_while_its_weight_lasts(world, monkeypatch, capsys):
+    monkeypatch.setattr(pretraining, "open_described", lambda path: pretraining.find_start(settings(world, "run")))
+    taught = settings(world, "taught", distillation={"teacher": "t", "weight": 0.5, "anneal_steps": 4})
+    pretrain(taught)
+    evaluated = [item for item in curve(taught) if item["kind"] == "evaluation"]
+    distances = [item["teacher_kl"] for item in evaluated]
+    assert [item["step"] for item in evaluated] == [0, 2, 4, 6] and distances[2:] == [None, None]
+    assert distances[0] == 0.125 and distances[1] not in (None, distances[0])
+    shown = capsys.readouterr().out
+    assert f"kl from the teacher {distances[1]:.4f}" in shown and shown.count("kl from the teacher") == 2
+
+
 def long(world, output, **changes):
     changes = {"schedule": {"train_steps": 40, "learning_rate": 0.1}, "evaluation": None} | changes
     return settings(world, output, checkpoint={"interval": 5, "keep_last": 1}, **changes)

@@ -101,7 +101,14 @@ def test_the_keys_of_a_row_are_public():
         "tokens_per_second", "tflops_per_rank", "mfu", "seconds", "data_seconds", "save_seconds",
         "memory_bytes", "peak_memory_bytes", "slowest_rank", "slowest_ratio",
     )  # fmt: skip
-    assert list(row(Position(), held_out(1.0))) == [*position, "loss", "perplexity", "bits_per_byte", "seconds"]
+    assert list(row(Position(), held_out(1.0))) == [
+        *position,
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "teacher_kl",
+        "seconds",
+    ]
 
 
 def test_the_monitor_keeps_rows_and_shows_plain_lines(tmp_path, capsys):
