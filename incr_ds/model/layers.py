@@ -19,10 +19,11 @@ from incr_ds.losses.head import DistillationHead, Loss
 from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.routing import Routing
-from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
+from incr_ds.model.tensor_parallel import TensorRanks, cut_experts, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.placement import rank_parameters
+from incr_ds.sharding.joined import JoinedParameter, joined_parameters
+from incr_ds.sharding.placement import rank_parameters, split_bounds
 
 HEAD = "lm_head.weight"
 
@@ -96,8 +97,11 @@ class LayerFactory:
         """Decoder layer ``layer``."""
         path = f"{self.architecture.family.layers_path}.{layer}"
         with torch.device("meta"):
-            block = type(self._outline.get_submodule(path))(self.config, layer)
-        return self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
+            block = type(self._outline.get_submodule(path))(self._own_config, layer)
+        finished = self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
+        for experts in {name.rpartition(".")[0] for name in self._experts}:
+            cut_experts(finished.get_submodule(experts), self.ranks)
+        return finished
 
     def head(self, shared: nn.Parameter | None = None) -> DistillationHead:
         """The output projection with its loss. ``shared`` is the embedding's parameter if the two are tied."""
@@ -106,6 +110,22 @@ class LayerFactory:
         # DeepSpeed's gradient norm reads this attribute, to count a cut tensor on every tensor rank.
         vars(weight)["tensor_model_parallel"] = self.ranks.group is not None
         return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
+
+    @cached_property
+    def _experts(self) -> Mapping[str, JoinedParameter]:
+        """Parameters that hold all experts of a layer, by name inside it."""
+        return {one.local_name: one for one in joined_parameters(self.architecture).values() if one.layer == 0}
+
+    @cached_property
+    def _own_config(self) -> PretrainedConfig:
+        """The config with this rank's share of every expert."""
+        if not self._experts:
+            return self.config
+        own = copy.deepcopy(self.config)
+        for one in self._experts.values():
+            start, stop = split_bounds(one.size, self.ranks.size)[self.ranks.rank]
+            setattr(own, self.architecture.family.axes["ffn"], stop - start)
+        return own
 
     @cached_property
     def _outline(self) -> PreTrainedModel:

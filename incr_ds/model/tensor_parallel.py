@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
-from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding, set_autotp_mode
+from deepspeed.module_inject.layers import (
+    ColumnParallel,
+    LinearAllreduce,
+    LinearLayer,
+    RowParallel,
+    VocabParallelEmbedding,
+    set_autotp_mode,
+)
 from torch import Tensor, nn
 
 from incr_ds.arch.tensors import TensorSpec
@@ -49,6 +57,29 @@ def _cut(layer: nn.Linear | nn.Embedding, spec: TensorSpec, ranks: TensorRanks) 
         raise LayoutError(f"{spec.name}: a {type(layer).__name__} cut along dimension {dimension} is not supported")
     cut: nn.Module = kind(layer, ranks.group)
     return cut
+
+
+def cut_experts(experts: nn.Module, ranks: TensorRanks) -> None:
+    """Sum what the ranks' shares of all experts compute, and the gradients of what they read.
+
+    ``experts`` is transformers' module: (hidden [N, H], chosen experts [N, k], their shares [N, k]) -> [N, H].
+    """
+    if ranks.group is None:
+        return
+    for parameter in experts.parameters():
+        # DeepSpeed's gradient norm reads this attribute, to count a cut tensor on every tensor rank.
+        vars(parameter)["tensor_model_parallel"] = True
+
+    def read(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, chosen, shares = inputs
+        return ColumnParallel.apply(ranks.group, hidden), chosen, ColumnParallel.apply(ranks.group, shares)
+
+    def write(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        summed: Tensor = RowParallel.apply(ranks.group, output, False)
+        return summed
+
+    experts.register_forward_pre_hook(read)
+    experts.register_forward_hook(write)
 
 
 def sum_partial_gradients(module: nn.Module, specs: Mapping[str, TensorSpec], ranks: TensorRanks) -> None:

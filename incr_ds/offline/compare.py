@@ -76,8 +76,8 @@ def logical_parts(architecture: Architecture, parameters: Mapping[str, torch.Ten
     joined = joined_parameters(architecture)
     parts = {name: tensor for name, tensor in parameters.items() if name not in joined}
     for name, parameter in joined.items():
-        matrix = parameters[name].view(parameter.rows_shape)
-        parts |= {block.name: matrix[block.row : block.row + block.shape[0]] for block in parameter.blocks}
+        matrix = parameters[name].view(parameter.whole.rows_shape)
+        parts |= {block.name: matrix[block.row : block.row + block.shape[0]] for block in parameter.whole.blocks}
     return parts
 
 

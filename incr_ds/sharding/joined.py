@@ -16,8 +16,9 @@ from incr_ds.sharding.blocks import Block
 class JoinedParameter:
     """A parameter [experts, rows, columns] of ``layer`` that holds, for each expert, the tensors of ``members`` stacked by rows.
 
-    ``local_name`` is its name inside the layer. As a matrix [experts * rows, columns] it consists of ``blocks``. An optimizer
-    and tensor parallelism treat all of it like its first tensor.
+    ``local_name`` is its name inside the layer. As a matrix [experts * rows, columns] it consists of blocks. An optimizer
+    treats all of it like its first tensor. Tensor parallelism cuts every expert's ``size`` neurons alike: along ``dimension``
+    of each tensor.
     """
 
     parameter: str
@@ -27,30 +28,53 @@ class JoinedParameter:
     members: tuple[TensorSpec, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """[experts, rows, columns]."""
-        rows = sum(spec.shape[0] for spec in self.members)
-        return (self.num_experts, rows // self.num_experts, self.members[0].shape[1])
+    def dimension(self) -> int:
+        """The dimension of the neurons in the tensors: 0 in the first matrices, 1 in the second."""
+        return next(index for index, dim in enumerate(self.members[0].dims) if dim.outer_axis == "ffn")
 
     @property
-    def rows_shape(self) -> tuple[int, int]:
-        """[experts * rows, columns]."""
-        experts, rows, columns = self.shape
-        return experts * rows, columns
+    def size(self) -> int:
+        """Neurons of an expert."""
+        return self.members[0].shape[self.dimension]
+
+    @property
+    def per_expert(self) -> int:
+        """Tensors of one expert."""
+        return len(self.members) // self.num_experts
+
+    @cached_property
+    def whole(self) -> JoinedPart:
+        """All of it."""
+        return self.part(0, self.size)
+
+    def part(self, start: int, stop: int) -> JoinedPart:
+        """What a tensor rank with neurons [start, stop) of every expert holds."""
+        found, row = [], 0
+        for spec in self.members:
+            bounds = [(0, size) for size in spec.shape]
+            bounds[self.dimension] = (start, stop)
+            found.append(Block(spec.name, tuple(bounds), row))
+            row += found[-1].shape[0]
+        return JoinedPart((self.num_experts, row // self.num_experts, found[0].shape[1]), tuple(found))
+
+
+@dataclass(frozen=True)
+class JoinedPart:
+    """The ``shape`` [experts, rows, columns] and the blocks of a joined parameter on a tensor rank."""
+
+    shape: tuple[int, int, int]
+    blocks: tuple[Block, ...]
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """Every tensor, placed at its first row in the matrix."""
-        found, row = [], 0
-        for spec in self.members:
-            found.append(Block(spec.name, ((0, spec.shape[0]), (0, spec.shape[1])), row))
-            row += spec.shape[0]
-        return tuple(found)
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """[experts * rows, columns]."""
+        experts, rows, columns = self.shape
+        return experts * rows, columns
 
 
 def joined_parameters(architecture: Architecture) -> Mapping[str, JoinedParameter]:

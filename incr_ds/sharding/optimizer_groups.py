@@ -108,10 +108,11 @@ def group_multipliers(group: tuple[RankParameter, ...], multipliers: Mapping[str
     Raises LayoutError if tensors that are in one parameter differ: a layer's experts train alike.
     """
     known = multipliers or {}
-    found = {known.get(block.name, UNCHANGED) for block in group[0].blocks}
+    first = group[0]
+    found = {known.get(name, UNCHANGED) for name in (first.tensor.name, *(block.name for block in first.blocks))}
     if len(found) > 1:
         raise LayoutError(
-            f"{group[0].parameter}: its experts differ in learning-rate multipliers, and one parameter has one; "
+            f"{first.parameter}: its experts differ in learning-rate multipliers, and one parameter has one; "
             "set optimizer.multipliers: none."
         )
     return found.pop()

@@ -137,9 +137,9 @@ def rank_parameters(
     first = {parameter.members[0].name: parameter for parameter in joined}
     inside = {spec.name for parameter in joined for spec in parameter.members} - set(first)
     kept = [shard for shard in shards if shard.tensor.name not in inside]
-    staged = layout.pipeline_parallel > 1
     return tuple(
-        _join(shard, first[shard.tensor.name], staged) if shard.tensor.name in first else shard for shard in kept
+        _join(shard, first[shard.tensor.name], layout, tensor_rank) if shard.tensor.name in first else shard
+        for shard in kept
     )
 
 
@@ -164,12 +164,18 @@ def _tensor_parameters(
     return (*tied, *own)
 
 
-def _join(shard: RankParameter, joined: JoinedParameter, staged: bool) -> RankParameter:
+def _join(shard: RankParameter, joined: JoinedParameter, layout: ParallelLayout, tensor_rank: int) -> RankParameter:
     local_name = f"block.{joined.local_name}"
-    parameter = f"{shard.pipeline_layer}.{local_name}" if staged else joined.parameter
-    # Tensor parallelism does not cut it.
+    parameter = f"{shard.pipeline_layer}.{local_name}" if layout.pipeline_parallel > 1 else joined.parameter
+    part = joined.part(*split_bounds(joined.size, layout.tensor_parallel)[tensor_rank])
     return replace(
-        shard, parameter=parameter, shape=joined.shape, blocks=joined.blocks, local_name=local_name, cut=None
+        shard,
+        parameter=parameter,
+        shape=part.shape,
+        blocks=part.blocks,
+        local_name=local_name,
+        cut=joined.dimension + 1,
+        sub_parameters=joined.per_expert,
     )
 
 

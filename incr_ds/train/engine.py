@@ -321,7 +321,9 @@ class TrainingEngine:
             return None
         record = routing.take_record(self._engine.device)
         dist.all_reduce(record)
-        return routing_result(record, self._engine.gradient_accumulation_steps() * self._run.layout.data_parallel)
+        layout = self._run.layout
+        seen = layout.data_parallel * layout.tensor_parallel
+        return routing_result(record, self._engine.gradient_accumulation_steps() * seen)
 
     def _over_ranks(self) -> Tensor:
         totals = self._record.take(self._engine.device)

@@ -103,11 +103,6 @@ def test_copies_that_compete_for_the_places_are_inexact_and_said_to_be(request_f
             {"optimizer": "rescale", "layout": {"data_parallel": 2}},
             "has no Adam moments, but optimizer: rescale needs them",
         ),
-        (
-            {},
-            {"layout": {"tensor_parallel": 2}},
-            "mixtral is not cut over tensor ranks: its experts are joined in one parameter",
-        ),
         ({}, {"experts": {"new": "copy"}}, "experts: how a dense model becomes a mixture"),
     ],
 )
@@ -125,7 +120,10 @@ def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path: Path):
     target = {"num_local_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 331, "num_hidden_layers": 4}
     grown = {}
     staged = {"format": "universal", "pipeline_parallel": 2}
-    layouts = ({"zero_stage": 1}, {"zero_stage": 3}, {"format": "universal"}, {"pipeline_parallel": 2}, staged)
+    layouts = (
+        *({"zero_stage": 1}, {"zero_stage": 3}, {"format": "universal"}),
+        *({"pipeline_parallel": 2}, staged, {"tensor_parallel": 3}),
+    )
     for number, layout in enumerate(layouts):
         content = {
             "target": target,
@@ -141,7 +139,7 @@ def test_moments_of_a_mixture_grow_into_its_own_layouts(tmp_path: Path):
     names = [spec.name for spec in grown[0].architecture.stored]
     for name in names:
         for state in ("weight", "exp_avg", "exp_avg_sq"):
-            for number in (1, 2, 3, 4):
+            for number in (1, 2, 3, 4, 5):
                 assert torch.equal(grown[0].read(name, state), grown[number].read(name, state)), (name, state, number)
     opened = incr_ds.open_source(source)
     assert incr_ds.compare(opened, grown[2], random_batches(101, 3, 16)).relative_difference <= 2e-5

@@ -209,7 +209,6 @@ def test_a_wrong_recipe_of_a_later_growth_is_refused_before_the_run_starts(folde
             ConfigError,
             "growth.0: distillation.teacher: its vocabulary has 101 entries, the model's 128",
         ),
-        ((50, "mixture", {"layout": {"tensor_parallel": 2}}), {}, LayoutError, "(?s)growth.0: .*mixtral is not cut over tensor"),
         ((50, "mixture", {}), {"loss": {"router": 0.1}}, ConfigError, "loss.router: 0.1: a llama has no router"),
     ],
 )  # fmt: skip

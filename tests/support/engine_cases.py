@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.offline.compare import logical_parts
+from incr_ds.sharding.joined import joined_parameters
 from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import MIXTURES, TRAINED_BESIDE, pico_architecture
@@ -85,6 +86,9 @@ CHANGES = {
     "granite": {"num_key_value_heads": 2},
     "cohere": {"num_key_value_heads": 2},
     "starcoder2": {"num_key_value_heads": 2},
+    # Two tensor ranks have unlike shares of the experts' neurons.
+    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 251},
+    "qwen3_moe": {"num_key_value_heads": 2, "moe_intermediate_size": 251},
     "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
 }
 
@@ -161,7 +165,9 @@ def rows_of(parameter, shard):
 def reference(case):
     """The same training by transformers and torch alone."""
     model, guide = transformers_model(student(case)), transformers_model(teacher(case))
-    frozen = frozen_tensors(student(case).architecture, case.freeze)
+    architecture = student(case).architecture
+    frozen = frozen_tensors(architecture, case.freeze)
+    frozen |= {name for name, one in joined_parameters(architecture).items() if one.members[0].name in frozen}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -184,7 +190,7 @@ def reference(case):
         held_out = micro_batches(3 * case.data, 100, bool(case.documents))
         kl = distance(case, model, guide, held_out) if alpha else 0.0
         evaluations.append((token_mean(model, held_out, case), kl))
-    return steps, evaluations, logical_parts(student(case).architecture, dict(model.named_parameters()))
+    return steps, evaluations, logical_parts(architecture, dict(model.named_parameters()))
 
 
 def transformers_model(checkpoint):

@@ -12,7 +12,8 @@ from incr_ds.checkpoint.base import check_shapes
 from incr_ds.checkpoint.deepspeed.autotp import AffineMaps
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.errors import CheckpointError
-from incr_ds.sharding.joined import JoinedParameter, joined_parameters
+from incr_ds.sharding.joined import JoinedParameter, JoinedPart, joined_parameters
+from incr_ds.sharding.placement import split_bounds
 
 _IF_MISSING = (
     "is config.json this checkpoint's? If these were frozen, it was saved with exclude_frozen_parameters=True: save it again "
@@ -50,9 +51,11 @@ def assembled_tensors(
             item for parts in stages.values() for item in _held(maps, logical, whole, parts, tensor_parallel)
         ]
         shapes[logical] = _reach(whole, held[logical]) if held[logical] else local
-    for item in _held_joined(folder, ranks, joined):
-        held.setdefault(item.block.name, []).append(item)
-        shapes[item.block.name] = item.block.shape
+    experts: dict[str, list[HeldBlock]] = {}
+    for item in _held_joined(folder, ranks, joined, tensor_parallel):
+        experts.setdefault(item.block.name, []).append(item)
+    held |= experts
+    shapes |= {name: _reach(declared[name].shape, items) for name, items in experts.items()}
     check_shapes(architecture, shapes, str(folder), _IF_MISSING)
     return {logical: assemble(declared[logical].shape, items, str(folder)) for logical, items in held.items()}
 
@@ -68,28 +71,37 @@ def _held(
     return [HeldBlock(*part, block) for part, block in zip(parts, blocks, strict=False)]
 
 
-def _held_joined(folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter]) -> Iterator[HeldBlock]:
+def _held_joined(
+    folder: Path, ranks: Sequence[ModelRank], known: Mapping[str, JoinedParameter], tensor_parallel: int
+) -> Iterator[HeldBlock]:
     """The tensors of experts, each a block of a joined parameter. Raises CheckpointError for a wrong shape."""
     for rank in ranks:
-        joined = {name: known[logical] for name, logical in rank.names.items() if logical in known}
-        for name, parameter in joined.items():
-            check_joined(parameter, rank.shards.parameters[name].shape, str(folder))
-        matrices = {
-            name: replace(rank.shards.parameters[name], shape=parameter.rows_shape)
-            for name, parameter in joined.items()
+        local = rank.shards.parameters
+        joined = {
+            name: _part_of(known[logical], local[name].shape, rank.index % tensor_parallel, tensor_parallel)
+            for name, logical in rank.names.items()
+            if logical in known
         }
-        as_matrices = replace(rank, shards=replace(rank.shards, parameters={**rank.shards.parameters, **matrices}))
-        yield from (
-            HeldBlock(as_matrices, name, block) for name, parameter in joined.items() for block in parameter.blocks
-        )
+        for name, part in joined.items():
+            check_joined(rank.names[name], part, local[name].shape, str(folder))
+        matrices = {name: replace(local[name], shape=part.rows_shape) for name, part in joined.items()}
+        as_matrices = replace(rank, shards=replace(rank.shards, parameters={**local, **matrices}))
+        yield from (HeldBlock(as_matrices, name, block) for name, part in joined.items() for block in part.blocks)
 
 
-def check_joined(parameter: JoinedParameter, shape: tuple[int, ...], where: str) -> None:
+def _part_of(parameter: JoinedParameter, shape: tuple[int, ...], tensor_rank: int, tensor_parallel: int) -> JoinedPart:
+    """What a tensor rank holds: all of the parameter if it has the whole shape, otherwise its share of every expert."""
+    if tuple(shape) == parameter.whole.shape:
+        return parameter.whole
+    return parameter.part(*split_bounds(parameter.size, tensor_parallel)[tensor_rank])
+
+
+def check_joined(name: str, part: JoinedPart, shape: tuple[int, ...], where: str) -> None:
     """Raise CheckpointError unless a joined parameter has the shape that follows from the config."""
-    if tuple(shape) != parameter.shape:
+    if tuple(shape) != part.shape:
         raise CheckpointError(
-            f"{where}: {parameter.parameter}: expected shape {list(parameter.shape)} (experts, rows, columns), found "
-            f"{list(shape)}; is config.json this checkpoint's? Experts that are cut over ranks cannot be read."
+            f"{where}: {name}: expected shape {list(part.shape)} (experts, rows, columns), found {list(shape)}; is config.json "
+            "this checkpoint's? Whole experts that are spread over ranks cannot be read."
         )
 
 

@@ -17,6 +17,7 @@ from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.checkpoint.naming import logical_names
 from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.checkpoint.torch_file.schema import tensors
+from incr_ds.sharding.joined import joined_parameters
 
 
 def layer_weights(folder: Path, tensor_rank: int, layers: Iterable[int]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -46,9 +47,10 @@ def with_frozen_layers(
 def _missing(
     ranks: Sequence[ModelRank], first: ModelRank, architecture: Architecture, tensor_parallel: int
 ) -> set[str]:
-    """Logical tensors that no stage of the tensor rank of ``first`` holds."""
+    """Logical tensors, and parameters that hold experts', that no stage of the tensor rank of ``first`` holds."""
     stages = [rank for rank in ranks if rank.index % tensor_parallel == first.index]
-    return {spec.name for spec in architecture.stored} - {name for rank in stages for name in rank.names.values()}
+    known = {*(spec.name for spec in architecture.stored), *joined_parameters(architecture)}
+    return known - {name for rank in stages for name in rank.names.values()}
 
 
 def _with_frozen(

@@ -45,7 +45,7 @@ class UniversalCheckpoint:
 
     def __init__(self, folder: Path, tag: str, architecture: Architecture, *, trust: bool = False) -> None:
         self._folder, self.architecture, self._trust = folder / tag, architecture, trust
-        self._joined = joined_parameters(architecture)
+        self._joined = {name: joined.whole for name, joined in joined_parameters(architecture).items()}
         parameters = sorted(self._parameters())
         self._is_megatron = is_megatron(parameters)
         found = {name: name for name in parameters} if self._is_megatron else logical_names(parameters, architecture)
@@ -115,10 +115,10 @@ class UniversalCheckpoint:
         """The tensors of a mixture's experts, from joined parameters of these shapes."""
         found = {}
         for name, shape in shapes.items():
-            parameter = self._joined[name]
-            check_joined(parameter, shape, str(self._folder / "zero"))
+            part = self._joined[name]
+            check_joined(name, part, shape, str(self._folder / "zero"))
             holder = _Parameters(self._folder / "zero", self)
-            for block in parameter.blocks:
+            for block in part.blocks:
                 found[block.name] = assemble(block.shape, [HeldBlock(holder, name, block)], str(self._folder))
         return found
 
