@@ -18,6 +18,7 @@ from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.head import DistillationHead, Loss
 from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
+from incr_ds.model.sequence_parallel import ONE_RANK, SequenceRanks, shared_attention
 from incr_ds.model.tensor_parallel import TensorRanks, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
 from incr_ds.sharding.blocks import RankParameter
@@ -35,7 +36,8 @@ def module_path(architecture: Architecture, spec: TensorSpec) -> str:
 class LayerFactory:
     """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
 
-    With ``document_end``, the token that ends a document, attention and positions begin anew behind it.
+    With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``sequence_ranks``
+    share each sample.
     """
 
     architecture: Architecture
@@ -47,6 +49,7 @@ class LayerFactory:
     activation_checkpointing: bool = False
     loss: Loss = distillation_loss
     document_end: int | None = None
+    sequence_ranks: SequenceRanks = ONE_RANK
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -57,10 +60,19 @@ class LayerFactory:
         return config
 
     @cached_property
+    def _block_config(self) -> PretrainedConfig:
+        """The config of decoder layers, whose attention exchanges slices of samples if ranks share these."""
+        if self.sequence_ranks.size == 1:
+            return self.config
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = shared_attention(self.architecture, self.sequence_ranks)
+        return config
+
+    @cached_property
     def positions(self) -> Positions:
         """Rotary embeddings and masks, shared by the layers."""
         meta = getattr(self._base, "rotary_emb", None)
-        return Positions(self.config, None if meta is None else type(meta)(self.config))
+        return Positions(self.config, None if meta is None else type(meta)(self.config), self.sequence_ranks)
 
     def path(self, role: Role) -> str:
         """Path, in transformers' model, of the module outside of the layers that holds the tensors of ``role``."""
@@ -80,7 +92,7 @@ class LayerFactory:
         """Decoder layer ``layer``."""
         path = f"{self.architecture.family.layers_path}.{layer}"
         with torch.device("meta"):
-            block = type(self._outline.get_submodule(path))(self.config, layer)
+            block = type(self._outline.get_submodule(path))(self._block_config, layer)
         return self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
 
     def head(self, shared: nn.Parameter | None = None) -> DistillationHead:
