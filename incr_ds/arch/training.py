@@ -26,6 +26,26 @@ def check_trainable(architecture: Architecture) -> None:
             )
 
 
+def check_shared_samples(architecture: Architecture, ranks: int) -> None:
+    """Raise LayoutError if ``ranks`` ranks cannot share a sample: in attention each has an equal part of the heads."""
+    heads, kv_heads = architecture.sizes["heads"], architecture.sizes["kv_heads"]
+    if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        raise LayoutError(
+            f"batch.sequence_parallel {ranks}: the model has {heads} heads and {kv_heads} key-value heads; it must divide the "
+            "first, and divide the second or be a multiple of it."
+        )
+    if ranks > 1 and "positions" in architecture.sizes:
+        raise LayoutError(
+            f"batch.sequence_parallel {ranks}: {architecture.family.model_type} has learned positions, with which it is not "
+            "supported; set 1."
+        )
+    if ranks > 1 and "experts" in architecture.sizes:
+        raise LayoutError(
+            f"batch.sequence_parallel {ranks}: {architecture.family.model_type} is a mixture of experts, whose router loss needs "
+            "whole samples; set 1."
+        )
+
+
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
     """Raise ConfigError unless both models predict over the same vocabulary."""
     ours, theirs = student.sizes["vocab"], teacher.sizes["vocab"]

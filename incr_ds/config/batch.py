@@ -28,6 +28,8 @@ class BatchSettings(Settings):
     """Samples per forward pass of one data-parallel rank."""
     global_batch_size: int = Field(ge=1)
     """Samples per optimizer step, of all ranks together. With a ramp, that of the schedule's first steps."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Data-parallel ranks that share each sample. Each has an equal slice of its tokens."""
     ramp: list[RampStep] = Field(default_factory=list)
     """Changes of the global batch on the way, in the order of their steps."""
 

@@ -244,8 +244,37 @@ class RunSettings(Settings):
         return {**content, "growth": _in_steps(content["growth"], train_steps)} if "growth" in content else content
 
     @model_validator(mode="after")
+    def _sequences_fit(self) -> Self:
+        ranks = self.batch.sequence_parallel
+        for key, size in (
+            ("layout.data_parallel", self.layout.data_parallel),
+            ("batch.sequence_length", self.batch.sequence_length),
+        ):
+            if size % ranks:
+                raise ValueError(
+                    f"batch.sequence_parallel {ranks} does not divide {key} {size}; that many of the data-parallel ranks share "
+                    "each sample, in equal slices"
+                )
+        unfit = {
+            "layout.tensor_parallel above 1": self.layout.tensor_parallel > 1,
+            "layout.pipeline_parallel above 1": self.layout.pipeline_parallel > 1,
+            "data.reset_at_document_end: true": self.data.reset_at_document_end,
+            "model.attention: eager": self.model.attention == "eager",
+        }
+        for setting, stated in unfit.items():
+            if ranks > 1 and stated:
+                raise ValueError(f"batch.sequence_parallel {ranks} does not go with {setting}; change one of them")
+        return self
+
+    @property
+    def sample_ranks(self) -> int:
+        """Data-parallel ranks that read different samples."""
+        return self.layout.data_parallel // self.batch.sequence_parallel
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        per_pass = self.batch.micro_batch_size * self.layout.data_parallel
+        per_pass = self.batch.micro_batch_size * self.sample_ranks
+        shared = f" / sequence_parallel {self.batch.sequence_parallel}" if self.batch.sequence_parallel > 1 else ""
         # Growths may change layout and micro-batch. Each stage is checked as a run of its own.
         first, last = self.schedule.start_step, self.growth[0].at_step if self.growth else self.schedule.last_step
         for number, change in enumerate(self.batch.ramp):
@@ -260,7 +289,7 @@ class RunSettings(Settings):
                 nearest = " or ".join(str(near) for near in (lower, lower + per_pass) if near)
                 raise ValueError(
                     f"batch.global_batch_size {size}{' (of batch.ramp)' if self.batch.ramp else ''} is not a multiple of "
-                    f"micro_batch_size {self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}; "
+                    f"micro_batch_size {self.batch.micro_batch_size} x data_parallel {self.layout.data_parallel}{shared}; "
                     f"nearest: {nearest}"
                 )
         if self.evaluation and self.data.validation is None:
@@ -271,7 +300,7 @@ class RunSettings(Settings):
             lower = self.evaluation.samples // per_pass * per_pass
             nearest = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
             raise ValueError(
-                f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel "
+                f"evaluation.samples {self.evaluation.samples} is not a multiple of micro_batch_size x data_parallel{shared} "
                 f"{per_pass}; nearest: {nearest}"
             )
         return self
@@ -332,12 +361,12 @@ class RunSettings(Settings):
 
     def accumulation_at(self, step: int) -> int:
         """Micro-batches that each data-parallel rank sees in optimizer step number ``step`` of the schedule."""
-        return self.batch.size_at(step) // (self.batch.micro_batch_size * self.layout.data_parallel)
+        return self.batch.size_at(step) // (self.batch.micro_batch_size * self.sample_ranks)
 
     @property
     def accumulations(self) -> list[int]:
         """Micro-batches per step and data-parallel rank, for every size of the global batch that the run's steps have."""
-        per_pass = self.batch.micro_batch_size * self.layout.data_parallel
+        per_pass = self.batch.micro_batch_size * self.sample_ranks
         return [size // per_pass for _, size in self.batch.spans(self.schedule.start_step, self.schedule.last_step)]
 
     @property

@@ -33,7 +33,7 @@ def shape_of(run: RunSettings) -> Shape:
     """The shape of the run's micro-batches."""
     batch = run.batch
     return Shape(
-        tokens=batch.micro_batch_size * batch.sequence_length,
+        tokens=batch.micro_batch_size * batch.sequence_length // batch.sequence_parallel,
         sequence_length=batch.sequence_length,
         element=ELEMENT[run.precision],
         tensor_parallel=run.layout.tensor_parallel,

@@ -60,8 +60,11 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
 def _derived(run: RunSettings) -> list[tuple[tuple[str, ...], Any, str]]:
     """Yield (path in DeepSpeed's config, value, where the run file states it)."""
     batch, first = run.batch, run.schedule.start_step
+    # DeepSpeed does not know that ranks share samples: to it, every data-parallel rank has its own.
+    seen = batch.size_at(first) * batch.sequence_parallel
+    origin = "batch.global_batch_size" + (" x sequence_parallel" if batch.sequence_parallel > 1 else "")
     return [
-        (("train_batch_size",), batch.size_at(first), "batch.global_batch_size"),
+        (("train_batch_size",), seen, origin),
         (("train_micro_batch_size_per_gpu",), batch.micro_batch_size, "batch.micro_batch_size"),
         (("gradient_accumulation_steps",), run.accumulation_at(first), "batch and layout.data_parallel"),
         (("gradient_clipping",), run.optimizer.gradient_clipping, "optimizer.gradient_clipping"),

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture, check_context, saved_architecture
+from incr_ds.arch.training import check_shared_samples
 from incr_ds.checkpoint.publish import check_writable
 from incr_ds.config.distillation import BEFORE_GROWTH, DistillationSettings
 from incr_ds.config.fields import load_settings
@@ -46,6 +47,7 @@ def check_model(run: RunSettings) -> list[str]:
     if architecture is not None:
         check_layout(architecture, run.layout)
         check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
+        check_shared_samples(architecture, run.batch.sequence_parallel)
     return []
 
 

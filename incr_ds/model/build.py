@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.arch.training import check_trainable, check_vocabularies
+from incr_ds.arch.training import check_shared_samples, check_trainable, check_vocabularies
 from incr_ds.checkpoint.base import LogicalCheckpoint
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ModelSettings
@@ -25,6 +25,7 @@ from incr_ds.model.layers import LayerFactory
 from incr_ds.model.liger import use_liger
 from incr_ds.model.pipeline import StagedLanguageModel
 from incr_ds.model.plain import LanguageModel
+from incr_ds.model.sequence_parallel import SequenceRanks, sequence_ranks
 from incr_ds.model.teacher import Teacher
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import CheckpointWeights, Weights
@@ -34,12 +35,13 @@ from incr_ds.sharding.placement import check_layout, rank_parameters
 
 @dataclass(frozen=True)
 class RankModel:
-    """What one rank trains. ``shards`` are its parameters in order, and ``grid`` holds the process groups."""
+    """What one rank trains. ``shards`` are its parameters in order, and ``grid`` and ``shared`` hold the process groups."""
 
     module: LanguageModel | StagedLanguageModel
     teacher: Teacher | None
     shards: tuple[RankParameter, ...]
     grid: PipelineParallelGrid
+    shared: SequenceRanks
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelRequest:
     """What to build: the student, its initial weights, an optional teacher, their layout and how they compute.
 
     ``dtype`` is the dtype of parameters and activations. The teacher is put on ``device``; the engine moves the student.
-    ``document_end`` and ``router_loss`` are LayerFactory's.
+    ``document_end`` and ``router_loss`` are LayerFactory's. ``sequence_parallel`` ranks share each sample.
     """
 
     architecture: Architecture
@@ -60,6 +62,7 @@ class ModelRequest:
     loss: Loss = distillation_loss
     document_end: int | None = None
     router_loss: float = 0.0
+    sequence_parallel: int = 1
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -70,14 +73,15 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     """
     check_layout(request.architecture, request.layout)
     check_trainable(request.architecture)
+    check_shared_samples(request.architecture, request.sequence_parallel)
     _choose_kernels(request)
     topology = _topology(request.layout)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
         grid = PipelineParallelGrid(topology=topology)
-    ranks = _tensor_ranks(grid, request.layout)
+    ranks, shared = _tensor_ranks(grid, request.layout), sequence_ranks(request.sequence_parallel)
     stage = grid.get_stage_id()
-    teacher = _build_teacher(request, ranks, stage)
-    factory = _factory(request, request.architecture, request.weights, ranks, torch.device("cpu"))
+    teacher = _build_teacher(request, ranks, shared, stage)
+    factory = _factory(request, request.architecture, request.weights, ranks, shared, torch.device("cpu"))
     if request.layout.pipeline_parallel == 1:
         module = LanguageModel(factory, range(request.architecture.num_layers + 3))
     else:
@@ -85,7 +89,7 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
         grid = module.mpu()
     shards = rank_parameters(request.architecture, request.layout, stage, ranks.rank)
     check_parameters(module, shards)
-    return RankModel(module, teacher, shards, grid)
+    return RankModel(module, teacher, shards, grid, shared)
 
 
 def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> None:
@@ -128,19 +132,25 @@ def _tensor_ranks(grid: PipelineParallelGrid, layout: ParallelLayout) -> TensorR
     return TensorRanks(group, grid.get_slice_parallel_rank(), layout.tensor_parallel)
 
 
-def _build_teacher(request: ModelRequest, ranks: TensorRanks, stage: int) -> Teacher | None:
+def _build_teacher(request: ModelRequest, ranks: TensorRanks, shared: SequenceRanks, stage: int) -> Teacher | None:
     if request.teacher is None:
         return None
     architecture = request.teacher.architecture
     check_vocabularies(request.architecture, architecture)
     check_layout(architecture, request.layout.of_teacher)
     check_trainable(architecture)
+    check_shared_samples(architecture, request.sequence_parallel)
     weights = CheckpointWeights(request.teacher)
-    return Teacher(_factory(request, architecture, weights, ranks, request.device), request.layout, stage)
+    return Teacher(_factory(request, architecture, weights, ranks, shared, request.device), request.layout, stage)
 
 
 def _factory(
-    request: ModelRequest, architecture: Architecture, weights: Weights, ranks: TensorRanks, device: torch.device
+    request: ModelRequest,
+    architecture: Architecture,
+    weights: Weights,
+    ranks: TensorRanks,
+    shared: SequenceRanks,
+    device: torch.device,
 ) -> LayerFactory:
     settings = request.settings
     taught = None if request.teacher is None else request.teacher.architecture.logit_softcap
@@ -156,4 +166,5 @@ def _factory(
         loss,
         request.document_end,
         request.router_loss,
+        shared,
     )

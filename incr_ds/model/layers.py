@@ -19,6 +19,7 @@ from incr_ds.losses.head import DistillationHead, Loss
 from incr_ds.model.attention import Attention, transformers_attention
 from incr_ds.model.positions import Positions
 from incr_ds.model.routing import Routing
+from incr_ds.model.sequence_parallel import ONE_RANK, SequenceRanks, shared_attention
 from incr_ds.model.tensor_parallel import TensorRanks, cut_experts, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
 from incr_ds.sharding.blocks import RankParameter
@@ -38,7 +39,7 @@ class LayerFactory:
     """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
 
     With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``router_loss`` is
-    the factor of a mixture's router loss.
+    the factor of a mixture's router loss. ``sequence_ranks`` share each sample.
     """
 
     architecture: Architecture
@@ -51,6 +52,7 @@ class LayerFactory:
     loss: Loss = distillation_loss
     document_end: int | None = None
     router_loss: float = 0.0
+    sequence_ranks: SequenceRanks = ONE_RANK
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -63,10 +65,22 @@ class LayerFactory:
         return config
 
     @cached_property
+    def _block_config(self) -> PretrainedConfig:
+        """The config of decoder layers: with this rank's share of every expert, and attention that exchanges slices of samples
+        if ranks share these."""
+        config = copy.deepcopy(self.config)
+        for one in self._experts.values():
+            start, stop = split_bounds(one.size, self.ranks.size)[self.ranks.rank]
+            setattr(config, self.architecture.family.axes["ffn"], stop - start)
+        if self.sequence_ranks.size > 1:
+            config._attn_implementation = shared_attention(self.architecture, self.sequence_ranks)
+        return config
+
+    @cached_property
     def positions(self) -> Positions:
         """Rotary embeddings and masks, shared by the layers."""
         meta = getattr(self._base, "rotary_emb", None)
-        return Positions(self.config, None if meta is None else type(meta)(self.config))
+        return Positions(self.config, None if meta is None else type(meta)(self.config), self.sequence_ranks)
 
     @cached_property
     def routing(self) -> Routing:
@@ -97,7 +111,7 @@ class LayerFactory:
         """Decoder layer ``layer``."""
         path = f"{self.architecture.family.layers_path}.{layer}"
         with torch.device("meta"):
-            block = type(self._outline.get_submodule(path))(self._own_config, layer)
+            block = type(self._outline.get_submodule(path))(self._block_config, layer)
         finished = self._finish(nn.ModuleDict({"block": block}), {"block": path})["block"]
         for experts in {name.rpartition(".")[0] for name in self._experts}:
             cut_experts(finished.get_submodule(experts), self.ranks)
@@ -115,17 +129,6 @@ class LayerFactory:
     def _experts(self) -> Mapping[str, JoinedParameter]:
         """Parameters that hold all experts of a layer, by name inside it."""
         return {one.local_name: one for one in joined_parameters(self.architecture).values() if one.layer == 0}
-
-    @cached_property
-    def _own_config(self) -> PretrainedConfig:
-        """The config with this rank's share of every expert."""
-        if not self._experts:
-            return self.config
-        own = copy.deepcopy(self.config)
-        for one in self._experts.values():
-            start, stop = split_bounds(one.size, self.ranks.size)[self.ranks.rank]
-            setattr(own, self.architecture.family.axes["ffn"], stop - start)
-        return own
 
     @cached_property
     def _outline(self) -> PreTrainedModel:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from incr_ds.model.sequence_parallel import ONE_RANK, SequenceRanks
+
 SLIDING = "sliding_attention"
 
 
@@ -26,10 +28,12 @@ class Positions:
 
     ``rotary`` is None for models whose layers do not use positions. Not an nn.Module: the engine casts modules to bf16,
     but inverse frequencies must stay fp32. The arguments for the last shape are cached, since every layer of every step
-    needs the same ones.
+    needs the same ones. If ``ranks`` share each sample, positions are those of this rank's slice, and masks those of the
+    whole sample, because attention sees all of it.
     """
 
-    def __init__(self, config: PretrainedConfig, rotary: nn.Module | None) -> None:
+    def __init__(self, config: PretrainedConfig, rotary: nn.Module | None, ranks: SequenceRanks = ONE_RANK) -> None:
+        self._ranks = ranks
         self._config = config
         self._rotary = rotary
         self._key: tuple[Any, ...] | None = None
@@ -68,12 +72,12 @@ class Positions:
 
     @torch.no_grad()
     def _build(self, hidden: Tensor, kind: str) -> Mapping[str, Any]:
-        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if self._given is None else self._given
+        position_ids = self._own_positions(hidden) if self._given is None else self._given
         make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
         # None if scaled_dot_product_attention's own causal mask is enough.
         mask = make_mask(
             config=self._config,
-            inputs_embeds=hidden,
+            inputs_embeds=self._whole(hidden),
             attention_mask=None,
             past_key_values=None,
             position_ids=self._given,
@@ -84,3 +88,13 @@ class Positions:
             kinds = (kind,) if hasattr(self._rotary, "layer_types") else ()
             arguments["position_embeddings"] = self._rotary(hidden, position_ids, *kinds)
         return arguments
+
+    def _own_positions(self, hidden: Tensor) -> Tensor:
+        """Positions [1, S] of the tokens of ``hidden`` [B, S, H] in their samples."""
+        length = hidden.shape[1]
+        return torch.arange(length, device=hidden.device)[None] + self._ranks.rank * length
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """A stand-in for the hidden states of whole samples. Only its shape counts."""
+        batch_size, length, _ = hidden.shape
+        return hidden if self._ranks.size == 1 else hidden.new_empty(batch_size, length * self._ranks.size, 1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from incr_ds.data.targets import Targets
 from incr_ds.kernels.rows import Divergence
 from incr_ds.losses.distillation import DistillationLoss
+from incr_ds.model.sequence_parallel import SequenceRanks
 from incr_ds.model.teacher import Teacher
 
 # input_ids [B, S] and their targets
@@ -57,6 +59,14 @@ class LossRecord:
         return torch.cat([stacked[:, :3].mean(dim=0), stacked[:, 3:].sum(dim=0)])
 
 
+def as_share(parts: DistillationLoss, ranks: SequenceRanks) -> DistillationLoss:
+    """Weight the means over this rank's tokens, so that their average over ``ranks`` is the mean over the tokens of all."""
+    total = parts.tokens.clone()
+    dist.all_reduce(total, group=ranks.group)
+    weight = parts.tokens * ranks.size / total.clamp_min(1)
+    return parts._replace(loss=parts.loss * weight, ce=parts.ce * weight, divergence=parts.divergence * weight)
+
+
 class BatchRunner(Protocol):
     """Consumes exactly the requested number of micro-batches, and records their losses."""
 
@@ -79,8 +89,10 @@ class BatchRunner(Protocol):
 class PlainRunner:
     """Runs an engine without a pipeline."""
 
-    def __init__(self, engine: DeepSpeedEngine, teacher: Teacher | None, record: LossRecord) -> None:
-        self._engine, self._teacher, self._record = engine, teacher, record
+    def __init__(
+        self, engine: DeepSpeedEngine, teacher: Teacher | None, record: LossRecord, shared: SequenceRanks
+    ) -> None:
+        self._engine, self._teacher, self._record, self._shared = engine, teacher, record, shared
 
     def train(self, batches: Iterator[Batch], alpha: float, temperature: float) -> None:
         """Take one optimizer step."""
@@ -89,6 +101,8 @@ class PlainRunner:
             input_ids, targets = self._next(batches)
             taught = self._taught(input_ids) if alpha > 0 else (None, None)
             parts = self._engine(input_ids, targets, *taught, alpha, temperature)
+            if self._shared.size > 1:
+                parts = as_share(parts, self._shared)
             self._record.add(parts)
             self._engine.backward(parts[0])
             self._engine.step()

@@ -110,9 +110,19 @@ def build_engine(
     source = FreshWeights(architecture, run.seed) if weights is None else CheckpointWeights(weights)
     record = LossRecord()
     dtype = DTYPES[run.precision]
-    end = document_end(run)
-    factor = router_factor(run.loss, architecture)
-    request = ModelRequest(architecture, source, teacher, run.layout, run.model, dtype, device, _loss(run), end, factor)
+    request = ModelRequest(
+        architecture,
+        source,
+        teacher,
+        run.layout,
+        run.model,
+        dtype,
+        device,
+        _loss(run),
+        document_end(run),
+        router_factor(run.loss, architecture),
+        run.batch.sequence_parallel,
+    )
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
     _freeze(model, trained)
@@ -127,7 +137,7 @@ def build_engine(
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     if weights is not None and run.precision != "fp32":
         _keep_masters(model, trained, source)
-    runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record)
+    runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record, model.shared)
     return TrainingEngine(engine, runner, record, model, trained, run)
 
 
@@ -159,7 +169,7 @@ class TrainingEngine:
         self._engine, self._runner, self._record, self._run = engine, runner, record, run
         self._grid = model.grid
         self._shards, self._trained = model.shards, trained
-        self._clock = ForwardClock(engine.module) if has_own_work(run.layout) else None
+        self._clock = ForwardClock(engine.module) if has_own_work(run.layout, run.batch.sequence_parallel) else None
         self._writer = install_writer(engine, background=run.checkpoint.background)
         self._multipliers = [Multipliers(**group["multipliers"]) for group in engine.optimizer.param_groups]
 
@@ -216,7 +226,9 @@ class TrainingEngine:
             self._resize(global_batch_size)
         skipped_before = self._engine.skipped_steps
         scale = float(self._engine.optimizer.loss_scale) if self._run.precision == "fp16" else None
+        samples = self._engine.global_samples
         self._runner.train(batches, alpha, temperature)
+        self._engine.global_samples = samples + self._engine.train_batch_size() // self._run.batch.sequence_parallel
         loss, ce, divergence, *_ = self._over_ranks().tolist()
         layout = self._run.layout
         shares = layout.data_parallel * layout.tensor_parallel
@@ -226,9 +238,10 @@ class TrainingEngine:
 
     def _resize(self, global_batch_size: int) -> None:
         """Change the number of micro-batches of the steps from here on."""
-        if global_batch_size == self._engine.train_batch_size():
+        seen = global_batch_size * self._run.batch.sequence_parallel  # as DeepSpeed counts samples
+        if seen == self._engine.train_batch_size():
             return
-        self._engine.set_train_batch_size(global_batch_size)
+        self._engine.set_train_batch_size(seen)
         # DeepSpeed ends a step where its count of all micro-batches so far divides by the number per step.
         self._engine.micro_steps = 0
 

@@ -16,6 +16,7 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers
 from incr_ds.config.training import RunSettings
 from incr_ds.data.samples import batches, held_out_batches
+from incr_ds.data.slices import slices
 from incr_ds.data.teacher_cache import TeacherCache
 from incr_ds.train.batches import Batch
 from incr_ds.train.checkpoints import (
@@ -272,12 +273,12 @@ def evaluate_if_due(job: Job, state: TrainingState) -> TrainingState:
         return state
     if step not in (run.schedule.start_step, run.schedule.last_step) and step % run.evaluation.interval:
         return state
-    start, layout = time.perf_counter(), run.layout
-    rank, samples = job.engine.data_parallel_rank, run.evaluation.samples
+    start = time.perf_counter()
+    samples = run.evaluation.samples
     found = {}
     for name, held_out in job.data.held_out.items():
-        feed = held_out_batches(held_out, samples, run.batch, rank, layout.data_parallel)
-        count = samples // (run.batch.micro_batch_size * layout.data_parallel)
+        feed = _own_slices(job, held_out_batches(held_out, samples, run.batch, _sample_rank(job), run.sample_ranks))
+        count = samples // (run.batch.micro_batch_size * run.sample_ranks)
         means = job.engine.evaluate(feed, count, taught=_asks_teacher(run, step))
         bits = bits_per_byte(means.ce, run.data.held_out[name])
         found[name] = HeldOut(means.ce, _perplexity(means.ce), bits, means.teacher_kl)
@@ -319,9 +320,20 @@ def _feed(job: Job, state: TrainingState) -> Batches:
     if not job.engine.reads_data:
         return iter(())
     first = next_sample(job.run, state)
-    rank, size = job.engine.data_parallel_rank, job.run.layout.data_parallel
+    rank, size = _sample_rank(job), job.run.sample_ranks
     cache = job.cache if job.engine.computes_loss else None
-    return batches(job.data.train, first, job.run.batch, rank, size, cache, state.position.step)
+    return _own_slices(job, batches(job.data.train, first, job.run.batch, rank, size, cache, state.position.step))
+
+
+def _sample_rank(job: Job) -> int:
+    """Index of the part of the global batch that this rank reads, alone or with the ranks that share its samples."""
+    return job.engine.data_parallel_rank // job.run.batch.sequence_parallel
+
+
+def _own_slices(job: Job, feed: Batches) -> Batches:
+    """This rank's slices of the samples in ``feed``."""
+    ranks = job.run.batch.sequence_parallel
+    return feed if ranks == 1 else slices(feed, job.engine.data_parallel_rank % ranks, ranks)
 
 
 def _skew(job: Job, lap: Lap, step: int) -> Skew | None:

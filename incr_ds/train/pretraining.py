@@ -337,10 +337,12 @@ def _say_start(job: Job, description: str) -> None:
         f"{size * run.batch.sequence_length:,} tokens per step in {run.accumulation_at(step)} micro-batches"
         for step, size in run.batch.changes_between(run.schedule.start_step, run.schedule.last_step)
     )
+    ranks = run.batch.sequence_parallel
+    shared = "" if ranks == 1 else f"; {ranks} data-parallel ranks share each sample"
     job.monitor.say(f"model: {model}; {description}")
     job.monitor.say(
         f"layout: tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}, "
-        f"ZeRO-{layout.zero_stage}, {run.precision}; {sizes}"
+        f"ZeRO-{layout.zero_stage}, {run.precision}; {sizes}{shared}"
     )
     if job.cache is not None:
         facts = job.cache.facts

@@ -49,9 +49,9 @@ class Skew:
         )
 
 
-def has_own_work(layout: ParallelLayout) -> bool:
+def has_own_work(layout: ParallelLayout, sequence_parallel: int = 1) -> bool:
     """Whether forward passes wait for no other rank, and there are ranks to compare."""
-    return layout.tensor_parallel == 1 and layout.zero_stage < 3 and layout.data_parallel > 1
+    return sequence_parallel == 1 and layout.tensor_parallel == 1 and layout.zero_stage < 3 and layout.data_parallel > 1
 
 
 def skew(work: Sequence[OwnWork], step_seconds: float, ratio: float) -> Skew:

@@ -6,7 +6,7 @@ from torch import nn
 
 from incr_ds.arch.freezing import frozen_tensors
 from incr_ds.arch.multipliers import Multipliers
-from incr_ds.arch.training import router_factor
+from incr_ds.arch.training import check_shared_samples, router_factor
 from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import ObjectiveSettings
 from incr_ds.errors import ConfigError, LayoutError
@@ -67,6 +67,11 @@ def test_what_does_not_go_with_a_mixture():
         ConfigError, match="loss.router: 0.2: a llama has no router, since it is not a mixture of experts"
     ):
         router_factor(ObjectiveSettings(router=0.2), dense)
+    check_shared_samples(mixture, 1)
+    with pytest.raises(
+        LayoutError, match="batch.sequence_parallel 3: mixtral is a mixture of experts, whose router loss needs"
+    ):
+        check_shared_samples(mixture, 3)
     with pytest.raises(ConfigError, match="optimizer.name: muon does not go with mixtral"):
         set_apart("muon", mixture)
     frozen = frozen_tensors(mixture, ["*.experts.1.*"])

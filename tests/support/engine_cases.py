@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from incr_ds.arch.freezing import frozen_tensors
+from incr_ds.data.slices import slices
 from incr_ds.offline.compare import logical_parts
 from incr_ds.sharding.joined import joined_parameters
 from incr_ds.testing.checkpoint import drawn_checkpoint
@@ -36,6 +37,7 @@ class Case:
     pipeline: int = 1
     data: int = 1
     zero: int = 1
+    sequence: int = 1
     accumulation: int = 1
     recompute: bool = False
     divergence: str = "forward_kl"
@@ -54,14 +56,19 @@ class Case:
 
     @property
     def micro_batches(self):
-        return self.accumulation * self.data
+        return self.accumulation * self.data // self.sequence
 
     def run(self):
         attention = "eager" if self.family == "gemma2" else "sdpa"
         layout = {"tensor_parallel": self.tensor, "pipeline_parallel": self.pipeline, "stages": self.stages}
         return pico_run(
             layout={**layout, "data_parallel": self.data, "zero_stage": self.zero},
-            batch={"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * self.micro_batches},
+            batch={
+                "sequence_length": LENGTH,
+                "micro_batch_size": ROWS,
+                "global_batch_size": ROWS * self.micro_batches,
+                "sequence_parallel": self.sequence,
+            },
             optimizer={**OPTIMIZER, "offload": self.offload},
             precision=self.precision,
             model={
@@ -124,6 +131,12 @@ def micro_batches(count, seed, documents=False):
     return batches
 
 
+def own_part(case, engine, batches):
+    """The micro-batches of a rank, or its slices of those that it shares."""
+    own = batches[engine.data_parallel_rank // case.sequence :: case.data // case.sequence]
+    return list(slices(own, engine.data_parallel_rank % case.sequence, case.sequence))
+
+
 def train(case):
     """What one rank sees: step results, evaluations between the steps, and its final weights with their bounds."""
     import deepspeed
@@ -134,12 +147,12 @@ def train(case):
     engine = build_engine(case.run(), weights.architecture, weights, teacher(case))
     steps, evaluations = [], []
     for step, (alpha, temperature) in enumerate(SCHEDULE):
-        mine = micro_batches(case.micro_batches, step, bool(case.documents))[engine.data_parallel_rank :: case.data]
+        mine = own_part(case, engine, micro_batches(case.micro_batches, step, bool(case.documents)))
         # A middle stage of a pipeline would get None.
         batches = iter(mine) if engine.reads_data else None
         steps.append(engine.train_step(batches, learning_rate=RATE, alpha=alpha, temperature=temperature))
-        held_out = micro_batches(3 * case.data, 100, bool(case.documents))[engine.data_parallel_rank :: case.data]
-        means = engine.evaluate(iter(held_out), 3, taught=alpha > 0)
+        held_out = own_part(case, engine, micro_batches(3 * case.data, 100, bool(case.documents)))
+        means = engine.evaluate(iter(held_out), 3 * case.sequence, taught=alpha > 0)
         evaluations.append((means.ce, 0.0 if means.teacher_kl is None else means.teacher_kl))
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=case.zero == 3):
