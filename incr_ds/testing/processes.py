@@ -5,16 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 # The server imports these once. Every process is then a cheap fork of it.
 _PRELOAD = ["incr_ds.train.engine"]
+_PORTS = (15000, 32000)
 
 
 class ProcessError(AssertionError):
@@ -46,10 +49,15 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
 
 
 def free_port() -> int:
-    """A TCP port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on which nothing listens, below those that systems give to outgoing connections.
+
+    A port of theirs can be taken between this call and its use.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -183,3 +183,24 @@ def test_two_growths_in_changing_layouts_train_as_in_one_layout(tmp_path):
     assert kept == ["step_00000006", "step_00000008"]
     final = open_source(tmp_path / "changing" / "checkpoints" / "step_00000008")
     assert final.architecture.num_layers == 5 and final.facts.layout["zero_stage"] == 2
+
+
+@pytest.mark.slow
+def test_a_dense_model_becomes_a_mixture_on_the_way(tmp_path):
+    write_material(tmp_path)
+    target = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    recipe = {"target": target, "optimizer": "reset", "layout": {"format": "huggingface"}}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(recipe))
+    layouts = {"stages": {"pipeline_parallel": 2}, "cut": {"tensor_parallel": 2}}
+    grows = growth(tmp_path, recipe=str(tmp_path / "mixture.yaml"))
+    run_processes(train_all, 2, str(tmp_path), {name: {"layout": layouts[name], "growth": grows} for name in layouts})
+    found = {}
+    for name in layouts:
+        rows = rows_of(tmp_path / name)
+        before, after = (item["loss"] for item in rows if item["kind"] == "evaluation" and item["step"] == GROWTH)
+        assert after == pytest.approx(before, rel=1e-5)
+        routed = [item["router_loss"] for item in rows if item["kind"] == "train"]
+        assert routed[:GROWTH] == [None] * GROWTH and all(1.9 < loss < 4 for loss in routed[GROWTH:])
+        found[name] = [item["loss"] for item in rows if item["kind"] == "evaluation"]
+        assert open_source(tmp_path / name / f"checkpoints/step_{LAST:08d}").architecture.family.model_type == "mixtral"
+    assert found["stages"] == pytest.approx(found["cut"], rel=1e-3)
