@@ -16,7 +16,7 @@ from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.stopping import StopRequest
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.train import inputs, loop, pretraining
-from incr_ds.train.metrics import read_metrics
+from incr_ds.train.metrics import HeldOut, read_metrics
 from incr_ds.train.pretraining import pretrain
 from incr_ds.train.recovery import DivergedError
 
@@ -167,6 +167,13 @@ def test_evaluations_ask_the_teacher_while_its_weight_lasts(world, monkeypatch, 
     assert distances[0] == 0.125 and distances[1] not in (None, distances[0])
     shown = capsys.readouterr().out
     assert f"kl from the teacher {distances[1]:.4f}" in shown and shown.count("kl from the teacher") == 2
+    cached = settings(world, "cached", distillation={"teacher": "t", "cache": "c", "weight": 0.5, "anneal_steps": 4})
+    assert loop._asks_teacher(taught, 3) and not loop._asks_teacher(taught, 4) and not loop._asks_teacher(cached, 0)
+
+
+def test_the_distance_to_the_teacher_is_the_mean_over_the_held_out_sets(world):
+    found = {"old": HeldOut(1.0, 2.0, None, 0.25), "new": HeldOut(3.0, 4.0, None, 0.75)}
+    assert loop._evaluation_row(settings(world, "run"), found, 1.0).teacher_kl == 0.5
 
 
 def long(world, output, **changes):
