@@ -63,6 +63,17 @@ def padded_vocabulary(vocab: int, multiple: int, tensor_parallel: int) -> int:
     return math.ceil(vocab / unit) * unit
 
 
+def padding_notes(architecture: Architecture, rows: int) -> tuple[str, ...]:
+    """A note if an embedding of ``rows`` rows has some that are not part of the model."""
+    vocab = architecture.sizes["vocab"]
+    if rows == vocab:
+        return ()
+    return (
+        f"the source's vocabulary is padded from {vocab} to {rows} rows, and the padding is left out; if it was trained and "
+        f"must stay, set {architecture.family.axes['vocab']}: {rows} in config.json",
+    )
+
+
 def check_modules(modules: Modules, architecture: Architecture, tensor_parallel: int, where: str) -> None:
     """Raise LayoutError if the training code does not have this model, or cannot cut it over the tensor ranks."""
     family, sizes = architecture.family, architecture.sizes

@@ -4,6 +4,8 @@ Its save and load wait for a CUDA device and name it; here both do nothing.
 """
 
 import argparse
+import functools
+import inspect
 import multiprocessing
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,10 +47,22 @@ def start(tensor_degree, pipeline_degree):
     torch.cuda.current_device = lambda: "cpu"
     torch.manual_seed(0)
     dist.init_process_group("gloo")
+    with_torch_s_writer()
     from megatron.core import parallel_state, tensor_parallel
 
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: nullcontext()  # only dropout needs it, and there is none
     parallel_state.initialize_model_parallel(tensor_degree, pipeline_degree)
+
+
+def with_torch_s_writer():
+    """megatron-core 0.12 calls a function of torch that has had one more argument since."""
+    from torch.distributed.checkpoint import filesystem
+
+    if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
+        given = {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
+        filesystem._write_item = functools.wraps(filesystem._write_item)(
+            functools.partial(filesystem._write_item, **given)
+        )
 
 
 def model_of(given, singleton=False):

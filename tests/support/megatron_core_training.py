@@ -80,16 +80,16 @@ def _run(case):
     given = arguments(
         tensor_model_parallel_size=case.degrees[0], pipeline_model_parallel_size=case.degrees[1], **case.further
     )
-    model, optimizer, scheduler = _built(given, case.distributed)
-    _step(model, optimizer, scheduler, 0)  # torch's optimizer allocates its state
+    model, optimizer, scheduler = built(given, case.distributed)
+    one_step(model, optimizer, scheduler, 0)  # torch's optimizer allocates its state
     keys = _loaded(model, optimizer, scheduler, given, case.source) if case.source is not None else None
     for step in range(1, case.steps + 1):
-        _step(model, optimizer, scheduler, step)
+        one_step(model, optimizer, scheduler, step)
     _save(model, optimizer, scheduler, given, case.folder)
     return logits_of(model).float() if case.degrees[1] == 1 else None, keys
 
 
-def _built(given, distributed):
+def built(given, distributed):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -126,7 +126,7 @@ def _built(given, distributed):
     return model, optimizer, scheduler
 
 
-def _step(model, optimizer, scheduler, step):
+def one_step(model, optimizer, scheduler, step):
     """A step with gradients that are sines, equal on all data-parallel ranks."""
     for parameter in model.parameters():
         parameter.main_grad.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter) + float(step)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.arch.architecture import Architecture
+from incr_ds.arch.architecture import Architecture, architecture_from_config, saved_architecture
 from incr_ds.errors import CheckpointError, LayoutError
 
 # Arguments under which the model is one of the supported families.
@@ -53,6 +53,19 @@ _LLAMA_3 = {
 _OTHER_BIASES = ("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _EPS = ("layernorm_epsilon", "norm_epsilon")  # the value of --norm-epsilon: from Megatron-LM 0.16 on, and before
 _OPEN = "Give the Hugging Face config of this model with --config FILE."
+
+
+def chosen_architecture(
+    folder: Path, config: Path | None, arguments: Mapping[str, Any], rows: int, where: Path
+) -> Architecture:
+    """The model, from ``config`` or a config.json in the folder or its parent, otherwise from the run's arguments in ``where``.
+
+    ``rows`` are those of the embedding.
+    """
+    for path in (config, folder / "config.json", folder.parent / "config.json"):
+        if path is not None and (path == config or path.is_file()):
+            return saved_architecture(path)
+    return architecture_from_config(config_of(arguments, rows, where), f"{where}: args")
 
 
 def config_of(arguments: Mapping[str, Any], vocabulary: int, where: Path) -> dict[str, Any]:
