@@ -81,7 +81,7 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
         raise LayoutError(
             f"{where}: it has no modules for {family.model_type}; supported: {', '.join(modules.families)}."
         )
-    evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn")}
+    evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn") if axis in family.axes}
     undivided = [f"{field} {size}" for field, size in evenly.items() if size % tensor_parallel]
     if undivided:
         most = math.gcd(*evenly.values())

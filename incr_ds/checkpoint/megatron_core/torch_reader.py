@@ -57,9 +57,9 @@ class MegatronTorchCheckpoint:
         self._folder = folder
         self._files, self._degrees = open_rank_files(folder)
         first = self._files[0]
-        if EMBEDDING not in first.parameters:
+        if EMBEDDING not in first.parameters or len(first.parameters[EMBEDDING].shape) != 2:
             raise CheckpointError(
-                f"{first.path}: no parameter {EMBEDDING}; only models of the class GPTModel can be read."
+                f"{first.path}: no matrix {EMBEDDING}; only models of the class GPTModel can be read."
             )
         rows = first.parameters[EMBEDDING].shape[0] * self._degrees[0]
         given = arguments(first.content)
@@ -113,13 +113,12 @@ class MegatronTorchCheckpoint:
         no_moments: str | None,
     ) -> CheckpointFacts:
         first, (tensor, pipeline) = self._files[0], self._degrees
-        iterations = {file.content.get("iteration") for file in self._files}
+        iterations = sorted({str(file.content.get("iteration"))[:20] for file in self._files})
         if len(iterations) != 1:
             raise CheckpointError(
-                f"{self._folder}: the ranks' files have the iterations {sorted(map(str, iterations))}: they come from "
-                "different checkpoints."
+                f"{self._folder}: the ranks' files have the iterations {iterations}: they come from different checkpoints."
             )
-        iteration, samples = iterations.pop(), given.get("consumed_train_samples")
+        iteration, samples = first.content.get("iteration"), given.get("consumed_train_samples")
         stages = tuple(file.num_layers for file in self._files[::tensor])
         return CheckpointFacts(
             self._folder,
@@ -152,10 +151,20 @@ class MegatronTorchCheckpoint:
 
 def _optimizers(files: Sequence[RankFile]) -> tuple[list[RankOptimizer], str | None]:
     """The optimizer of each rank, or no optimizers and the reason."""
-    try:
-        return [rank_optimizer(file) for file in files], None
-    except UnreadableStateError as error:
-        return [], str(error)
+    found = []
+    for file in files:
+        try:
+            found.append(rank_optimizer(file))
+        except UnreadableStateError as error:
+            return [], str(error)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle raises many kinds of errors
+            raise CheckpointError(
+                f"{file.path}: optimizer: not what Megatron-LM writes there ({type(error).__name__}). Copy the file again, or "
+                "use another iteration."
+            ) from error
+    return found, None
 
 
 def _declared(

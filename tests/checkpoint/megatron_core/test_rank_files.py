@@ -192,6 +192,10 @@ REFUSED = {
         {"decoder.layers.0.mlp.router.weight": torch.ones(3)}
     ),
     "args.num_experts: found 8": lambda c, _: vars(c["args"]).update(num_experts=8),
+    "optimizer: not what Megatron-LM writes there": lambda c, _: inner_optimizer(c).update(param_groups=[7]),
+    "no matrix embedding.word_embeddings.weight": lambda c, _: c["model"].update(
+        {"embedding.word_embeddings.weight": torch.ones(())}
+    ),
     "states several steps of Adam": lambda c, _: inner_optimizer(c)["param_groups"][0].update(step=99),
 }
 

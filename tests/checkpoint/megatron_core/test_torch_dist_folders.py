@@ -110,7 +110,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path):
 
 UNSUPPORTED = {
     "num_experts": (8, "args.num_experts: found 8, and a config follows from None only"),
-    "normalization": ("LayerNorm", "args.normalization: found 'LayerNorm', and a config follows from 'RMSNorm' only"),
+    "normalization": ("L2Norm", "args.normalization: found 'L2Norm', and a config follows from 'RMSNorm' only"),
     "layernorm_zero_centered_gamma": (True, "args.layernorm_zero_centered_gamma: found True"),
     "rotary_base": (None, "args.rotary_base: expected a number, found None"),
     "num_layers": (4, r"expected shape \[4, 96\], found \[3, 96\]"),
