@@ -7,7 +7,7 @@ RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: quickstart study-small test test-slow faults test-triton test-deepspeed check lint types setup clean
+.PHONY: quickstart study-small test test-slow faults test-triton test-deepspeed test-megatron check lint types setup clean
 
 quickstart: $(RUNS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launchers/quickstart.sh
@@ -45,6 +45,18 @@ test-deepspeed: $(READY)
 	    --target build/deepspeed-$$version deepspeed==$$version; \
 	  PYTHONPATH=build/deepspeed-$$version $(BIN)/python -m pytest tests/checkpoint/deepspeed/test_zero.py tests/train/test_installed_release.py \
 	    -m "slow or not slow" -W ignore::DeprecationWarning || exit 1; \
+	done
+
+# Other releases of megatron-core: the reader against what they write, and their loaders against what is written for them.
+# 0.19 asks for Python 3.12, but what is tested of it runs under 3.11.
+MEGATRON_TESTS := $(addprefix tests/checkpoint/megatron_core/test_,torch_dist_reading.py torch_dist_peer.py rank_files_peer.py)
+test-megatron: $(READY)
+	for version in 0.12.3 0.13.1 0.14.0 0.15.3 0.19.2; do \
+	  case $$version in 0.19.*) python="--ignore-requires-python --python-version 3.12 --only-binary=:all:";; *) python=;; esac; \
+	  test -d build/megatron-core-$$version || $(BIN)/python -m pip install --quiet --no-deps $$python \
+	    --target build/megatron-core-$$version megatron-core==$$version || exit 1; \
+	  PYTHONPATH=build/megatron-core-$$version $(BIN)/python -m pytest $(MEGATRON_TESTS) -m "slow or not slow" -W ignore --timeout=1800 \
+	    || exit 1; \
 	done
 
 check: lint types test

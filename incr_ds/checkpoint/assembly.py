@@ -10,13 +10,15 @@ from typing import Protocol
 
 import torch
 
+from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import State, row_portions, same_numbers
 from incr_ds.errors import CheckpointError
-from incr_ds.sharding.blocks import Block
+from incr_ds.sharding.blocks import Block, RankParameter
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
 SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2}
 _COMPARED_ELEMENTS = 1 << 18
+_SHOWN = 10
 
 
 class ParameterRows(Protocol):
@@ -113,6 +115,38 @@ def assemble(shape: tuple[int, ...], found: Sequence[HeldBlock], where: str) -> 
             f"{list(shape)} once each. A file is missing, or belongs to another layout."
         )
     return Assembled(shape, tuple(kept), tuple(copies))
+
+
+def assemble_parameters(
+    folder: Path,
+    holders: Sequence[tuple[Holder, Mapping[str, tuple[int, ...]], Mapping[str, RankParameter]]],
+    architecture: Architecture,
+) -> Mapping[str, Assembled]:
+    """Assemble every logical tensor from holders, each with the shapes of its parameters and what they are declared to hold.
+
+    Raises CheckpointError that lists every parameter that is missing, unknown or of another shape.
+    """
+    held: dict[str, list[HeldBlock]] = {}
+    problems: list[str] = []
+    for holder, shapes, declared in holders:
+        for parameter, shape in shapes.items():
+            expected = declared.get(parameter)
+            if expected is None:
+                problems.append(f"  {parameter}: not a parameter of this {architecture.family.model_type}")
+            elif expected.shape != shape:
+                problems.append(f"  {parameter}: expected shape {list(expected.shape)}, found {list(shape)}")
+            else:
+                for block in expected.blocks:
+                    held.setdefault(block.name, []).append(HeldBlock(holder, parameter, block))
+    problems += [f"  {spec.name}: in no parameter" for spec in architecture.stored if spec.name not in held]
+    if problems:
+        shown = problems[:_SHOWN] + ([f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+        lines = [
+            f"{folder}: {len(problems)} parameter(s) do not match the config; is config.json this checkpoint's?",
+            *shown,
+        ]
+        raise CheckpointError("\n".join(lines))
+    return {spec.name: assemble(spec.shape, held[spec.name], str(folder)) for spec in architecture.stored}
 
 
 def _overlap(held: Sequence[HeldBlock]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
@@ -115,6 +116,19 @@ def same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
     if torch.equal(first, second):
         return True
     return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
+def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether ``masters``, cast, are the saved weights.
+
+    torch compares 16-bit numbers one by one. numpy compares their bits, many at a time, which is five times as fast. Equal
+    bits are equal numbers unless they are NaN, and a sum shows whether any is.
+    """
+    rounded = masters.to(saved.dtype)
+    if saved.dtype.itemsize == 2 and not masters.sum().isnan():
+        if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
+            return True
+    return same_numbers(rounded, saved)
 
 
 def check_shapes(

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.checkpoint.base import LogicalCheckpoint
-from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
-from incr_ds.checkpoint.huggingface.reader import HuggingFaceCheckpoint
-from incr_ds.checkpoint.megatron_core.reader import MegatronCoreCheckpoint
-from incr_ds.checkpoint.opening import open_source
+from incr_ds.checkpoint.opening import OpenedCheckpoint, open_source
 from incr_ds.checkpoint.publish import MANIFEST, hash_as_listed, verify_manifest
 from incr_ds.checkpoint.torch_file.checksums import check_records
-from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
 from incr_ds.errors import CheckpointError
 
 _TENSORS = (".pt", ".safetensors", ".bin", ".distcp")
@@ -46,7 +42,7 @@ def check_description(folder: Path) -> None:
 
 def open_described(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
-) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint | MegatronCoreCheckpoint:
+) -> OpenedCheckpoint:
     """Open a folder like ``open_source``, after ``check_description``."""
     check_description(Path(path))
     return open_source(path, tag, config, trust=trust)

@@ -7,19 +7,23 @@ from pathlib import Path
 from incr_ds.arch.architecture import Architecture, saved_architecture
 from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
 from incr_ds.checkpoint.huggingface.reader import INDEX, SINGLE, HuggingFaceCheckpoint, weights_file
-from incr_ds.checkpoint.megatron_core.folders import LATEST, iteration_folder
+from incr_ds.checkpoint.megatron_core.folders import LATEST, has_rank_files, iteration_folder
 from incr_ds.checkpoint.megatron_core.reader import MegatronCoreCheckpoint
+from incr_ds.checkpoint.megatron_core.torch_reader import MegatronTorchCheckpoint
 from incr_ds.checkpoint.naming import ADAPTER_CURE
 from incr_ds.checkpoint.universal.reader import UniversalCheckpoint
 from incr_ds.errors import CheckpointError
 
+OpenedCheckpoint = (
+    ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint | MegatronCoreCheckpoint | MegatronTorchCheckpoint
+)
 _LONGEST_TAG = 200  # bytes
 ADAPTER = "adapter_config.json"  # transformers would load the adapter together with the model
 
 
 def open_source(
     path: Path, tag: str | None = None, config: Path | None = None, *, trust: bool = False
-) -> ZeroCheckpoint | UniversalCheckpoint | HuggingFaceCheckpoint | MegatronCoreCheckpoint:
+) -> OpenedCheckpoint:
     """Open a checkpoint folder, DeepSpeed's, Megatron-core's or Hugging Face's.
 
     ``tag`` selects the DeepSpeed tag or the folder of Megatron's iteration; otherwise the file ``latest``,
@@ -39,7 +43,7 @@ def open_source(
         return HuggingFaceCheckpoint(path, _architecture(path, None, config), trust=trust)
     # Megatron-DeepSpeed writes Megatron's file, too, beside DeepSpeed's.
     if not _tag_files(path) and (iteration := iteration_folder(path, tag)) is not None:
-        return MegatronCoreCheckpoint(iteration, config)
+        return (MegatronTorchCheckpoint if has_rank_files(iteration) else MegatronCoreCheckpoint)(iteration, config)
     tag = tag or _latest(path)
     if not (path / tag).is_dir():
         tags = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"

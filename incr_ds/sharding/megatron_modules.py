@@ -63,6 +63,17 @@ def padded_vocabulary(vocab: int, multiple: int, tensor_parallel: int) -> int:
     return math.ceil(vocab / unit) * unit
 
 
+def padding_notes(architecture: Architecture, rows: int) -> tuple[str, ...]:
+    """A note if an embedding of ``rows`` rows has some that are not part of the model."""
+    vocab = architecture.sizes["vocab"]
+    if rows == vocab:
+        return ()
+    return (
+        f"the source's vocabulary is padded from {vocab} to {rows} rows, and the padding is left out; if it was trained and "
+        f"must stay, set {architecture.family.axes['vocab']}: {rows} in config.json",
+    )
+
+
 def check_modules(modules: Modules, architecture: Architecture, tensor_parallel: int, where: str) -> None:
     """Raise LayoutError if the training code does not have this model, or cannot cut it over the tensor ranks."""
     family, sizes = architecture.family, architecture.sizes
@@ -70,7 +81,7 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
         raise LayoutError(
             f"{where}: it has no modules for {family.model_type}; supported: {', '.join(modules.families)}."
         )
-    evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn")}
+    evenly = {family.axes[axis]: sizes[axis] for axis in ("kv_heads", "heads", "ffn") if axis in family.axes}
     undivided = [f"{field} {size}" for field, size in evenly.items() if size % tensor_parallel]
     if undivided:
         most = math.gcd(*evenly.values())

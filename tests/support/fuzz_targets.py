@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from megatron_rank_folders import write_ranks
 from safetensors.numpy import save_file
 from sources import write_synthetic
 from token_data import write_documents
@@ -150,6 +151,16 @@ def _torch_dist(folder):
     return folder
 
 
+def _ranks(optimizer):
+    def write(folder):
+        folder.mkdir()
+        source = SyntheticCheckpoint(pico_architecture(num_hidden_layers=1, vocab_size=11))
+        write_ranks(folder, source, (1, 1), optimizer)
+        return folder
+
+    return write
+
+
 def _one_file(name, content=b""):
     def write(folder):
         folder.mkdir()
@@ -202,6 +213,8 @@ SOURCES = {
     "indexed": _indexed,
     "bin": _bin,
     "torch_dist": _torch_dist,
+    "ranks": _ranks("mixed"),
+    "ranks, distributed": _ranks("distributed"),
     "yaml": _one_file("settings.yaml", b"{}"),
     "json": _one_file("settings.json", b"{}"),
     "data": _data,
@@ -340,6 +353,8 @@ TARGETS = {
     "weight map": Target(_source, "indexed", "*.index.json"),
     "torch_dist metadata": Target(_source, "torch_dist", "iter_*/.metadata"),
     "torch_dist common.pt, pickle": Target(_source, "torch_dist", "iter_*/common.pt", pickled=True),
+    "Megatron-LM rank, pickle": Target(_source, "ranks", "iter_*/*/model_optim_rng.pt", pickled=True),
+    "Megatron-LM buffer, pickle": Target(_source, "ranks, distributed", "iter_*/*/distrib_optim.pt", pickled=True),
     "torch_dist shard": Target(_source, "torch_dist", "iter_*/*.distcp"),
     "data index": Target(lambda folder: hostile.OPENERS["data"](folder / "data"), "data", "data.idx", seeds=_indexes),
     "metrics": Target(_open_metrics, "metrics", "metrics.jsonl", seeds=lambda _: [ROWS]),

@@ -4,16 +4,31 @@ Its save and load wait for a CUDA device and name it; here both do nothing.
 """
 
 import argparse
+import functools
+import inspect
 import multiprocessing
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
 
 VOCABULARY, LENGTH = 32, 8
 SIZES = {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 24}
+
+
+# The arguments that make the model a GPT-NeoX with one residual branch after the other.
+GPT_NEOX = {
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "bias_gelu_fusion": False,
+    "rotary_percent": 0.5,
+    "num_query_groups": 4,
+    "group_query_attention": False,
+}
 
 
 def arguments(**further):
@@ -45,10 +60,23 @@ def start(tensor_degree, pipeline_degree):
     torch.cuda.current_device = lambda: "cpu"
     torch.manual_seed(0)
     dist.init_process_group("gloo")
+    with_torch_s_writer()
+    np.product = np.prod  # its name in numpy 1, by which megatron-core 0.14 and before call it
     from megatron.core import parallel_state, tensor_parallel
 
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: nullcontext()  # only dropout needs it, and there is none
     parallel_state.initialize_model_parallel(tensor_degree, pipeline_degree)
+
+
+def with_torch_s_writer():
+    """megatron-core 0.12 calls a function of torch that has had one more argument since."""
+    from torch.distributed.checkpoint import filesystem
+
+    if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
+        given = {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
+        filesystem._write_item = functools.wraps(filesystem._write_item)(
+            functools.partial(filesystem._write_item, **given)
+        )
 
 
 def model_of(given, singleton=False):
@@ -58,14 +86,14 @@ def model_of(given, singleton=False):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        **SIZES,
+        **{name: getattr(given, name) for name in SIZES},
         kv_channels=given.kv_channels,
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
+        gated_linear_unit=given.swiglu,
+        activation_func=functional.silu if given.swiglu else functional.gelu,
+        add_bias_linear=given.add_bias_linear,
         add_qkv_bias=given.add_qkv_bias,
         qk_layernorm=given.qk_layernorm,
-        normalization="RMSNorm",
+        normalization=given.normalization,
         layernorm_epsilon=given.norm_epsilon,
         use_cpu_initialization=True,
         bias_activation_fusion=False,
@@ -82,13 +110,14 @@ def model_of(given, singleton=False):
     tied = not given.untie_embeddings_and_output_weights
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=given.qk_layernorm),
+        get_gpt_layer_local_spec(normalization=given.normalization, qk_layernorm=given.qk_layernorm),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
         rotary_base=given.rotary_base,
+        rotary_percent=given.rotary_percent,
         share_embeddings_and_output_weights=tied,
     )
     for name, parameter in model.named_parameters():

@@ -6,17 +6,22 @@ Their constructors put a few numbers on a CUDA device, and ask parameters for th
 
 import functools
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron_core_ranks import SIZES, arguments, logits_of, model_of, start
+from packaging.version import Version
 
+RELEASE = Version(version("megatron-core"))
+RESHARDABLE = RELEASE >= Version("0.15")  # has fully_reshardable; before, this was what a run could reshard:
 METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": "fully_reshardable" if RESHARDABLE else "fully_sharded_model_space",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+_STATES_METADATA = RELEASE >= Version("0.13")
 MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 MODULES += ("mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -41,6 +46,10 @@ def without_cuda():
     torch.tensor, torch.zeros = on_the_cpu(torch.tensor), on_the_cpu(torch.zeros)
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Parameter.type = lambda self: own(self).replace("torch.", "torch.cuda.")
+    from megatron.core.optimizer import distrib_optimizer
+
+    if hasattr(distrib_optimizer, "quantize_param_shard"):  # 0.12 needs Transformer Engine even for no parameter
+        distrib_optimizer.quantize_param_shard = lambda *_: None
 
 
 def with_torch_adam():
@@ -80,16 +89,16 @@ def _run(case):
     given = arguments(
         tensor_model_parallel_size=case.degrees[0], pipeline_model_parallel_size=case.degrees[1], **case.further
     )
-    model, optimizer, scheduler = _built(given, case.distributed)
-    _step(model, optimizer, scheduler, 0)  # torch's optimizer allocates its state
+    model, optimizer, scheduler = built(given, case.distributed)
+    one_step(model, optimizer, scheduler, 0)  # torch's optimizer allocates its state
     keys = _loaded(model, optimizer, scheduler, given, case.source) if case.source is not None else None
     for step in range(1, case.steps + 1):
-        _step(model, optimizer, scheduler, step)
+        one_step(model, optimizer, scheduler, step)
     _save(model, optimizer, scheduler, given, case.folder)
     return logits_of(model).float() if case.degrees[1] == 1 else None, keys
 
 
-def _built(given, distributed):
+def built(given, distributed):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -126,7 +135,7 @@ def _built(given, distributed):
     return model, optimizer, scheduler
 
 
-def _step(model, optimizer, scheduler, step):
+def one_step(model, optimizer, scheduler, step):
     """A step with gradients that are sines, equal on all data-parallel ranks."""
     for parameter in model.parameters():
         parameter.main_grad.copy_(torch.sin(torch.arange(parameter.numel()).view_as(parameter) + float(step)))
@@ -136,7 +145,8 @@ def _step(model, optimizer, scheduler, step):
 
 def _content(model, optimizer, scheduler, given, metadata, *, is_loading=False):
     content = {"model": model.sharded_state_dict(metadata=dict(metadata))}
-    content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=is_loading, metadata=dict(metadata))
+    stated = {"metadata": dict(metadata)} if _STATES_METADATA else {}
+    content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=is_loading, **stated)
     return {**content, "opt_param_scheduler": scheduler.state_dict(), "args": given, "iteration": 3}
 
 
@@ -168,18 +178,27 @@ def _loaded(model, optimizer, scheduler, given, path):
 
     common = dist_checkpointing.load_common_state_dict(str(path))
     assert vars(common["args"])["num_layers"] == SIZES["num_layers"]
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) if _STATES_METADATA else METADATA
     content = _content(model, optimizer, scheduler, given, metadata, is_loading=True)
     extra = {} if "no_save_rng" not in vars(common["args"]) else {"extra": _extra_states(model, content)}
+    if path.name == "release":  # Megatron-LM asks such a folder for the model alone
+        content = {"model": content["model"]}
     found, missing, unexpected = dist_checkpointing.load({**content, **extra}, str(path), strict="return_all")
     model.load_state_dict(found["model"])
-    state = found["optimizer"]["optimizer"].get("state", {})
-    if (
-        state and "common_step" not in state
-    ):  # where torch's AdamW expects it; the fused ones have it in their groups alone
-        state["common_step"] = torch.tensor(float(found["optimizer"]["optimizer"]["param_groups"][0]["step"]))
+    if "optimizer" not in content:
+        optimizer.reload_model_params()
+        return missing, unexpected
+    outer = found["optimizer"]
+    for held in (outer, outer.get("optimizer", {})):  # that of the optimizer without masters has no inner one
+        state = held.get("state", {})
+        if state and "common_step" not in state:
+            # torch's AdamW expects the step among the states. The fused ones have it in their groups alone.
+            state["common_step"] = torch.tensor(float(held["param_groups"][0]["step"]))
     optimizer.load_state_dict(found["optimizer"])
-    for own in optimizer.chained_optimizers[0].optimizer.state.values():
+    inner = optimizer.chained_optimizers[0].optimizer
+    for group in inner.param_groups:
+        group.pop("step", None)  # which torch's AdamW does not count up
+    for own in inner.state.values():
         own["step"] = own["step"].clone()  # loaded as one tensor, which every parameter would then count up
     scheduler.load_state_dict(found["opt_param_scheduler"])
     assert set(found.get("extra", {}).values()) <= {None}
@@ -195,4 +214,4 @@ def _save(model, optimizer, scheduler, given, folder):
         (Path(folder) / "latest_checkpointed_iteration.txt").write_text("3")
     dist.barrier()
     content = _content(model, optimizer, scheduler, given, METADATA)
-    dist_checkpointing.save(content, str(path), content_metadata=METADATA)
+    dist_checkpointing.save(content, str(path), **({"content_metadata": METADATA} if _STATES_METADATA else {}))

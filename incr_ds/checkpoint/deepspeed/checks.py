@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import LogicalCheckpoint, row_portions, same_numbers
+from incr_ds.checkpoint.base import LogicalCheckpoint, rounds_to, row_portions, same_numbers
 from incr_ds.checkpoint.deepspeed.layer_files import layer_weights
 from incr_ds.checkpoint.deepspeed.names import tag_files
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
@@ -91,19 +90,6 @@ def check_master(rank: ModelRank, parameter: str, saved: torch.Tensor) -> None:
             f"{rank.model_file.parent}: {parameter}: {wrong} of {saved.numel()} elements of the fp32 master (in {holders}) "
             f"differ from the saved {saved.dtype} weight. Shards were swapped, damaged, or mixed from two checkpoints."
         )
-
-
-def rounds_to(masters: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether ``masters``, cast, are the saved weights.
-
-    torch compares 16-bit numbers one by one. numpy compares their bits, many at a time, which is five times as fast. Equal
-    bits are equal numbers unless they are NaN, and a sum shows whether any is.
-    """
-    rounded = masters.to(saved.dtype)
-    if saved.dtype.itemsize == 2 and not masters.sum().isnan():
-        if np.array_equal(rounded.view(torch.int16).numpy(), saved.view(torch.int16).numpy()):
-            return True
-    return same_numbers(rounded, saved)
 
 
 def exported_weights(folder: Path, architecture: Architecture) -> HuggingFaceCheckpoint | None:

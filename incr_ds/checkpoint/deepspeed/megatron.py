@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import Assembled, HeldBlock, Holder, assemble
+from incr_ds.checkpoint.assembly import Assembled, Holder, assemble_parameters
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import RankParameter
-from incr_ds.sharding.megatron_modules import MEGATRON, check_modules, module_parameters, modules_of
+from incr_ds.sharding.megatron_modules import MEGATRON, check_modules, module_parameters, modules_of, padding_notes
 
 _FUSED = re.compile(r"\d+\.self_attention\.query_key_value\.weight")
-_SHOWN = 10
 
 
 def is_megatron(parameters: Iterable[str]) -> bool:
@@ -43,39 +42,16 @@ def fused_tensors(
     vocabulary: int,
 ) -> Mapping[str, Assembled]:
     """Assemble every logical tensor from holders of parameters with their shapes; errors as in ``megatron_tensors``."""
-    held: dict[str, list[HeldBlock]] = {}
-    problems: list[str] = []
-    for holder, shapes in holders:
-        declared = _declared(architecture, tensor_parallel, holder.index % tensor_parallel, vocabulary)
-        for parameter, shape in shapes.items():
-            expected = declared.get(parameter)
-            if expected is None:
-                problems.append(f"  {parameter}: not a parameter of this {architecture.family.model_type}")
-            elif expected.shape != shape:
-                problems.append(f"  {parameter}: expected shape {list(expected.shape)}, found {list(shape)}")
-            else:
-                for block in expected.blocks:
-                    held.setdefault(block.name, []).append(HeldBlock(holder, parameter, block))
-    problems += [f"  {spec.name}: in no parameter" for spec in architecture.stored if spec.name not in held]
-    if problems:
-        shown = problems[:_SHOWN] + ([f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
-        lines = [
-            f"{folder}: {len(problems)} parameter(s) do not match the config; is config.json this checkpoint's?",
-            *shown,
-        ]
-        raise CheckpointError("\n".join(lines))
-    return {spec.name: assemble(spec.shape, held[spec.name], str(folder)) for spec in architecture.stored}
+    described = [
+        (holder, shapes, _declared(architecture, tensor_parallel, holder.index % tensor_parallel, vocabulary))
+        for holder, shapes in holders
+    ]
+    return assemble_parameters(folder, described, architecture)
 
 
-def padding_notes(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> tuple[str, ...]:
+def vocabulary_notes(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> tuple[str, ...]:
     """Notes on rows of the checkpoint that are not part of the model."""
-    vocab, found = architecture.sizes["vocab"], _vocabulary(ranks, architecture, tensor_parallel)
-    if found == vocab:
-        return ()
-    return (
-        f"the source's vocabulary is padded from {vocab} to {found} rows, and the padding is left out; if it was trained and "
-        f"must stay, set {architecture.family.axes['vocab']}: {found} in config.json",
-    )
+    return padding_notes(architecture, _vocabulary(ranks, architecture, tensor_parallel))
 
 
 def _vocabulary(ranks: Sequence[ModelRank], architecture: Architecture, tensor_parallel: int) -> int:

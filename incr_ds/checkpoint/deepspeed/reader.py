@@ -21,7 +21,7 @@ from incr_ds.checkpoint.deepspeed.checks import (
 )
 from incr_ds.checkpoint.deepspeed.holders import assembled_tensors
 from incr_ds.checkpoint.deepspeed.layer_files import with_frozen_layers
-from incr_ds.checkpoint.deepspeed.megatron import is_megatron, megatron_tensors, padding_notes
+from incr_ds.checkpoint.deepspeed.megatron import is_megatron, megatron_tensors, vocabulary_notes
 from incr_ds.checkpoint.deepspeed.names import tag_files
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank, open_ranks
 from incr_ds.checkpoint.progress import counters
@@ -105,7 +105,7 @@ class ZeroCheckpoint:
             dtype=first.dtype,
             optimizer_groups=() if no_moments else first.hyperparameters,
             frozen=self._frozen(),
-            notes=padding_notes(*where) if self._is_megatron else (),
+            notes=vocabulary_notes(*where) if self._is_megatron else (),
             recorded=counters(first.model, self._folder.parent),
             stages=self._stages(),
         )

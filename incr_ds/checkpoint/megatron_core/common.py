@@ -1,6 +1,7 @@
-"""Reads common.pt, what all ranks share, as plain data: the run's arguments, its counters, the optimizer's step.
+"""Reads what all ranks share as plain data: the run's arguments, its counters, the optimizer's step.
 
-Nothing in the file is run. Every class in it, argparse.Namespace too, is replaced by a stand-in that stores its attributes.
+Megatron-core stores it in common.pt, and from 0.19 on in an object among the shards. Nothing in it is run. Every class in
+it, argparse.Namespace too, is replaced by a stand-in that stores its attributes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from incr_ds.checkpoint.megatron_core.metadata import attributes
+from incr_ds.checkpoint.megatron_core.metadata import Stored, attributes
+from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.checkpoint.torch_file.plain import plain_content
 from incr_ds.checkpoint.torch_file.validate import damaged, is_archive, opened_archive
 from incr_ds.checkpoint.torch_file.walk import StandIn, WalkError
@@ -17,13 +19,29 @@ from incr_ds.config.json_file import read_json, refuse_pointer
 from incr_ds.errors import CheckpointError
 
 FILE, FORMAT_FILE = "common.pt", "metadata.json"
+_OBJECT = "common_state/shard_0_1"
 FORMAT = "torch_dist"
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
 
 
-def read_common(folder: Path) -> Mapping[str, Any]:
-    """The content of ``folder``/common.pt. Raises CheckpointError if it is missing or damaged."""
-    path = folder / FILE
+def read_common(folder: Path, stored: Stored, shards: Shards) -> tuple[Mapping[str, Any], Path]:
+    """What all ranks share, and the file that it is in. Raises CheckpointError if that is missing or damaged."""
+    place = stored.objects.get(_OBJECT)
+    if place is None or (folder / FILE).is_file():
+        return _mapping(_content_of(folder / FILE), folder / FILE), folder / FILE
+    content, path = shards.content(place), folder / place.file
+    return _mapping(content[0] if isinstance(content, list) and len(content) == 1 else content, path), path
+
+
+def _mapping(content: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a mapping, found {type(content).__name__}: not what Megatron-core writes."
+        )
+    return content
+
+
+def _content_of(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(
             f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another iteration."
@@ -33,18 +51,13 @@ def read_common(folder: Path) -> Mapping[str, Any]:
         if not is_archive(path):
             raise ValueError("not an archive of torch.save")
         with opened_archive(path) as archive:
-            content = plain_content(path, archive)
+            return plain_content(path, archive)
     except CheckpointError:
         raise
     except WalkError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: expected a mapping, found {type(content).__name__}: not what Megatron-core writes."
-        )
-    return content
 
 
 def check_format(folder: Path) -> None:

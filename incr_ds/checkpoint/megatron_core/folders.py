@@ -6,6 +6,7 @@ from pathlib import Path
 
 from incr_ds.checkpoint.megatron_core.common import FORMAT_FILE
 from incr_ds.checkpoint.megatron_core.metadata import FILE
+from incr_ds.checkpoint.megatron_core.rank_files import FILE as RANK_FILE
 from incr_ds.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -15,9 +16,9 @@ _LONGEST = 40  # bytes
 def iteration_folder(path: Path, tag: str | None) -> Path | None:
     """The folder with the tensors: ``path`` itself, or that of ``tag`` or of the latest iteration in it.
 
-    None if ``path`` is not Megatron-core's. Raises CheckpointError if the iteration is missing or in another format.
+    None if ``path`` is not Megatron's. Raises CheckpointError if the iteration is missing or incomplete.
     """
-    if (path / FORMAT_FILE).is_file() and (path / FILE).is_file():
+    if ((path / FORMAT_FILE).is_file() and (path / FILE).is_file()) or has_rank_files(path):
         return path
     if not (path / LATEST).is_file():
         return None
@@ -25,16 +26,16 @@ def iteration_folder(path: Path, tag: str | None) -> Path | None:
     if not folder.is_dir():
         present = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
         raise CheckpointError(f"{folder}: missing; {LATEST} names it, or --tag does; existing folders: {present}.")
-    if any(folder.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{folder}: in Megatron-LM's older format torch (mp_rank_*), which cannot be read. Load the checkpoint with "
-            "Megatron-LM and save it with --ckpt-format torch_dist."
-        )
-    if not (folder / FORMAT_FILE).is_file():
+    if not has_rank_files(folder) and not (folder / FORMAT_FILE).is_file():
         raise CheckpointError(
             f"{folder}: no {FORMAT_FILE}; the checkpoint was not saved completely. Use another iteration."
         )
     return folder
+
+
+def has_rank_files(folder: Path) -> bool:
+    """Whether an iteration's folder is in the format torch: a folder for each model-parallel rank."""
+    return not (folder / FORMAT_FILE).is_file() and any(folder.glob(f"mp_rank_*/{RANK_FILE}"))
 
 
 def _named(latest: Path) -> str:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from incr_ds.arch.architecture import Architecture, architecture_from_config, saved_architecture
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype, rows_and_columns
-from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
 from incr_ds.checkpoint.megatron_core.common import (
     arguments,
     check_format,
@@ -17,13 +15,13 @@ from incr_ds.checkpoint.megatron_core.common import (
     optimizer_steps,
     read_common,
 )
-from incr_ds.checkpoint.megatron_core.configuration import config_of
+from incr_ds.checkpoint.megatron_core.configuration import chosen_architecture
 from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
 from incr_ds.checkpoint.megatron_core.metadata import Stored, read_metadata
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
-from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of
+from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of, padding_notes
 
 KIND = "Megatron-core torch_dist"
 _BUFFER_STATES = "optimizer.distributed.dp_group_idx_"
@@ -35,8 +33,10 @@ class MegatronCoreCheckpoint:
     def __init__(self, folder: Path, config: Path | None) -> None:
         check_format(folder)
         self._folder, self._stored, self._shards = folder, read_metadata(folder), Shards(folder)
-        common = read_common(folder)
-        self.architecture = _architecture(folder, self._stored, arguments(common), config)
+        common, self._common_file = read_common(folder, self._stored, self._shards)
+        self._rows_stored = embedding_rows(self._stored, folder)
+        given = arguments(common)
+        self.architecture = chosen_architecture(folder, config, given, self._rows_stored, self._common_file)
         modules = modules_of(MEGATRON_CORE)
         check_modules(modules, self.architecture, 1, str(folder))
         self._located = {
@@ -98,7 +98,7 @@ class MegatronCoreCheckpoint:
             no_moments,
             dtype=weights[saved].dtype,
             optimizer_groups=() if no_moments else optimizer_groups(common.get("optimizer")),
-            notes=self._padding_note(),
+            notes=padding_notes(self.architecture, self._rows_stored),
             recorded=Counters(
                 global_steps=iteration if isinstance(iteration, int) else None,
                 global_samples=samples if isinstance(samples, int) else None,
@@ -132,21 +132,10 @@ class MegatronCoreCheckpoint:
         if len(found) != 1:
             stated = f"several steps of Adam: {sorted(found)[:5]}" if found else "no step of Adam"
             raise CheckpointError(
-                f"{self._folder / COMMON_FILE}: states {stated}, but the checkpoint has its moments; expected one step. Use "
+                f"{self._common_file}: states {stated}, but the checkpoint has its moments; expected one step. Use "
                 "another iteration."
             )
         return found.pop()
-
-    def _padding_note(self) -> tuple[str, ...]:
-        vocab = self.architecture.sizes["vocab"]
-        found = embedding_rows(self._stored, self._folder)
-        if found == vocab:
-            return ()
-        field = self.architecture.family.axes["vocab"]
-        return (
-            f"the source's vocabulary is padded from {vocab} to {found} rows, and the padding is left out; if it was trained "
-            f"and must stay, set {field}: {found} in config.json",
-        )
 
 
 def embedding_rows(stored: Stored, folder: Path) -> int:
@@ -155,12 +144,3 @@ def embedding_rows(stored: Stored, folder: Path) -> int:
         if key.endswith(EMBEDDING) and not key.startswith("optimizer.") and len(tensor.shape) == 2:
             return tensor.shape[0]
     raise CheckpointError(f"{folder}: no key {EMBEDDING}; only models of the class GPTModel can be read.")
-
-
-def _architecture(folder: Path, stored: Stored, given: Mapping[str, object], config: Path | None) -> Architecture:
-    """The model, from ``config`` or a config.json in the folder or its parent, otherwise from the run's arguments."""
-    for path in (config, folder / "config.json", folder.parent / "config.json"):
-        if path is not None and (path == config or path.is_file()):
-            return saved_architecture(path)
-    where = folder / COMMON_FILE
-    return architecture_from_config(config_of(given, embedding_rows(stored, folder), where), f"{where}: args")

@@ -19,6 +19,7 @@ from isal.isal_zlib import crc32
 
 from incr_ds.checkpoint.megatron_core.flattened import Rectangle, part_of
 from incr_ds.checkpoint.megatron_core.metadata import Chunk, Place, StoredTensor
+from incr_ds.checkpoint.torch_file.extents import STORAGES, are_rows
 from incr_ds.checkpoint.torch_file.plain import plain_content
 from incr_ds.checkpoint.torch_file.validate import damaged, walk_archive
 from incr_ds.checkpoint.torch_file.walk import WalkError
@@ -27,12 +28,6 @@ from incr_ds.errors import CheckpointError
 
 _HEADER = struct.Struct("<26xHH")  # of a record: length of the name, length of the extra field
 _BLOCK = 8 << 20
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64,
-}
 
 
 class _View(io.RawIOBase):
@@ -230,11 +225,6 @@ def _difference(stored: StoredTensor, chunk: Chunk, tensors: list[tuple[Any, ...
     (_, storage, *_), _, size, strides, *_ = tensors[0]
     if tuple(size) != chunk.sizes:
         return f"expected shape {list(chunk.sizes)}, found {list(size)}"
-    if _STORAGES.get(storage.name) != stored.type:
+    if STORAGES.get(storage.name) != stored.type:
         return f"expected {stored.dtype}, found a {storage.name}"
-    expected = 1
-    for length, stride in zip(reversed(size), reversed(strides), strict=True):
-        if length > 1 and stride != expected:
-            return f"the strides {list(strides)} are not those of rows one after the other"
-        expected *= length
-    return ""
+    return "" if are_rows(size, strides) else f"the strides {list(strides)} are not those of rows one after the other"

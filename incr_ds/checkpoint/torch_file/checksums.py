@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<26xHH")  # of a record: magic and more fields, length 
 
 
 @dataclass(frozen=True)
-class _RecordExtent:
+class RecordExtent:
     """A record at bytes [start, stop) of a file."""
 
     record: zipfile.ZipInfo
@@ -64,22 +64,23 @@ def check_records(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _extents(path: Path) -> list[_RecordExtent]:
+def _extents(path: Path) -> list[RecordExtent]:
     """The records that have a checksum, in their order in the file."""
     with opened_archive(path) as archive, open(path, "rb") as stream:
         check_stored(path, archive)
-        found = [_extent(path, stream, record) for record in archive.infolist() if record.CRC]
+        found = [record_extent(path, stream, record) for record in archive.infolist() if record.CRC]
     return sorted(found, key=lambda extent: extent.start)
 
 
-def _extent(path: Path, stream: BinaryIO, record: zipfile.ZipInfo) -> _RecordExtent:
+def record_extent(path: Path, stream: BinaryIO, record: zipfile.ZipInfo) -> RecordExtent:
+    """Where a record's data lies in a file. Raises CheckpointError if there is no header where the directory says."""
     inside = 0 <= record.header_offset < path.stat().st_size
     header = os.pread(stream.fileno(), _HEADER.size, record.header_offset) if inside else b""
     if len(header) < _HEADER.size or not header.startswith(_HEADER_MAGIC):
         raise CheckpointError(_damaged_record(path, record, "its header differs from the directory's"))
     name_bytes, extra_bytes = _HEADER.unpack(header)
     start = record.header_offset + _HEADER.size + name_bytes + extra_bytes
-    return _RecordExtent(record, start, start + record.file_size)
+    return RecordExtent(record, start, start + record.file_size)
 
 
 def _damaged_record(path: Path, record: zipfile.ZipInfo, why: str) -> str:

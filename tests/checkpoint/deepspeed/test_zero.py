@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from zero_engines import write_cases
 
-from incr_ds.checkpoint.deepspeed.checks import rounds_to
+from incr_ds.checkpoint.base import rounds_to
 from incr_ds.checkpoint.finite import FiniteCheckpoint
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.growth import GrowthRecipe

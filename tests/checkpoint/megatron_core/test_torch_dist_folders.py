@@ -1,5 +1,6 @@
 """What is read from folders of the format torch_dist, and what is refused: damaged, hostile and unsupported ones."""
 
+import io
 import json
 import pickle
 import subprocess
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch_dist_folders import PREFIX, arguments_of, flatten, parameters_of, write_folder, write_source
 
 from incr_ds.checkpoint.opening import open_source
@@ -101,14 +104,13 @@ def test_other_formats_are_refused_by_name(tmp_path: Path):
     with pytest.raises(CheckpointError, match="sharded_backend 'zarr': only torch_dist can be read"):
         open_source(tmp_path)
     (inner / "metadata.json").unlink()
-    (inner / "mp_rank_00").mkdir()
-    with pytest.raises(CheckpointError, match=r"older format torch \(mp_rank_\*\), which cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no metadata.json; the checkpoint was not saved completely"):
         open_source(tmp_path)
 
 
 UNSUPPORTED = {
     "num_experts": (8, "args.num_experts: found 8, and a config follows from None only"),
-    "normalization": ("LayerNorm", "args.normalization: found 'LayerNorm', and a config follows from 'RMSNorm' only"),
+    "normalization": ("L2Norm", "args.normalization: found 'L2Norm', and a config follows from 'RMSNorm' only"),
     "layernorm_zero_centered_gamma": (True, "args.layernorm_zero_centered_gamma: found True"),
     "rotary_base": (None, "args.rotary_base: expected a number, found None"),
     "num_layers": (4, r"expected shape \[4, 96\], found \[3, 96\]"),
@@ -142,6 +144,31 @@ def test_the_eps_has_another_name_from_0_16_on(tmp_path: Path):
     vars(common["args"])["layernorm_epsilon"] = vars(common["args"]).pop("norm_epsilon")
     torch.save(common, inner / "common.pt")
     assert open_source(tmp_path).architecture.config["rms_norm_eps"] == 3e-6
+
+
+def test_what_the_ranks_share_may_be_an_object_among_the_shards(tmp_path: Path):
+    """As Megatron-core 0.19 stores it; common.pt, if there is one, comes first there, too."""
+    source = truth()
+    inner = write_source(tmp_path, source)
+    content = (inner / "common.pt").read_bytes()
+    metadata = pickle.loads((inner / ".metadata").read_bytes())
+    buffer = io.BytesIO()
+    torch.save([torch.load(inner / "common.pt", weights_only=False)], buffer)
+    (inner / "__1_0.distcp").write_bytes(buffer.getvalue())
+    metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    place = _StorageInfo("__1_0.distcp", 0, len(buffer.getvalue()))
+    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = place
+    (inner / ".metadata").write_bytes(pickle.dumps(metadata))
+    (inner / "common.pt").unlink()
+    found = open_source(tmp_path)
+    assert found.architecture.sizes == source.architecture.sizes
+    assert (found.facts.step, found.facts.recorded.global_steps) == (source.facts.step, 7)
+    same(found, source)
+    (inner / "__1_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="__1_0.distcp: damaged or truncated"):
+        open_source(tmp_path)
+    (inner / "common.pt").write_bytes(content)
+    assert open_source(tmp_path).facts.step == source.facts.step
 
 
 def test_llama_3_scaling_follows_from_the_arguments(tmp_path: Path):

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from megatron_core_ranks import LENGTH, SIZES, VOCABULARY
-from megatron_core_training import Case, trained
+from megatron_core_ranks import GPT_NEOX, LENGTH, SIZES, VOCABULARY
+from megatron_core_training import RELEASE, RESHARDABLE, Case, trained
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from incr_ds.arch.architecture import architecture_from_config
+from incr_ds.arch.family import family_of
 from incr_ds.checkpoint.base import STATES
 from incr_ds.checkpoint.huggingface.export import export_huggingface
+from incr_ds.checkpoint.megatron_core.keys import OF_DISTRIBUTED_OPTIMIZER
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
@@ -33,6 +36,8 @@ CONFIG = {
 }
 UNPADDED = {"vocab_size": CONFIG["vocab_size"]}
 LAYOUT = {"format": "torch_dist", "vocabulary_multiple": 8}
+if RELEASE >= Version("0.19"):
+    LAYOUT["learning_rates"] = [1e-3, 1e-3]  # by which it finds parameter groups
 
 
 def same(one, other, states=STATES):
@@ -51,7 +56,8 @@ def logits_by_transformers(source, folder):
 
 def drawn(family, **further):
     """Weights and moments that are all drawn; norms around 1."""
-    architecture = architecture_from_config({"model_type": family, **CONFIG, **further}, "test")
+    known = {field: size for field, size in CONFIG.items() if field in family_of(family, "test").known_fields}
+    architecture = architecture_from_config({"model_type": family, **known, **further}, "test")
     weights, first, second = (drawn_checkpoint(architecture, seed) for seed in range(3))
     tensors = {
         spec.name: (weights.read(spec.name), first.read(spec.name), second.read(spec.name).square())
@@ -61,24 +67,43 @@ def drawn(family, **further):
     return MemoryCheckpoint(architecture, by_state, step=100)
 
 
-def write(source, folder, **layout):
+def write(source, folder, optimizer="rescale", **layout):
     """The folder of the iteration that is written from an opened source."""
     folder.parent.mkdir(exist_ok=True)
     recipe = folder.with_name(f"{folder.name}.yaml")
     recipe.write_text("target: {}\n")
-    asked = parse_settings({"target": {}, "layout": {**LAYOUT, **layout}}, GrowthRecipe, "test")
+    content = {"target": {}, "optimizer": optimizer, "layout": {**LAYOUT, **layout}}
+    asked = parse_settings(content, GrowthRecipe, "test")
     grow_checkpoint(plan_files(GrowthRequest(folder.parent, recipe, folder), source, asked))
     return open_source(folder).facts.path
 
 
 def test_two_tensor_ranks_load_masters_moments_and_step(tmp_path: Path):
-    """Megatron-core's distributed optimizer in fp32, whose model then computes what transformers' does."""
+    """Megatron-core's distributed optimizer in fp32, whose model then computes what transformers' does. Before 0.15, it reads
+    no other layout of the moments than its own, so there it is the optimizer that is not distributed.
+
+    A folder `release` gives the same weights, and the optimizer its masters.
+    """
     source = drawn("llama")
-    case = Case(write(source, tmp_path / "ours", tensor_parallel=2), tmp_path / "theirs", 0, (2, 1), further=UNPADDED)
-    ranks = run_processes(trained, 2, [case])
-    assert [keys for [(_, keys)] in ranks] == [(set(), set())] * 2
-    logits = torch.cat([logits for [(logits, _)] in ranks], dim=-1)[..., : CONFIG["vocab_size"]]
+    ours = write(source, tmp_path / "ours", tensor_parallel=2)
+    release = write(source, tmp_path / "weights", "reset", dtype="float32")
+    assert release.name == "release"
+    cases = [
+        Case(folder, tmp_path / name, 0, (2, 1), RESHARDABLE, UNPADDED)
+        for folder, name in ((ours, "theirs"), (release, "from weights"))
+    ]
+    ranks = run_processes(trained, 2, cases)
+    for ignored, lacking in (keys for rank in ranks for _, keys in rank):
+        assert not lacking and all(key.startswith(OF_DISTRIBUTED_OPTIMIZER) for key in ignored)
+        assert not (ignored and RESHARDABLE)
+    logits, others = (
+        torch.cat([rank[number][0] for rank in ranks], dim=-1)[..., : CONFIG["vocab_size"]] for number in range(2)
+    )
+    assert torch.equal(logits, others)
     same(open_source(tmp_path / "theirs"), source)
+    started = open_source(tmp_path / "from weights")
+    for spec in source.architecture.stored:
+        assert torch.equal(started.read(spec.name), source.read(spec.name)), spec.name
     assert logits.std() > 0.02
     torch.testing.assert_close(logits, logits_by_transformers(source, tmp_path), rtol=1e-4, atol=1e-5)
 
@@ -87,6 +112,10 @@ BF16 = {"params_dtype": torch.bfloat16}
 OTHERS = {
     "qwen2": ({"tie_word_embeddings": True}, {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False}),
     "qwen3": ({}, {"qk_layernorm": True}),
+    "gpt_neox": (
+        {"use_parallel_residual": False, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        GPT_NEOX,
+    ),
 }
 
 
@@ -101,9 +130,10 @@ def test_a_run_of_megatron_core_goes_on_from_what_is_written(tmp_path: Path):
     grow_checkpoint(plan_request(GrowthRequest(tmp_path / "own", tmp_path / "recipe.yaml", tmp_path / "ours")))
     ours = open_source(tmp_path / "ours")
     same(ours, own)
-    kept = [Case(ours.facts.path, tmp_path / f"kept{d}", 0, d, further=BF16) for d in ((2, 2), (2, 1), (1, 2))]
-    kept += [Case(own.facts.path, tmp_path / "kept by itself", 0, (2, 2), further=BF16)]
-    kept += [Case(ours.facts.path, tmp_path / "not distributed", 0, (2, 2), distributed=False, further=BF16)]
+    plain = Case(ours.facts.path, tmp_path / "not distributed", 0, (2, 2), distributed=False, further=BF16)
+    kept = [plain, Case(own.facts.path, tmp_path / "kept by itself", 0, (2, 2), further=BF16)]
+    degrees = ((2, 2), (2, 1), (1, 2))
+    kept += [Case(ours.facts.path, tmp_path / f"kept{d}", 0, d, RESHARDABLE, BF16) for d in degrees]
     sources = {name: drawn(name, **config) for name, (config, _) in OTHERS.items()}
     others = [
         Case(
@@ -111,11 +141,14 @@ def test_a_run_of_megatron_core_goes_on_from_what_is_written(tmp_path: Path):
             tmp_path / name / "theirs",
             0,
             (2, 1),
-            further=OTHERS[name][1] | UNPADDED,
+            RESHARDABLE,
+            OTHERS[name][1] | UNPADDED,
         )
         for name, source in sources.items()
     ]
-    steps = [Case(s.facts.path, tmp_path / f"step{n}", 2, (2, 1), further=BF16) for n, s in enumerate((own, ours))]
+    theirs = own.facts.path if RESHARDABLE else plain.folder / "iter_0000003"
+    starts = (theirs, ours.facts.path)
+    steps = [Case(path, tmp_path / f"step{n}", 2, (2, 1), RESHARDABLE, BF16) for n, path in enumerate(starts)]
     ranks = run_processes(trained, 4, [*kept, *others, *steps], timeout=500)
     assert not any(unexpected for found in ranks for _, (_, unexpected) in found)
     for case in kept:

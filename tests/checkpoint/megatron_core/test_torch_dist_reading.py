@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_core_ranks import LENGTH, VOCABULARY, loaded, saved
+from megatron_core_ranks import GPT_NEOX, LENGTH, VOCABULARY, loaded, saved
 from transformers import AutoModelForCausalLM
 
 from incr_ds.checkpoint.base import STATES
@@ -17,6 +17,7 @@ FAMILIES = {
     "llama": {},
     "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
     "qwen3": {"qk_layernorm": True, "kv_channels": 8},
+    "gpt_neox": GPT_NEOX,
 }
 
 
@@ -51,7 +52,7 @@ def grouped(source, layer, state, end):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "gpt_neox"))]
 )
 def test_transformers_computes_what_megatron_core_did(peer, family, tmp_path):
     folder, logits, _ = peer(family)

@@ -14,6 +14,7 @@ import yaml
 from sources import contents
 from torch_dist_folders import PREFIX, STATES, parameters_of
 
+from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.checkpoint.huggingface.export import export_huggingface
 from incr_ds.checkpoint.megatron_core.configuration import arguments_of, config_of
 from incr_ds.checkpoint.opening import open_source
@@ -26,12 +27,17 @@ from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
 
 LAYOUT = {"format": "torch_dist", "vocabulary_multiple": 8}
-FULL = {"mistral": {"sliding_window": None}}
+GROUPED = {"num_key_value_heads": 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+OWN = {
+    "mistral": GROUPED | {"sliding_window": None},
+    "gpt_neox": {"use_parallel_residual": False, "rope_parameters": ROPE, "hidden_act": "gelu_new"},
+}
 MASTERS = "optimizer.state.param."
 
 
 def truth(family="llama", **changes):
-    return SyntheticCheckpoint(small_architecture(family, num_key_value_heads=2, **FULL.get(family, {}), **changes))
+    return SyntheticCheckpoint(small_architecture(family, **{**OWN.get(family, GROUPED), **changes}))
 
 
 def planned(folder, source, layout=None, workers=1, name="out", **recipe):
@@ -47,7 +53,7 @@ def same(found, expected, states=STATES, cast=None):
             assert torch.equal(found.read(spec.name, state), whole.to(cast or whole.dtype)), (spec.name, state)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {"dtype": "float32", "tensor_parallel": 2}], ids=str)
 def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, layout):
     source = truth(family, tie_word_embeddings=family == "qwen3")
@@ -163,8 +169,9 @@ def test_without_moments_a_release_holds_the_weights_alone(tmp_path: Path):
     assert not any(key.startswith("optimizer.") for key in stored_by_torch(tmp_path / "out/release"))
 
 
-def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path):
-    export_huggingface(truth(), tmp_path / "first", torch.bfloat16, tmp_path / "none")
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: str):
+    export_huggingface(truth(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
     recipe = {"target": {}, "optimizer": "reset", "layout": LAYOUT | {"dtype": "bfloat16", "tensor_parallel": 2}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     grow_checkpoint(plan_request(GrowthRequest(tmp_path / "first", tmp_path / "recipe.yaml", tmp_path / "out")))
@@ -205,6 +212,31 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monk
     }
 
 
+def test_arguments_and_config_of_a_gpt_neox_follow_from_each_other():
+    for activation in ("gelu", "gelu_new"):
+        source = truth("gpt_neox", hidden_act=activation, tie_word_embeddings=True).architecture
+        arguments = arguments_of(source, "test")
+        assert (arguments["bias_gelu_fusion"], arguments["rotary_percent"]) == (activation == "gelu_new", 0.25)
+        found = architecture_from_config(config_of(arguments, 104, Path("common.pt")), "test")
+        assert found.config == source.config and found.sizes == source.sizes
+
+
+def test_arguments_of_other_models_under_layer_norm_are_refused():
+    arguments = arguments_of(truth("gpt_neox").architecture, "test")
+    refused = {
+        "args.swiglu: found True, and a config follows from False only": {"swiglu": True},
+        "args.bias_gelu_fusion: expected true or false, found None": {"bias_gelu_fusion": None},
+        "6 heads of 16 with 3 query groups and a hidden size of 96": {
+            "group_query_attention": True,
+            "num_query_groups": 3,
+        },
+        "6 heads of 8 with 6 query groups": {"kv_channels": 8},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(CheckpointError, match=message):
+            config_of({**arguments, **changes}, 104, Path("common.pt"))
+
+
 REFUSED = {
     "tensor_parallel 4: does not divide": ({}, {"tensor_parallel": 4}),
     "self_attn.o_proj.bias: Megatron-core has biases of q, k and v alone": ({"attention_bias": True}, {}),
@@ -220,6 +252,19 @@ REFUSED = {
 }
 
 
+REFUSED_OF_GPT_NEOX = {
+    "use_parallel_residual: true, and Megatron-core's FFN reads": {"use_parallel_residual": True},
+    "attention_bias: false, and with --disable-bias-linear the FFN": {"attention_bias": False},
+    "hidden_act: 'relu', and Megatron-core has gelu_new and gelu": {"hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_OF_GPT_NEOX)
+def test_a_gpt_neox_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
+    with pytest.raises(LayoutError, match=message):
+        planned(tmp_path, truth("gpt_neox", **REFUSED_OF_GPT_NEOX[message]))
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
     changes, layout = REFUSED[message]
@@ -228,7 +273,7 @@ def test_what_megatron_core_does_not_have_is_refused(tmp_path: Path, message: st
 
 
 def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
-    with pytest.raises(LayoutError, match="no modules for gpt2; supported: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(LayoutError, match="no modules for gpt2; supported: llama, mistral, qwen2, qwen3, gpt_neox"):
         planned(tmp_path, SyntheticCheckpoint(small_architecture("gpt2")))
     window = SyntheticCheckpoint(small_architecture("mistral", sliding_window=9))
     with pytest.raises(LayoutError, match="sliding_window: 9; only full attention is written"):
