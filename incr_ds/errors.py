@@ -2,7 +2,16 @@
 
 
 class IncrError(Exception):
-    """A mistake in the user's input. The command line prints its text and exits with code 2."""
+    """A mistake in the user's input. The command line prints its text and exits with code 2.
+
+    A message may quote an untrusted file. What a terminal would obey, everything but printable letters and line ends, is
+    written as an escape.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        shown = (letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+        super().__init__(text if text.isprintable() else "".join(shown))
 
 
 class ConfigError(IncrError):

@@ -227,7 +227,6 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of a library's message. It may quote the file, so what a terminal would obey is written as an escape."""
+    """The last line of a library's message."""
     lines = str(error).strip().splitlines()
-    shown = lines[-1].strip() if lines else type(error).__name__
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
+    return lines[-1].strip() if lines else type(error).__name__

@@ -268,7 +268,11 @@ def test_per_token_parts_are_zero_where_ignored():
 
 
 @pytest.mark.parametrize(
-    ("backend", "budget"), [("torch", None), ("torch", 20_000), ("triton", None), ("recompute", 20_000)]
+    ("backend", "budget"),
+    [
+        *(("torch", None), ("torch", 20_000), ("recompute", 20_000)),
+        pytest.param("triton", None, marks=pytest.mark.slow),  # interpreted, 40 s
+    ],
 )
 def test_small_gradients_in_fp16_survive_until_the_loss_is_scaled(backend, budget):
     """Divided by the number of tokens, gradients of hidden states here have no more than 5 bits in fp16."""

@@ -125,6 +125,7 @@ def evaluate(home, *arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow  # the harness reads all of its tasks at every start
 def test_tasks_and_texts_of_the_tool_are_what_the_model_says(home):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     words = ("--tasks", "sums", "--task-files", home / "tasks", "--text", "text.txt", "--json")
@@ -148,11 +149,12 @@ def test_options_that_ask_for_nothing_are_refused(home, arguments, message):
     assert message in evaluate(home, *arguments, code=2)
 
 
-def test_what_the_harness_does_not_know_is_named(home):
+def test_a_task_is_what_the_model_says_and_an_unknown_one_is_named(home):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     from incr_ds.offline.tasks import evaluate_tasks
 
     checkpoint = open_source(home / "model")
+    assert evaluate_tasks(checkpoint, home / "model", ["sums"], home / "tasks")["sums"]["acc"] == 0.75
     with pytest.raises(ConfigError, match=r"--tasks: nothing: lm-eval knows [\d,]+ tasks, but .*tasks: sums"):
         evaluate_tasks(checkpoint, home / "model", ["nothing"], home / "tasks")
     with pytest.raises(ConfigError, match=r"--task-files .*nowhere: expected a folder of task files"):
