@@ -70,6 +70,8 @@ class LanguageModel(nn.Module):
         hidden = self.hidden_states(input_ids)  # [B, S, H]
         weights = {"alpha": alpha, "temperature": temperature, "divergence": divergence}
         parts: DistillationLoss = self.lm_head(hidden, labels, teacher_hidden, teacher_head, teacher=cached, **weights)
+        if not self.routing.is_mixture:
+            return parts
         return with_router_loss(parts, self.routing.take_mean(hidden), self._router_loss)
 
     def hidden_states(self, stream: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -90,8 +92,11 @@ class LanguageModel(nn.Module):
 
 
 def with_router_loss(parts: DistillationLoss, router: Tensor, factor: float) -> DistillationLoss:
-    """``parts`` with the router loss [1] added to the loss, times ``factor``."""
-    return parts._replace(loss=parts.loss + factor * router[0]) if factor else parts
+    """``parts`` with the router loss [1] added to the loss, times ``factor``.
+
+    Also if that is 0: a pipeline's stages wait for the gradient of what they sent.
+    """
+    return parts._replace(loss=parts.loss + factor * router[0])
 
 
 def _places(architecture: Architecture, layers: range) -> Iterator[tuple[str, TensorSpec]]:

@@ -33,8 +33,9 @@ class Router:
         probabilities = logits.float().softmax(dim=-1).mean(dim=0)
         return num_experts * (counts / len(logits) * probabilities).sum(), counts
 
-    def _keep(self, _: nn.Module, __: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        self._outputs = outputs
+    def _keep(self, gate: nn.Module, _: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        if gate.training:  # nobody takes those of an evaluation, or of a teacher
+            self._outputs = outputs
 
 
 class Routing:
