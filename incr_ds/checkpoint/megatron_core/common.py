@@ -13,8 +13,8 @@ from typing import Any
 from incr_ds.checkpoint.megatron_core.metadata import Stored, attributes
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.checkpoint.torch_file.plain import plain_content
-from incr_ds.checkpoint.torch_file.validate import damaged, is_archive, opened_archive
-from incr_ds.checkpoint.torch_file.walk import StandIn, WalkError
+from incr_ds.checkpoint.torch_file.validate import is_archive, named_damage, opened_archive
+from incr_ds.checkpoint.torch_file.walk import StandIn
 from incr_ds.config.json_file import read_json, refuse_pointer
 from incr_ds.errors import CheckpointError
 
@@ -47,17 +47,11 @@ def _content_of(path: Path) -> Any:
             f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another iteration."
         )
     refuse_pointer(path)
-    try:
+    with named_damage(path):
         if not is_archive(path):
             raise ValueError("not an archive of torch.save")
         with opened_archive(path) as archive:
             return plain_content(path, archive)
-    except CheckpointError:
-        raise
-    except WalkError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged pickle raises many kinds of errors
-        raise CheckpointError(damaged(path, error)) from error
 
 
 def check_format(folder: Path) -> None:

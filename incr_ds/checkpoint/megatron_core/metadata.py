@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from incr_ds.checkpoint.base import FLOATING
-from incr_ds.checkpoint.torch_file.validate import MOST_PICKLED, damaged
-from incr_ds.checkpoint.torch_file.walk import StandIn, Walker, WalkError
+from incr_ds.checkpoint.torch_file.validate import MOST_PICKLED, named_damage
+from incr_ds.checkpoint.torch_file.walk import StandIn, Walker
 from incr_ds.errors import CheckpointError
 
 FILE = ".metadata"
@@ -84,17 +84,11 @@ def read_metadata(folder: Path) -> Stored:
     size = path.stat().st_size
     if size > MOST_PICKLED:
         raise CheckpointError(f"{path}: {size:,} bytes, but at most {MOST_PICKLED:,} of a pickle are read.")
-    try:
+    with named_damage(path):
         walker = Walker(path.read_bytes())
         content = walker.content()
         _refuse_foreign(walker, path)
         return _stored(content, path)
-    except CheckpointError:
-        raise
-    except WalkError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged pickle raises many kinds of errors
-        raise CheckpointError(damaged(path, error)) from error
 
 
 def _refuse_foreign(walker: Walker, path: Path) -> None:

@@ -10,7 +10,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from incr_ds.checkpoint.megatron_core.flattened import Rectangle, part_of
 from incr_ds.checkpoint.megatron_core.metadata import Chunk, Place, StoredTensor
 from incr_ds.checkpoint.torch_file.extents import STORAGES, are_rows
 from incr_ds.checkpoint.torch_file.plain import plain_content
-from incr_ds.checkpoint.torch_file.validate import damaged, walk_archive
-from incr_ds.checkpoint.torch_file.walk import WalkError
+from incr_ds.checkpoint.torch_file.validate import named_damage, walk_archive
 from incr_ds.config.json_file import refuse_pointer
 from incr_ds.errors import CheckpointError
 
@@ -155,17 +154,8 @@ class Shards:
             archive = self._archive(place)
             return archive, walk_archive(self._folder / place.file, archive)[1]
 
-    @contextmanager
-    def _named_failures(self, place: Place) -> Iterator[None]:
-        path = self._folder / place.file
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except WalkError as error:
-            raise CheckpointError(f"{path}: at byte {place.offset}: {error}") from error
-        except Exception as error:  # a damaged archive raises many kinds of errors
-            raise CheckpointError(damaged(path, error)) from error
+    def _named_failures(self, place: Place) -> AbstractContextManager[None]:
+        return named_damage(self._folder / place.file, f"at byte {place.offset}: ")
 
     def _archive(self, place: Place) -> zipfile.ZipFile:
         descriptor = self._descriptor(place)

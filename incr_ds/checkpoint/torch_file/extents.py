@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from incr_ds.checkpoint.torch_file.checksums import record_extent
-from incr_ds.checkpoint.torch_file.validate import damaged, is_archive, opened_archive, walk_archive
-from incr_ds.checkpoint.torch_file.walk import REBUILDS, StandIn, WalkError
+from incr_ds.checkpoint.torch_file.validate import damaged, is_archive, named_damage, opened_archive, walk_archive
+from incr_ds.checkpoint.torch_file.walk import REBUILDS, StandIn
 from incr_ds.config.json_file import refuse_pointer
 from incr_ds.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def content_with_extents(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete. Copy the file back or use another one.")
     refuse_pointer(path)
-    try:
+    with named_damage(path):
         if not is_archive(path):
             raise ValueError("not an archive of torch.save")
         with opened_archive(path) as archive, open(path, "rb") as stream:
@@ -91,12 +91,6 @@ def content_with_extents(path: Path) -> Any:
                 if "/data/" in record.filename
             }
         return _Placed(path, {name: (found.start, found.stop) for name, found in extents.items()}).of(content)
-    except CheckpointError:
-        raise
-    except WalkError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged pickle raises many kinds of errors
-        raise CheckpointError(damaged(path, error)) from error
 
 
 def numbers(values: Iterator[Any]) -> Iterator[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,23 @@ def check_outline(path: Path) -> None:
     """Raise CheckpointError if a .pt file is not a plain archive, or if a tensor reaches beyond its own record."""
     if not is_archive(path):
         raise CheckpointError(_not_an_archive(path))
-    try:
+    with named_damage(path):
         with opened_archive(path) as archive:
             walk_archive(path, archive)
+
+
+@contextmanager
+def named_damage(path: Path, inside: str = "") -> Iterator[None]:
+    """Turn what a damaged or hostile pickle in ``path`` raises into a CheckpointError that names the file.
+
+    ``inside`` is the pickle's place in the file, if there are several.
+    """
+    try:
+        yield
     except CheckpointError:
         raise
     except WalkError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {inside}{error}") from error
     except Exception as error:  # a damaged pickle raises many kinds of errors
         raise CheckpointError(damaged(path, error)) from error
 
