@@ -23,11 +23,12 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow --timeout=1800
 
-# Kills, damaged files and bad input, an hour on two cores; then the soak, two hours. Fuzzing runs beside both for two hours.
+# Kills, damaged files and bad input, 40 minutes on two cores; then the soak, two hours. Fuzzing runs beside both, two hours.
 # Writes docs/results/faults.md.
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults/test_fuzzing.py -m soak --faults-report docs/results & fuzzing=$$!; \
-	$(BIN)/python -m pytest tests/faults -m "not soak" --timeout=5400 --faults-report docs/results; suite=$$?; \
+	$(BIN)/python -m pytest tests/faults -m "not soak" -n $(WORKERS) --dist worksteal \
+	  --timeout=5400 --faults-report docs/results; suite=$$?; \
 	$(BIN)/python -m pytest tests/faults/test_soak.py -m soak --faults-report docs/results; soak=$$?; \
 	wait $$fuzzing && exit $$((suite + soak))
 
