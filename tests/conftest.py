@@ -3,6 +3,8 @@
 import os
 import signal
 
+pytest_plugins = ["case_selection"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")

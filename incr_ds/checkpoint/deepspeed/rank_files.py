@@ -83,8 +83,11 @@ def open_ranks(folder: Path, architecture: Architecture, trust: bool) -> list[Mo
 def _rank_files(folder: Path) -> list[tuple[int, Path, tuple[Path, ...]]]:
     """(model-parallel rank, model file, optimizer files by data-parallel rank). Refuses gaps in the grid."""
     names = sorted(path.name for path in folder.iterdir())
-    if any(name.startswith("expp_rank_") or "_expert_" in name for name in names):
-        raise CheckpointError(f"{folder}: a mixture-of-experts checkpoint; only dense models are supported.")
+    if experts := [name for name in names if name.startswith("expp_rank_") or "_expert_" in name]:
+        raise CheckpointError(
+            f"{folder / experts[0]}: a file of DeepSpeed's own mixture-of-experts layers (deepspeed.moe), which cannot be "
+            "read. Load the checkpoint with the program that wrote it, and save the model as a Hugging Face folder."
+        )
     found = tag_files(names)
     # ZeRO-3 has a model file for each data-parallel rank, and the first one has all that is needed.
     models = {rank: name for (rank, data), name in found.zero_3_models.items() if data == 0} | dict(found.models)

@@ -174,6 +174,16 @@ def test_missing_model_file(damaged):
         open_source(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["layer_0_expert_1_mp_rank_00_model_states.pt", "expp_rank_0_mp_rank_00_optim_states.pt"]
+)
+def test_experts_of_deepspeeds_own_layers_are_refused(damaged, name: str):
+    folder = damaged("z1")
+    shutil.copy(folder / "step" / "mp_rank_00_model_states.pt", folder / "step" / name)
+    with pytest.raises(CheckpointError, match=rf"step/{name}: a file of DeepSpeed's own mixture-of-experts layers"):
+        open_source(folder)
+
+
 def test_truncated_shard(damaged):
     folder = damaged("z1")
     path = optimizer_file(folder, 0)
