@@ -146,7 +146,7 @@ class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pi
                 "ordinary tensor."
             )
         elif full == "builtins.bytearray" and any(isinstance(value, int) for value in arguments):
-            raise WalkError(f"its pickle reserves memory by a number. {_HOSTILE}")
+            _refuse_a_reservation(self)
 
     def _weight(self, value: Any) -> int:
         """Steps of walking through a value that is hashed or passed to a function."""
@@ -195,6 +195,11 @@ def _keys_first(code: bytes, first: int) -> None:
     Walker.dispatch[code[0]] = load
 
 
+def _refuse_a_reservation(_: Walker) -> None:
+    raise WalkError(f"its pickle reserves memory by a number. {_HOSTILE}")
+
+
+Walker.dispatch[pickle.BYTEARRAY8[0]] = _refuse_a_reservation  # Python's fills the stated size before it reads
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
     _then_weighed(_code)
 for _code in (pickle.SETITEMS, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET):  # the keys are above a mark

@@ -190,6 +190,7 @@ HOSTILE = {
     "a hundred thousand entries": (r"more than 32,768 entries", b"]" * 100_000),
     "two thousand names": (r"names more than 1000 globals", *(b"ca%d\nb\n0" % number for number in range(2000)), b"N"),
     "memory by a number": (r"reserves memory by a number", b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R"),
+    "memory by a length": (r"reserves memory by a number", b"\x96" + (1 << 40).to_bytes(8, "little") + b"abc"),
     "a tensor by its size": (
         r"contains the result of torch\.FloatTensor",
         b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R",
