@@ -6,6 +6,7 @@ import pytest
 from fault_runs import curve, newest, run_content, train_each, write_material
 from token_data import write_random_documents
 
+from incr_ds.testing.memory import SMALL
 from incr_ds.testing.processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,9 @@ def world(tmp_path_factory):
     material = write_material(folder / "material")
     (folder / "other").mkdir()
     write_random_documents(folder / "other", documents=50, length=50)
+    (folder / "tokenizer").mkdir()
+    last = SMALL["vocab"] - 1
+    write_random_documents(folder / "tokenizer", documents=60, length=50, number=lambda tokens: last - tokens)
     runs = [content_of(material, folder / name, end) for name, end in (("base", 6), ("whole", 9))]
     assert run_processes(train_each, 1, runs) == [[None, None]]
     return folder
@@ -31,7 +35,10 @@ def world(tmp_path_factory):
 def changes_of(folder):
     """What is changed, and what the message must name."""
     validation = str(folder / "material" / "x_validation_text_document")
-    other = {"train": [{"prefix": str(folder / "other" / "x_train_text_document")}], "validation": validation}
+    other, renumbered = (
+        {"train": [{"prefix": str(folder / name / "x_train_text_document")}], "validation": validation}
+        for name in ("other", "tokenizer")
+    )
     batch = {"sequence_length": 16, "micro_batch_size": 1, "global_batch_size": 4}
     return {
         "seed": ({"seed": 6}, "seed: 5 there, 6 in this run file"),
@@ -39,6 +46,7 @@ def changes_of(folder):
         "global batch": ({"batch": batch | {"global_batch_size": 2}}, "batch.global_batch_size"),
         "precision": ({"precision": "bf16"}, "precision: fp32 there, bf16"),
         "data": ({"data": other}, "data.train"),
+        "the tokenizer of the data": ({"data": renumbered}, "data.train"),
         "multipliers": ({"optimizer": {"multipliers": "none"}}, "optimizer.multipliers"),
         "frozen tensors": (
             {"model": {"config": str(folder / "material" / "config.json"), "freeze": ["*norm*"]}},

@@ -48,6 +48,7 @@ def difference(family, target, tied=False, length=17, **recipe):
     return relative_difference(source, grown_model(grown), length=length)
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("new", ["zero-output", "copy"])
@@ -56,6 +57,7 @@ def test_everything_at_once(fp64_norms, family: str, tied: bool, new):
     assert difference(family, everything(family), tied, width=width) <= 1e-12
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("hidden", ["auto", "isometric", "zero", "zero-scaled-eps", "mean", "centred", "integer"])
 @pytest.mark.parametrize("family", unlike(OTHERS))
@@ -89,6 +91,7 @@ def test_hidden_of_every_other_family(fp64_norms, family: str, hidden, tied: boo
         )
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("method", "hidden"), [("integer", 192), ("integer", 288), ("isometric", 102), ("isometric", 222), ("zero", 144)]
@@ -156,6 +159,7 @@ def test_query_heads_under_one_norm(fp64_norms, family: str, new, heads):
         assert difference(family, target, True, width={"heads": {"new": new}, "order": "drawn"}) <= 1e-12
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize(
@@ -320,6 +324,7 @@ def test_new_tokens_leave_the_old_ones_logits(fp64_norms, family: str, tied: boo
     torch.testing.assert_close(rows[101:], rows[:101].mean(dim=0).expand(17, -1))
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "granite", "smollm3"])
@@ -425,6 +430,7 @@ def test_another_scaling_of_rotary_positions_keeps_the_base_and_says_that_the_fu
     assert plan_growth(architecture, same).function_preserving
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("new", ["zero-output", "identity"])
 @pytest.mark.parametrize("layers", [4, 6, 7])

@@ -83,6 +83,7 @@ def test_triton_equals_the_reference(settings, divergence):
 CAPS = [{"softcap": 2.0}, {"teacher_softcap": 3.0}, {"softcap": 4.0, "teacher_softcap": 3.0}]
 
 
+@pytest.mark.default_run("pairs")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("caps", CAPS, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton", "recompute"])

@@ -15,9 +15,13 @@ def write_documents(prefix, documents, dtype=np.uint16):
     return str(prefix)
 
 
-def write_random_documents(folder, documents, length):
-    """Write x_train and x_validation below ``folder``, of tokens drawn over the vocabulary of SMALL."""
+def write_random_documents(folder, documents, length, number=lambda token: token):
+    """Write x_train and x_validation below ``folder``, of tokens drawn over the vocabulary of SMALL.
+
+    ``number`` gives the id of each drawn token, as a tokenizer does.
+    """
     generator = np.random.default_rng(0)
     for name in ("train", "validation"):
-        drawn = [generator.integers(0, SMALL["vocab"], length).tolist() for _ in range(documents)]
+        drawn = [generator.integers(0, SMALL["vocab"], length) for _ in range(documents)]
+        drawn = [number(tokens).tolist() for tokens in drawn]
         write_documents(folder / f"x_{name}_text_document", drawn)
