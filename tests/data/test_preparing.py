@@ -336,6 +336,7 @@ print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SE
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(home):
     """Peak MiB of the reader and of its workers, for 1 and for 12 MB of text. All tokens in memory would take 150 MB more."""
     peaks = []

@@ -87,6 +87,7 @@ def test_forty_adamw_steps_are_the_sources(fp64_norms, family: str, tied: bool):
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-12
 
 
+@pytest.mark.default_run("values")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", sorted(families()))
 def test_gradients_of_copies_follow_the_rule(fp64_norms, family: str, tied: bool):

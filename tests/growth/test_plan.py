@@ -286,6 +286,7 @@ def test_per_layer_fields_follow_the_layer_map():
     assert plan.target.config["layer_types"] == [kinds[layer] for layer in (0, 0, 1, 1, 2)]
 
 
+@pytest.mark.default_run("values")
 @pytest.mark.parametrize("optimizer", ["rescale", "copy", "reset-new", "reset"])
 @pytest.mark.parametrize("family", sorted(families()))
 def test_unchanged_tensors_are_what_the_arithmetic_gives(family: str, optimizer):
