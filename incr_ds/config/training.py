@@ -46,6 +46,9 @@ class ModelSettings(Settings):
     """Whether to keep the checkpoint's optimizer state."""
     attention: Literal["sdpa", "eager", "cudnn"] = "sdpa"
     """Attention's implementation. cudnn is sdpa that tries cuDNN's kernel first."""
+    experts: Literal["auto", "grouped", "eager"] = "auto"
+    """How a mixture's experts are multiplied: by one grouped product per layer, or one after the other. auto groups where the
+    sizes allow it."""
     layer_kernels: Literal["transformers", "liger"] = "transformers"
     """Who computes norms, gated FFNs and rotary positions. liger needs CUDA."""
     activation_checkpointing: bool = False

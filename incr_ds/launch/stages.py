@@ -32,6 +32,8 @@ from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
 from incr_ds.launch.balance import placed
 from incr_ds.launch.deepspeed_config import deepspeed_config
+from incr_ds.launch.model_states import ELEMENT
+from incr_ds.sharding.expert_products import grouped_experts
 from incr_ds.sharding.optimizer_groups import group_count, set_apart
 from incr_ds.sharding.placement import check_layout
 
@@ -204,6 +206,7 @@ def check_stage(stage: Stage) -> None:
     check_trainable(architecture)
     check_layout(architecture, run.layout)
     router_factor(run.loss, architecture)
+    grouped_experts(run.model.experts, architecture, run.layout.tensor_parallel, ELEMENT[run.precision])
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     frozen = frozen_tensors(architecture, run.model.freeze)
     follows = run.optimizer.multipliers == "checkpoint"

@@ -167,4 +167,5 @@ def _factory(
         request.document_end,
         request.router_loss,
         shared,
+        settings.experts if architecture is request.architecture or settings.experts == "eager" else "auto",
     )

@@ -23,6 +23,7 @@ from incr_ds.model.sequence_parallel import ONE_RANK, SequenceRanks, shared_atte
 from incr_ds.model.tensor_parallel import TensorRanks, cut_experts, cut_linears, sum_partial_gradients
 from incr_ds.model.weights import Weights
 from incr_ds.sharding.blocks import RankParameter
+from incr_ds.sharding.expert_products import ExpertProducts, grouped_experts
 from incr_ds.sharding.joined import JoinedParameter, joined_parameters
 from incr_ds.sharding.placement import rank_parameters, split_bounds
 
@@ -39,7 +40,7 @@ class LayerFactory:
     """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
 
     With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``router_loss`` is
-    the factor of a mixture's router loss. ``sequence_ranks`` share each sample.
+    the factor of a mixture's router loss. ``sequence_ranks`` share each sample. ``experts`` is how a mixture's are multiplied.
     """
 
     architecture: Architecture
@@ -53,6 +54,7 @@ class LayerFactory:
     document_end: int | None = None
     router_loss: float = 0.0
     sequence_ranks: SequenceRanks = ONE_RANK
+    experts: ExpertProducts = "auto"
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -61,7 +63,8 @@ class LayerFactory:
         config = AutoConfig.for_model(self.architecture.family.model_type, **fields)
         config._attn_implementation = transformers_attention(self.attention)
         if self.architecture.family.joined:
-            config._experts_implementation = "eager"  # transformers' grouped products refuse some sizes
+            grouped = grouped_experts(self.experts, self.architecture, self.ranks.size, self.dtype.itemsize)
+            config._experts_implementation = "grouped_mm" if grouped else "eager"
         return config
 
     @cached_property
