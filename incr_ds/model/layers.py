@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,7 +39,8 @@ class LayerFactory:
     """Builds fresh layers of one model for one rank, in ``dtype`` on ``device``.
 
     With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``router_loss`` is
-    the factor of a mixture's router loss. ``sequence_ranks`` share each sample.
+    the factor of a mixture's router loss. ``sequence_ranks`` share each sample. ``partition`` is called with each module as
+    soon as it has its values.
     """
 
     architecture: Architecture
@@ -53,6 +54,7 @@ class LayerFactory:
     document_end: int | None = None
     router_loss: float = 0.0
     sequence_ranks: SequenceRanks = ONE_RANK
+    partition: Callable[[nn.Module], None] | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -123,7 +125,10 @@ class LayerFactory:
         weight = shared if shared is not None else self._parameter(shard)
         # DeepSpeed's gradient norm reads this attribute, to count a cut tensor on every tensor rank.
         vars(weight)["tensor_model_parallel"] = self.ranks.group is not None
-        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
+        head = DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
+        if self.partition is not None:
+            self.partition(head)
+        return head
 
     @cached_property
     def _experts(self) -> Mapping[str, JoinedParameter]:
@@ -161,6 +166,8 @@ class LayerFactory:
             filled.__dict__.update(empty.__dict__)
             setattr(holder.get_submodule(owner), attribute, filled)
         sum_partial_gradients(holder, specs, self.ranks)
+        if self.partition is not None:
+            self.partition(holder)
         return holder
 
     def _parameter(self, shard: RankParameter) -> nn.Parameter:
