@@ -16,7 +16,7 @@ from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Block, RankParameter
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
-SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2}
+SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2, "momentum_buffer": -1}
 _COMPARED_ELEMENTS = 1 << 18
 _SHOWN = 10
 

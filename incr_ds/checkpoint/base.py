@@ -15,8 +15,9 @@ from incr_ds.arch.architecture import Architecture
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
 
-State = Literal["weight", "exp_avg", "exp_avg_sq"]
-STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")
+State = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer"]
+STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")  # where Adam trains everything
+MUON_STATES: tuple[State, ...] = (*STATES, "momentum_buffer")  # where Muon trains some tensors
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class CheckpointFacts:
     ``files`` its files. ``no_moments`` is the reason why an existing optimizer state cannot be used, if so. ``dtype`` is
     that of the run's weights (None: the format does not state it). ``optimizer_groups`` are the optimizer's hyperparameters
     group by group, ``frozen`` the tensors that were not trained, and ``recorded`` the counters of the run. ``stages`` are the
-    decoder layers of each pipeline stage (empty without a pipeline, or if the files do not show them).
+    decoder layers of each pipeline stage (empty without a pipeline, or if the files do not show them). ``momentum`` are the
+    tensors that Muon trains: they have a momentum_buffer, and all others Adam's moments.
     """
 
     path: Path
@@ -59,6 +61,12 @@ class CheckpointFacts:
     notes: tuple[str, ...] = ()
     recorded: Counters = Counters()
     stages: tuple[int, ...] = ()
+    momentum: frozenset[str] = frozenset()
+
+    def states_of(self, name: str) -> tuple[State, ...]:
+        """Those of ``states`` that one tensor has."""
+        others = ("exp_avg", "exp_avg_sq") if name in self.momentum else ("momentum_buffer",)
+        return tuple(state for state in self.states if state not in others)
 
 
 class LogicalCheckpoint(Protocol):

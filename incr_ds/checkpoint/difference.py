@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from incr_ds.checkpoint.base import STATES, LogicalCheckpoint, State, row_portions
+from incr_ds.checkpoint.base import MUON_STATES, LogicalCheckpoint, State, row_portions
 
 _ELEMENTS = 1 << 20  # compared at once
 
@@ -33,7 +33,7 @@ def differences(first: LogicalCheckpoint, second: LogicalCheckpoint) -> Iterator
     Values are compared a portion at a time, in fp32 or more. A state that only one of the two has is reported once for the
     whole checkpoint, as tensor ``*``.
     """
-    for state in STATES:
+    for state in MUON_STATES:
         held = [state in checkpoint.facts.states for checkpoint in (first, second)]
         if held[0] != held[1]:
             yield Difference("*", state, "only in the first" if held[0] else "only in the second")
@@ -44,8 +44,14 @@ def differences(first: LogicalCheckpoint, second: LogicalCheckpoint) -> Iterator
 def _state_differences(first: LogicalCheckpoint, second: LogicalCheckpoint, state: State) -> Iterator[Difference]:
     ours, theirs = first.architecture.by_name, second.architecture.by_name
     for name in dict.fromkeys([*ours, *theirs]):
-        if name not in theirs or name not in ours:
-            yield Difference(name, state, "only in the first" if name in ours else "only in the second")
+        held = [
+            name in known and state in checkpoint.facts.states_of(name)
+            for known, checkpoint in ((ours, first), (theirs, second))
+        ]
+        if held == [False, False]:
+            continue
+        if held[0] != held[1]:
+            yield Difference(name, state, "only in the first" if held[0] else "only in the second")
         elif ours[name].shape != theirs[name].shape:
             yield Difference(name, state, f"shape {list(ours[name].shape)} and {list(theirs[name].shape)}")
         elif (found := _compare(first, second, name, state)) is not None:

@@ -32,7 +32,7 @@ class Extent(TypedDict):
     """A range of bytes that holds elements of a tensor's weight or moment."""
 
     tensor: str
-    state: Literal["weight", "exp_avg", "exp_avg_sq"]
+    state: Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer"]
     offset: Size
     bytes: Size
     xxh3: Hash

@@ -73,6 +73,7 @@ def _inspect(folder: Path, tag: str | None, config: Path | None, trust: bool, js
                 "tensors": {spec.name: list(spec.shape) for spec in architecture.tensors},
                 "states": list(facts.states),
                 "no_moments": facts.no_moments,
+                "momentum": sorted(facts.momentum),
                 "step": facts.step,
                 "dtype": facts.dtype,
                 "optimizer_groups": [dict(group) for group in facts.optimizer_groups],

@@ -116,6 +116,7 @@ def checkpoint_table(checkpoint: LogicalCheckpoint) -> Table:
         "layout": _layout_text(checkpoint),
         **({"layers per stage": ", ".join(map(str, facts.stages))} if facts.stages else {}),
         "states": ", ".join(facts.states) + (f" ({facts.no_moments})" if facts.no_moments else ""),
+        **({"trained by Muon": f"{len(facts.momentum)} tensors, with momentum_buffer alone"} if facts.momentum else {}),
         "optimizer step": "none" if facts.step is None else str(facts.step),
         **({} if facts.dtype is None else {"dtype": facts.dtype}),
         **({"frozen": ", ".join(facts.frozen)} if facts.frozen else {}),

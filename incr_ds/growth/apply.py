@@ -35,9 +35,9 @@ class GrownTensors:
     def read(self, name: str, state: State, bounds: Bounds) -> torch.Tensor:
         """Read the part of a grown tensor within ``bounds`` (start, stop per dimension), in at least fp32.
 
-        ``exp_avg`` and ``exp_avg_sq`` follow the recipe's ``optimizer``. ``rescale`` scales them as the gradient scales
-        (exp_avg_sq by the square). ``reset-new`` does so for the first copy of everything and resets the rest. ``copy``
-        copies them. ``reset`` gives zeros.
+        Moments follow the recipe's ``optimizer``. ``rescale`` scales them as the gradient scales (exp_avg_sq by the square;
+        exp_avg and Muon's momentum_buffer are sums of gradients). ``reset-new`` does so for the first copy of everything and
+        resets the rest. ``copy`` copies them. ``reset`` gives zeros.
         """
         tensor = self.plan.tensors[name]
         reset = state != "weight" and self.plan.recipe.optimizer == "reset"

@@ -20,10 +20,10 @@ def gradient_norm_ratio(plan: GrowthPlan, source: LogicalCheckpoint) -> float | 
     The plan gives the factors of a gradient's entries, and Adam their size in the source: exp_avg_sq is the mean of their
     squares. In a new layer that writes nothing, only entries that start at zero have a gradient, which is counted as in the
     layer that it copies. Entries that copy nothing are not counted. None if nothing grows, if the target does not compute
-    the source's function or has a new router, and if the source has taken no step. Reads every exp_avg_sq once for each
-    tensor that copies it.
+    the source's function or has a new router, and if the source has taken no step or Muon trains some of its tensors. Reads
+    every exp_avg_sq once for each tensor that copies it.
     """
-    known = plan.grows and plan.function_preserving and plan.experts is None
+    known = plan.grows and plan.function_preserving and plan.experts is None and not source.facts.momentum
     if not known or not source.facts.step or "exp_avg_sq" not in source.facts.states:
         return None
     before = sum(

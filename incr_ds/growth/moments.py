@@ -1,4 +1,4 @@
-"""Grown moments of Adam: scaled as the gradient scales, and reset where nothing is copied."""
+"""Grown moments of Adam, and Muon's momentum: scaled as the gradient scales, and reset where nothing is copied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GrownMoments:
 
     def read(self, tensor: TensorPlan, state: State, bounds: Bounds) -> torch.Tensor:
         """Read the part of a grown moment within ``bounds``, in at least fp32."""
-        if tensor.new_layer and state == "exp_avg":
+        if tensor.new_layer and state != "exp_avg_sq":
             return torch.zeros([stop - start for start, stop in bounds])
         gathered = self._slices.gather(tensor, state, bounds)
         factors = [self._moment_factor(tensor, d, state) for d in range(len(bounds))]

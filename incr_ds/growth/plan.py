@@ -14,7 +14,7 @@ import numpy as np
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.multipliers import Multipliers, rounded_multipliers
 from incr_ds.arch.tensors import READS, TensorSpec
-from incr_ds.checkpoint.base import STATES, State
+from incr_ds.checkpoint.base import CheckpointFacts, State
 from incr_ds.config.growth import GrowthRecipe
 from incr_ds.growth.axis import FRESH, AxisGrowth, AxisUse, Fill, Vector, identity
 from incr_ds.growth.depth import LayerSource
@@ -89,17 +89,17 @@ class GrowthPlan:
         used = {name for plan in self.tensors.values() for name in (plan.source, plan.above, *dict(plan.mix))}
         return tuple(spec.name for spec in self.source.stored if spec.name not in used)
 
-    @property
-    def reads(self) -> tuple[tuple[str, State], ...]:
-        """The source tensors and moments that the target's files are made from."""
-        weights = self.recipe.optimizer == "reset" or self.recipe.layout.format == "huggingface"
-        return self.reads_of(STATES[:1] if weights else STATES)
-
-    def reads_of(self, states: tuple[State, ...]) -> tuple[tuple[str, State], ...]:
-        """Every source tensor that a target tensor is made from, in each of ``states``."""
-        dropped = set(self.dropped)
+    def reads(self, source: CheckpointFacts, *, with_moments: bool) -> tuple[tuple[str, State], ...]:
+        """The tensors of ``source``, and their moments, that the target is made from. A reset optimizer needs no moments."""
+        dropped, weights = set(self.dropped), self.recipe.optimizer == "reset" or not with_moments
         names = [spec.name for spec in self.source.stored if spec.name not in dropped]
-        return tuple((name, state) for name in names for state in states)
+        return tuple((name, state) for name in names for state in source.states_of(name)[: 1 if weights else None])
+
+    def momentum(self, source: CheckpointFacts) -> frozenset[str]:
+        """The target's tensors whose state is Muon's momentum, as it is in ``source``."""
+        if self.recipe.optimizer == "reset":
+            return frozenset()
+        return frozenset(name for name, tensor in self.tensors.items() if tensor.source in source.momentum)
 
     def index(self, spec: TensorSpec, dimension: int) -> np.ndarray:
         """Source position of each target position along a dimension, or FRESH."""
@@ -169,6 +169,27 @@ class GrowthPlan:
         lr = plan.scale * float(np.prod([_mean_of_copied(vector) for vector in self._values(plan)]))
         eps = plan.gradient * float(np.prod([_mean_of_copied(vector) for vector in self._gradients(plan)]))
         return rounded_multipliers(lr, eps)
+
+    def muon_multipliers(self, name: str) -> Multipliers:
+        """The multipliers of a matrix that Muon trains.
+
+        A matrix whose rows are a times its source's, and its columns b times, has orthogonal factors that are a and b times
+        the source's, each divided by the root of the summed squares over the copies of a position. So Muon's step is the
+        source's if the rate is multiplied by these roots (their means over the positions), and divided by the change of the
+        factor that Muon itself takes from the matrix's shape. Muon's step does not depend on the gradient's size.
+        """
+        plan = self.tensors[name]
+        sizes = [self._copied_size(plan, dimension) for dimension in range(2)]
+        shapes = (self.source.by_name[plan.source].shape, plan.target.shape)
+        before, after = (sqrt(max(1.0, rows / columns)) for rows, columns in shapes)
+        return rounded_multipliers(plan.scale * sizes[0] * sizes[1] * before / after, 1.0)
+
+    def _copied_size(self, plan: TensorPlan, dimension: int) -> float:
+        """The root of the summed squares of the factors of a source position's copies, averaged over the positions."""
+        index, factors = self.index(plan.target, dimension), self.value(plan.target, dimension)
+        copied = index != FRESH
+        squares = np.bincount(index[copied], weights=factors[copied] ** 2)
+        return float(np.sqrt(squares[squares > 0]).mean())
 
     def _values(self, plan: TensorPlan) -> list[Vector]:
         return [self.value(plan.target, dimension) for dimension in range(len(plan.target.dims))]

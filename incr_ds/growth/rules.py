@@ -233,6 +233,32 @@ def _has_moments(facts: CheckpointFacts, recipe: GrowthRecipe) -> str | None:
 MOMENT_RULES = (_has_moments,)
 
 
+def _momentum_has_a_place(facts: CheckpointFacts, recipe: GrowthRecipe) -> str | None:
+    if recipe.optimizer == "reset" or not facts.momentum:
+        return None
+    layout = recipe.layout
+    fits = {
+        "format": ("deepspeed",),
+        "modules": ("own",),
+        "zero_stage": (1, 2),
+        "tensor_parallel": (1,),
+    }
+    wrong = [
+        f"layout.{key}: {getattr(layout, key)}" for key, values in fits.items() if getattr(layout, key) not in values
+    ]
+    if not wrong:
+        return None
+    return (
+        f"{wrong[0]}: the source's momentum_buffer, of {len(facts.momentum)} tensors that Muon trains, can be written in "
+        "DeepSpeed's own format with ZeRO-1 and 2 and whole tensors; set optimizer: reset, which leaves it out, or format: "
+        "deepspeed, modules: own, zero_stage: 1 and tensor_parallel: 1."
+    )
+
+
+# Facts: as above. A growth that is written to files needs a format that has a place for all moments.
+WRITING_RULES = (*MOMENT_RULES, _momentum_has_a_place)
+
+
 def refuse_inexact(recipe: GrowthRecipe, inexact: Sequence[str], where: str) -> None:
     """Raise GrowthError if the recipe requires the source's function and there are reasons why it is not kept."""
     if recipe.function_preserving == "required" and inexact:

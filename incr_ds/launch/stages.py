@@ -210,25 +210,15 @@ def check_stage(stage: Stage) -> None:
     check_context(architecture, run.batch.sequence_length, "batch.sequence_length")
     frozen = frozen_tensors(architecture, run.model.freeze)
     follows = run.optimizer.multipliers == "checkpoint"
-    multipliers = {} if stage.plan is None else grown_multipliers(stage.plan, {})
+    apart = set_apart(run.optimizer.name, architecture)
+    multipliers = {}
+    if stage.plan is not None:
+        multipliers = grown_multipliers(stage.plan, {}, set_apart(run.optimizer.name, stage.plan.source))
     if not follows:
         multipliers = marks_only(multipliers)
     if run.optimizer.new_parameters is None:
         multipliers = without_marks(multipliers)
-    apart = set_apart(run.optimizer.name, architecture)
     group_count(architecture, run.layout, multipliers, frozen, apart)
-    if stage.plan is not None:
-        origin = run.model.initialize_from
-        check_muon_growth(run, stage.plan.recipe, origin.recipe if isinstance(origin, GrowthStart) else "the recipe")
-
-
-def check_muon_growth(run: RunSettings, recipe: GrowthRecipe, where: str) -> None:
-    """Raise ConfigError if a run with Muon would begin with a growth's moments, which Muon has no use for."""
-    if run.optimizer.name == "muon" and run.model.load_optimizer and recipe.optimizer != "reset":
-        raise ConfigError(
-            f"{where}: optimizer: {recipe.optimizer}: only Adam's moments can be grown, and with optimizer.name: muon the "
-            "optimizer starts anew after a growth; set optimizer: reset in the recipe."
-        )
 
 
 def check_new_parameters(run: RunSettings, stages: Sequence[Stage], start: Mapping[str, Multipliers]) -> None:

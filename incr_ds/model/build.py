@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -23,6 +24,7 @@ from incr_ds.losses.head import Loss
 from incr_ds.model.attention import check_attention, check_capped_scores
 from incr_ds.model.layers import LayerFactory
 from incr_ds.model.liger import use_liger
+from incr_ds.model.partitioning import Partitioning
 from incr_ds.model.pipeline import StagedLanguageModel
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.sequence_parallel import SequenceRanks, sequence_ranks
@@ -49,7 +51,8 @@ class ModelRequest:
     """What to build: the student, its initial weights, an optional teacher, their layout and how they compute.
 
     ``dtype`` is the dtype of parameters and activations. The teacher is put on ``device``; the engine moves the student.
-    ``document_end`` and ``router_loss`` are LayerFactory's. ``sequence_parallel`` ranks share each sample.
+    ``document_end`` and ``router_loss`` are LayerFactory's. ``sequence_parallel`` ranks share each sample. ``zero3`` is the
+    engine's config if its ZeRO-3 shall cut the student as it is built.
     """
 
     architecture: Architecture
@@ -63,6 +66,7 @@ class ModelRequest:
     document_end: int | None = None
     router_loss: float = 0.0
     sequence_parallel: int = 1
+    zero3: Mapping[str, Any] | None = None
 
 
 def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss], None]) -> RankModel:
@@ -82,6 +86,9 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
     stage = grid.get_stage_id()
     teacher = _build_teacher(request, ranks, shared, stage)
     factory = _factory(request, request.architecture, request.weights, ranks, shared, torch.device("cpu"))
+    if request.zero3 is not None:
+        partitioning = Partitioning(request.zero3, request.dtype, request.device, grid)
+        factory = replace(factory, partition=partitioning.cut)
     if request.layout.pipeline_parallel == 1:
         module = LanguageModel(factory, range(request.architecture.num_layers + 3))
     else:
@@ -94,7 +101,8 @@ def build_rank_model(request: ModelRequest, observe: Callable[[DistillationLoss]
 
 def check_parameters(module: nn.Module, shards: tuple[RankParameter, ...]) -> None:
     """Raise LayoutError unless ``module`` has exactly the parameters of ``shards``: names, shapes and order."""
-    found = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+    # ZeRO-3 keeps the shape of what it has cut.
+    found = [(name, tuple(getattr(one, "ds_shape", one.shape))) for name, one in module.named_parameters()]
     expected = [(shard.parameter, shard.shape) for shard in shards]
     if found == expected:
         return

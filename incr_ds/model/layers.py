@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +41,7 @@ class LayerFactory:
 
     With ``document_end``, the token that ends a document, attention and positions begin anew behind it. ``router_loss`` is
     the factor of a mixture's router loss. ``sequence_ranks`` share each sample. ``experts`` is how a mixture's are multiplied.
+    ``partition`` is called with each module as soon as it has its values.
     """
 
     architecture: Architecture
@@ -55,6 +56,7 @@ class LayerFactory:
     router_loss: float = 0.0
     sequence_ranks: SequenceRanks = ONE_RANK
     experts: ExpertProducts = "auto"
+    partition: Callable[[nn.Module], None] | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -126,7 +128,10 @@ class LayerFactory:
         weight = shared if shared is not None else self._parameter(shard)
         # DeepSpeed's gradient norm reads this attribute, to count a cut tensor on every tensor rank.
         vars(weight)["tensor_model_parallel"] = self.ranks.group is not None
-        return DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
+        head = DistillationHead(weight, self.ranks.group, shard.bounds[0][0], shard.tensor.shape[0], self.loss)
+        if self.partition is not None:
+            self.partition(head)
+        return head
 
     @cached_property
     def _experts(self) -> Mapping[str, JoinedParameter]:
@@ -164,6 +169,8 @@ class LayerFactory:
             filled.__dict__.update(empty.__dict__)
             setattr(holder.get_submodule(owner), attribute, filled)
         sum_partial_gradients(holder, specs, self.ranks)
+        if self.partition is not None:
+            self.partition(holder)
         return holder
 
     def _parameter(self, shard: RankParameter) -> nn.Parameter:

@@ -48,5 +48,5 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
 def source_training(folder: Path, facts: CheckpointFacts) -> Trained:
     """What a source's checkpoint, and its manifest if it has one, state about its training."""
     known = read_manifest(folder)["facts"] if (folder / MANIFEST).is_file() else {}
-    groups = [without_multipliers(group) for group in facts.optimizer_groups]
+    groups = [without_multipliers(group) for group in facts.optimizer_groups if not group.get("use_muon")]
     return Trained(known.get("settings", {}), groups if facts.step else (), bool(facts.frozen))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,10 +33,11 @@ class GrownCheckpoint:
         self.plan, self.multipliers = plan, multipliers
         self._source, self._grown = source, GrownTensors(plan, source)
         self.architecture = plan.target
-        reset = plan.recipe.optimizer == "reset"
-        kind = f"{source.facts.kind}, grown on load"
-        step = 0 if reset else source.facts.step
-        self.facts = replace(source.facts, kind=kind, states=STATES, step=step, layout={}, no_moments=None)
+        kind, facts = f"{source.facts.kind}, grown on load", source.facts
+        states, step = (STATES[:1], 0) if plan.recipe.optimizer == "reset" else (facts.states, facts.step)
+        frozen = tuple(name for name, tensor in plan.tensors.items() if tensor.source in facts.frozen)
+        own: dict[str, Any] = {"momentum": plan.momentum(facts), "frozen": frozen, "layout": {}, "no_moments": None}
+        self.facts = replace(facts, kind=kind, states=states, step=step, **own)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one grown tensor, at least fp32."""
@@ -49,10 +51,9 @@ class GrownCheckpoint:
 
         Checks every ``shares``-th tensor, from number ``share`` on, so that ranks can divide the work.
         """
-        states = STATES if with_moments and self.plan.recipe.optimizer != "reset" else STATES[:1]
         otherwise = "tools/grow_checkpoint.py --allow-nonfinite grows this one as it is, into a folder to start from"
         watched = FiniteCheckpoint(self._source, otherwise=otherwise)
-        watched.look_at(self.plan.reads_of(states)[share::shares])
+        watched.look_at(self.plan.reads(self._source.facts, with_moments=with_moments)[share::shares])
 
     def self_check(self) -> Iterator[str]:
         """Run the source's own check."""
@@ -65,4 +66,5 @@ def open_grown(source: Path, recipe: Path, tag: str | None = None) -> tuple[Grow
     opened = open_described(source, tag)
     refuse(MOMENT_RULES, str(opened.facts.path), opened.facts, settings)
     plan = plan_growth(opened.architecture, settings, str(recipe))
-    return GrownCheckpoint(plan, opened, grown_multipliers(plan, read_multipliers(source))), settings
+    multipliers = grown_multipliers(plan, read_multipliers(source), opened.facts.momentum)
+    return GrownCheckpoint(plan, opened, multipliers), settings

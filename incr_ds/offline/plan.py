@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from incr_ds.arch.multipliers import Multipliers, multipliers_text, read_multipliers, without_multipliers
-from incr_ds.checkpoint.base import LogicalCheckpoint
+from incr_ds.checkpoint.base import CheckpointFacts, LogicalCheckpoint, State
 from incr_ds.checkpoint.companions import tokenizer_files
 from incr_ds.checkpoint.deepspeed.releases import TESTED, needs_bare_states
 from incr_ds.checkpoint.deepspeed.writer import ADAMW_DEFAULTS, NativeTarget, native_files
@@ -31,7 +31,7 @@ from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
 from incr_ds.growth.plan import GrowthPlan
 from incr_ds.growth.planner import plan_growth
-from incr_ds.growth.rules import MOMENT_RULES, refuse
+from incr_ds.growth.rules import WRITING_RULES, refuse
 from incr_ds.offline.memory_budget import anonymous_bytes, portion_elements
 from incr_ds.sharding.megatron_modules import check_modules, modules_of, padded_vocabulary
 from incr_ds.sharding.placement import check_layout
@@ -90,6 +90,11 @@ class PlannedGrowth:
         return (*self.plan.notes, *facts.notes, *_frozen_note(facts.frozen))
 
     @property
+    def reads(self) -> tuple[tuple[str, State], ...]:
+        """The source tensors and moments that the target's files are made from."""
+        return self.plan.reads(self.source.facts, with_moments=self.plan.recipe.layout.format != "huggingface")
+
+    @property
     def portion(self) -> int:
         """Number of elements that each worker reads at once. Raises ConfigError if the memory budget is too small."""
         rows = [spec.shape[-1] for model in (self.plan.source, self.plan.target) for spec in model.stored]
@@ -122,14 +127,14 @@ def plan_request(request: GrowthRequest) -> PlannedGrowth:
 def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: GrowthRecipe) -> PlannedGrowth:
     """Plan the growth of an opened source, and the files of the recipe's layout."""
     plan = plan_growth(source.architecture, recipe, str(request.recipe))
-    multipliers = grown_multipliers(plan, read_multipliers(request.source))
+    multipliers = grown_multipliers(plan, read_multipliers(request.source), source.facts.momentum)
     layout = recipe.layout
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
     if layout.format != "torch_dist":
         _check_layout(plan, str(request.recipe))
-    refuse(MOMENT_RULES, str(source.facts.path), source.facts, recipe)
+    refuse(WRITING_RULES, str(source.facts.path), source.facts, recipe)
     dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
     if layout.format == "torch_dist":
         files = megatron_core_files(_megatron_core_target(source, plan, dtype), f"{request.recipe}: layout")
@@ -160,7 +165,16 @@ def _native_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dty
     global_steps = source.facts.recorded.global_steps or 0
     step, groups = _step(source, plan), _groups(source)
     target = NativeTarget(plan.target, plan.recipe.layout, dtype, TAG, step, global_steps, groups)
-    return _in_modules(target, plan.recipe.layout)
+    return _in_modules(_with_momentum(target, source.facts, plan), plan.recipe.layout)
+
+
+def _with_momentum(target: NativeTarget, source: CheckpointFacts, plan: GrowthPlan) -> NativeTarget:
+    """The target with the momentum of the tensors that Muon trains in the source, unless the optimizer starts anew."""
+    momentum = plan.momentum(source)
+    if not momentum:
+        return target
+    muon = next(without_multipliers(group) for group in source.optimizer_groups if group.get("use_muon"))
+    return replace(target, momentum=momentum, muon=muon)
 
 
 def _megatron_core_target(source: LogicalCheckpoint, plan: GrowthPlan, dtype: torch.dtype) -> MegatronCoreTarget:
@@ -184,7 +198,7 @@ def _step(source: LogicalCheckpoint, plan: GrowthPlan) -> int:
 
 def _groups(source: LogicalCheckpoint) -> tuple[Mapping[str, Any], ...]:
     """AdamW's hyperparameters, those of decaying parameters first."""
-    saved = [without_multipliers(group) for group in source.facts.optimizer_groups]
+    saved = [without_multipliers(group) for group in source.facts.optimizer_groups if not group.get("use_muon")]
     return tuple(sorted(saved, key=lambda group: -float(group["weight_decay"]))) or (
         ADAMW_DEFAULTS,
         {**ADAMW_DEFAULTS, "weight_decay": 0.0},

@@ -43,7 +43,7 @@ def grow_checkpoint(
         otherwise, allowed = "--allow-nonfinite grows this one as it is", planned.request.allow_nonfinite
         watched = FiniteCheckpoint(planned.source, otherwise=otherwise, allowed=allowed)
         if space.done:  # files of an interrupted run: the tensors that they were made from are not read again
-            agree(group, lambda: watched.look_at(planned.plan.reads[group.rank :: group.size]))
+            agree(group, lambda: watched.look_at(planned.reads[group.rank :: group.size]))
         slices = Slices(GrownTensors(planned.plan, watched).read, agree(group, lambda: planned.portion))
         hashes, ratio = agree(group, lambda: _run_jobs(planned, space, slices, report, group))
         for others, done, found in group.gather((hashes, space.done, watched.found)):

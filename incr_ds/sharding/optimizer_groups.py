@@ -22,9 +22,9 @@ def optimizer_groups(
     """Optimizer parameter groups of one rank: weights that decay, then norms and biases that do not.
 
     Tensors with the same ``multipliers`` share a group, and groups are ordered by multipliers. Those that are set ``apart``
-    for another optimizer have groups of their own. Groups are halved until there are ``at_least`` that many. ZeRO's flat
-    buffers follow this order, so an engine and the checkpoint that it loads need the same arguments. Raises LayoutError if there
-    are fewer tensors than groups.
+    for Muon have groups of their own, which DeepSpeed orders by shape, the largest first. Groups are halved until there are
+    ``at_least`` that many. ZeRO's flat buffers follow this order, so an engine and the checkpoint that it loads need the same
+    arguments. Raises LayoutError if there are fewer tensors than groups.
     """
     found: dict[tuple[bool, bool, Multipliers], list[RankParameter]] = {}
     for shard in shards:
@@ -41,7 +41,11 @@ def optimizer_groups(
         largest = max(range(len(groups)), key=lambda index: len(groups[index]))
         middle = len(groups[largest]) // 2
         groups[largest : largest + 1] = [groups[largest][:middle], groups[largest][middle:]]
-    return tuple(groups)
+    return tuple(_by_shape(group) if group[0].tensor.name in apart else group for group in groups)
+
+
+def _by_shape(group: tuple[RankParameter, ...]) -> tuple[RankParameter, ...]:
+    return tuple(sorted(group, key=lambda shard: shard.shape, reverse=True))
 
 
 def group_count(

@@ -20,7 +20,8 @@ class MemoryCheckpoint:
     ) -> None:
         self.architecture = architecture
         self._tensors = tensors
-        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step)
+        momentum = frozenset(tensors.get("momentum_buffer", ()))
+        self.facts = CheckpointFacts(Path("memory"), "memory", tuple(tensors), step, momentum=momentum)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, rows_and_columns
+from incr_ds.checkpoint.base import MUON_STATES, STATES, CheckpointFacts, Counters, State, rows_and_columns
 from incr_ds.sharding.blocks import Bounds
 
 _PRIME = 65521  # elements repeat with this period, so two misplaced slices differ
@@ -30,11 +30,11 @@ class SyntheticCheckpoint:
         spec = self.architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         per_row = math.prod(spec.shape[1:])
-        start = (first * per_row + 977 * self._numbers[spec.tied_to or name] + 31 * STATES.index(state)) % _PRIME
+        start = (first * per_row + 977 * self._numbers[spec.tied_to or name] + 31 * MUON_STATES.index(state)) % _PRIME
         count = (stop - first) * per_row
         repeats = math.ceil((start + count) / _PRIME)
         values = self._period.repeat(repeats)[start : start + count].view(stop - first, *spec.shape[1:])[inside]
-        return values / 8 if state == "weight" else values if state == "exp_avg" else values + 0.5
+        return values / 8 if state == "weight" else values + 0.5 if state == "exp_avg_sq" else values
 
     def self_check(self) -> Iterator[str]:
         """Nothing to check."""

@@ -122,6 +122,7 @@ def build_engine(
         document_end(run),
         router_factor(run.loss, architecture),
         run.batch.sequence_parallel,
+        _cut_early(config),
     )
     model = build_rank_model(request, record.add)
     trained = trained_shards(model.shards, frozen)
@@ -139,6 +140,12 @@ def build_engine(
         _keep_masters(model, trained, source)
     runner = PipelineRunner(engine) if staged else PlainRunner(engine, model.teacher, record, model.shared)
     return TrainingEngine(engine, runner, record, model, trained, run)
+
+
+def _cut_early(config: dict[str, Any]) -> dict[str, Any] | None:
+    """DeepSpeed's config if its ZeRO-3 can cut modules as they are built: it quantizes only what is frozen by then."""
+    zero = config["zero_optimization"]
+    return config if zero["stage"] == 3 and not zero.get("zero_quantized_nontrainable_weights") else None
 
 
 def _check_precision(run: RunSettings) -> None:

@@ -1,9 +1,10 @@
-"""Copies a rank's share of a checkpoint's masters and Adam moments into DeepSpeed's flat ZeRO partitions."""
+"""Copies a rank's share of a checkpoint's masters, Adam moments and Muon's momentum into DeepSpeed's ZeRO partitions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from incr_ds.sharding.blocks import RankParameter
 
 @dataclass(frozen=True)
 class _PartitionPlace:
-    """Elements [start, stop) of a rank's parameter, at ``offset`` in the flat partition number ``group``."""
+    """Elements [start, stop) of a rank's parameter, at ``offset`` in a flat tensor of partition number ``group``."""
 
     group: int
     offset: int
@@ -28,18 +29,19 @@ def fill_optimizer(optimizer: Any, parameters: Mapping[RankParameter, Tensor], c
     """Fill every partition on this rank with the masters, moments and step of ``checkpoint``. Reads only what it holds.
 
     ``optimizer`` is DeepSpeed's for ZeRO-1, 2 or 3. DeepSpeed's own mapping says where a parameter is in a partition, so no
-    order of parameters is assumed.
+    order of parameters is assumed. A checkpoint with moments must be of the same optimizer, tensor by tensor.
     """
-    step, slices = checkpoint.facts.step or 0, Slices(checkpoint.read)
-    flats = [_reset(optimizer.optimizer, master, group, step) for master, group in _masters(optimizer)]
+    slices = Slices(checkpoint.read)
+    flats = _reset(optimizer, checkpoint.facts.step or 0)
     place_of = _place_scattered if _is_stage3(optimizer) else _place_contiguous
     for shard, parameter in parameters.items():
         place = place_of(optimizer, parameter)
         if place is None:  # no part of it on this rank
             continue
-        for state in checkpoint.facts.states:  # missing moments stay zero
-            parts = block_parts(shard.blocks, shard.shape, state, place.start, place.stop)
-            _fill(flats[place.group][state].narrow(0, place.offset, place.stop - place.start), parts, slices)
+        for state in checkpoint.facts.states_of(shard.tensor.name):  # missing moments stay zero
+            here = _place_whole(optimizer, parameter, place.group) if state == "momentum_buffer" else place
+            parts = block_parts(shard.blocks, shard.shape, state, here.start, here.stop)
+            _fill(flats[here.group][state].narrow(0, here.offset, here.stop - here.start), parts, slices)
 
 
 def _is_stage3(optimizer: Any) -> bool:
@@ -73,15 +75,33 @@ def _place_scattered(optimizer: Any, parameter: Any) -> _PartitionPlace | None:
     return _PartitionPlace(group, offset, start, stop) if start < stop else None
 
 
-def _reset(
-    optimizer: torch.optim.Optimizer, master: Tensor, group: Mapping[str, Any], step: int
-) -> dict[State, Tensor]:
-    """Zero the moments of one flat partition at ``step``. Returns the tensors to fill, by state."""
-    on_device = group.get("fused") or group.get("capturable")
-    counter = torch.tensor(float(step), device=master.device if on_device else "cpu")
-    moments = {state: torch.zeros_like(master) for state in STATES[1:]}
-    optimizer.state[master] = {"step": counter, **moments}
-    return {"weight": master.data, **moments}
+def _place_whole(optimizer: Any, parameter: Any, group: int) -> _PartitionPlace:
+    """Where Muon's momentum of a parameter is: each rank has that of its partition's parameters whole, one after the other."""
+    before = takewhile(lambda other: other is not parameter, optimizer.params_in_partition[group])
+    return _PartitionPlace(group, sum(other.numel() for other in before), 0, parameter.numel())
+
+
+def _reset(optimizer: Any, step: int) -> list[dict[State, Tensor]]:
+    """Zero the moments of every flat partition at ``step``. Returns the tensors to fill, by state."""
+    flats: list[dict[State, Tensor]] = []
+    for number, (master, group) in enumerate(_masters(optimizer)):
+        if group.get("use_muon"):
+            moments = _no_momentum(optimizer.params_in_partition[number], master)
+            optimizer.optimizer.state[master] = dict(moments)
+        else:
+            on_device = group.get("fused") or group.get("capturable")
+            counter = torch.tensor(float(step), device=master.device if on_device else "cpu")
+            moments = {state: torch.zeros_like(master) for state in STATES[1:]}
+            named = {str(state): moment for state, moment in moments.items()}
+            optimizer.optimizer.state[master] = {"step": counter, **named}
+        flats.append({"weight": master.data, **moments})
+    return flats
+
+
+def _no_momentum(parameters: Sequence[Tensor], master: Tensor) -> dict[State, Tensor]:
+    """Zeros for Muon's momentum of ``parameters``; {} without any. DeepSpeed converts it to the dtype of gradients."""
+    size = sum(parameter.numel() for parameter in parameters)
+    return {"momentum_buffer": torch.zeros(size, dtype=master.dtype, device=master.device)} if size else {}
 
 
 def _fill(destination: Tensor, parts: tuple[Part, ...], slices: Slices) -> None:

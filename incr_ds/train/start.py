@@ -17,9 +17,10 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.config.training import GrowthStart, RunSettings
 from incr_ds.errors import CheckpointError, ConfigError
 from incr_ds.launch.balance import placed
-from incr_ds.launch.stages import check_muon_growth, check_recipe_layout
+from incr_ds.launch.stages import check_recipe_layout
 from incr_ds.offline.growth_on_load import GrownCheckpoint, open_grown
 from incr_ds.offline.process_group import agree
+from incr_ds.sharding.optimizer_groups import set_apart
 from incr_ds.sharding.placement import check_layout, even_stages
 from incr_ds.train.ranks import all_ranks, on_every_rank, on_rank_zero
 from incr_ds.train.resuming import check_layout_matches
@@ -79,7 +80,6 @@ def find_resharding(run: RunSettings, folder: Path) -> Start | None:
     found = ParallelLayout.model_validate(on_rank_zero(lambda: read_manifest(folder)["facts"]["layout"]))
     if found == run.layout:
         return None
-    _check_muon(run, str(folder), "be resharded")
     source = agree(all_ranks(), lambda: open_described(folder))
     return Start(
         architecture=source.architecture,
@@ -117,14 +117,15 @@ def check_growth(start: Start) -> None:
 def _grown_on_load(run: RunSettings, growth: GrowthStart) -> Start:
     grown, recipe = open_grown(Path(growth.source), Path(growth.recipe), run.model.tag)
     check_recipe_layout(recipe, growth.recipe, run.layout)
-    check_muon_growth(run, recipe, growth.recipe)
     check_layout(grown.architecture, run.layout)
+    if run.model.load_optimizer:
+        _check_same_optimizer(run, grown, f"optimizer: reset in {growth.recipe}")
     kept = "weights and optimizer state" if run.model.load_optimizer and recipe.optimizer != "reset" else "weights"
     description = f"{kept} of {growth.source} ({grown.facts.kind} by {growth.recipe})"
     return Start(
         architecture=grown.architecture,
         weights=grown,
-        with_moments=run.model.load_optimizer and run.optimizer.name == "adamw",
+        with_moments=run.model.load_optimizer,
         description=description,
         multipliers=_followed(run, grown.multipliers),
     )
@@ -153,15 +154,15 @@ def _with_optimizer(run: RunSettings, folder: Path, source: LogicalCheckpoint) -
         description += f", {_resharded(source, ParallelLayout.model_validate(found), run.layout)}"
     declared = read_multipliers(folder)
     multipliers = _followed(run, declared)
-    _check_same_optimizer(run, folder)
+    _check_same_optimizer(run, source, "model.load_optimizer: false")
     if (
         reshards
         or _has_own_groups(run, folder, declared)
         or multipliers != declared
         or _changes_frozen(run, folder, source)
         or source.facts.dtype != PRECISIONS[run.precision]
+        or (run.optimizer.name == "muon" and not source.facts.momentum)
     ):
-        _check_muon(run, str(folder), "be read tensor by tensor, into other groups, precision or layout")
         # A grown folder's flat buffers have two groups with all tensors; a run's have groups of its own. Filling tensor by
         # tensor works for both. It also works for masters, which are fp32 at any precision of the model.
         return Start(
@@ -184,25 +185,24 @@ def _found_layout(folder: Path, source: LogicalCheckpoint) -> dict[str, Any]:
     return {**source.facts.layout, "stages": tuple(stages) if isinstance(stages, list) else stages}
 
 
-def _check_same_optimizer(run: RunSettings, folder: Path) -> None:
-    """Raise ConfigError if the checkpoint's optimizer state is another optimizer's."""
-    settings = read_manifest(folder)["facts"].get("settings", {}).get("optimizer", {})
-    before = settings.get("name", "adamw")
-    if before != run.optimizer.name:
+def _check_same_optimizer(run: RunSettings, source: LogicalCheckpoint, anew: str) -> None:
+    """Raise ConfigError if ``source`` has the state of another optimizer. ``anew`` is what starts the optimizer anew."""
+    facts, name = source.facts, run.optimizer.name
+    if len(facts.states) == 1:
+        return
+    others = (facts.momentum ^ set_apart(name, source.architecture)) - set(facts.frozen)
+    if not others:
+        return
+    before = "muon" if facts.momentum else "adamw"
+    if before == name:
         raise ConfigError(
-            f"optimizer.name: {run.optimizer.name}, but {folder} has the optimizer state of {before}; set name: {before}, or "
-            "model.load_optimizer: false, which starts the optimizer anew."
+            f"optimizer.name: {name} trains the matrices of decoder layers by Muon, but in {facts.path} it trained other "
+            f"tensors, unlike {min(others)}; set {anew}, which starts the optimizer anew."
         )
-
-
-def _check_muon(run: RunSettings, where: str, what: str) -> None:
-    """Raise ConfigError for a run with Muon, whose momentum only DeepSpeed itself loads."""
-    if run.optimizer.name == "muon":
-        raise ConfigError(
-            f"{where}: with optimizer.name: muon, an optimizer state cannot {what}; keep the checkpoint's layout and settings, "
-            "or start from its weights: another output, with model.initialize_from this checkpoint and model.load_optimizer: "
-            "false."
-        )
+    raise ConfigError(
+        f"optimizer.name: {name}, but {facts.path} has the optimizer state of {before}; set name: {before}, or {anew}, which "
+        "starts the optimizer anew."
+    )
 
 
 def _has_own_groups(run: RunSettings, folder: Path, declared: Mapping[str, Multipliers]) -> bool:

@@ -91,7 +91,7 @@ def test_forty_adamw_steps_are_the_sources(fp64_norms, family: str, tied: bool):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", sorted(families()))
 def test_gradients_of_copies_follow_the_rule(fp64_norms, family: str, tied: bool):
-    """The factors that scale exp_avg are those of the gradient itself, also where copies are uneven."""
+    """The factors that scale exp_avg and momentum_buffer are those of the gradient itself, also where copies are uneven."""
     architecture = small_architecture(family, tie_word_embeddings=tied)
     source = drawn_model(architecture)
     target = doubled(architecture)
@@ -121,13 +121,14 @@ def test_gradients_of_query_heads_under_one_norm_follow_the_rule(fp64_norms, hea
 
 def check_gradients(architecture, source, target, relative=1e-9, absolute=1e-13):
     recipe = recipe_of(target=target, width=EVEN_COPIES)
-    # Give the growth the source's gradient in place of exp_avg: it must come out as the grown model's gradient.
+    # Give the growth the source's gradient in place of what averages it: it must come out as the grown model's gradient.
     tokens = batches(1, seed=5)[0]
     for_loss = source(tokens).logits
     cross_entropy(for_loss[:, :-1].reshape(-1, 101), tokens[:, 1:].reshape(-1)).backward()
     weights = {name: parameter.data for name, parameter in source.named_parameters()}
     gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
-    states = {"weight": logical_parts(architecture, weights), "exp_avg": logical_parts(architecture, gradients)}
+    states = {"weight": logical_parts(architecture, weights)}
+    states |= dict.fromkeys(("exp_avg", "momentum_buffer"), logical_parts(architecture, gradients))
     checkpoint = MemoryCheckpoint(architecture, states, step=1)
     grown = grown_tensors(checkpoint, recipe)
     model = grown_model(grown)
@@ -136,6 +137,7 @@ def check_gradients(architecture, source, target, relative=1e-9, absolute=1e-13)
     gradients = logical_parts(grown.plan.target, {name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients.items():
         expected = whole(grown, name, "exp_avg")
+        assert torch.equal(whole(grown, name, "momentum_buffer"), expected)
         spec = grown.plan.target.by_name[name]
         # New positions of larger heads copy nothing, and have no moment to compare with.
         known = [torch.from_numpy(grown.plan.index(spec, d) != FRESH) for d in range(len(spec.dims))]

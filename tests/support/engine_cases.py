@@ -170,6 +170,17 @@ def pieces(shards, parameters):
     }
 
 
+def assert_pieces(expected, ranks):
+    """The pieces of all ranks are those of ``expected``, and together hold every element of it."""
+    seen = dict.fromkeys(expected, 0)
+    for held in ranks:
+        for (tensor, bounds), value in held.items():
+            whole = expected[tensor][tuple(slice(*bound) for bound in bounds)]
+            torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5, msg=lambda text, n=tensor: f"{n}: {text}")
+            seen[tensor] += value.numel()
+    assert all(count >= expected[tensor].numel() for tensor, count in seen.items())
+
+
 def rows_of(parameter, shard):
     """A parameter as it is, or one that holds experts as a matrix of all their rows."""
     return parameter.detach() if len(shard.blocks) == 1 else parameter.detach().flatten(0, 1)

@@ -13,7 +13,7 @@ from incr_ds.train.engine import build_engine
 from incr_ds.train.start import check_growth, find_start
 
 
-def run_settings(folder, layout, precision, **model):
+def run_settings(folder, layout, precision, optimizer="adamw", **model):
     growth = {"source": str(Path(folder) / "source"), "recipe": str(Path(folder) / "recipe.yaml")}
     return parse_settings(
         {
@@ -21,6 +21,7 @@ def run_settings(folder, layout, precision, **model):
             "precision": precision,
             "model": {"initialize_from": growth, **model},
             "layout": layout,
+            "optimizer": {"name": optimizer, "gradient_clipping": float(optimizer == "adamw")},
             "batch": {
                 "sequence_length": 12,
                 "micro_batch_size": 1,
@@ -49,13 +50,12 @@ def refuse_or_start(folder, layout):
     return said
 
 
-def grow_and_save(folder, layout, precision):
+def grow_and_save(folder, layout, precision, optimizer):
     """Fill an engine from the source and the recipe, save it natively, and take a step that must move the weights."""
-    start = find_start(run_settings(folder, layout, precision))
-    engine = build_engine(
-        start_settings := run_settings(folder, layout, precision), start.architecture, start.weights, None
-    )
-    assert start.with_moments and start_settings.model.load_optimizer
+    settings = run_settings(folder, layout, precision, optimizer)
+    start = find_start(settings)
+    engine = build_engine(settings, start.architecture, start.weights, None)
+    assert start.with_moments and settings.model.load_optimizer
     engine.fill_optimizer(start.weights)
     engine.save(Path(folder) / "loaded", "after", {})
     if os.environ["RANK"] == "0":

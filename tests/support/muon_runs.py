@@ -88,7 +88,7 @@ def _muon_step(parameter, momentum):
 
 
 def train_runs(folder, layout):
-    """Six steps and the same in two parts, in bf16 with layers that a growth added, and what is refused."""
+    """Six steps and the same in two parts, in bf16 with the momentum of a wider and deeper model, and what is refused."""
     folder = Path(folder)
 
     def start(output, **changes):
@@ -100,7 +100,7 @@ def train_runs(folder, layout):
     train_run(start("parts", schedule={"end_step": 3}))
     train_run(start("parts"))
     new = {"optimizer": {"new_parameters": {"learning_rate_ratio": 2.0}}, "precision": "bf16"}
-    source = {"source": whole, "recipe": str(folder / "reset.yaml")}
+    source = {"source": whole, "recipe": str(folder / "rescale.yaml")}
     grown = {**new, "model": {"config": None, "initialize_from": source}}
     train_run(start("grown", **grown))
     train_run(start("grown parts", **merged(grown, {"schedule": {"end_step": 3}})))
@@ -108,12 +108,12 @@ def train_runs(folder, layout):
     # The last three steps as a run of their own, from the checkpoint of the third.
     third = {"model": {"config": None, "initialize_from": str(folder / "parts" / "checkpoints" / "step_00000003")}}
     train_run(start("after", **third, schedule={"start_step": 3}))
+    train_run(start("in bf16", **third, schedule={"start_step": 3}, precision="bf16"))
     adamw = {"optimizer": {"name": "adamw", "muon": None}}
     adams = {"source": str(train_run(start("adam", **adamw)).checkpoint), "recipe": str(folder / "rescale.yaml")}
     cases = {
         "adamw": start("x", **third, **adamw),
         "resumed by adamw": start("parts", **adamw),
-        "bf16": start("x", **third, precision="bf16"),
         "rescale": start("x", model={"config": None, "initialize_from": adams}),
     }
     return {name: refusal(run) for name, run in cases.items()}

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from progressive_runs import content_of, kill_after, settings_of
 
-from incr_ds.checkpoint.base import STATES
 from incr_ds.checkpoint.deepspeed.reader import ZeroCheckpoint
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.errors import IncrError
@@ -92,7 +91,7 @@ def differing(first, second):
     facts = [facts_of(checkpoint) for checkpoint in (first, second)]
     unlike = [] if facts[0] == facts[1] else facts
     for spec in first.architecture.stored:
-        for state in STATES:
+        for state in first.facts.states_of(spec.name):
             if not torch.equal(first.read(spec.name, state), second.read(spec.name, state)):
                 unlike.append((spec.name, state))
     return unlike
@@ -104,6 +103,7 @@ def facts_of(checkpoint):
         facts.step,
         facts.frozen,
         facts.states,
+        facts.momentum,
         recorded.global_steps,
         recorded.global_samples,
         recorded.skipped_steps,

@@ -1,11 +1,15 @@
-"""Child processes of test_freezing and test_engine_families: every case in one group, saved on the way and resumed."""
+"""Child processes of tests with many cases, every one of a group in the same processes, saved on the way and resumed; and
+what such tests compare."""
 
 from pathlib import Path
 
 import deepspeed
-from engine_cases import RATE, SCHEDULE, Case, micro_batches, pieces, student, teacher
+import torch
+from engine_cases import RATE, SCHEDULE, Case, assert_pieces, micro_batches, pieces, reference, student, teacher
 from resuming_engines import load_own
 
+from incr_ds.checkpoint.opening import open_source
+from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.checkpoints import TrainingState, save_checkpoint
 from incr_ds.train.engine import build_engine
@@ -13,6 +17,44 @@ from incr_ds.train.metrics import Position
 from incr_ds.train.start import find_start
 
 SAVED = 2  # steps before the checkpoint
+
+
+def trained_in_groups(cases, slow, folder):
+    """A function that gives what the ranks found in a case, by its name.
+
+    The cases of a default run, and the ``slow`` ones, are one group of processes each, which runs when it is first asked for.
+    """
+    known = {}
+
+    def ranks(name):
+        is_slow = name in slow
+        if is_slow not in known:
+            group = {other: cases[other] for other in cases if (other in slow) == is_slow}
+            known[is_slow] = run_processes(train_cases, 2, str(folder), group)
+        return [rank[name] for rank in known[is_slow]]
+
+    return ranks
+
+
+def assert_trains_as_one_process(case, ranks):
+    """Losses, gradient norms and final weights are those of one process. Returns its held-out means."""
+    steps, evaluations, expected = reference(case)
+    found = [(step.loss, step.ce, step.divergence, step.gradient_norm) for step in ranks[0]["results"]]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(steps), rtol=1e-5, atol=1e-6)
+    assert_pieces(expected, [rank["whole"] for rank in ranks])
+    return evaluations
+
+
+def assert_resumes_and_is_read(ranks):
+    """The resumed run is the whole one bit for bit, and every tensor of its checkpoint is read. Returns the checkpoint."""
+    for rank in ranks:
+        assert rank["again"] == rank["results"][SAVED:]
+        assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
+    checkpoint = open_source(Path(ranks[0]["saved"]))
+    for rank in ranks:
+        for (tensor, bounds), value in rank["at_save"].items():
+            assert torch.equal(checkpoint.read(tensor)[tuple(slice(*bound) for bound in bounds)], value), tensor
+    return checkpoint
 
 
 def train_cases(folder, cases):

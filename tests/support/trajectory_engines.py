@@ -52,9 +52,9 @@ def train(engine, steps):
     return [engine.train_step(batches(engine, step), learning_rate=RATE).loss for step in steps]
 
 
-def train_source(folder, tied):
+def train_source(folder, tied, optimizer=None):
     """A few steps, a checkpoint in ``folder``/source, and the steps that the grown models must follow."""
-    run = run_settings(folder, {"config": "unused"}, {"data_parallel": 2})
+    run = run_settings(folder, {"config": "unused"}, {"data_parallel": 2}, **(optimizer or {}))
     shape = architecture(tied)
     weights = model_checkpoint(shape, drawn_model(shape, torch.float32))
     engine = build_engine(run, shape, weights, None)
@@ -81,9 +81,9 @@ def follow(folder, model, layout, optimizer=None):
     return losses, rates, str(saved)
 
 
-def resume(folder, saved, model, layout):
+def resume(folder, saved, model, layout, optimizer=None):
     """Go on from the checkpoint that ``follow`` saved."""
-    run = run_settings(folder, model, layout)
+    run = run_settings(folder, model, layout, **(optimizer or {}))
     shape = find_start(run).architecture
     engine = build_engine(run, shape, None, None, read_multipliers(Path(saved)))
     load_own(engine, run, Path(saved), shape)

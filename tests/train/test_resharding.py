@@ -14,6 +14,7 @@ from incr_ds.testing.processes import ProcessError, run_processes
 DP2 = {"data_parallel": 2, "zero_stage": 1}
 PP2 = {"pipeline_parallel": 2}
 TP2 = {"tensor_parallel": 2}
+ZERO2 = {"data_parallel": 2, "zero_stage": 2}
 ZERO3 = {"data_parallel": 2, "zero_stage": 3}
 RESHARD = {"resume": {"reshard": True}}
 BASE = {
@@ -143,6 +144,29 @@ def test_a_run_that_is_killed_after_resharding_goes_on_in_its_new_layout(results
     lines = run_group(folder, 1, {name: {"changes": base}})[name]["lines"]  # without the key
     assert any("step_00000006, step 6; changed settings: resume.reshard: True -> False" in line for line in lines)
     assert rows_of(folder / name) == rows_of(folder / "alone")
+
+
+MUON = {"name": "muon", "muon": {"learning_rate_ratio": 3.0}, "gradient_clipping": 0.0}
+MUON_LEGS = {
+    "muon-pipeline": ("muon", 4, "tp1 pp1 dp2 zero1 to tp1 pp2 dp1 zero1"),
+    "muon-zero2": ("muon-pipeline", 6, "tp1 pp2 dp1 zero1 to tp1 pp1 dp2 zero2"),
+    "muon-alone": ("muon", 4, "tp1 pp1 dp2 zero1 to tp1 pp1 dp1 zero1"),
+}
+
+
+@pytest.mark.slow
+def test_muons_momentum_goes_on_in_another_layout(tmp_path):
+    write_all(tmp_path)
+    base = taught(tmp_path) | {"optimizer": MUON, "model": {"freeze": ["model.layers.1.mlp.*"]}}
+    results = run_group(tmp_path, 2, {
+        "muon": leg(base, DP2),
+        "muon-pipeline": leg(base, PP2, "muon", 4, batch={"micro_batch_size": 2}),
+        "muon-zero2": leg(base, ZERO2, "muon-pipeline", 6),
+    })  # fmt: skip
+    results |= run_group(tmp_path, 1, {"muon-alone": leg(base, {}, "muon", 4)})
+    for name, (source, step, layouts) in MUON_LEGS.items():
+        assert_resharded(results, tmp_path, name, "muon", step, layouts)
+        assert (tmp_path / source / f"checkpoints/step_{step:08d}").is_dir()
 
 
 FOUR = {

@@ -76,6 +76,22 @@ def test_forty_steps_through_the_engine_are_the_sources(sources, tmp_path, tied,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["pipeline", "zero2"])
+def test_forty_steps_of_muon_through_the_engine_are_the_sources(tmp_path, name):
+    """On the grown checkpoint, and grown on load: the momentum is where DeepSpeed's Muon looks for it."""
+    muon = {"name": "muon", "muon": {"learning_rate_ratio": 3.0}}
+    losses = run_processes(train_source, 2, str(tmp_path), True, muon)[0]
+    assert losses[-1] < losses[0] - 0.1
+    model = {"initialize_from": beginning(tmp_path, True, name, on_load=name == "zero2")}
+    ranks = run_processes(follow, 2, str(tmp_path), model, LAYOUTS[name], muon)
+    first, _, saved = ranks[0]
+    # A matrix that is doubled in both dimensions keeps Muon's rate.
+    assert {round(rate, 9) for _, rates, _ in ranks for rate in rates} == {0.5, 1.0, 3.0}
+    rest = run_processes(resume, 2, str(tmp_path), saved, model, LAYOUTS[name], muon)[0]
+    assert largest_difference(losses, first + rest) <= 1e-5
+
+
+@pytest.mark.slow
 def test_tensor_ranks_follow_too(sources, tmp_path):
     folder, losses = sources(True)
     model = {"initialize_from": beginning(folder, True, "tensor", on_load=False)}

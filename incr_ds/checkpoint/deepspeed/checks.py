@@ -46,6 +46,18 @@ def check_duplicates(rank: ModelRank) -> None:
             )
 
 
+def check_momentum(rank: ModelRank) -> None:
+    """Check that data-parallel ranks which share a parameter that Muon trains have the same momentum of it."""
+    for name, pieces in rank.shards.momentum.items():
+        first, *others = rank.shards.copies(name)
+        for piece, other in zip(pieces[1:], others, strict=True):
+            if not same_numbers(first, other):
+                raise CheckpointError(
+                    f"{rank.files[piece.rank]}: {name}: its momentum_buffer is not the one in {rank.files[pieces[0].rank].name}; "
+                    "each of the two holds the whole. Shards were swapped, damaged, or mixed from two checkpoints."
+                )
+
+
 def module_weights(folder: Path, rank: ModelRank) -> Mapping[str, torch.Tensor]:
     """Weights that DeepSpeed saved in the model's dtype beside the masters, by parameter name; {} for ZeRO-3."""
     module = rank.model.get("module")

@@ -12,7 +12,7 @@ import torch
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import check_dtype
 from incr_ds.checkpoint.deepspeed.names import layer_file, tag_files
-from incr_ds.checkpoint.deepspeed.partition import FlatParameter, FlatShards, Piece
+from incr_ds.checkpoint.deepspeed.partition import FlatParameter, Piece
 from incr_ds.checkpoint.deepspeed.rank_files import ModelRank
 from incr_ds.checkpoint.naming import logical_names
 from incr_ds.checkpoint.torch_file.load import load_pt
@@ -70,9 +70,10 @@ def _with_frozen(
         name: FlatParameter(tuple(tensor.shape), (Piece(0, first_group + number, 0, math.prod(tensor.shape)),))
         for number, (name, tensor) in enumerate(added.items())
     }
-    shards = FlatShards(
-        {**rank.shards.parameters, **parameters},
-        {**flat, "weight": [held, *flat["weight"][1:]]},
-        rank.shards.frozen | set(added),
+    shards = replace(
+        rank.shards,
+        parameters={**rank.shards.parameters, **parameters},
+        flat={**flat, "weight": [held, *flat["weight"][1:]]},
+        frozen=rank.shards.frozen | set(added),
     )
     return replace(rank, shards=shards, names={**rank.names, **{name: names[name] for name in added}})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,12 +36,14 @@ class FlatShards:
     """All data-parallel files of one model-parallel rank. ``flat[state][rank][group]`` are one-dimensional tensors.
 
     ``frozen`` parameters were not trained; they have weights, and moments of zero. If ``flat`` has no moments, there are
-    none.
+    none. Parameters that Muon trains are in ``momentum``: every rank with a part of one has its whole momentum_buffer, in one
+    piece, and none has Adam's moments of it.
     """
 
     parameters: Mapping[str, FlatParameter]
     flat: Mapping[State, Sequence[Sequence[torch.Tensor]]]
     frozen: frozenset[str] = frozenset()
+    momentum: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
         """Rows [first, stop) of a parameter as stored on this rank."""
@@ -49,24 +51,38 @@ class FlatShards:
         per_row = math.prod(parameter.shape[1:])
         if name in self.frozen and state != "weight":
             return torch.zeros(stop - first, *parameter.shape[1:])
-        found = self._elements(parameter, state, first * per_row, stop * per_row)
+        pieces = self.momentum[name][:1] if state == "momentum_buffer" else parameter.pieces
+        found = self._elements(pieces, state, first * per_row, stop * per_row)
         return found.view(stop - first, *parameter.shape[1:])
+
+    def pieces(self, state: State) -> Iterator[tuple[str, Piece]]:
+        """Where a state of each parameter is that has it, copies included."""
+        if state == "momentum_buffer":
+            yield from ((name, piece) for name, pieces in self.momentum.items() for piece in pieces)
+            return
+        without: Collection[str] = () if state == "weight" else self.frozen | self.momentum.keys()
+        named = ((name, parameter) for name, parameter in self.parameters.items() if name not in without)
+        yield from ((name, piece) for name, parameter in named for piece in parameter.pieces)
+
+    def copies(self, name: str) -> list[torch.Tensor]:
+        """The momentum of a parameter on every rank that has it."""
+        pieces = self.momentum[name]
+        return [self._elements((piece,), "momentum_buffer", 0, piece.length) for piece in pieces]
 
     def padding(self, state: State) -> list[torch.Tensor]:
         """The elements of every flat tensor that belong to no parameter, which are ZeRO's zero padding."""
         used: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for parameter in self.parameters.values():
-            for piece in parameter.pieces:
-                used.setdefault((piece.rank, piece.group), []).append((piece.start, piece.start + piece.length))
+        for _, piece in self.pieces(state):
+            used.setdefault((piece.rank, piece.group), []).append((piece.start, piece.start + piece.length))
         gaps = []
         for rank, groups in enumerate(self.flat[state]):
             for group, tensor in enumerate(groups):
                 gaps += _gaps(sorted(used.get((rank, group), [])), tensor)
         return gaps
 
-    def _elements(self, parameter: FlatParameter, state: State, first: int, stop: int) -> torch.Tensor:
+    def _elements(self, pieces: Sequence[Piece], state: State, first: int, stop: int) -> torch.Tensor:
         found, position = [], 0
-        for piece in parameter.pieces:
+        for piece in pieces:
             begin, end = max(first, position), min(stop, position + piece.length)
             if begin < end:
                 offset = piece.start - position
@@ -112,20 +128,35 @@ def scattered_parameters(
     return parameters
 
 
+def momentum_places(parameters: Mapping[str, FlatParameter], groups: Collection[int]) -> dict[str, tuple[Piece, ...]]:
+    """Place the momentum of ZeRO-1/2 parameters in ``groups``, which Muon trains, one piece for each rank that has it.
+
+    A rank keeps the momentum of every parameter of which its partition has a part, whole and in the order of the group.
+    """
+    found: dict[str, tuple[Piece, ...]] = {}
+    ends: dict[tuple[int, int], int] = {}
+    for name, parameter in parameters.items():
+        numel = math.prod(parameter.shape)
+        for piece in parameter.pieces if parameter.pieces and parameter.pieces[0].group in groups else ():
+            start = ends.get((piece.rank, piece.group), 0)
+            found[name] = (*found.get(name, ()), Piece(piece.rank, piece.group, start, numel))
+            ends[piece.rank, piece.group] = start + numel
+    return found
+
+
 def check_bounds(shards: FlatShards, where: str) -> None:
     """Raise CheckpointError if any piece lies outside the flat tensor that should hold it."""
     for state, ranks in shards.flat.items():
-        for name, parameter in shards.parameters.items():
-            for piece in parameter.pieces if state == "weight" or name not in shards.frozen else ():
-                # Masters that are too short leave pieces for ranks that do not exist.
-                groups = ranks[piece.rank] if piece.rank < len(ranks) else ()
-                length = groups[piece.group].numel() if piece.group < len(groups) else 0
-                if piece.start + piece.length > length:
-                    raise CheckpointError(
-                        f"{where}: data-parallel rank {piece.rank}, group {piece.group}, {state}: expected at least "
-                        f"{piece.start + piece.length} elements for {name}, found {length}. The file belongs to another "
-                        "checkpoint, or another run wrote it."
-                    )
+        for name, piece in shards.pieces(state):
+            # Masters that are too short leave pieces for ranks that do not exist.
+            groups = ranks[piece.rank] if piece.rank < len(ranks) else ()
+            length = groups[piece.group].numel() if piece.group < len(groups) else 0
+            if piece.start + piece.length > length:
+                raise CheckpointError(
+                    f"{where}: data-parallel rank {piece.rank}, group {piece.group}, {state}: expected at least "
+                    f"{piece.start + piece.length} elements for {name}, found {length}. The file belongs to another "
+                    "checkpoint, or another run wrote it."
+                )
 
 
 def _cut(group: int, position: int, numel: int, partition: int) -> tuple[Piece, ...]:

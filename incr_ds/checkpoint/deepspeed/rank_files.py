@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import STATES, State, check_dtype
+from incr_ds.checkpoint.base import MUON_STATES, STATES, State, check_dtype
 from incr_ds.checkpoint.deepspeed.frozen import Flats, add_frozen
 from incr_ds.checkpoint.deepspeed.names import (
     ANY_MODEL_FILE,
@@ -24,15 +24,16 @@ from incr_ds.checkpoint.deepspeed.partition import (
     FlatShards,
     check_bounds,
     contiguous_parameters,
+    momentum_places,
     scattered_parameters,
 )
 from incr_ds.checkpoint.deepspeed.schema import (
     AdamState,
     ModelStates,
-    Moments,
     MomentsError,
     model_content,
     moments,
+    momentum,
     partitions,
     stage3_partitions,
     zero_stage,
@@ -43,6 +44,7 @@ from incr_ds.checkpoint.torch_file.load import load_pt
 from incr_ds.errors import CheckpointError
 
 BF16_OPTIMIZER = 1  # it writes ZeRO-1's partitions, but no zero_stage
+_NOTHING = torch.empty(0)  # a state that a group does not have
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class ModelRank:
     """One model-parallel rank: its metadata file, its data-parallel files, and the parameters in them.
 
     ``kind`` is the format's readable name, ``dtype`` the model's own, ``universal_info`` DeepSpeed's notes for conversions.
-    ``no_moments`` is the reason why the optimizer's states cannot be used, if so; ``step`` is then 0.
+    ``no_moments`` is the reason why the optimizer's states cannot be used, if so; ``step`` is then 0. It is None if no
+    optimizer on this rank counts steps, which Muon does not.
     """
 
     index: int
@@ -61,7 +64,7 @@ class ModelRank:
     stage: int
     kind: str
     dtype: str
-    step: int
+    step: int | None
     names: Mapping[str, str]
     hyperparameters: tuple[Mapping[str, Any], ...]
     universal_info: Any = None
@@ -131,19 +134,31 @@ class _RankOptimizer:
         """Masters, and moments if requested, as one-dimensional tensors by group."""
         found: dict[State, list[torch.Tensor]] = {"weight": [tensor.flatten() for tensor in self.masters]}
         if with_moments:
-            groups = self.moments()
-            found["exp_avg"] = [group["exp_avg"].flatten() for group in groups]
-            found["exp_avg_sq"] = [group["exp_avg_sq"].flatten() for group in groups]
+            groups = self.states()
+            for state in MUON_STATES[1:] if self.muon_groups else STATES[1:]:
+                found[state] = [group.get(state, _NOTHING).flatten() for group in groups]
         for state, tensors in found.items():
             for index, tensor in enumerate(tensors):
                 check_dtype(tensor.dtype, f"{state} of optimizer group {index}", str(self.path))
         return found
 
-    def moments(self) -> list[Moments]:
-        """Adam's moments by group. Raises MomentsError unless they are exactly Adam's."""
-        states = self.adam["state"]
-        groups = range(len(self.masters))
-        return [moments(states.get(index, {}), self.path, f"optimizer group {index}") for index in groups]
+    @property
+    def muon_groups(self) -> frozenset[int]:
+        """The groups that Muon trains. ZeRO-3's momentum is laid out otherwise, and counts as unknown."""
+        groups = self.adam["param_groups"] if self.stage != 3 else ()
+        return frozenset(index for index, group in enumerate(groups) if group.get("use_muon") is True)
+
+    def states(self) -> list[dict[str, Any]]:
+        """The optimizer's states by group. Raises MomentsError unless they are exactly Adam's moments, or Muon's momentum."""
+        return [self._state(index, f"optimizer group {index}") for index in range(len(self.masters))]
+
+    def _state(self, index: int, at: str) -> dict[str, Any]:
+        saved = self.adam["state"].get(index, {})
+        if index not in self.muon_groups:
+            return dict(moments(saved, self.path, at))
+        if not saved and not self.masters[index].numel():  # no part of the group is on this rank
+            return {}
+        return {"momentum_buffer": momentum(saved, self.path, at)}
 
 
 def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architecture, trust: bool) -> ModelRank:
@@ -158,8 +173,9 @@ def _open_rank(paths: tuple[int, Path, tuple[Path, ...]], architecture: Architec
     flats = [state.flat(with_moments=no_moments is None) for state in states]
     parameters = _parameters(model_path, model.get("param_shapes") or [], first, flats)
     frozen = add_frozen(parameters, flats, model_path, model, first.stage, trust)
-    flat = {state: [tensors[state] for tensors in flats] for state in STATES if state in flats[0]}
-    shards = FlatShards(parameters, flat, frozen)
+    flat = {state: [tensors[state] for tensors in flats] for state in MUON_STATES if state in flats[0]}
+    places = momentum_places(parameters, first.muon_groups if "momentum_buffer" in flat else ())
+    shards = FlatShards(parameters, flat, frozen, places)
     check_bounds(shards, str(model_path.parent))
     step = 0 if no_moments else _common_step(states)
     refuse_adapters(parameters, str(model_path))
@@ -262,7 +278,7 @@ def _why_no_moments(states: Sequence[_RankOptimizer]) -> str | None:
     reasons = {}
     for state in states:
         try:
-            state.moments()
+            state.states()
         except MomentsError as error:
             reasons[state.path] = str(error)
     if reasons and len(reasons) < len(states):
@@ -274,16 +290,17 @@ def _why_no_moments(states: Sequence[_RankOptimizer]) -> str | None:
     return next(iter(reasons.values()), None)
 
 
-def _common_step(states: Sequence[_RankOptimizer]) -> int:
+def _common_step(states: Sequence[_RankOptimizer]) -> int | None:
     steps = {
         group["step"]: f"{state.path.name} group {index}"
         for state in states
-        for index, group in enumerate(state.moments())
+        for index, group in enumerate(state.states())
+        if "step" in group
     }
-    if len(steps) != 1:
+    if len(steps) > 1:
         found = "; ".join(f"step {step} in {where}" for step, where in steps.items())
         raise CheckpointError(f"{states[0].path.parent}: the optimizer files disagree on the step: {found}.")
-    return next(iter(steps))
+    return next(iter(steps), None)
 
 
 def _hyperparameters(first: _RankOptimizer) -> tuple[Mapping[str, Any], ...]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.assembly import check_copies
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, rows_and_columns
+from incr_ds.checkpoint.base import MUON_STATES, STATES, CheckpointFacts, State, rows_and_columns
 from incr_ds.checkpoint.deepspeed.checks import (
     check_aliases,
     check_duplicates,
     check_exported,
     check_master,
+    check_momentum,
     check_padding,
     exported_weights,
     module_weights,
@@ -28,6 +29,7 @@ from incr_ds.checkpoint.progress import counters
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
 from incr_ds.sharding.joined import joined_parameters
+from incr_ds.sharding.optimizer_groups import is_apart
 
 
 class ZeroCheckpoint:
@@ -51,13 +53,17 @@ class ZeroCheckpoint:
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         if state not in self.facts.states:
             raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
+        if state not in self.facts.states_of(name):
+            trained = "Muon" if name in self.facts.momentum else "Adam"
+            raise CheckpointError(f"{self._folder}: {name} has no {state}: {trained} trains it.")
         return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
 
     def self_check(self) -> Iterator[str]:
         """Check that the shards belong together, and yield the name of each parameter checked.
 
         Stages 0 to 2: the fp32 master, cast to the model's dtype, equals the saved module weight bit for bit. Stage 3 saves
-        no module weights, so its padding must be zero and no two ranks may hold the same bytes. Weights that transformers'
+        no module weights, so its padding must be zero and no two ranks may hold the same bytes. Muon's momentum of a tensor
+        is the same on all data-parallel ranks that share it. Weights that transformers'
         Trainer exported beside the tag must equal the masters. Tied and replicated copies must be equal in every state.
         Raises CheckpointError that names the first tensor that does not match.
         """
@@ -65,6 +71,7 @@ class ZeroCheckpoint:
         for rank in self._ranks:
             check_padding(rank)
             check_duplicates(rank)
+            check_momentum(rank)
             modules = module_weights(self._folder, rank)
             check_aliases(rank, modules, self.architecture)
             for parameter, logical in rank.names.items():
@@ -72,16 +79,17 @@ class ZeroCheckpoint:
                     check_master(rank, parameter, modules[parameter])
                 yield logical
         for name, tensor in self._tensors.items():
-            for _ in check_copies(tensor, self.facts.states):
+            for _ in check_copies(tensor, self.facts.states_of(name)):
                 pass
             if exported is not None:
                 check_exported(self, exported, name)
 
     def _collect_facts(self) -> CheckpointFacts:
         no_moments = self._why_no_moments()  # before steps are compared: a rank without moments has none
-        first = self._ranks[0]
-        for rank in self._ranks[1:]:
-            if (rank.step, rank.stage) != (first.step, first.stage):
+        counting = [rank for rank in self._ranks if rank.step is not None]
+        first = counting[0] if counting else self._ranks[0]
+        for rank in self._ranks:
+            if (first.step if rank.step is None else rank.step, rank.stage) != (first.step, first.stage):
                 raise CheckpointError(
                     f"{rank.files[0]}: step {rank.step}, ZeRO stage {rank.stage}; {first.files[0]} has step "
                     f"{first.step}, stage {first.stage}. The files come from different checkpoints."
@@ -94,20 +102,25 @@ class ZeroCheckpoint:
         }
         files = tuple(sorted(path for path in self._folder.iterdir() if path.suffix == ".pt"))
         where = (self._ranks, self.architecture, self._tensor_parallel)
+        recorded, frozen = counters(first.model, self._folder.parent), self._frozen()
+        momentum = frozenset() if no_moments else self._momentum(frozen)
+        # Muon alone counts no steps: those that the run took are what Adam would have counted.
+        step = first.step if counting else (recorded.global_steps or 0) - (recorded.skipped_steps or 0)
         return CheckpointFacts(
             self._folder,
             f"{first.kind}, Megatron-DeepSpeed" if self._is_megatron else first.kind,
-            ("weight",) if no_moments else STATES,
-            None if no_moments else first.step,
+            ("weight",) if no_moments else MUON_STATES if momentum else STATES,
+            None if no_moments else step,
             files,
             layout,
             no_moments,
             dtype=first.dtype,
             optimizer_groups=() if no_moments else first.hyperparameters,
-            frozen=self._frozen(),
+            frozen=frozen,
             notes=vocabulary_notes(*where) if self._is_megatron else (),
-            recorded=counters(first.model, self._folder.parent),
+            recorded=recorded,
             stages=self._stages(),
+            momentum=momentum,
         )
 
     def _stages(self) -> tuple[int, ...]:
@@ -127,8 +140,16 @@ class ZeroCheckpoint:
         members = (spec.name for name in parameters & joined.keys() for spec in joined[name].members)
         return tuple(sorted({*(parameters - joined.keys()), *members}))
 
+    def _momentum(self, frozen: Collection[str]) -> frozenset[str]:
+        """The tensors that Muon trains, and frozen ones that it would train: their momentum is zero."""
+        found = {rank.names[parameter] for rank in self._ranks for parameter in rank.shards.momentum}
+        by_name = self.architecture.by_name
+        return frozenset(found.union(name for name in frozen if found and is_apart("muon", by_name[name])))
+
     def _why_no_moments(self) -> str | None:
         """The reason why there are no usable moments, or None. All ranks have moments or none has."""
+        if self._is_megatron and any(rank.shards.momentum for rank in self._ranks):
+            return "Muon's momentum is that of Megatron's fused matrices, which is not the momentum of their tensors"
         without = [rank for rank in self._ranks if rank.no_moments]
         complete = [rank for rank in self._ranks if not rank.no_moments]
         if without and complete:

@@ -121,6 +121,7 @@ class AffineParameter(TypedDict):
 _MODEL = TypeAdapter(ModelStates)
 _ADAM = TypeAdapter(AdamState)
 _MOMENTS = TypeAdapter(Moments)
+_MOMENTUM = TypeAdapter(torch.Tensor, config=ConfigDict(arbitrary_types_allowed=True))
 _PARTITIONS = TypeAdapter(Partitions)
 _STAGE3 = TypeAdapter(Stage3Partitions)
 _STEP = TypeAdapter(Step)
@@ -161,6 +162,14 @@ def moments(content: Any, path: Path, at: str) -> Moments:
             f"{path.name}: {at} has {', '.join(more)}{named} beside Adam's moments, which growth would lose"
         )
     return checked(_MOMENTS, content, path, at)
+
+
+def momentum(content: Any, path: Path, at: str) -> torch.Tensor:
+    """Muon's momentum of a group. Raises MomentsError unless the group's state is that alone."""
+    if sorted(content) != ["momentum_buffer"]:
+        found = ", ".join(map(str, content)) or "nothing: saved before the first step?"
+        raise MomentsError(f"{path.name}: {at} is trained by Muon, and needs its momentum_buffer alone (found {found})")
+    return checked(_MOMENTUM, content["momentum_buffer"], path, f"{at}.momentum_buffer")
 
 
 # Optimizers related to Adam, by their additional state.

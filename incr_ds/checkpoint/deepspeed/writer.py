@@ -8,7 +8,7 @@ runtime/zero/stage_1_and_2.py, runtime/pipe/module.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from incr_ds.config.layout import ParallelLayout
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.megatron_modules import Modules, module_parameters, num_pipeline_layers
-from incr_ds.sharding.optimizer_groups import optimizer_groups
+from incr_ds.sharding.optimizer_groups import group_count, optimizer_groups
 from incr_ds.sharding.partition_sizes import partition_size
 from incr_ds.sharding.placement import rank_parameters, split_bounds
 
@@ -51,7 +51,8 @@ class NativeTarget:
     ``step`` is the optimizer's step, ``global_steps`` the trainer's. ``groups`` are the AdamW hyperparameters of the
     decaying and the non-decaying parameter group. ``modules`` are those of another training code, with the vocabulary
     padded to ``vocabulary`` rows. ``bare_states`` marks a universal checkpoint for a loader that accepts only tensors.
-    ``has_moments`` is False if the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state.
+    ``has_moments`` is False if the optimizer starts anew: ZeRO-1 and 2 then list its groups without a state. ``momentum`` are
+    the tensors that Muon trains, and ``muon`` the hyperparameters of their group.
     """
 
     architecture: Architecture
@@ -65,6 +66,8 @@ class NativeTarget:
     vocabulary: int = 0
     bare_states: bool = False
     has_moments: bool = True
+    momentum: frozenset[str] = frozenset()
+    muon: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtype_name(self) -> str:
@@ -80,6 +83,20 @@ class NativeTarget:
     def embedding_layer(self) -> int:
         """The pipeline layer whose file also serves a tied head."""
         return 0 if self.modules is None else self.modules.embedding
+
+    def optimizer_groups(self, model_rank: int) -> tuple[tuple[RankParameter, ...], ...]:
+        """The parameter groups of model-parallel rank ``model_rank``, which are as many on every rank."""
+        shards = self.shards(model_rank)
+        if not self.momentum:
+            return optimizer_groups(shards)
+        number = group_count(self.architecture, self.layout, None, apart=self.momentum)
+        return optimizer_groups(shards, at_least=number, apart=self.momentum)
+
+    def hyperparameters(self, group: tuple[RankParameter, ...]) -> Mapping[str, Any]:
+        """Those of one of the parameter groups."""
+        if group[0].tensor.name in self.momentum:
+            return self.muon
+        return self.groups[0 if group[0].tensor.is_matrix else -1]
 
     def shards(self, model_rank: int) -> tuple[RankParameter, ...]:
         """The parameters of model-parallel rank ``model_rank``, in the order of its module.
@@ -110,9 +127,8 @@ class ModelFile(ArchiveFile):
         target = self.target
         content = self.metadata()
         shards = target.shards(self.model_rank)
-        content["param_shapes"] = [
-            {shard.parameter: torch.Size(shard.shape) for shard in group} for group in optimizer_groups(shards)
-        ]
+        groups = target.optimizer_groups(self.model_rank)
+        content["param_shapes"] = [{shard.parameter: torch.Size(shard.shape) for shard in group} for group in groups]
         if not target.has_layer_files:
             module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
             content["module"] = module | {alias: module[owner] for alias, owner in content["shared_params"].items()}
@@ -184,25 +200,19 @@ class OptimizerFile(ArchiveFile):
     def content(self) -> dict[str, Any]:
         """The file's content."""
         num_data = self.target.layout.data_parallel
-        groups = optimizer_groups(self.target.shards(self.model_rank))
+        groups = self.target.optimizer_groups(self.model_rank)
         sizes = [partition_size(sum(shard.numel for shard in group), num_data) for group in groups]
         paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
         masters: list[StreamedTensor] = []
         moments: dict[int, dict[str, Any]] = {}
         for index, (group, size, padding) in enumerate(zip(groups, sizes, paddings, strict=True)):
             masters.append(self._partition(group, size, "weight", size - padding))
-            if not self.target.has_moments:
-                continue
-            moments[index] = {
-                "step": torch.tensor(float(self.target.step)),
-                "exp_avg": self._partition(group, size, "exp_avg", size),
-                "exp_avg_sq": self._partition(group, size, "exp_avg_sq", size),
-            }
+            if self.target.has_moments and (state := self._state(group, size)):
+                moments[index] = state
         hyperparameters = [
-            {**self.target.groups[0 if group[0].tensor.is_matrix else -1], "params": [index]}
-            for index, group in enumerate(groups)
+            {**self.target.hyperparameters(group), "params": [index]} for index, group in enumerate(groups)
         ]
-        state = {
+        content = {
             # No clip_grad: DeepSpeed's loader would override the threshold of the engine that loads the file.
             "overflow": False,
             "base_optimizer_state": {"state": moments, "param_groups": hyperparameters},
@@ -212,7 +222,29 @@ class OptimizerFile(ArchiveFile):
             "partition_count": [num_data] * len(groups),
             "ds_version": FORMAT_VERSION,
         }
-        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": FORMAT_VERSION}
+        return {"optimizer_state_dict": content, "ds_config": {}, "ds_version": FORMAT_VERSION}
+
+    def _state(self, group: tuple[RankParameter, ...], size: int) -> dict[str, Any]:
+        """The optimizer's state of this rank's partition of a group; {} if Muon trains it and no part of it is here."""
+        if group[0].tensor.name in self.target.momentum:
+            return self._momentum(group, size)
+        return {
+            "step": torch.tensor(float(self.target.step)),
+            "exp_avg": self._partition(group, size, "exp_avg", size),
+            "exp_avg_sq": self._partition(group, size, "exp_avg_sq", size),
+        }
+
+    def _momentum(self, group: tuple[RankParameter, ...], size: int) -> dict[str, Any]:
+        """The momentum of every parameter of which this rank's partition has a part, whole."""
+        placed = _placed(group, size)
+        held = [
+            shard for shard in group if any(piece.rank == self.data_rank for piece in placed[shard.parameter].pieces)
+        ]
+        parts = [
+            part for shard in held for part in block_parts(shard.blocks, shard.shape, "momentum_buffer", 0, shard.numel)
+        ]
+        length = sum(shard.numel for shard in held)
+        return {"momentum_buffer": StreamedTensor((length,), torch.float32, tuple(parts))} if held else {}
 
     def _padding(self, group: tuple[RankParameter, ...], size: int) -> int:
         """Number of zero elements at the end of this rank's partition."""
@@ -221,10 +253,15 @@ class OptimizerFile(ArchiveFile):
 
     def _partition(self, group: tuple[RankParameter, ...], size: int, state: State, length: int) -> StreamedTensor:
         """The first ``length`` elements of this rank's partition of ``size`` elements."""
-        shapes = {shard.parameter: shard.shape for shard in group}
-        placed = contiguous_parameters([shapes], [[0] * len(group)], [size])
+        placed = _placed(group, size)
         parts = [part for shard in group for part in held_parts(shard, placed[shard.parameter], self.data_rank, state)]
         return StreamedTensor((length,), torch.float32, tuple(parts))
+
+
+def _placed(group: tuple[RankParameter, ...], size: int) -> dict[str, FlatParameter]:
+    """Where the parameters of a group are, in partitions of ``size`` elements."""
+    shapes = {shard.parameter: shard.shape for shard in group}
+    return contiguous_parameters([shapes], [[0] * len(group)], [size])
 
 
 def held_parts(shard: RankParameter, placed: FlatParameter, data_rank: int, state: State) -> tuple[Part, ...]:
