@@ -47,6 +47,7 @@ class Case:
     offload: str = "none"
     stages: str | tuple = "even"
     freeze: tuple[str, ...] = ()
+    neurons: int = 251  # of a mixture's experts; two tensor ranks have unlike shares of an odd number
     # Prefix of a data set whose facts say that END ends its documents, which are kept apart.
     documents: str = ""
 
@@ -93,17 +94,25 @@ CHANGES = {
     "granite": {"num_key_value_heads": 2},
     "cohere": {"num_key_value_heads": 2},
     "starcoder2": {"num_key_value_heads": 2},
-    # Two tensor ranks have unlike shares of the experts' neurons.
-    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 251},
-    "qwen3_moe": {"num_key_value_heads": 2, "moe_intermediate_size": 251},
+    "mixtral": {"num_key_value_heads": 2},
+    "qwen3_moe": {"num_key_value_heads": 2},
     "gemma2": {"num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
 }
 
 
+NEURONS = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+
+
+def of_family(case, tied):
+    changes = {"tie_word_embeddings": tied, **CHANGES.get(case.family, {})}
+    if case.family in MIXTURES:
+        changes[NEURONS[case.family]] = case.neurons
+    return small_architecture(case.family, **changes)
+
+
 def student(case):
     if case.family in (*TRAINED_BESIDE, *MIXTURES):
-        changes = {"tie_word_embeddings": case.tied, **CHANGES.get(case.family, {})}
-        return drawn_checkpoint(small_architecture(case.family, **changes), seed=1)
+        return drawn_checkpoint(of_family(case, case.tied), seed=1)
     # Two key-value heads, so that two tensor ranks have one each; FFN 50 and vocabulary 101 split unevenly.
     architecture = pico_architecture(case.family, tied=case.tied, num_key_value_heads=2)
     return drawn_checkpoint(architecture, seed=1)
@@ -111,9 +120,7 @@ def student(case):
 
 def teacher(case=None):
     if case is not None and case.family in (*TRAINED_BESIDE, *MIXTURES):
-        return drawn_checkpoint(
-            small_architecture(case.family, tie_word_embeddings=True, **CHANGES.get(case.family, {})), seed=2
-        )
+        return drawn_checkpoint(of_family(case, tied=True), seed=2)
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     return drawn_checkpoint(pico_architecture("llama", **sizes), seed=2)
 

@@ -13,7 +13,9 @@ CASES = {
         "qwen3_moe", tied=True, pipeline=2, accumulation=2, recompute=True, router=0.3
     ),
     "qwen3_moe-zero2": Case("qwen3_moe", tied=False, data=2, zero=2, accumulation=2, router=0.3),
-    "mixtral-zero3": Case("mixtral", tied=True, data=2, zero=3, recompute=True, router=0.3),
+    # Experts of these sizes are multiplied in one grouped product, also by each tensor rank.
+    "mixtral-zero3": Case("mixtral", tied=True, data=2, zero=3, recompute=True, router=0.3, neurons=252),
+    "qwen3_moe-tensor-grouped": Case("qwen3_moe", tied=False, tensor=2, accumulation=2, router=0.3, neurons=264),
     "qwen3_moe-without": Case("qwen3_moe", tied=False, pipeline=2, router=0.0),
     "mixtral-tensor": Case("mixtral", tied=False, tensor=2, accumulation=2, router=0.3),
     "qwen3_moe-tensor-recompute": Case("qwen3_moe", tied=True, tensor=2, recompute=True, router=0.3),
