@@ -31,18 +31,30 @@ def main(
     ] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the run file.")] = None,
     json: Json = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """Run the teacher of a run file over the samples that it teaches. Interrupted, the same command goes on."""
+    """Run the teacher of a run file over the samples that it teaches. Interrupted, the same command goes on.
+
+    Under torchrun or deepspeed, the processes hold the teacher together, as tensor ranks.
+    """
     from incr_ds.config.fields import load_settings
     from incr_ds.config.training import RunSettings
 
     run = load_settings(config, RunSettings, override)
     require("deepspeed", "megatron.core")
     with loading():
-        from incr_ds.train.caching import CacheRequest, write_cache
+        from incr_ds.train.caching import CacheRequest, join_ranks, write_cache
+        from incr_ds.train.distributed import end_processes
+        from incr_ds.train.ranks import is_first_rank
+    # The deepspeed launcher adds --local_rank to every command. The environment has the same value.
+    join_ranks()
+    first = is_first_rank()
     request = CacheRequest(run, output, top_k, stored.value, shard_samples)
-    with progress_bar(quiet=json) as progress:
+    with progress_bar(quiet=json or not first) as progress:
         found = write_cache(request, lambda done, total: progress("caching shards", done, total) if progress else None)
+    end_processes()
+    if not first:
+        return
     facts = found.facts
     if json:
         content = facts.model_dump(mode="json")

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from token_data import write_random_documents
 
+from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import merged, parse_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.errors import IncrError
 from incr_ds.testing.memory import drawn_model, small_architecture
 from incr_ds.train import loop, pretraining
+from incr_ds.train.caching import CacheRequest, CachingTeacher, join_ranks, write_cache
 from incr_ds.train.distributed import initialize_distributed
 from incr_ds.train.pretraining import train_run
+from incr_ds.train.ranks import all_ranks
 
 LENGTH, STEPS, TAUGHT = 16, 6, 5
 FIRST_SAMPLE = 8
@@ -79,3 +83,25 @@ def train_all(folder, cases):
         train_run(run)
         found[name] = teachers[-1] is not None
     return found
+
+
+def write_together(folder, requests):
+    """Write caches, (top_k, stored) by name, on all ranks together. Returns the elements of the teacher that this rank holds."""
+    join_ranks()
+    run = settings(folder, "writing")
+    for name, (top_k, stored) in requests.items():
+        found = write_cache(CacheRequest(run, Path(folder) / name, top_k, stored, 6), lambda done, total: None)
+        assert found.resumed_shards == 0
+    teacher = CachingTeacher(run, open_source(Path(run.distillation.teacher)), all_ranks())
+    return sum(parameter.numel() for parameter in teacher._teacher._model.parameters())
+
+
+def refused_together(folder, name, top_k, **changes):
+    """What a rank says about a request that cannot be met."""
+    join_ranks()
+    try:
+        write_cache(
+            CacheRequest(settings(folder, "writing", **changes), Path(folder) / name, top_k), lambda done, total: None
+        )
+    except IncrError as error:
+        return str(error)

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 from cache_teacher import main
-from cached_runs import FIRST_SAMPLE, LENGTH, STEPS, STUDENT, TAUGHT, settings, train_all, write_material
+from cached_runs import (
+    FIRST_SAMPLE,
+    LENGTH,
+    STEPS,
+    STUDENT,
+    TAUGHT,
+    refused_together,
+    settings,
+    train_all,
+    write_material,
+    write_together,
+)
 from one_number import make_world, stop_at, stoppable
 from one_number import settings as one_number_settings
 from safetensors.numpy import load_file, save_file
@@ -35,7 +46,7 @@ from incr_ds.testing.memory import SMALL
 from incr_ds.testing.processes import run_processes
 from incr_ds.train import loop, pretraining
 from incr_ds.train.cached_teacher import cached_samples, open_cache
-from incr_ds.train.caching import CacheRequest, write_cache
+from incr_ds.train.caching import CacheRequest, CachingTeacher, write_cache
 from incr_ds.train.inputs import open_data
 from incr_ds.train.metrics import read_metrics
 
@@ -205,6 +216,41 @@ def test_few_entries_train_close_to_the_whole_and_not_as_it(trained):
     few, whole = rows(trained / "small/cached"), rows(trained / "data/cached")
     assert few[0]["ce"] == whole[0]["ce"]
     assert 0 < few[0]["divergence"] < whole[0]["divergence"]  # joining entries into one lowers the divergence
+
+
+def test_two_ranks_hold_the_teacher_together_and_write_the_same_entries(folder):
+    """Each has half of the matrices. Values differ by the order of sums alone; both ranks' parts of the vocabulary count."""
+    requests = {"whole by two": (VOCABULARY, "fp32"), "few by two": (7, "fp16"), "most by two": (60, "fp32")}
+    held = run_processes(write_together, 2, str(folder), requests)
+    alone = CachingTeacher(settings(folder, "writing"), open_source(folder / "teacher"))
+    whole = sum(parameter.numel() for parameter in alone._teacher._model.parameters())
+    assert all(whole / 2 < one < 0.52 * whole for one in held)
+    for name, rounding in (("whole", 2e-6), ("few", 2**-10), ("most", 2e-6)):
+        one, two = (folder / ("whole" if name == "most" else name), folder / f"{name} by two")
+        assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+        for path in two.glob("shard*"):
+            expected, found = load_file(one / path.name), load_file(path)
+            count = found["indices"].shape[-1]
+            np.testing.assert_array_equal(found["indices"], expected["indices"][..., :count])
+            np.testing.assert_allclose(found["log_probs"], expected["log_probs"][..., :count], rtol=rounding, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_speaks_once(folder):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--config", write_run_file(folder), "--output", folder / "launched", "--top-k", 7, "--shard-samples", 6]
+    command = [*launch, "tools/cache_teacher.py", *map(str, options), "--json"]
+    done = subprocess.run(command, cwd=ROOT, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"] == SAMPLES * LENGTH * 7 * 3
+    assert opened(folder, folder / "launched")[0].facts.top_k == 7
+
+
+def test_what_cannot_be_cached_is_refused_on_every_rank(folder):
+    message = "--top-k 500: expected 1 to 101, the teacher's vocabulary."
+    assert run_processes(refused_together, 2, str(folder), "never", 500) == [message, message]
+    (first, second) = run_processes(refused_together, 2, str(folder), "few", 7)
+    assert first == second and "few: exists already and is not an empty folder" in first
 
 
 KILLED = """
