@@ -86,6 +86,12 @@ class LogicalCheckpoint(Protocol):
         ...
 
 
+def check_state(facts: CheckpointFacts, state: State) -> None:
+    """Raise CheckpointError if a checkpoint's ``state`` cannot be read."""
+    if state not in facts.states:
+        raise CheckpointError(f"{facts.path}: no {state}: {facts.no_moments}; use optimizer: reset.")
+
+
 def rows_and_columns(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[int, int, tuple[slice, ...]]:
     """First and last row (half open) of the part of a tensor of ``shape``, and the slices to take from those rows."""
     (first, stop), *columns = bounds or ((0, shape[0]),)
