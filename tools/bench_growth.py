@@ -35,6 +35,13 @@ TOOLS = Path(__file__).resolve().parent
 DATA_PARALLEL = 2
 START = "incr_ds, plan only"  # Python, torch, transformers, opening the source: the part that does not grow
 RESHARD = "{target: {}, layout: {format: universal}}\n"
+RATIOS = {
+    "throughput_vs_copy": "of the copy's throughput, the start of the program included",
+    "speedup_vs_ds_to_universal": "times ds_to_universal's speed",
+    "speedup_vs_torch_dcp": "times the speed of torch's own resharding, the faster of the two",
+}
+TENSOR_PARALLEL = 2
+RESHARD_TORCH_DIST = f"{{target: {{}}, layout: {{format: torch_dist, tensor_parallel: {TENSOR_PARALLEL}}}}}\n"
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,31 @@ def architecture_of(parameters: float) -> Architecture:
 
 def write_source(folder: Path, parameters: float) -> int:
     """A ZeRO-1 checkpoint of two data-parallel ranks, in bf16, below ``folder``/source; returns its parameter count."""
-    architecture = architecture_of(parameters)
-    (folder / "same.yaml").write_text("target: {}\n")
-    layout = {"data_parallel": DATA_PARALLEL, "dtype": "bfloat16"}
-    recipe = parse_settings({"target": {}, "layout": layout}, GrowthRecipe, "benchmark")
-    request = GrowthRequest(folder, folder / "same.yaml", folder / "source", workers=os.cpu_count() or 1)
-    planned = plan_files(request, SyntheticCheckpoint(architecture), recipe)
+    planned = planned_source(folder, architecture_of(parameters), {"data_parallel": DATA_PARALLEL})
     files = tuple(
         ConvertibleFile(file.target, file.model_rank, file.data_rank) if isinstance(file, OptimizerFile) else file
         for file in planned.files
     )
-    grow_checkpoint(PlannedGrowth(request, planned.source, planned.plan, files, planned.dtype))
-    return architecture.num_parameters
+    grow_checkpoint(PlannedGrowth(planned.request, planned.source, planned.plan, files, planned.dtype))
+    return planned.plan.target.num_parameters
+
+
+def planned_torch_dist_source(folder: Path, parameters: float) -> PlannedGrowth:
+    """A torch_dist checkpoint of a Llama that two tensor ranks can cut: with heads half as wide, and an even FFN."""
+    stated = architecture_of(parameters).stated
+    heads, ffn = stated["hidden_size"] // 32, stated["intermediate_size"] // 2 * 2
+    changes = {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": ffn}
+    architecture = architecture_from_config({**stated, **changes}, "benchmark")
+    return planned_source(folder, architecture, {"format": "torch_dist"})
+
+
+def planned_source(folder: Path, architecture: Architecture, layout: dict[str, Any]) -> PlannedGrowth:
+    """A checkpoint in bf16, which is to be written below ``folder``/source."""
+    (folder / "same.yaml").write_text("target: {}\n")
+    content = {"target": {}, "layout": {**layout, "dtype": "bfloat16"}}
+    recipe = parse_settings(content, GrowthRecipe, "benchmark")
+    request = GrowthRequest(folder, folder / "same.yaml", folder / "source", workers=os.cpu_count() or 1)
+    return plan_files(request, SyntheticCheckpoint(architecture), recipe)
 
 
 def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
@@ -104,8 +124,7 @@ def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
     tag, output = str(folder / "source" / "grown"), folder / "out"
     python, program = sys.executable, str(Path(__file__).resolve())
     most = str(max(workers))
-    ours = [python, str(TOOLS / "grow_checkpoint.py"), "--source", str(folder / "source"), "--output", str(output)]
-    ours += ["--recipe", str(folder / "reshard.yaml"), "--json"]
+    ours = growing(folder, "reshard.yaml")
     theirs = [python, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--input_folder", tag]
     theirs += ["--output_folder", str(output / "universal"), "--num_extract_workers", most, "--num_merge_workers", most]
     found = [Contestant(START, [*ours, "--plan-only"], (), output)]
@@ -121,6 +140,27 @@ def contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
     everything = [python, program, "load-everything", tag, str(output)]
     found.append(Contestant("load everything", everything, inputs, output))
     return found
+
+
+def growing(folder: Path, recipe: str) -> list[str]:
+    """The command that makes ``folder``/out from ``folder``/source by a recipe in ``folder``."""
+    source, output = str(folder / "source"), str(folder / "out")
+    paths = ["--source", source, "--output", output, "--recipe", str(folder / recipe)]
+    return [sys.executable, str(TOOLS / "grow_checkpoint.py"), *paths, "--json"]
+
+
+def torch_dist_contestants(folder: Path, workers: Sequence[int]) -> list[Contestant]:
+    """Each program turns a torch_dist checkpoint, folder/source, into one with chunks for two tensor ranks."""
+    (folder / "reshard.yaml").write_text(RESHARD_TORCH_DIST)
+    (iteration,) = (folder / "source").glob("iter_*")
+    inputs, output = tuple(sorted(iteration.glob("*.distcp"))), folder / "out"
+    ours, paths = growing(folder, "reshard.yaml"), ["incr_ds.testing.torch_resharding", str(iteration), str(output)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TENSOR_PARALLEL)]
+    return [
+        *(Contestant(f"incr_ds, {n} workers", [*ours, "--workers", str(n)], inputs, output) for n in workers),
+        Contestant("torch DCP, one process", [sys.executable, "-m", *paths], inputs, output),
+        Contestant(f"torch DCP, {TENSOR_PARALLEL} ranks", [*launcher, "-m", *paths], inputs, output),
+    ]
 
 
 def wider(config: Path) -> dict[str, Any]:
@@ -184,6 +224,22 @@ def benchmark(folder: Path, place: str, parameters: float, workers: Sequence[int
     }
 
 
+def torch_dist_benchmark(folder: Path, parameters: float, workers: Sequence[int], rounds: int) -> dict[str, Any]:
+    """The race over a torch_dist checkpoint: this package, and torch.distributed.checkpoint, which Megatron-core uses."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench_growth_") as home:
+        planned = planned_torch_dist_source(Path(home), parameters)
+        grow_checkpoint(planned)
+        results = race(torch_dist_contestants(Path(home), workers), rounds)
+    own, theirs = ([result for result in results if result.name.startswith(name)] for name in ("incr_ds", "torch"))
+    return {
+        "place": "disk, torch_dist",
+        "parameters": planned.plan.target.num_parameters,
+        "speedup_vs_torch_dcp": min(result.seconds for result in theirs) / min(result.seconds for result in own),
+        "peak_anonymous_bytes": max(result.peak for result in own),
+        "contestants": [_row(result) for result in results],
+    }
+
+
 def _row(result: Result) -> dict[str, Any]:
     return {
         "name": result.name,
@@ -223,10 +279,7 @@ def print_table(report: dict[str, Any]) -> None:
             peak = f"{row['peak_anonymous_bytes'] / (1 << 20):,.0f}"
             table.add_row(row["name"], f"{row['seconds']:.2f}", *(f"{number:.2f}" for number in gigabytes), peak)
         console.print(table)
-        console.print(
-            f"of the copy's throughput, the start of the program included: {entry['throughput_vs_copy']:.2f}; times "
-            f"ds_to_universal's speed: {entry['speedup_vs_ds_to_universal']:.2f}\n"
-        )
+        console.print("; ".join(f"{said}: {entry[key]:.2f}" for key, said in RATIOS.items() if key in entry) + "\n")
 
 
 @command
@@ -239,6 +292,9 @@ def main(
         typer.Option(min=0, help="Size on tmpfs; the converter needs 60 bytes for each parameter; 0 leaves it out."),
     ] = 2.5e8,
     smaller: Annotated[float, typer.Option(min=0, help="A second size on disk, for the trend; 0 leaves it out.")] = 1e8,
+    torch_dist_parameters: Annotated[
+        float, typer.Option(min=0, help="Size of a torch_dist checkpoint on disk; 0 leaves it out.")
+    ] = 1e8,
     workers: Annotated[str, typer.Option(help="Worker counts, separated by commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contestant; medians are reported.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
@@ -250,6 +306,8 @@ def main(
         races.append(benchmark(disk, "disk", smaller, counts, rounds))
     if memory_parameters:
         races.append(benchmark(memory, "tmpfs", memory_parameters, counts, rounds))
+    if torch_dist_parameters:
+        races.append(torch_dist_benchmark(disk, torch_dist_parameters, counts, rounds))
     keys = ("throughput_vs_copy", "speedup_vs_ds_to_universal", "peak_anonymous_bytes")
     report = {**{key: races[0][key] for key in keys}, "rounds": rounds, "machine": machine(), "races": races}
     if json_file:

@@ -11,13 +11,21 @@ from typing import Protocol
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.base import State, row_portions, same_numbers
+from incr_ds.checkpoint.base import (
+    LogicalCheckpoint,
+    State,
+    check_state,
+    row_portions,
+    rows_and_columns,
+    same_numbers,
+)
 from incr_ds.errors import CheckpointError
-from incr_ds.sharding.blocks import Block, RankParameter
+from incr_ds.sharding.blocks import Block, Bounds, RankParameter
 
 # Scaling a parameter by s scales its gradient by 1 / s (deepspeed/checkpoint/affine.py, SCALE_POWER_BY_STATE).
 SCALE_POWERS: Mapping[State, int] = {"weight": 1, "exp_avg": -1, "exp_avg_sq": -2, "momentum_buffer": -1}
 _COMPARED_ELEMENTS = 1 << 18
+_TRANSPOSED_ELEMENTS = 1 << 20  # read at once
 _SHOWN = 10
 
 
@@ -64,12 +72,22 @@ class HeldBlock:
     def read(self, state: State, first: int, stop: int) -> torch.Tensor:
         """Rows [first, stop) of the logical tensor, restricted to the block's columns."""
         block = self.block
+        if block.transposed:
+            return self._read_transposed(state, first - block.bounds[0][0], stop - block.bounds[0][0])
         offset = block.row - block.bounds[0][0]
         found = self.rank.shards.read(self.parameter, state, first + offset, stop + offset)
         if len(block.bounds) > 1:
             begin, end = block.bounds[1]
             found = found[:, block.column : block.column + end - begin]
         return found if block.scale == 1.0 else found / block.scale ** SCALE_POWERS[state]
+
+    def _read_transposed(self, state: State, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop) of the block. Every row of the parameter has a number of each, so all of them are read."""
+        block, found = self.block, list[torch.Tensor]()
+        for ((begin, end),) in row_portions(block.stored_shape, _TRANSPOSED_ELEMENTS):
+            rows = self.rank.shards.read(self.parameter, state, block.row + begin, block.row + end)
+            found.append(rows[:, block.column + first : block.column + stop].T.contiguous())
+        return torch.cat(found, dim=1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,20 @@ class Assembled:
             columns = (slice(*bounds) for bounds in held.block.bounds[1:])
             whole[(slice(begin - first, end - first), *columns)] = part
         return torch.empty(0, *self.shape[1:]) if whole is None else whole
+
+
+def read_assembled(
+    checkpoint: LogicalCheckpoint,
+    tensors: Mapping[str, Assembled],
+    name: str,
+    state: State,
+    bounds: Bounds | None,
+) -> torch.Tensor:
+    """What ``LogicalCheckpoint.read`` returns, from assembled tensors. A tied alias is read from its owner."""
+    check_state(checkpoint.facts, name, state)
+    spec = checkpoint.architecture.by_name[name]
+    first, stop, inside = rows_and_columns(bounds, spec.shape)
+    return tensors[spec.tied_to or name].read(state, first, stop)[inside]
 
 
 def assemble(shape: tuple[int, ...], found: Sequence[HeldBlock], where: str) -> Assembled:

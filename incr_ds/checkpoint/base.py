@@ -94,6 +94,15 @@ class LogicalCheckpoint(Protocol):
         ...
 
 
+def check_state(facts: CheckpointFacts, name: str, state: State) -> None:
+    """Raise CheckpointError if the ``state`` of a tensor cannot be read."""
+    if state not in facts.states:
+        raise CheckpointError(f"{facts.path}: no {state}: {facts.no_moments}; use optimizer: reset.")
+    if state not in facts.states_of(name):
+        trained = "Muon" if name in facts.momentum else "Adam"
+        raise CheckpointError(f"{facts.path}: {name} has no {state}: {trained} trains it.")
+
+
 def rows_and_columns(bounds: Bounds | None, shape: tuple[int, ...]) -> tuple[int, int, tuple[slice, ...]]:
     """First and last row (half open) of the part of a tensor of ``shape``, and the slices to take from those rows."""
     (first, stop), *columns = bounds or ((0, shape[0]),)

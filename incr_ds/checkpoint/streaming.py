@@ -21,13 +21,17 @@ BLOCK_ELEMENTS = 1 << 20  # large enough to hide a block's fixed costs, small en
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment; zeros if the name is ""."""
+    """Elements [first, stop), in row-major order, of the slice ``bounds`` of a tensor or moment; zeros if the name is "".
+
+    If ``transposed``, the order is that of the transposed slice.
+    """
 
     name: str
     state: State
     bounds: Bounds
     first: int
     stop: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +90,17 @@ class Slices:
         if not part.name:
             yield from self._zeros(part.stop - part.first)
             return
-        (row, _), *columns = part.bounds
+        (row, _), *columns = part.bounds[::-1] if part.transposed else part.bounds
         per_row = math.prod(stop - start for start, stop in columns)
         rows = max(1, self.block_elements // per_row)
         first_row, stop_row = part.first // per_row, math.ceil(part.stop / per_row)
         for begin in range(first_row, stop_row, rows):
             end = min(begin + rows, stop_row)
-            block = self.read(part.name, part.state, ((row + begin, row + end), *columns)).reshape(-1)
+            bounds = ((row + begin, row + end), *columns)
+            if part.transposed:
+                block = self.read(part.name, part.state, bounds[::-1]).T.reshape(-1)
+            else:
+                block = self.read(part.name, part.state, bounds).reshape(-1)
             offset = begin * per_row
             yield block[max(0, part.first - offset) : part.stop - offset]
 
@@ -166,7 +174,7 @@ def block_parts(
         size = math.prod(block.shape)
         begin, end = max(first, position), min(stop, position + size)
         if begin < end:
-            parts.append(Part(block.name, state, block.bounds, begin - position, end - position))
+            parts.append(Part(block.name, state, block.bounds, begin - position, end - position, block.transposed))
         position += size
     begin = max(first, position)
     if begin < stop:

@@ -157,7 +157,8 @@ class TargetLayout(ParallelLayout):
     ``sub_group_size`` must be the one in the engine's zero_optimization section.
 
     ``learning_rates`` are the run's --lr and --min-lr, for Megatron-core from 0.19 on, which finds the parameter groups
-    of a ``torch_dist`` checkpoint by them.
+    of a ``torch_dist`` checkpoint by them. ``expert_parallel`` is the run's --expert-model-parallel-size. It decides how many
+    optimizers Megatron-core has for a mixture; tensors are found under any.
     """
 
     format: Literal["deepspeed", "universal", "torch_dist", "huggingface"] = "deepspeed"
@@ -166,11 +167,14 @@ class TargetLayout(ParallelLayout):
     vocabulary_multiple: int = Field(default=128, ge=1)
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
     learning_rates: tuple[LearningRate, LearningRate] | None = Field(default=None, strict=False)
+    expert_parallel: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _learning_rates_are_megatron_core_s(self) -> Self:
+    def _some_are_megatron_core_s(self) -> Self:
         if self.learning_rates is not None and self.format != "torch_dist":
             raise ValueError(f"learning_rates with format: {self.format}; only torch_dist holds them; leave them out")
+        if self.expert_parallel > 1 and self.format != "torch_dist":
+            raise ValueError(f"expert_parallel with format: {self.format}; only torch_dist states it; leave it out")
         return self
 
     @model_validator(mode="after")

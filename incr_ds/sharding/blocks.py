@@ -14,7 +14,8 @@ Bounds = tuple[tuple[int, int], ...]
 class Block:
     """A rectangle of the logical tensor ``name``, and where it lies in a parameter: from ``row`` and ``column`` on.
 
-    ``bounds`` is one (start, stop) per dimension of the logical tensor. The parameter stores the tensor times ``scale``.
+    ``bounds`` is one (start, stop) per dimension of the logical tensor. The parameter stores the tensor times ``scale``. If
+    ``transposed``, the rectangle's columns are rows of the parameter.
     """
 
     name: str
@@ -22,11 +23,17 @@ class Block:
     row: int = 0
     column: int = 0
     scale: float = 1.0
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Size of each dimension of the rectangle."""
         return tuple(stop - start for start, stop in self.bounds)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Size of each dimension in the parameter."""
+        return self.shape[::-1] if self.transposed else self.shape
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,20 @@ class ParameterDeclaration(Settings):
     name: str
     holds: list[str] = Field(min_length=1)
     per: Literal["kv_heads", "ranks"] | None = None
+    parts: int = Field(default=1, ge=1)
+    transposed: bool = False
     padded: bool = False
     also: list[str] = Field(default_factory=list)
+    in_mixtures: str | None = None
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether every expert has such a parameter."""
+        return any("{expert}" in name for name in self.holds)
+
+    def output(self, spec: TensorSpec) -> int:
+        """The dimension of a tensor that is the rows of the parameter."""
+        return len(spec.dims) - 1 if self.transposed else 0
 
 
 class Modules(Settings):
@@ -92,6 +104,20 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
         )
 
 
+def check_experts(architecture: Architecture, expert_parallel: int, where: str) -> None:
+    """Raise LayoutError if the ranks of ``expert_parallel`` cannot have equally many experts."""
+    experts = architecture.sizes.get("experts")
+    if experts is None and expert_parallel > 1:
+        raise LayoutError(
+            f"{where}: expert_parallel {expert_parallel}: a {architecture.family.model_type} has no experts; leave it out."
+        )
+    if experts is not None and experts % expert_parallel:
+        fitting = ", ".join(str(degree) for degree in range(1, experts + 1) if experts % degree == 0)
+        raise LayoutError(
+            f"{where}: expert_parallel {expert_parallel}: does not divide the {experts} experts; it can be {fitting}."
+        )
+
+
 def module_parameters(
     modules: Modules, architecture: Architecture, tensor_parallel: int, tensor_rank: int, vocabulary: int
 ) -> Mapping[int, tuple[RankParameter, ...]]:
@@ -101,11 +127,13 @@ def module_parameters(
     """
     specs = {(spec.layer, spec.local_name): spec for spec in architecture.stored}
     found: dict[int, list[RankParameter]] = {}
+    made = _Maker(modules, architecture, tensor_parallel, tensor_rank, vocabulary)
     for layer, decoder, declared in _occurrences(modules, architecture):
-        held = [specs[decoder, name] for name in declared.holds if (decoder, name) in specs]
-        if len(held) == len(declared.holds):
-            made = _Maker(modules, architecture, tensor_parallel, tensor_rank, vocabulary)
-            found.setdefault(layer, []).append(made.parameter(layer, declared, held))
+        for expert in range(architecture.sizes.get("experts", 0)) if declared.of_experts else (None,):
+            names = [(decoder, name.format(expert=expert)) for name in declared.holds]
+            held = [specs[name] for name in names if name in specs]
+            if len(held) == len(names):
+                found.setdefault(layer, []).append(made.parameter(layer, declared, held))
     return {layer: tuple(parameters) for layer, parameters in sorted(found.items())}
 
 
@@ -132,18 +160,13 @@ class _Maker:
     vocabulary: int
 
     def parameter(self, layer: int, declared: ParameterDeclaration, held: list[TensorSpec]) -> RankParameter:
-        first = held[0]
-        cut = next((d for d, dim in enumerate(first.dims) if dim.outer_axis in CUT_AXES), None)
+        first, cut = held[0], 0 if declared.per is not None else self._cut(declared, held[0])
         if declared.per is not None:
-            units = self.ranks if declared.per == "ranks" else self.architecture.sizes["kv_heads"]
-            blocks = _interleaved(
-                held, units, range(self.rank * units // self.ranks, (self.rank + 1) * units // self.ranks)
-            )
-            shape = (sum(spec.shape[0] for spec in held) // self.ranks, *first.shape[1:])
+            blocks, shape = self._interleaved(declared, held)
         elif declared.padded:
             blocks, shape = self._vocabulary_rows(first)
         else:
-            blocks, shape = _even_cut(first, cut, self.ranks, self.rank)
+            blocks, shape = self._even_cut(declared, first)
         tied = declared.place == "embedding" and self.architecture.tied
         prefix = f"tied_modules.{self.modules.tied_key}" if tied else str(layer)
         sub_parameters = len(held) if declared.per == "ranks" else 1
@@ -151,29 +174,42 @@ class _Maker:
         place = (first, layer, declared.name, cut, declared.padded, sub_parameters)
         return RankParameter(name, shape, blocks, *place)
 
+    def _cut(self, declared: ParameterDeclaration, spec: TensorSpec) -> int | None:
+        """The dimension of the parameter that tensor ranks cut."""
+        cut = _cut_dimension(spec)
+        return len(spec.dims) - 1 - cut if declared.transposed and cut is not None else cut
+
+    def _interleaved(
+        self, declared: ParameterDeclaration, held: list[TensorSpec]
+    ) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+        """Rows of every unit of this rank: within a unit tensor after tensor, and part after part of a tensor."""
+        units = self.ranks if declared.per == "ranks" else self.architecture.sizes["kv_heads"]
+        blocks, row = list[Block](), 0
+        for unit in range(self.rank * units // self.ranks, (self.rank + 1) * units // self.ranks):
+            for spec, part in ((spec, part) for spec in held for part in range(declared.parts)):
+                output = declared.output(spec)
+                size = spec.shape[output] // declared.parts
+                bounds = [(0, whole) for whole in spec.shape]
+                bounds[output] = (part * size + unit * size // units, part * size + (unit + 1) * size // units)
+                blocks.append(Block(spec.name, tuple(bounds), row, transposed=declared.transposed))
+                row += blocks[-1].stored_shape[0]
+        return tuple(blocks), (row, *blocks[0].stored_shape[1:])
+
     def _vocabulary_rows(self, spec: TensorSpec) -> tuple[tuple[Block, ...], tuple[int, ...]]:
         local = self.vocabulary // self.ranks
         begin, end = self.rank * local, min((self.rank + 1) * local, spec.shape[0])
         blocks = (Block(spec.name, ((begin, end), (0, spec.shape[1]))),) if begin < end else ()
         return blocks, (local, *spec.shape[1:])
 
+    def _even_cut(self, declared: ParameterDeclaration, spec: TensorSpec) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+        bounds, cut = [(0, size) for size in spec.shape], _cut_dimension(spec)
+        if cut is not None:
+            local = spec.shape[cut] // self.ranks
+            bounds[cut] = (self.rank * local, (self.rank + 1) * local)
+        block = Block(spec.name, tuple(bounds), transposed=declared.transposed)
+        return (block,), block.stored_shape
 
-def _even_cut(spec: TensorSpec, cut: int | None, ranks: int, rank: int) -> tuple[tuple[Block, ...], tuple[int, ...]]:
-    bounds = [(0, size) for size in spec.shape]
-    if cut is not None:
-        local = spec.shape[cut] // ranks
-        bounds[cut] = (rank * local, (rank + 1) * local)
-    block = Block(spec.name, tuple(bounds))
-    return (block,), block.shape
 
-
-def _interleaved(held: list[TensorSpec], units: int, chosen: range) -> tuple[Block, ...]:
-    """Rows of every chosen unit, tensor after tensor within the unit."""
-    blocks, row = [], 0
-    for unit in chosen:
-        for spec in held:
-            rows = spec.shape[0] // units
-            columns = ((0, size) for size in spec.shape[1:])
-            blocks.append(Block(spec.name, ((unit * rows, (unit + 1) * rows), *columns), row))
-            row += rows
-    return tuple(blocks)
+def _cut_dimension(spec: TensorSpec) -> int | None:
+    """The dimension of a tensor that tensor ranks cut."""
+    return next((d for d, dim in enumerate(spec.dims) if dim.outer_axis in CUT_AXES), None)

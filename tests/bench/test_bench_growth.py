@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import bench_growth
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.testing.contest import Contestant, race
 from incr_ds.testing.synthetic import SyntheticCheckpoint
+from incr_ds.testing.torch_resharding import ALIAS, CUTS
 
 STATES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -83,11 +86,42 @@ def test_the_copy_moves_as_many_bytes(home, tmp_path: Path):
     assert sum(path.stat().st_size for path in (tmp_path / "copied").iterdir()) == wanted
 
 
+@pytest.mark.parametrize("contestant", [0, -2, pytest.param(-1, marks=pytest.mark.slow)])
+def test_everyone_reshards_the_same_tensors_of_a_torch_dist_checkpoint(tmp_path: Path, contestant):
+    grow_checkpoint(bench_growth.planned_torch_dist_source(tmp_path, 1e6))
+    before, _ = stored(tmp_path / "source/iter_0000100")
+    entry = bench_growth.torch_dist_contestants(tmp_path, [1])[contestant]
+    subprocess.run(entry.command, check=True, capture_output=True)
+    after, chunks = stored(next(iter(entry.output.rglob(".metadata"))).parent)
+    assert set(after) == set(before)
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor), key
+    for key, cut in CUTS.items():
+        if contestant != -2:  # one process cuts nothing
+            shapes = {tuple(chunk.sizes)[cut] for name, own in chunks.items() if name.endswith(key) for chunk in own}
+            assert max(shapes) <= max(tensor.shape[cut] for name, tensor in before.items() if name.endswith(key)) // 2
+
+
+def stored(folder):
+    """Every tensor of a folder except those that are stored twice, and the chunks of each."""
+    described = {
+        key: entry
+        for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.TensorStorageMetadata) and not key.startswith(ALIAS)
+    }
+    found = {key: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype) for key, entry in described.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.load(found, checkpoint_id=folder, no_dist=True)
+    return found, {key: entry.chunks for key, entry in described.items()}
+
+
 @pytest.mark.slow
 def test_the_whole_tool(tmp_path: Path):
     report = tmp_path / "report.json"
     command = [sys.executable, "tools/bench_growth.py", "--disk", tmp_path, "--memory", tmp_path, "--parameters", "2e6"]
-    command += ["--smaller", "0", "--memory-parameters", "1e6", "--rounds", "1", "--json", report]
+    command += ["--smaller", "0", "--memory-parameters", "1e6", "--torch-dist-parameters", "1e6"]
+    command += ["--rounds", "1", "--json", report]
     subprocess.run(command, check=True)
     found = json.loads(report.read_text())
     for key in ("throughput_vs_copy", "speedup_vs_ds_to_universal", "peak_anonymous_bytes"):
@@ -95,6 +129,9 @@ def test_the_whole_tool(tmp_path: Path):
     rows = {row["name"]: row for row in found["races"][0]["contestants"]}
     ours = max(rows[name]["bytes_per_second"] for name in ("incr_ds, 1 workers", "incr_ds, 2 workers"))
     assert found["throughput_vs_copy"] == ours / rows["plain copy"]["bytes_per_second"]
-    assert [race["place"] for race in found["races"]] == ["disk", "tmpfs"]
+    assert [race["place"] for race in found["races"]] == ["disk", "tmpfs", "disk, torch_dist"]
+    assert found["races"][2]["speedup_vs_torch_dcp"] > 0
+    names = [row["name"] for row in found["races"][2]["contestants"]]
+    assert names[-2:] == ["torch DCP, one process", "torch DCP, 2 ranks"]
     names = [row["name"] for row in found["races"][0]["contestants"]]
     assert names[-3:] == ["plain copy", "ds_to_universal", "load everything"]

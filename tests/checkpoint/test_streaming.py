@@ -50,16 +50,16 @@ def parts(draw):
         bounds.append((start, draw(st.integers(start + 1, size))))
     numel = torch.Size([stop - start for start, stop in bounds]).numel()
     first = draw(st.integers(0, numel - 1))
-    return Part(
-        name, draw(st.sampled_from(["weight", "exp_avg"])), tuple(bounds), first, draw(st.integers(first, numel))
-    )
+    state, stop = draw(st.sampled_from(["weight", "exp_avg"])), draw(st.integers(first, numel))
+    return Part(name, state, tuple(bounds), first, stop, transposed=len(bounds) > 1 and draw(st.booleans()))
 
 
 @given(st.lists(parts(), max_size=4), st.integers(0, 9), st.integers(1, 400))
 def test_blocks_are_the_parts_then_zeros(chosen, padding, block):
     expected = []
     for part in chosen:
-        whole = coded(part.name)[tuple(slice(*bound) for bound in part.bounds)].reshape(-1)
+        whole = coded(part.name)[tuple(slice(*bound) for bound in part.bounds)]
+        whole = (whole.T if part.transposed else whole).reshape(-1)
         expected.append((1 if part.state == "weight" else -1) * whole[part.first : part.stop])
     expected = torch.cat([*expected, torch.zeros(padding)])
     reader = Reader()

@@ -19,16 +19,24 @@ VOCABULARY, LENGTH = 32, 8
 SIZES = {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 24}
 
 
-# The arguments that make the model a GPT-NeoX with one residual branch after the other.
-GPT_NEOX = {
+_LAYER_NORM = {
     "normalization": "LayerNorm",
     "swiglu": False,
     "add_bias_linear": True,
-    "bias_gelu_fusion": False,
-    "rotary_percent": 0.5,
     "num_query_groups": 4,
     "group_query_attention": False,
 }
+# The arguments that make the model a GPT-NeoX with one residual branch after the other, and a GPT-2.
+GPT_NEOX = {**_LAYER_NORM, "rotary_percent": 0.5}
+GPT2 = {
+    **_LAYER_NORM,
+    "position_embedding_type": "learned_absolute",
+    "bias_gelu_fusion": True,
+    "untie_embeddings_and_output_weights": False,
+}
+# Those of a Mixtral and of a Qwen3-MoE.
+MIXTRAL = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 20}
+QWEN3_MOE = {**MIXTRAL, "moe_router_topk": 3, "qk_layernorm": True, "kv_channels": 8}
 
 
 def arguments(**further):
@@ -47,6 +55,11 @@ def arguments(**further):
         "add_qkv_bias": False,
         "qk_layernorm": False,
         "position_embedding_type": "rope",
+        "bias_gelu_fusion": False,
+        "num_experts": None,
+        "moe_ffn_hidden_size": None,
+        "moe_router_topk": 2,
+        "moe_grouped_gemm": False,
         "untie_embeddings_and_output_weights": True,
         "params_dtype": torch.float32,
         "consumed_train_samples": 96,
@@ -54,18 +67,19 @@ def arguments(**further):
     return argparse.Namespace(**{**given, **further})
 
 
-def start(tensor_degree, pipeline_degree):
+def start(tensor_degree, pipeline_degree, expert_degree=1):
     multiprocessing.current_process()._config["daemon"] = False  # its writer starts processes of its own
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: "cpu"
     torch.manual_seed(0)
     dist.init_process_group("gloo")
     with_torch_s_writer()
+    torch._dynamo.config.disable = True  # its fused functions need not be compiled
     np.product = np.prod  # its name in numpy 1, by which megatron-core 0.14 and before call it
     from megatron.core import parallel_state, tensor_parallel
 
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: nullcontext()  # only dropout needs it, and there is none
-    parallel_state.initialize_model_parallel(tensor_degree, pipeline_degree)
+    parallel_state.initialize_model_parallel(tensor_degree, pipeline_degree, expert_model_parallel_size=expert_degree)
 
 
 def with_torch_s_writer():
@@ -83,6 +97,7 @@ def model_of(given, singleton=False):
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -96,7 +111,7 @@ def model_of(given, singleton=False):
         normalization=given.normalization,
         layernorm_epsilon=given.norm_epsilon,
         use_cpu_initialization=True,
-        bias_activation_fusion=False,
+        bias_activation_fusion=given.bias_gelu_fusion,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
@@ -105,17 +120,30 @@ def model_of(given, singleton=False):
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
+        num_moe_experts=given.num_experts,
+        moe_ffn_hidden_size=given.moe_ffn_hidden_size,
+        moe_router_topk=given.moe_router_topk,
+        moe_router_load_balancing_type="none",
     )
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # missing without Transformer Engine
+    if given.moe_grouped_gemm:  # its kernels need a GPU, and its parameters do not
+        grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
     tied = not given.untie_embeddings_and_output_weights
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=given.normalization, qk_layernorm=given.qk_layernorm),
+        get_gpt_layer_local_spec(
+            num_experts=given.num_experts,
+            moe_grouped_gemm=given.moe_grouped_gemm,
+            normalization=given.normalization,
+            qk_layernorm=given.qk_layernorm,
+        ),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
+        position_embedding_type=given.position_embedding_type,
         rotary_base=given.rotary_base,
         rotary_percent=given.rotary_percent,
         share_embeddings_and_output_weights=tied,
@@ -123,6 +151,8 @@ def model_of(given, singleton=False):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases, which start at one and zero
             parameter.data += 0.3 * torch.linspace(-1, 1, parameter.numel()) * (1 + len(name) % 5)
+        if "router" in name:  # so that the experts have unlike shares
+            parameter.data *= 50
     return model
 
 
@@ -148,6 +178,7 @@ def optimizer_of(model, steps):
 def logits_of(model):
     tokens = torch.arange(LENGTH)[None] * 3 % VOCABULARY
     mask = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
+    model.eval()
     with torch.no_grad():
         return model(tokens, torch.arange(LENGTH)[None], mask)
 
@@ -183,7 +214,7 @@ def saved(folder, further):
     model = model_of(given)
     optimizer = optimizer_of(model, 3)
     _save(_content(model, optimizer, given), folder)
-    return logits_of(model), _moments(model, optimizer)
+    return None if given.moe_grouped_gemm else logits_of(model), _moments(model, optimizer)
 
 
 def loaded(path, folder, further, tensor_degree, pipeline_degree):

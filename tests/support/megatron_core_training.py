@@ -23,7 +23,7 @@ METADATA = {
 }
 _STATES_METADATA = RELEASE >= Version("0.13")
 MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
-MODULES += ("mlp.linear_fc1", "mlp.linear_fc2")
+MLP, IN_MIXTURES = ("mlp.linear_fc1", "mlp.linear_fc2"), ("pre_mlp_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
     source: Path | None
     folder: Path
     steps: int = 0
-    degrees: tuple[int, int] = (1, 1)
+    degrees: tuple[int, ...] = (1, 1)  # tensor, pipeline and, in a mixture, expert parallel
     distributed: bool = True
     further: dict = field(default_factory=dict)
 
@@ -80,7 +80,9 @@ def trained(cases):
             with_torch_adam()
         else:
             parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(*case.degrees)
+            parallel_state.initialize_model_parallel(
+                *case.degrees[:2], expert_model_parallel_size=(*case.degrees, 1)[2]
+            )
         found.append(_run(case))
     return found
 
@@ -95,7 +97,9 @@ def _run(case):
     for step in range(1, case.steps + 1):
         one_step(model, optimizer, scheduler, step)
     _save(model, optimizer, scheduler, given, case.folder)
-    return logits_of(model).float() if case.degrees[1] == 1 else None, keys
+    # Over tensor ranks, a mixture needs a cut sequence.
+    computes = case.degrees[1] == 1 and (given.num_experts is None or case.degrees[0] == 1)
+    return logits_of(model).float() if computes else None, keys
 
 
 def built(given, distributed):
@@ -156,9 +160,20 @@ def _extra_states(model, content):
 
     asked = {value.key for value in content["model"].values()}
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-    keys = [(f"decoder.layers.{name}._extra_state", i) for name in MODULES for i in layers]
+    experts = model.config.num_moe_experts
+    keys = [(f"decoder.layers.{name}._extra_state", (i,)) for name in MODULES for i in layers]
+    keys += [
+        (f"decoder.layers.{name}._extra_state", (i,)) for name in (IN_MIXTURES if experts else MLP) for i in layers
+    ]
+    keys += [
+        (f"decoder.layers.mlp.experts.experts.{name}._extra_state", (i, expert))
+        for name in ("linear_fc1", "linear_fc2")
+        for i in layers
+        for expert in range(experts or 0)
+    ]
+    counts = (SIZES["num_layers"], experts)
     found = {
-        str(key): ShardedObject(key[0], None, (SIZES["num_layers"],), (key[1],), _replica())
+        str(key): ShardedObject(key[0], None, counts[: len(key[1])], key[1], _replica())
         for key in keys
         if key[0] not in asked
     }
@@ -189,17 +204,19 @@ def _loaded(model, optimizer, scheduler, given, path):
         optimizer.reload_model_params()
         return missing, unexpected
     outer = found["optimizer"]
-    for held in (outer, outer.get("optimizer", {})):  # that of the optimizer without masters has no inner one
+    each = [outer[number] for number in sorted(outer)] if 0 in outer else [outer]  # chained ones are numbered
+    # That of the optimizer without masters has no inner one.
+    for held in (held for one in each for held in (one, one.get("optimizer", {}))):
         state = held.get("state", {})
         if state and "common_step" not in state:
             # torch's AdamW expects the step among the states. The fused ones have it in their groups alone.
             state["common_step"] = torch.tensor(float(held["param_groups"][0]["step"]))
     optimizer.load_state_dict(found["optimizer"])
-    inner = optimizer.chained_optimizers[0].optimizer
-    for group in inner.param_groups:
-        group.pop("step", None)  # which torch's AdamW does not count up
-    for own in inner.state.values():
-        own["step"] = own["step"].clone()  # loaded as one tensor, which every parameter would then count up
+    for inner in (chained.optimizer for chained in optimizer.chained_optimizers):
+        for group in inner.param_groups:
+            group.pop("step", None)  # which torch's AdamW does not count up
+        for own in inner.state.values():
+            own["step"] = own["step"].clone()  # loaded as one tensor, which every parameter would then count up
     scheduler.load_state_dict(found["opt_param_scheduler"])
     assert set(found.get("extra", {}).values()) <= {None}
     return missing, unexpected

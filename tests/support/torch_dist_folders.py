@@ -23,7 +23,7 @@ PREFIX = {
 MULTIPLE = 8
 
 
-def parameters_of(source, state):
+def parameters_of(source, state, with_ffn=True):
     """The parameters of Megatron-core's GPTModel, with stacked layers, from a logical checkpoint."""
 
     def read(name):
@@ -48,15 +48,18 @@ def parameters_of(source, state):
         ),
         "decoder.layers.self_attention.linear_qkv.weight": stacked(qkv),
         "decoder.layers.self_attention.linear_proj.weight": stacked(lambda i: read(f"{i}self_attn.o_proj.weight")),
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight": stacked(
-            lambda i: read(f"{i}post_attention_layernorm.weight")
-        ),
-        "decoder.layers.mlp.linear_fc1.weight": stacked(
-            lambda i: torch.cat([read(f"{i}mlp.{x}_proj.weight") for x in ("gate", "up")])
-        ),
-        "decoder.layers.mlp.linear_fc2.weight": stacked(lambda i: read(f"{i}mlp.down_proj.weight")),
         "decoder.final_layernorm.weight": read("model.norm.weight"),
     }
+    if with_ffn:
+        found |= {
+            "decoder.layers.mlp.linear_fc1.layer_norm_weight": stacked(
+                lambda i: read(f"{i}post_attention_layernorm.weight")
+            ),
+            "decoder.layers.mlp.linear_fc1.weight": stacked(
+                lambda i: torch.cat([read(f"{i}mlp.{x}_proj.weight") for x in ("gate", "up")])
+            ),
+            "decoder.layers.mlp.linear_fc2.weight": stacked(lambda i: read(f"{i}mlp.down_proj.weight")),
+        }
     if not source.architecture.tied:
         found["output_layer.weight"] = padded(read("lm_head.weight"))
     return found
@@ -134,10 +137,12 @@ def _parts(key, tensor, ranks):
     counts = [1] * tensor.dim()
     if "decoder.layers." in key:
         counts[0] = len(tensor)
+    if "experts" in key:
+        counts[1] = tensor.shape[1]
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         counts[-1] = ranks
     elif key.endswith(("linear_qkv.weight", "linear_fc1.weight")):
-        counts[1] = ranks * (2 if "fc1" in key else 1)
+        counts[-2] = ranks * (2 if "fc1" in key else 1)
     elif key.endswith(("word_embeddings.weight", "output_layer.weight")):
         counts[0] = ranks
     return counts

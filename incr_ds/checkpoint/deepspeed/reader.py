@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import check_copies
-from incr_ds.checkpoint.base import MUON_STATES, STATES, CheckpointFacts, State, rows_and_columns
+from incr_ds.checkpoint.assembly import check_copies, read_assembled
+from incr_ds.checkpoint.base import MUON_STATES, STATES, CheckpointFacts, State
 from incr_ds.checkpoint.deepspeed.checks import (
     check_aliases,
     check_duplicates,
@@ -49,14 +49,7 @@ class ZeroCheckpoint:
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor (fp32 masters and moments), joined over tensor ranks. Frozen tensors have zero moments."""
-        spec = self.architecture.by_name[name]
-        first, stop, inside = rows_and_columns(bounds, spec.shape)
-        if state not in self.facts.states:
-            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
-        if state not in self.facts.states_of(name):
-            trained = "Muon" if name in self.facts.momentum else "Adam"
-            raise CheckpointError(f"{self._folder}: {name} has no {state}: {trained} trains it.")
-        return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
+        return read_assembled(self, self._tensors, name, state, bounds)
 
     def self_check(self) -> Iterator[str]:
         """Check that the shards belong together, and yield the name of each parameter checked.

@@ -10,7 +10,13 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.base import State
-from incr_ds.checkpoint.megatron_core.keys import MODEL_PREFIX, MOMENT_PREFIXES, OF_DISTRIBUTED_OPTIMIZER, OF_OPTIMIZER
+from incr_ds.checkpoint.megatron_core.keys import (
+    MODEL_PREFIX,
+    MOMENT_PREFIXES,
+    OF_DISTRIBUTED_OPTIMIZER,
+    OF_OPTIMIZER,
+    written_names,
+)
 from incr_ds.checkpoint.streaming import Part, StreamedTensor, block_parts
 from incr_ds.sharding.blocks import RankParameter
 from incr_ds.sharding.megatron_modules import MEGATRON_CORE, module_parameters, modules_of
@@ -27,12 +33,16 @@ class StoredState:
 
 @dataclass(frozen=True)
 class NewChunk:
-    """A rectangle of the tensors ``keys``, which have the shape ``whole``, at ``offsets``."""
+    """A rectangle of the tensors ``keys``, which have the shape ``whole``, at ``offsets``.
+
+    The first ``stacked`` dimensions are those of layers and experts.
+    """
 
     keys: tuple[str, ...]
     whole: tuple[int, ...]
     offsets: tuple[int, ...]
     tensor: StreamedTensor
+    stacked: int
 
 
 def stored_states(dtype: torch.dtype, has_moments: bool) -> tuple[StoredState, ...]:
@@ -62,7 +72,7 @@ def chunks_by_layer(
         held = module_parameters(modules, architecture, tensor_parallel, rank, vocabulary)
         for layer, parameters in held.items():
             own = [item for item in parameters if item.cut is not None or rank == 0]
-            places = [_Place(item, rank, tensor_parallel, architecture.num_layers) for item in own]
+            places = [_Place(item, rank, tensor_parallel, architecture) for item in own]
             found.setdefault(layer, []).extend(chunk for place in places for chunk in place.chunks(states))
     return {layer: tuple(chunks) for layer, chunks in found.items()}
 
@@ -74,23 +84,36 @@ class _Place:
     parameter: RankParameter
     rank: int
     ranks: int
-    layers: int
+    architecture: Architecture
 
     def chunks(self, states: tuple[StoredState, ...]) -> Iterator[NewChunk]:
         """Its parts in each state. Gate and up are two parts, since every rank has some rows of both."""
-        parameter, layer = self.parameter, self.parameter.tensor.layer
+        parameter, stack = self.parameter, self._stack
+        counts, own = tuple(count for _, count in stack), tuple(number for number, _ in stack)
         rows, *columns = parameter.shape
         shape = (rows // parameter.sub_parameters, *columns)
-        name = parameter.local_name if layer is None else f"decoder.layers.{parameter.local_name}"
-        stacked = ((), (), ()) if layer is None else ((self.layers,), (layer,), (1,))
         for state in states:
             for part in range(parameter.sub_parameters):
+                parts = self._parts(shape, part, state.state)
                 yield NewChunk(
-                    tuple(prefix + name for prefix in state.prefixes),
-                    stacked[0] + self._whole,
-                    stacked[1] + self._offsets(shape, part),
-                    StreamedTensor(stacked[2] + shape, state.dtype, self._parts(shape, part, state.state)),
+                    tuple(prefix + name for prefix in state.prefixes for name in self._names),
+                    counts + self._whole,
+                    own + self._offsets(shape, part),
+                    StreamedTensor((1,) * len(stack) + shape, state.dtype, parts),
+                    len(stack),
                 )
+
+    @property
+    def _stack(self) -> tuple[tuple[int, int], ...]:
+        """Its layer and its expert, where it has one, each with how many there are."""
+        tensor, sizes = self.parameter.tensor, self.architecture.sizes
+        layer = () if tensor.layer is None else ((tensor.layer, self.architecture.num_layers),)
+        return layer if tensor.expert is None else (*layer, (tensor.expert, sizes["experts"]))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        within = "" if self.parameter.tensor.layer is None else "decoder.layers."
+        return tuple(within + name for name in written_names(self.parameter, self.architecture))
 
     @property
     def _whole(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ it, argparse.Namespace too, is replaced by a stand-in that stores its attributes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ def optimizer_steps(content: Any) -> Iterator[int]:
     for inner in _mappings(content):
         counts = [group.get("step") for group in _groups(inner)]
         yield from (int(count) for count in (*counts, inner.get("common_step")) if isinstance(count, int | float))
+
+
+def one_step(stated: Set[int], where: Path) -> int:
+    """Adam's step. Raises CheckpointError if a checkpoint with moments states none, or several."""
+    if len(stated) != 1:
+        found = f"several steps of Adam: {sorted(stated)[:5]}" if stated else "no step of Adam"
+        raise CheckpointError(
+            f"{where}: states {found}, but the checkpoint has its moments; expected one step. Use another iteration."
+        )
+    return next(iter(stated))
 
 
 def optimizer_groups(content: Any) -> tuple[Mapping[str, Any], ...]:

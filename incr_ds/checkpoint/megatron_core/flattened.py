@@ -37,13 +37,12 @@ class Rectangle:
         return begin, max(begin, min(stop, self.offsets[0] + self.sizes[0]))
 
 
-def part_of(stored: StoredTensor, number: Sequence[int], layer: int | None) -> Rectangle | None:
-    """Part ``number`` (one number per dimension) of a flattened tensor or, with ``layer``, of that layer's.
+def part_of(stored: StoredTensor, number: Sequence[int], stack: tuple[int, ...]) -> Rectangle | None:
+    """Part ``number`` (one number per dimension) of a flattened tensor, or of the one at ``stack`` if several are stacked.
 
-    None if the part is another layer's.
+    None if the part is another one's.
     """
     sizes = [size // count for size, count in zip(stored.shape, stored.parts or (), strict=True)]
     offsets = [size * index for size, index in zip(sizes, number, strict=True)]
-    if layer is None:
-        return Rectangle(tuple(offsets), tuple(sizes))
-    return Rectangle(tuple(offsets[1:]), tuple(sizes[1:])) if offsets[0] == layer else None
+    own = len(stack)
+    return Rectangle(tuple(offsets[own:]), tuple(sizes[own:])) if tuple(offsets[:own]) == stack else None

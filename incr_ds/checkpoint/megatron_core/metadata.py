@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,19 @@ class StoredTensor:
     def type(self) -> torch.dtype:
         """The dtype, for one of floating-point numbers."""
         return _DTYPES[self.dtype]
+
+    def at(self, stack: tuple[int, ...]) -> tuple[Chunk, ...]:
+        """All chunks or, if tensors are stacked, at least those of the one at ``stack``."""
+        return self._by_first[stack[0]] if stack else self.chunks
+
+    @cached_property
+    def _by_first(self) -> Mapping[int, tuple[Chunk, ...]]:
+        """The chunks at each position of the first dimension; a mixture has thousands."""
+        found: dict[int, list[Chunk]] = {}
+        for chunk in self.chunks:
+            for position in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                found.setdefault(position, []).append(chunk)
+        return {position: tuple(chunks) for position, chunks in found.items()}
 
 
 @dataclass(frozen=True)
@@ -150,7 +165,7 @@ def _tensor(key: str, fields: Mapping[str, Any], places: Mapping[Any, Place], pa
             )
     chunks = tuple(Chunk(offsets, sizes, places[key, offsets]) for offsets, sizes in sorted(parts))
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
-    if covered != math.prod(shape) or any(_overlaps(chunks)):
+    if covered != math.prod(shape) or _overlap(chunks):
         raise CheckpointError(
             f"{path}: {key}: its chunks hold {covered} elements, expected the {math.prod(shape)} of shape {list(shape)} once "
             "each. A rank's part is missing, or the file is damaged."
@@ -169,14 +184,25 @@ def _flattened(key: str, stored: StoredTensor, shape: tuple[int, ...], path: Pat
     return replace(stored, shape=shape, parts=tuple(parts))
 
 
-def _overlaps(chunks: tuple[Chunk, ...]) -> Iterator[bool]:
-    """For chunks sorted by offsets: whether two share an element. Those whose first dimension differs are not compared."""
-    for number, one in enumerate(chunks):
-        for other in chunks[number + 1 :]:
-            if other.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
-                break
-            pairs = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-            yield all(a < b + m and b < a + n for a, n, b, m in pairs)
+def _overlap(chunks: Sequence[Chunk], dimension: int = 0) -> bool:
+    """Whether two chunks, which share positions in all earlier dimensions, share an element.
+
+    Ranks cut in a grid, so chunks with different ranges in a dimension are mostly apart. Only those that are not are
+    compared one with the other.
+    """
+    if len(chunks) < 2 or dimension == len(chunks[0].offsets):
+        return len(chunks) > 1
+    ranges: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in chunks:
+        ranges.setdefault((chunk.offsets[dimension], chunk.sizes[dimension]), []).append(chunk)
+    if all(first + size <= after for (first, size), (after, _) in pairwise(sorted(ranges))):
+        return any(_overlap(own, dimension + 1) for own in ranges.values())
+    return any(_share_element(one, other) for one, other in combinations(chunks, 2))
+
+
+def _share_element(one: Chunk, other: Chunk) -> bool:
+    pairs = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in pairs)
 
 
 def attributes(value: Any) -> dict[str, Any]:

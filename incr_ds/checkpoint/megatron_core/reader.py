@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype, rows_and_columns
+from incr_ds.checkpoint.assembly import Assembled, HeldBlock, assemble, read_assembled
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype
 from incr_ds.checkpoint.megatron_core.common import (
     arguments,
     check_format,
+    one_step,
     optimizer_groups,
     optimizer_steps,
     read_common,
 )
 from incr_ds.checkpoint.megatron_core.configuration import chosen_architecture
-from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
-from incr_ds.checkpoint.megatron_core.metadata import Stored, read_metadata
+from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located, unchained
+from incr_ds.checkpoint.megatron_core.metadata import FILE, Stored, StoredTensor, read_metadata
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
@@ -27,63 +31,81 @@ KIND = "Megatron-core torch_dist"
 _BUFFER_STATES = "optimizer.distributed.dp_group_idx_"
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A stored tensor, or the one at ``stack`` in it, as a holder of nothing else."""
+
+    files: Shards
+    tensor: StoredTensor
+    stack: tuple[int, ...]
+    model_file: Path
+    index: int = 0
+
+    @property
+    def shards(self) -> _Held:
+        return self
+
+    def read(self, name: str, state: State, first: int, stop: int) -> torch.Tensor:
+        return self.files.rows(self.tensor, first, stop, self.stack)
+
+
 class MegatronCoreCheckpoint:
     """An iteration's folder of a checkpoint that megatron.core.dist_checkpointing saved. Only metadata is read at first."""
 
     def __init__(self, folder: Path, config: Path | None) -> None:
         check_format(folder)
-        self._folder, self._stored, self._shards = folder, read_metadata(folder), Shards(folder)
+        stored = read_metadata(folder)
+        self._stored = replace(stored, tensors=unchained(stored.tensors, str(folder)))
+        self._folder, self._shards = folder, Shards(folder)
         common, self._common_file = read_common(folder, self._stored, self._shards)
         self._rows_stored = embedding_rows(self._stored, folder)
         given = arguments(common)
         self.architecture = chosen_architecture(folder, config, given, self._rows_stored, self._common_file)
         modules = modules_of(MEGATRON_CORE)
         check_modules(modules, self.architecture, 1, str(folder))
-        self._located = {
-            state: located(self._stored.tensors, state, self.architecture, str(folder)) for state in STATES
-        }
-        weights = self._located["weight"]
-        if weights is None:
+        self._tensors = {state: self._assembled(self._located(state)) for state in STATES}
+        if not self._tensors["weight"]:
             raise CheckpointError(f"{folder}: holds no parameters of a GPTModel; expected the key {EMBEDDING}.")
-        for state, found in self._located.items():
-            for key in {place.key for places in (found or {}).values() for place in places}:
+        for state, found in self._tensors.items():
+            for key in {held.parameter for tensor in found.values() for held in tensor.held}:
                 check_dtype(self._stored.tensors[key].dtype, f"{key} ({state})", str(folder))
         self.facts = self._collect_facts(common)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor: the optimizer's fp32 masters if it has them, and its moments."""
-        spec = self.architecture.by_name[name]
-        first, stop, inside = rows_and_columns(bounds, spec.shape)
-        places = self._located[state] if state in self.facts.states else None
-        if places is None:
-            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
-        parts = [
-            self._rows(place, max(first, place.block.bounds[0][0]), min(stop, place.block.bounds[0][1]))
-            for place in places[spec.tied_to or name]
-            if place.block.bounds[0][0] < stop and first < place.block.bounds[0][1]
-        ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[inside]
+        return read_assembled(self, self._tensors[state], name, state, bounds)
 
     def self_check(self) -> Iterator[str]:
         """Check the extent and the checksum of every chunk that is read, and yield the names of its tensors."""
         for state in self.facts.states:
             checked: set[str] = set()
-            for name, places in (self._located[state] or {}).items():
-                for key in {place.key for place in places} - checked:
+            for name, tensor in self._tensors[state].items():
+                for key in {held.parameter for held in tensor.held} - checked:
                     self._shards.check(self._stored.tensors[key])
                     checked.add(key)
                 yield name
 
-    def _rows(self, place: Located, first: int, stop: int) -> torch.Tensor:
-        """Rows of a logical tensor from the block that a stored one has."""
-        shift = place.block.row - place.block.bounds[0][0]
-        return self._shards.rows(self._stored.tensors[place.key], first + shift, stop + shift, place.layer)
+    def _located(self, state: State | Literal["model"]) -> Mapping[str, tuple[Located, ...]]:
+        return located(self._stored.tensors, state, self.architecture, str(self._folder))
+
+    def _assembled(self, places: Mapping[str, tuple[Located, ...]]) -> Mapping[str, Assembled]:
+        """Every logical tensor, from the blocks of it that are stored."""
+
+        def held(place: Located) -> HeldBlock:
+            stack = tuple(number for number, _ in place.stack)
+            holder = _Held(self._shards, self._stored.tensors[place.key], stack, self._folder / FILE)
+            return HeldBlock(holder, place.key, place.block)
+
+        by_name, where = self.architecture.by_name, str(self._folder)
+        return {
+            name: assemble(by_name[name].shape, [held(own) for own in found], where) for name, found in places.items()
+        }
 
     def _collect_facts(self, common: Mapping[str, object]) -> CheckpointFacts:
         no_moments = self._why_no_moments()
         step = None if no_moments else self._step(common)
         given, weights = arguments(common), self._stored.tensors
-        saved = next(iter((located(weights, "model", self.architecture, str(self._folder)) or {}).values()))[0].key
+        saved = next(iter(self._located("model").values()))[0].key
         names = {"tensor_parallel": "tensor_model_parallel_size", "pipeline_parallel": "pipeline_model_parallel_size"}
         layout = {name: int(given[key]) for name, key in names.items() if isinstance(given.get(key), int)}
         iteration = common.get("iteration")
@@ -106,7 +128,7 @@ class MegatronCoreCheckpoint:
         )
 
     def _why_no_moments(self) -> str | None:
-        if self._located["exp_avg"] is not None and self._located["exp_avg_sq"] is not None:
+        if self._tensors["exp_avg"] and self._tensors["exp_avg_sq"]:
             return None
         keys = [*self._stored.tensors, *self._stored.objects]
         if any(key.startswith(_BUFFER_STATES) or f".{_BUFFER_STATES}" in key for key in keys):
@@ -129,13 +151,7 @@ class MegatronCoreCheckpoint:
         for key, place in self._stored.objects.items():
             if ".dp_group_idx_" in key and ".optimizer/" in key:
                 found |= set(optimizer_steps(self._shards.content(place)))
-        if len(found) != 1:
-            stated = f"several steps of Adam: {sorted(found)[:5]}" if found else "no step of Adam"
-            raise CheckpointError(
-                f"{self._common_file}: states {stated}, but the checkpoint has its moments; expected one step. Use "
-                "another iteration."
-            )
-        return found.pop()
+        return one_step(found, self._common_file)
 
 
 def embedding_rows(stored: Stored, folder: Path) -> int:

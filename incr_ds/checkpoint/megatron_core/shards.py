@@ -67,36 +67,27 @@ class Shards:
         self._starts: dict[tuple[Place, str], int] = {}
         self._lock = threading.Lock()
 
-    def rows(self, stored: StoredTensor, first: int, stop: int, layer: int | None = None) -> torch.Tensor:
-        """Rows [first, stop) of a tensor or, if layers are stacked in it, of one layer's."""
-        shape = stored.shape if layer is None else stored.shape[1:]
-        found = torch.empty((stop - first, *shape[1:]), dtype=stored.type)
+    def rows(self, stored: StoredTensor, first: int, stop: int, stack: tuple[int, ...] = ()) -> torch.Tensor:
+        """Rows [first, stop) of a tensor, or of the one at ``stack`` if several are stacked in it."""
+        found = torch.empty((stop - first, *stored.shape[len(stack) + 1 :]), dtype=stored.type)
         if stored.parts is not None:
-            self._fill_from_parts(found, stored, first, layer)
+            self._fill_from_parts(found, stored, first, stack)
             return found
-        for chunk in stored.chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            start = 0
-            if layer is not None:
-                if not offsets[0] <= layer < offsets[0] + sizes[0]:
-                    continue
-                start = (layer - offsets[0]) * math.prod(sizes[1:])
-                offsets, sizes = offsets[1:], sizes[1:]
-            begin, end = max(first, offsets[0]), min(stop, offsets[0] + sizes[0])
-            if begin < end:
-                per_row = math.prod(sizes[1:])
-                start += (begin - offsets[0]) * per_row
-                part = self._elements(stored, chunk, start, (end - begin) * per_row).view(end - begin, *sizes[1:])
-                columns = (slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True))
-                found[(slice(begin - first, end - first), *columns)] = part
+        for chunk in stored.at(stack):
+            rectangle, start = _of_stack(chunk, stack)
+            if rectangle is None or not (wanted := rectangle.rows(first, stop)):
+                continue
+            place = rectangle.place(first, stop)
+            elements = self._elements(stored, chunk, start + wanted.start, len(wanted))
+            found[place] = elements.view(found[place].shape)
         return found
 
-    def _fill_from_parts(self, found: torch.Tensor, stored: StoredTensor, first: int, layer: int | None) -> None:
-        """Fill rows from ``first`` on of a tensor, or of one layer's, whose parts are flattened."""
+    def _fill_from_parts(self, found: torch.Tensor, stored: StoredTensor, first: int, stack: tuple[int, ...]) -> None:
+        """Fill rows from ``first`` on of a tensor, or of the one at ``stack``, whose parts are flattened."""
         stop, parts = first + len(found), dict[Rectangle, torch.Tensor]()
-        for chunk in stored.chunks:
+        for chunk in stored.at(stack):
             *number, offset = chunk.offsets
-            part = part_of(stored, number, layer)
+            part = part_of(stored, number, stack)
             if part is None:
                 continue
             wanted = part.rows(first, stop)
@@ -206,6 +197,17 @@ class Shards:
             f"{path}: damaged or truncated ({path.stat().st_size} bytes): bytes {place.offset} to "
             f"{place.offset + place.length} do not hold what .metadata states. Copy the file again, or use another iteration."
         )
+
+
+def _of_stack(chunk: Chunk, stack: tuple[int, ...]) -> tuple[Rectangle | None, int]:
+    """What a chunk holds of the tensor at ``stack``, if anything, and the number of its elements that stand before it."""
+    offsets, sizes, start = chunk.offsets, chunk.sizes, 0
+    for number in stack:
+        if not offsets[0] <= number < offsets[0] + sizes[0]:
+            return None, 0
+        start += (number - offsets[0]) * math.prod(sizes[1:])
+        offsets, sizes = offsets[1:], sizes[1:]
+    return Rectangle(offsets, sizes), start
 
 
 def _difference(stored: StoredTensor, chunk: Chunk, tensors: list[tuple[Any, ...]]) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from incr_ds.arch.architecture import Architecture
-from incr_ds.checkpoint.assembly import Assembled, assemble_parameters, check_copies
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, rounds_to, row_portions, rows_and_columns
-from incr_ds.checkpoint.megatron_core.common import arguments, optimizer_groups
+from incr_ds.checkpoint.assembly import Assembled, assemble_parameters, check_copies, read_assembled
+from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, rounds_to, row_portions
+from incr_ds.checkpoint.megatron_core.common import arguments, one_step, optimizer_groups
 from incr_ds.checkpoint.megatron_core.configuration import chosen_architecture
+from incr_ds.checkpoint.megatron_core.keys import known_names
 from incr_ds.checkpoint.megatron_core.rank_files import EMBEDDING, RankFile, open_rank_files
 from incr_ds.checkpoint.megatron_core.rank_optimizer import RankOptimizer, UnreadableStateError, rank_optimizer
 from incr_ds.checkpoint.torch_file.extents import FileTensor
@@ -75,11 +76,7 @@ class MegatronTorchCheckpoint:
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor: the optimizer's fp32 masters if it has them, and its moments."""
-        spec = self.architecture.by_name[name]
-        first, stop, inside = rows_and_columns(bounds, spec.shape)
-        if state not in self.facts.states:
-            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
-        return self._tensors[spec.tied_to or name].read(state, first, stop)[inside]
+        return read_assembled(self, self._tensors, name, state, bounds)
 
     def self_check(self) -> Iterator[str]:
         """Check that masters round to the weights, and that copies on several ranks are equal. Yields tensors' names.
@@ -124,7 +121,9 @@ class MegatronTorchCheckpoint:
             self._folder,
             KIND,
             STATES if optimizers else ("weight",),
-            self._step(optimizers) if optimizers else None,
+            one_step({step for optimizer in optimizers for step in optimizer.steps}, self._folder)
+            if optimizers
+            else None,
             tuple(sorted(path for file in self._files for path in file.path.parent.glob("*.pt"))),
             {"tensor_parallel": tensor, "pipeline_parallel": pipeline},
             no_moments,
@@ -137,16 +136,6 @@ class MegatronTorchCheckpoint:
             ),
             stages=stages if pipeline > 1 else (),
         )
-
-    def _step(self, optimizers: Sequence[RankOptimizer]) -> int:
-        found = {step for optimizer in optimizers for step in optimizer.steps}
-        if len(found) != 1:
-            stated = f"several steps of Adam: {sorted(found)[:5]}" if found else "no step of Adam"
-            raise CheckpointError(
-                f"{self._folder}: states {stated}, but the checkpoint has its moments; expected one step. Use another "
-                "iteration."
-            )
-        return found.pop()
 
 
 def _optimizers(files: Sequence[RankFile]) -> tuple[list[RankOptimizer], str | None]:
@@ -172,14 +161,13 @@ def _declared(
 ) -> Mapping[str, RankParameter]:
     """What each parameter of a tensor rank holds, by all names that it may have."""
     modules = modules_of(MEGATRON_CORE)
-    also = {item.name: item.also for item in modules.parameters}
     found: dict[str, RankParameter] = {}
     for layer, parameters in module_parameters(modules, architecture, tensor_parallel, rank, vocabulary).items():
         for parameter in parameters:
             within = parameter.tensor.layer is not None
             prefix = f"decoder.layers.{layer - modules.first_decoder}." if within else ""
-            for name in (parameter.local_name, *also[parameter.local_name]):
-                found[prefix + name] = parameter
+            for name in known_names(parameter):
+                found[prefix + name.format(expert=parameter.tensor.expert)] = parameter
     if architecture.tied:  # the last stage of a pipeline has a copy of the embedding
         head = next(item.name for item in modules.parameters if item.place == "head")
         found[head] = found[EMBEDDING]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from incr_ds.arch.architecture import Architecture
+from incr_ds.checkpoint.megatron_core.arguments import arguments_of
 from incr_ds.checkpoint.megatron_core.chunks import NewChunk, chunks_by_layer, stored_states
 from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
 from incr_ds.checkpoint.megatron_core.common import FORMAT, FORMAT_FILE, HYPERPARAMETERS
-from incr_ds.checkpoint.megatron_core.configuration import arguments_of
 from incr_ds.checkpoint.megatron_core.index import IndexedTensor, index_bytes
 from incr_ds.checkpoint.megatron_core.metadata import FILE as INDEX_FILE
 from incr_ds.checkpoint.megatron_core.metadata import Place
@@ -28,7 +28,7 @@ from incr_ds.checkpoint.sink import Sink
 from incr_ds.checkpoint.streaming import Slices, StreamedTensor, TargetFile
 from incr_ds.checkpoint.torch_file.write import ArchiveFile, archive_of
 from incr_ds.config.growth import TargetLayout
-from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of
+from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_experts, check_modules, modules_of
 
 _ARCHIVE = "archive"  # the inner folder of an archive that torch.save writes to a stream
 _EXTRA_STATE = "_extra_state"
@@ -106,19 +106,18 @@ class ShardFile:
 
     def objects(self) -> Iterator[str]:
         """Keys of the objects that Transformer Engine's modules expect, which are empty unless it computes in 8 bits."""
-        names = sorted({chunk.keys[0].rpartition(".")[0] for chunk in self.chunks})
-        layers = self.target.architecture.num_layers
-        for name in names:
-            if name.startswith("decoder.layers."):
-                yield f"{name}.{_EXTRA_STATE}/shard_{self._decoder}_{layers}"
-            elif name.startswith("decoder."):
-                yield f"{name}.{_EXTRA_STATE}/shard_0_1"
-        if any(name.startswith("decoder.layers.") for name in names):
-            yield f"decoder.layers.{_ATTENTION}.{_EXTRA_STATE}/shard_{self._decoder}_{layers}"
+        for chunk in self.chunks:
+            module, stacked = chunk.keys[0].rpartition(".")[0], chunk.stacked
+            if module.startswith("decoder."):
+                yield _object(module, chunk.offsets[:stacked] or (0,), chunk.whole[:stacked] or (1,))
+            if module.startswith("decoder.layers."):
+                yield _object(f"decoder.layers.{_ATTENTION}", chunk.offsets[:1], chunk.whole[:1])
 
-    @property
-    def _decoder(self) -> int:
-        return self.layer - modules_of(MEGATRON_CORE).first_decoder
+
+def _object(module: str, number: tuple[int, ...], count: tuple[int, ...]) -> str:
+    """The key of a module's extra state, for one of the layers, or of the layers and experts, that are stacked."""
+    own, whole = (".".join(map(str, sizes)) for sizes in (number, count))
+    return f"{module}.{_EXTRA_STATE}/shard_{own}_{whole}"
 
 
 _EMPTY = archive_of([None])
@@ -191,6 +190,7 @@ class CommonFile(ArchiveFile):
             "make_vocab_size_divisible_by": layout.vocabulary_multiple,
             "tensor_model_parallel_size": layout.tensor_parallel,
             "pipeline_model_parallel_size": layout.pipeline_parallel,
+            "expert_model_parallel_size": layout.expert_parallel,
             "params_dtype": target.dtype,
             "bf16": target.dtype == torch.bfloat16,
             "fp16": target.dtype == torch.float16,
@@ -202,9 +202,16 @@ class CommonFile(ArchiveFile):
             "no_save_optim": not target.has_moments,
         }
 
-    def _optimizer(self) -> dict[str, Any]:
+    def _optimizer(self) -> dict[Any, Any]:
+        """What is not a tensor in the optimizer or, with expert parallelism, in that of the experts and that of the rest."""
+        if self.target.layout.expert_parallel == 1:
+            return self._one_optimizer(of_experts=False)
+        return {number: self._one_optimizer(of_experts=bool(number)) for number in range(2)}
+
+    def _one_optimizer(self, *, of_experts: bool) -> dict[str, Any]:
         """The parameter groups, where the distributed optimizer, the one with masters and the one without expect them."""
-        groups = [self._group(self.target.groups[0], 1.0), self._group(self.target.groups[-1], 0.0)]
+        ends = ((self.target.groups[0], 1.0), (self.target.groups[-1], 0.0))
+        groups = [self._group(saved, decay) | {"is_expert_parallel": of_experts} for saved, decay in ends]
         content: dict[str, Any] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
         return content | ({"param_groups": groups} if self.target.dtype == torch.float32 else {})
 
@@ -217,7 +224,6 @@ class CommonFile(ArchiveFile):
             "bias_correction": True,
             "wd_mult": decay,
             "lr_mult": 1.0,
-            "is_expert_parallel": False,
             "is_decoupled_lr": False,
             "default_config": True,
             "step": self.target.step,
@@ -269,10 +275,11 @@ class FormatFile:
 
 def megatron_core_files(target: MegatronCoreTarget, where: str) -> tuple[TargetFile, ...]:
     """Every file of a checkpoint. Raises LayoutError if Megatron-core does not have this model or cannot cut it so."""
-    degrees = target.layout.tensor_parallel
-    check_modules(modules_of(MEGATRON_CORE), target.architecture, degrees, where)
+    layout = target.layout
+    check_modules(modules_of(MEGATRON_CORE), target.architecture, layout.tensor_parallel, where)
+    check_experts(target.architecture, layout.expert_parallel, where)
     arguments_of(target.architecture, where)
     states = stored_states(target.dtype, target.has_moments)
-    layers = chunks_by_layer(target.architecture, degrees, target.vocabulary, states)
+    layers = chunks_by_layer(target.architecture, layout.tensor_parallel, target.vocabulary, states)
     shards = tuple(ShardFile(target, layer, chunks) for layer, chunks in layers.items())
     return (*shards, IndexFile(target, shards), CommonFile(target), FormatFile(target))

@@ -10,7 +10,15 @@ import torch
 
 from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.assembly import Assembled, HeldBlock, assemble
-from incr_ds.checkpoint.base import STATES, CheckpointFacts, State, check_dtype, check_shapes, rows_and_columns
+from incr_ds.checkpoint.base import (
+    STATES,
+    CheckpointFacts,
+    State,
+    check_dtype,
+    check_shapes,
+    check_state,
+    rows_and_columns,
+)
 from incr_ds.checkpoint.deepspeed.holders import check_joined
 from incr_ds.checkpoint.deepspeed.megatron import fused_tensors, is_megatron
 from incr_ds.checkpoint.deepspeed.schema import ModelStates, counted_steps, model_content
@@ -86,8 +94,7 @@ class UniversalCheckpoint:
         spec = self.architecture.by_name[name]
         first, stop, inside = rows_and_columns(bounds, spec.shape)
         owner = spec.tied_to or name
-        if state not in self.facts.states:
-            raise CheckpointError(f"{self._folder}: no {state}: {self.facts.no_moments}; use optimizer: reset.")
+        check_state(self.facts, name, state)
         if owner in self._fused:
             return self._fused[owner].read(state, first, stop)[inside]
         return self._tensor(owner, state)[first:stop][inside]

@@ -191,7 +191,7 @@ REFUSED = {
     "mlp.router.weight: not a parameter of this llama": lambda c, _: c["model"].update(
         {"decoder.layers.0.mlp.router.weight": torch.ones(3)}
     ),
-    "args.num_experts: found 8": lambda c, _: vars(c["args"]).update(num_experts=8),
+    "args.moe_router_topk: expected a number": lambda c, _: vars(c["args"]).update(num_experts=8),
     "optimizer: not what Megatron-LM writes there": lambda c, _: inner_optimizer(c).update(param_groups=[7]),
     "no matrix embedding.word_embeddings.weight": lambda c, _: c["model"].update(
         {"embedding.word_embeddings.weight": torch.ones(())}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch_dist_folders import PREFIX, arguments_of, flatten, parameters_of, write_folder, write_source
 
 from incr_ds.checkpoint.opening import open_source
@@ -109,7 +109,8 @@ def test_other_formats_are_refused_by_name(tmp_path: Path):
 
 
 UNSUPPORTED = {
-    "num_experts": (8, "args.num_experts: found 8, and a config follows from None only"),
+    "num_experts": (8, "args.moe_router_topk: expected a number, found None"),
+    "mtp_num_layers": (1, "args.mtp_num_layers: found 1, and a config follows from None only"),
     "normalization": ("L2Norm", "args.normalization: found 'L2Norm', and a config follows from 'RMSNorm' only"),
     "layernorm_zero_centered_gamma": (True, "args.layernorm_zero_centered_gamma: found True"),
     "rotary_base": (None, "args.rotary_base: expected a number, found None"),
@@ -267,12 +268,53 @@ def changed(inner: Path, change):
     (inner / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def chain(metadata, number):
+    """As if several optimizers had stored the states: those of norms the second, all others the first."""
+    for key in [key for key in metadata.state_dict_metadata if key.startswith("optimizer.")]:
+        name = f"chained_{number(key)}.{key}"
+        metadata.state_dict_metadata[name] = metadata.state_dict_metadata.pop(key)
+        for index in [index for index in metadata.storage_data if index.fqn == key]:
+            info = metadata.storage_data.pop(index)
+            metadata.storage_data[MetadataIndex(name, index.offset)] = info
+
+
+def test_states_of_chained_optimizers_are_read(tmp_path: Path):
+    """As Megatron-core before 0.14 stored those of a mixture's experts, and of the rest."""
+    source = truth()
+    changed(write_source(tmp_path, source), lambda metadata: chain(metadata, lambda key: int("norm" in key)))
+    same(open_source(tmp_path), source)
+
+
+def test_a_state_that_two_optimizers_have_is_refused(tmp_path: Path):
+    inner = write_source(tmp_path, truth())
+
+    def twice(metadata):
+        chain(metadata, lambda key: 0)
+        for key in [key for key in metadata.state_dict_metadata if key.startswith("chained_0.")]:
+            copy = key.replace("chained_0", "chained_1")
+            metadata.state_dict_metadata[copy] = metadata.state_dict_metadata[key]
+            for index in [index for index in metadata.storage_data if index.fqn == key]:
+                metadata.storage_data[MetadataIndex(copy, index.offset)] = metadata.storage_data[index]
+
+    changed(inner, twice)
+    with pytest.raises(CheckpointError, match="several chained optimizers have a state of the same key"):
+        open_source(tmp_path)
+
+
 def place(metadata, key):
     return next(info for index, info in metadata.storage_data.items() if index.fqn == key)
 
 
 def chunks(metadata, key):
     return metadata.state_dict_metadata[key].chunks
+
+
+def overlap(metadata):
+    """Two halves of a tensor, which share a column."""
+    size, starts = torch.Size([3, 96, 125]), [torch.Size([0, 0, start]) for start in (0, 124)]
+    metadata.state_dict_metadata[FC2].chunks = [ChunkStorageMetadata(start, size) for start in starts]
+    info = place(metadata, FC2)
+    metadata.storage_data |= {MetadataIndex(FC2, start): info for start in starts}
 
 
 NORM, FC2 = "decoder.final_layernorm.weight", "optimizer.state.fp32_param.decoder.layers.mlp.linear_fc2.weight"
@@ -295,6 +337,7 @@ DAMAGE = {
         lambda m: setattr(chunks(m, FC2)[0], "sizes", torch.Size([2, 96, 250])),
         "hold 48000 elements, expected the 72000",
     ),
+    "overlap": (overlap, "its chunks hold 72000 elements, expected the 72000 of shape .* once each"),
     "huge": (lambda m: setattr(m.state_dict_metadata[FC2], "size", torch.Size([1 << 61, 1, 1])), "lies outside"),
     "dtype": (
         lambda m: setattr(m.state_dict_metadata[FC2].properties, "dtype", torch.bfloat16),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from megatron_core_ranks import GPT_NEOX, LENGTH, SIZES, VOCABULARY
+from megatron_core_ranks import GPT2, GPT_NEOX, LENGTH, MIXTRAL, QWEN3_MOE, SIZES, VOCABULARY
 from megatron_core_training import RELEASE, RESHARDABLE, Case, trained
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
@@ -47,11 +47,17 @@ def same(one, other, states=STATES):
             assert torch.equal(one.read(spec.name, state), other.read(spec.name, state)), (spec.name, state)
 
 
-def logits_by_transformers(source, folder):
+def same_logits(of_ranks, source, folder):
+    """Whether the parts of tensor ranks are transformers' logits."""
     export_huggingface(source, folder / "exported", torch.float32, folder / "none")
-    model = AutoModelForCausalLM.from_pretrained(folder / "exported", attn_implementation="eager")
+    eager = {"experts_implementation": "eager"} if source.architecture.family.joined else {}
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", attn_implementation="eager", **eager)
+    model.eval()
     with torch.no_grad():
-        return model(torch.arange(LENGTH)[None] * 3 % CONFIG["vocab_size"]).logits
+        expected = model(torch.arange(LENGTH)[None] * 3 % CONFIG["vocab_size"]).logits
+    found = torch.cat(of_ranks, dim=-1)[..., : CONFIG["vocab_size"]]
+    assert found.std() > 0.02
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def drawn(family, **further):
@@ -96,16 +102,12 @@ def test_two_tensor_ranks_load_masters_moments_and_step(tmp_path: Path):
     for ignored, lacking in (keys for rank in ranks for _, keys in rank):
         assert not lacking and all(key.startswith(OF_DISTRIBUTED_OPTIMIZER) for key in ignored)
         assert not (ignored and RESHARDABLE)
-    logits, others = (
-        torch.cat([rank[number][0] for rank in ranks], dim=-1)[..., : CONFIG["vocab_size"]] for number in range(2)
-    )
-    assert torch.equal(logits, others)
+    assert all(torch.equal(own, other) for (own, _), (other, _) in ranks)
     same(open_source(tmp_path / "theirs"), source)
     started = open_source(tmp_path / "from weights")
     for spec in source.architecture.stored:
         assert torch.equal(started.read(spec.name), source.read(spec.name)), spec.name
-    assert logits.std() > 0.02
-    torch.testing.assert_close(logits, logits_by_transformers(source, tmp_path), rtol=1e-4, atol=1e-5)
+    same_logits([rank[0][0] for rank in ranks], source, tmp_path)
 
 
 BF16 = {"params_dtype": torch.bfloat16}
@@ -116,6 +118,7 @@ OTHERS = {
         {"use_parallel_residual": False, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         GPT_NEOX,
     ),
+    "gpt2": ({"n_embd": 16, "n_inner": 24, "n_layer": 4, "n_head": 4, "n_positions": LENGTH}, GPT2),
 }
 
 
@@ -153,9 +156,42 @@ def test_a_run_of_megatron_core_goes_on_from_what_is_written(tmp_path: Path):
     assert not any(unexpected for found in ranks for _, (_, unexpected) in found)
     for case in kept:
         same(open_source(case.folder), own)
-    for name, source in sources.items():
+    for number, (name, source) in enumerate(sources.items(), len(kept)):
         same(open_source(tmp_path / name / "theirs"), source)
+        same_logits([rank[number][0] for rank in ranks[:2]], source, tmp_path / name)
     one, other = (open_source(case.folder) for case in steps)
     assert one.facts.step == 6
     same(one, other)
     assert not torch.equal(one.read("model.norm.weight"), own.read("model.norm.weight"))
+
+
+EXPERTS = {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+MIXTURES = {
+    "mixtral": ({**EXPERTS, "intermediate_size": 20}, MIXTRAL),
+    "qwen3_moe": (
+        {**EXPERTS, "moe_intermediate_size": 20, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
+        QWEN3_MOE,
+    ),
+}
+
+
+@pytest.mark.slow
+def test_mixtures_are_loaded_under_any_degrees(tmp_path: Path):
+    """Also with expert parallelism, under which Megatron-core chains two optimizers. Whole tokens' logits are transformers'."""
+    cases, sources = {}, {name: drawn(name, **config) for name, (config, _) in MIXTURES.items()}
+    for name, source in sources.items():
+        (tmp_path / name).mkdir()
+        for degrees in ((1, 1), (2, 1), (1, 2), (1, 1, 2)):
+            experts = (*degrees, 1)[2]
+            layout = {"expert_parallel": experts, "tensor_parallel": degrees[0]}
+            ours = write(source, tmp_path / name / f"ours{degrees}", **layout)
+            theirs = tmp_path / name / f"theirs{degrees}"
+            cases[name, degrees] = Case(ours, theirs, 0, degrees, RESHARDABLE, MIXTURES[name][1] | UNPADDED)
+    ranks = run_processes(trained, 2, list(cases.values()), timeout=500)
+    for number, ((name, degrees), case) in enumerate(cases.items()):
+        assert not any(lacking for rank in ranks for _, (_, lacking) in [rank[number]]), (name, degrees)
+        logits = ranks[0][number][0]
+        assert (logits is None) == (degrees in ((2, 1), (1, 2)))
+        if logits is not None:
+            same_logits([logits], sources[name], case.folder)
+        same(open_source(case.folder), sources[name])

@@ -1,11 +1,13 @@
 """The reader against what megatron-core itself saves."""
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from megatron_core_ranks import GPT_NEOX, LENGTH, VOCABULARY, loaded, saved
+from gpt2_parameters import layer_parameters, local_name
+from megatron_core_ranks import GPT2, GPT_NEOX, LENGTH, MIXTRAL, QWEN3_MOE, VOCABULARY, loaded, saved
 from transformers import AutoModelForCausalLM
 
 from incr_ds.checkpoint.base import STATES
@@ -18,6 +20,9 @@ FAMILIES = {
     "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
     "qwen3": {"qk_layernorm": True, "kv_channels": 8},
     "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 
@@ -36,7 +41,8 @@ def peer(tmp_path_factory):
 
 def same_logits(source, logits, folder):
     export_huggingface(source, folder / "exported", torch.float32, source.facts.path)
-    model = AutoModelForCausalLM.from_pretrained(folder / "exported", attn_implementation="eager")
+    eager = {"experts_implementation": "eager"} if source.architecture.family.joined else {}
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", attn_implementation="eager", **eager)
     tokens = torch.arange(LENGTH)[None] * 3 % VOCABULARY
     with torch.no_grad():
         found = model(tokens).logits
@@ -52,13 +58,13 @@ def grouped(source, layer, state, end):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "gpt_neox"))]
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "llama")]
 )
 def test_transformers_computes_what_megatron_core_did(peer, family, tmp_path):
     folder, logits, _ = peer(family)
     source = open_source(folder)
     assert source.architecture.family.model_type == family
-    assert source.architecture.tied == (family == "qwen2")
+    assert source.architecture.tied == (family in ("qwen2", "gpt2"))
     same_logits(source, logits, tmp_path)
 
 
@@ -82,6 +88,58 @@ def test_moments_masters_and_step_are_the_optimizer_s(peer, family):
             assert torch.equal(norm, moments[f"{inside}pre_mlp_layernorm.weight"][index])
         rows = source.read("model.embed_tokens.weight", state, ((5, 9), (3, 7)))
         assert torch.equal(rows, moments["embedding.word_embeddings.weight"][index][5:9, 3:7])
+
+
+@pytest.mark.slow
+def test_moments_and_masters_of_a_gpt2_are_the_optimizer_s(peer):
+    folder, _, moments = peer("gpt2")
+    source = open_source(folder)
+    for index, state in enumerate(("exp_avg", "exp_avg_sq", "weight")):
+        for layer in range(4):
+            for name, tensor in layer_parameters(source, state, layer).items():
+                expected = moments[f"decoder.layers.{layer}.{local_name(name)}"][index]
+                assert torch.equal(tensor, expected), (name, state)
+        positions = source.read("transformer.wpe.weight", state)
+        assert torch.equal(positions, moments["embedding.position_embeddings.weight"][index])
+        part = source.read("transformer.h.1.mlp.c_fc.weight", state, ((3, 11), (5, 20)))
+        assert torch.equal(part, moments["decoder.layers.1.mlp.linear_fc1.weight"][index].T[3:11, 5:20])
+
+
+@pytest.mark.slow
+def test_moments_and_masters_of_a_qwen3_moe_are_the_optimizer_s(peer):
+    folder, _, moments = peer("qwen3_moe")
+    source = open_source(folder)
+    for index, state in enumerate(("exp_avg", "exp_avg_sq", "weight")):
+        for layer in range(4):
+            inside, theirs = f"model.layers.{layer}.mlp", f"decoder.layers.{layer}.mlp"
+            assert torch.equal(source.read(f"{inside}.gate.weight", state), moments[f"{theirs}.router.weight"][index])
+            for expert in range(4):
+                first, second = (
+                    moments[f"{theirs}.experts.local_experts.{expert}.linear_fc{n}.weight"] for n in (1, 2)
+                )
+                own = {
+                    x: source.read(f"{inside}.experts.{expert}.{x}_proj.weight", state) for x in ("gate", "up", "down")
+                }
+                assert torch.equal(torch.cat([own["gate"], own["up"]]), first[index]), (layer, expert, state)
+                assert torch.equal(own["down"], second[index]), (layer, expert, state)
+                part = source.read(f"{inside}.experts.{expert}.down_proj.weight", state, ((3, 9), (2, 11)))
+                assert torch.equal(part, second[index][3:9, 2:11])
+            norm = source.read(f"model.layers.{layer}.post_attention_layernorm.weight", state)
+            assert torch.equal(norm, moments[f"decoder.layers.{layer}.pre_mlp_layernorm.weight"][index])
+
+
+@pytest.mark.slow
+def test_experts_in_one_module_are_read(tmp_path: Path):
+    """Those of GroupedMLP, which has all experts in two matrices [in, out]."""
+    ((_, moments),) = run_processes(saved, 1, tmp_path, {**MIXTRAL, "moe_grouped_gemm": True})
+    source = open_source(tmp_path)
+    for index, state in enumerate(("exp_avg", "exp_avg_sq", "weight")):
+        for layer, expert in product(range(4), range(4)):
+            first, second = (moments[f"decoder.layers.{layer}.mlp.experts.weight{n}"][index] for n in (1, 2))
+            inside = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            own = [source.read(f"{inside}.w{n}.weight", state) for n in (1, 2, 3)]
+            assert torch.equal(torch.cat([own[0], own[2]]).T, first.view(4, 16, 40)[expert]), (layer, expert, state)
+            assert torch.equal(own[1].T, second.view(4, 20, 16)[expert]), (layer, expert, state)
 
 
 def test_every_chunk_is_checked(peer):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import warnings
 from argparse import Namespace
 from dataclasses import replace
@@ -11,12 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from gpt2_parameters import stacked_parameters
 from sources import contents
-from torch_dist_folders import PREFIX, STATES, parameters_of
+from torch_dist_folders import PREFIX, STATES, flatten, parameters_of
 
 from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.checkpoint.huggingface.export import export_huggingface
-from incr_ds.checkpoint.megatron_core.configuration import arguments_of, config_of
+from incr_ds.checkpoint.megatron_core.arguments import arguments_of
+from incr_ds.checkpoint.megatron_core.configuration import config_of
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.growth import GrowthRecipe
@@ -32,6 +35,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 
 OWN = {
     "mistral": GROUPED | {"sliding_window": None},
     "gpt_neox": {"use_parallel_residual": False, "rope_parameters": ROPE, "hidden_act": "gelu_new"},
+    "gpt2": {},
+    "qwen3_moe": GROUPED | {"num_experts_per_tok": 3},
 }
 MASTERS = "optimizer.state.param."
 
@@ -53,10 +58,10 @@ def same(found, expected, states=STATES, cast=None):
             assert torch.equal(found.read(spec.name, state), whole.to(cast or whole.dtype)), (spec.name, state)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {"dtype": "float32", "tensor_parallel": 2}], ids=str)
 def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, layout):
-    source = truth(family, tie_word_embeddings=family == "qwen3")
+    source = truth(family, tie_word_embeddings=family in ("qwen3", "gpt2"))
     grow_checkpoint(planned(tmp_path, source, layout))
     found = open_source(tmp_path / "out")
     assert found.facts.path == tmp_path / "out/iter_0000100"
@@ -68,6 +73,7 @@ def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, layout):
     (tmp_path / "out/config.json").unlink()
     again = open_source(tmp_path / "out")
     assert again.architecture.sizes == source.architecture.sizes and again.architecture.tied == source.architecture.tied
+    assert again.architecture.active_experts == source.architecture.active_experts
     same(again, source, ("weight",))
 
 
@@ -85,15 +91,45 @@ def stored_by_torch(folder):
     return found
 
 
+def mixture_parameters(source, state):
+    """Those of a dense model with its FFN, and in its place the router and the experts. The norm before has two keys."""
+    layers = range(source.architecture.num_layers)
+
+    def stacked(name):
+        return torch.stack([source.read(f"model.layers.{layer}.{name}.weight", state) for layer in layers])
+
+    def expert(layer, number, names):
+        inside = f"model.layers.{layer}.mlp.experts.{number}"
+        return torch.cat([source.read(f"{inside}.{name}_proj.weight", state) for name in names])
+
+    def experts(*names):
+        count = source.architecture.sizes["experts"]
+        return torch.stack([torch.stack([expert(layer, number, names) for number in range(count)]) for layer in layers])
+
+    return parameters_of(source, state, with_ffn=False) | {
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": stacked("post_attention_layernorm"),
+        "decoder.layers.pre_mlp_layernorm.weight": stacked("post_attention_layernorm"),
+        "decoder.layers.mlp.router.weight": stacked("mlp.gate"),
+        "decoder.layers.self_attention.q_layernorm.weight": stacked("self_attn.q_norm"),
+        "decoder.layers.self_attention.k_layernorm.weight": stacked("self_attn.k_norm"),
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": experts("gate", "up"),
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight": experts("down"),
+    }
+
+
+PARAMETERS = {"llama": parameters_of, "gpt2": stacked_parameters, "qwen3_moe": mixture_parameters}
+
+
+@pytest.mark.parametrize("family", PARAMETERS)
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_torch_finds_each_tensor_under_megatron_s_keys(tmp_path: Path, tensor_parallel):
-    source = truth()
+def test_torch_finds_each_tensor_under_megatron_s_keys(tmp_path: Path, family, tensor_parallel):
+    source, parameters = truth(family), PARAMETERS[family]
     grow_checkpoint(planned(tmp_path, source, {"tensor_parallel": tensor_parallel, "dtype": "bfloat16"}))
     found = stored_by_torch(tmp_path / "out/iter_0000100")
-    expected = {key: tensor.bfloat16() for key, tensor in parameters_of(source, "weight").items()}
+    expected = {key: tensor.bfloat16() for key, tensor in parameters(source, "weight").items()}
     for state in STATES:
-        expected |= {PREFIX[state] + key: tensor for key, tensor in parameters_of(source, state).items()}
-    expected |= {MASTERS + key: tensor for key, tensor in parameters_of(source, "weight").items()}
+        expected |= {PREFIX[state] + key: tensor for key, tensor in parameters(source, state).items()}
+    expected |= {MASTERS + key: tensor for key, tensor in parameters(source, "weight").items()}
     assert set(found) == set(expected)
     vocabulary = 104 if tensor_parallel == 1 else 112
     for key, tensor in expected.items():
@@ -131,14 +167,16 @@ def test_common_holds_plain_values_that_a_safe_load_accepts(tmp_path: Path):
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "100"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_arguments_and_config_follow_from_each_other(family):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
     source = small_architecture(family, num_key_value_heads=2, rope_parameters=rope)
     config = config_of(arguments_of(source, "test"), 104, Path("common.pt"))
     assert config["model_type"] == family
-    fields = ("hidden_size", "head_dim", "num_key_value_heads", "vocab_size", "rms_norm_eps", "tie_word_embeddings")
+    found = architecture_from_config(config, "test")
+    assert found.sizes == source.sizes and found.active_experts == source.active_experts
+    fields = ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
     assert {name: config[name] for name in fields} == {name: source.config[name] for name in fields}
     assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == rope
 
@@ -169,7 +207,7 @@ def test_without_moments_a_release_holds_the_weights_alone(tmp_path: Path):
     assert not any(key.startswith("optimizer.") for key in stored_by_torch(tmp_path / "out/release"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "mixtral"])
 def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: str):
     export_huggingface(truth(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
     recipe = {"target": {}, "optimizer": "reset", "layout": LAYOUT | {"dtype": "bfloat16", "tensor_parallel": 2}}
@@ -212,13 +250,25 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monk
     }
 
 
-def test_arguments_and_config_of_a_gpt_neox_follow_from_each_other():
-    for activation in ("gelu", "gelu_new"):
-        source = truth("gpt_neox", hidden_act=activation, tie_word_embeddings=True).architecture
-        arguments = arguments_of(source, "test")
-        assert (arguments["bias_gelu_fusion"], arguments["rotary_percent"]) == (activation == "gelu_new", 0.25)
-        found = architecture_from_config(config_of(arguments, 104, Path("common.pt")), "test")
-        assert found.config == source.config and found.sizes == source.sizes
+UNDER_LAYER_NORM = {
+    "gpt_neox": ({"tie_word_embeddings": True}, "hidden_act", ("rotary_percent", 0.25)),
+    "gpt2": (
+        {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0, "tie_word_embeddings": False},
+        "activation_function",
+        ("position_embedding_type", "learned_absolute"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", UNDER_LAYER_NORM)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_arguments_and_config_of_models_under_layer_norm_follow_from_each_other(family, activation):
+    changes, field, (name, value) = UNDER_LAYER_NORM[family]
+    source = truth(family, **changes, **{field: activation}).architecture
+    arguments = arguments_of(source, "test")
+    assert (arguments["bias_gelu_fusion"], arguments[name]) == (activation == "gelu_new", value)
+    found = architecture_from_config(config_of(arguments, 104, Path("common.pt")), "test")
+    assert found.config == source.config and found.sizes == source.sizes
 
 
 def test_arguments_of_other_models_under_layer_norm_are_refused():
@@ -252,17 +302,84 @@ REFUSED = {
 }
 
 
-REFUSED_OF_GPT_NEOX = {
-    "use_parallel_residual: true, and Megatron-core's FFN reads": {"use_parallel_residual": True},
-    "attention_bias: false, and with --disable-bias-linear the FFN": {"attention_bias": False},
-    "hidden_act: 'relu', and Megatron-core has gelu_new and gelu": {"hidden_act": "relu"},
+REFUSED_MIXTURES = {
+    "num_experts_per_tok: 1, and Megatron-core weighs a single": ({"num_experts_per_tok": 1}, {}),
+    "router_jitter_noise: 0.1, and Megatron-core has noise": ({"router_jitter_noise": 0.1}, {}),
+    "expert_parallel 3: does not divide the 4 experts; it can be 1, 2, 4": ({}, {"expert_parallel": 3}),
+    "tensor_parallel 4: does not divide": ({}, {"tensor_parallel": 4}),
 }
 
 
-@pytest.mark.parametrize("message", REFUSED_OF_GPT_NEOX)
-def test_a_gpt_neox_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
+@pytest.mark.parametrize("message", REFUSED_MIXTURES)
+def test_a_mixture_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
+    changes, layout = REFUSED_MIXTURES[message]
     with pytest.raises(LayoutError, match=message):
-        planned(tmp_path, truth("gpt_neox", **REFUSED_OF_GPT_NEOX[message]))
+        planned(tmp_path, truth("mixtral", **changes), layout)
+
+
+REFUSED_ARGUMENTS_OF_MIXTURES = {
+    "args.moe_shared_expert_intermediate_size: found 64, and a config follows from None only": 64,
+    "args.moe_router_pre_softmax: found True, and a config follows from False only": True,
+    "args.moe_router_load_balancing_type: found 'sinkhorn', which weighs": "sinkhorn",
+    "args.moe_layer_freq: found a list, and a config follows from 1 only": [0, 1, 1],
+}
+
+
+def test_arguments_of_mixtures_that_transformers_does_not_have_are_refused():
+    arguments = arguments_of(truth("qwen3_moe").architecture, "test")
+    assert config_of({**arguments, "moe_layer_freq": [1, 1, 1]}, 104, Path("common.pt"))["num_local_experts"] == 4
+    for message, value in REFUSED_ARGUMENTS_OF_MIXTURES.items():
+        name = message.partition(":")[0].removeprefix("args.")
+        with pytest.raises(CheckpointError, match=message):
+            config_of({**arguments, name: value}, 104, Path("common.pt"))
+
+
+def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path: Path):
+    grow_checkpoint(planned(tmp_path, truth("mixtral"), {"expert_parallel": 2}))
+    common = common_of(tmp_path / "out")
+    assert vars(common["args"])["expert_model_parallel_size"] == 2 and set(common["optimizer"]) == {0, 1}
+    for number, optimizer in common["optimizer"].items():
+        groups = optimizer["optimizer"]["param_groups"]
+        found = [(group["is_expert_parallel"], group["wd_mult"]) for group in groups]
+        assert found == [(number == 1, 1.0), (number == 1, 0.0)]
+    written = open_source(tmp_path / "out")
+    assert written.facts.step == 100
+    same(written, truth("mixtral"))
+    with pytest.raises(LayoutError, match="expert_parallel 2: a llama has no experts"):
+        planned(tmp_path, truth(), {"expert_parallel": 2})
+    with pytest.raises(ConfigError, match="expert_parallel with format: universal; only torch_dist states it"):
+        planned(tmp_path, truth("mixtral"), {"format": "universal", "expert_parallel": 2})
+
+
+def test_flattened_moments_of_experts_are_read(tmp_path: Path):
+    """fully_sharded_model_space, in which every expert of every layer is a part."""
+    source = truth("mixtral")
+    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16"}))
+    inner, prefixes = tmp_path / "out/iter_0000100", (PREFIX["exp_avg"], PREFIX["exp_avg_sq"])
+    metadata = pickle.loads((inner / ".metadata").read_bytes())
+    for key in [key for key in metadata.state_dict_metadata if key.endswith("pre_mlp_layernorm.weight")]:
+        del metadata.state_dict_metadata[key]  # a run stores a norm under one key
+        metadata.storage_data = {index: info for index, info in metadata.storage_data.items() if index.fqn != key}
+    (inner / ".metadata").write_bytes(pickle.dumps(metadata))
+    flatten(inner, [key for key in stored_by_torch(inner) if key.startswith(prefixes)], 2, 2)
+    same(open_source(inner), source)
+
+
+REFUSED_UNDER_LAYER_NORM = {
+    "use_parallel_residual: true, and Megatron-core's FFN reads": ("gpt_neox", {"use_parallel_residual": True}),
+    "attention_bias: false, and with --disable-bias-linear the FFN": ("gpt_neox", {"attention_bias": False}),
+    "hidden_act: 'relu', and Megatron-core has gelu_new and gelu": ("gpt_neox", {"hidden_act": "relu"}),
+    "activation_function: 'relu', and Megatron-core has gelu_new": ("gpt2", {"activation_function": "relu"}),
+    "scale_attn_weights: false, and Megatron-core divides": ("gpt2", {"scale_attn_weights": False}),
+    "embd_pdrop: 0.3, and --hidden-dropout is that of resid_pdrop, too": ("gpt2", {"embd_pdrop": 0.3}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_UNDER_LAYER_NORM)
+def test_a_model_under_layer_norm_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
+    family, changes = REFUSED_UNDER_LAYER_NORM[message]
+    with pytest.raises(LayoutError, match=message):
+        planned(tmp_path, truth(family, **changes))
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -273,8 +390,10 @@ def test_what_megatron_core_does_not_have_is_refused(tmp_path: Path, message: st
 
 
 def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
-    with pytest.raises(LayoutError, match="no modules for gpt2; supported: llama, mistral, qwen2, qwen3, gpt_neox"):
-        planned(tmp_path, SyntheticCheckpoint(small_architecture("gpt2")))
+    with pytest.raises(
+        LayoutError, match="no modules for opt; supported: llama, mistral, qwen2, qwen3, gpt_neox, gpt2, mixtral"
+    ):
+        planned(tmp_path, SyntheticCheckpoint(small_architecture("opt")))
     window = SyntheticCheckpoint(small_architecture("mistral", sliding_window=9))
     with pytest.raises(LayoutError, match="sliding_window: 9; only full attention is written"):
         planned(tmp_path, window)
