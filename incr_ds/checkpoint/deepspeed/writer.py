@@ -84,9 +84,8 @@ class NativeTarget:
         """The pipeline layer whose file also serves a tied head."""
         return 0 if self.modules is None else self.modules.embedding
 
-    def optimizer_groups(self, model_rank: int) -> tuple[tuple[RankParameter, ...], ...]:
-        """The parameter groups of model-parallel rank ``model_rank``, which are as many on every rank."""
-        shards = self.shards(model_rank)
+    def optimizer_groups(self, shards: tuple[RankParameter, ...]) -> tuple[tuple[RankParameter, ...], ...]:
+        """The parameter groups of a model-parallel rank with the parameters ``shards``; as many on every rank."""
         if not self.momentum:
             return optimizer_groups(shards)
         number = group_count(self.architecture, self.layout, None, apart=self.momentum)
@@ -127,7 +126,7 @@ class ModelFile(ArchiveFile):
         target = self.target
         content = self.metadata()
         shards = target.shards(self.model_rank)
-        groups = target.optimizer_groups(self.model_rank)
+        groups = target.optimizer_groups(shards)
         content["param_shapes"] = [{shard.parameter: torch.Size(shard.shape) for shard in group} for group in groups]
         if not target.has_layer_files:
             module = {shard.parameter: _weight(shard, target.dtype) for shard in shards}
@@ -200,7 +199,7 @@ class OptimizerFile(ArchiveFile):
     def content(self) -> dict[str, Any]:
         """The file's content."""
         num_data = self.target.layout.data_parallel
-        groups = self.target.optimizer_groups(self.model_rank)
+        groups = self.target.optimizer_groups(self.target.shards(self.model_rank))
         sizes = [partition_size(sum(shard.numel for shard in group), num_data) for group in groups]
         paddings = [self._padding(group, size) for group, size in zip(groups, sizes, strict=True)]
         masters: list[StreamedTensor] = []
