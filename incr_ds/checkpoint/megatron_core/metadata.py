@@ -28,6 +28,7 @@ _OURS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _FURTHER = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "collections.OrderedDict"}
 _FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.distcp")
 _LARGEST = 1 << 62
+_TIMES = 4  # the work of another pickle: a mixture has a chunk for each layer, expert, tensor rank and state
 _ORIGINAL = "nd_reformulated_orig_global_shape"  # Megatron-core's name for the shape of a tensor that it flattened
 
 
@@ -100,7 +101,7 @@ def read_metadata(folder: Path) -> Stored:
     if size > MOST_PICKLED:
         raise CheckpointError(f"{path}: {size:,} bytes, but at most {MOST_PICKLED:,} of a pickle are read.")
     with named_damage(path):
-        walker = Walker(path.read_bytes())
+        walker = Walker(path.read_bytes(), _TIMES)
         content = walker.content()
         _refuse_foreign(walker, path)
         return _stored(content, path)

@@ -211,7 +211,8 @@ class CommonFile(ArchiveFile):
     def _one_optimizer(self, *, of_experts: bool) -> dict[str, Any]:
         """The parameter groups, where the distributed optimizer, the one with masters and the one without expect them."""
         ends = ((self.target.groups[0], 1.0), (self.target.groups[-1], 0.0))
-        groups = [self._group(saved, decay) | {"is_expert_parallel": of_experts} for saved, decay in ends]
+        kinds = ends[:1] if of_experts else ends  # experts have matrices alone, which decay
+        groups = [self._group(saved, decay) | {"is_expert_parallel": of_experts} for saved, decay in kinds]
         content: dict[str, Any] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
         return content | ({"param_groups": groups} if self.target.dtype == torch.float32 else {})
 

@@ -63,25 +63,29 @@ class StandIn:
 class _Stream(io.BytesIO):
     """A pickle of which only a limited amount is read."""
 
-    reads = 0
+    def __init__(self, content: bytes, most: int) -> None:
+        super().__init__(content)
+        self._reads, self._most = 0, most
 
     def read(self, size: int | None = -1) -> bytes:
-        self.reads += 1
-        if self.reads > _MOST_READS:
-            raise WalkError(f"its pickle has more than {_MOST_READS // 2:,} entries. {_HOSTILE}")
+        self._reads += 1
+        if self._reads > self._most:
+            raise WalkError(f"its pickle has more than {self._most // 2:,} entries. {_HOSTILE}")
         return super().read(size)
 
 
 class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pickle's numbering asks for
     """Collects storage, offset, size and strides of each tensor in a pickle, and counts the steps of building it.
 
-    Steps are leaves of hashed keys and of arguments of function calls.
+    Steps are leaves of hashed keys and of arguments of function calls. ``times`` is how many times the work of a large
+    model's pickle is allowed.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(_Stream(content))
+    def __init__(self, content: bytes, times: int = 1) -> None:
+        super().__init__(_Stream(content, times * _MOST_READS))
+        self._most_steps = times * _MOST_STEPS
         self._found: list[tuple[Any, ...]] = []
         self._classes: dict[str, type[StandIn]] = {}
         self._leaves: dict[int, int] = {}  # of each tuple by its id; the code that builds tuples overwrites it
@@ -98,7 +102,7 @@ class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pi
     def content(self) -> Any:
         """What the pickle holds, with a StandIn for everything that it names; errors as in ``tensors``."""
         content = self.load()
-        _check_unfolded(content)
+        _check_unfolded(content, self._most_steps)
         return content
 
     @property
@@ -159,8 +163,8 @@ class Walker(pickle._Unpickler):  # the one in C reserves as much memory as a pi
 
     def _spend(self, steps: int) -> None:
         self._steps += steps
-        if self._steps > _MOST_STEPS:
-            raise WalkError(f"its pickle takes more than {_MOST_STEPS:,} steps to build. {_HOSTILE}")
+        if self._steps > self._most_steps:
+            raise WalkError(f"its pickle takes more than {self._most_steps:,} steps to build. {_HOSTILE}")
 
     def _weigh_tuple(self) -> None:
         made = self.stack[-1]  # type: ignore[attr-defined]
@@ -213,7 +217,7 @@ def _is_a_constructor(full: str) -> bool:
     return full.startswith("torch.") and full.endswith(("Tensor", "Storage"))
 
 
-def _check_unfolded(content: Any) -> None:
+def _check_unfolded(content: Any, most: int) -> None:
     """Raise WalkError if code that walks ``content`` would go too deep or meet shared parts too often."""
     seen: dict[int, tuple[int, int]] = {}
 
@@ -232,8 +236,8 @@ def _check_unfolded(content: Any) -> None:
     entries, height = measured(content, 0)
     if height > _DEEPEST:
         raise WalkError(f"its content is nested more than {_DEEPEST} levels deep. {_HOSTILE}")
-    if entries > _MOST_STEPS:
-        raise WalkError(f"its content unfolds to more than {_MOST_STEPS:,} entries. {_HOSTILE}")
+    if entries > most:
+        raise WalkError(f"its content unfolds to more than {most:,} entries. {_HOSTILE}")
 
 
 def _inside(value: Any) -> Iterable[Any]:

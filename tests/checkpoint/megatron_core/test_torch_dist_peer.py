@@ -177,7 +177,10 @@ MIXTURES = {
 
 @pytest.mark.slow
 def test_mixtures_are_loaded_under_any_degrees(tmp_path: Path):
-    """Also with expert parallelism, under which Megatron-core chains two optimizers. Whole tokens' logits are transformers'."""
+    """Also with masters of bf16 weights, and with expert parallelism, under which Megatron-core chains two optimizers.
+
+    Logits of whole tokens are transformers'.
+    """
     cases, sources = {}, {name: drawn(name, **config) for name, (config, _) in MIXTURES.items()}
     for name, source in sources.items():
         (tmp_path / name).mkdir()
@@ -187,7 +190,13 @@ def test_mixtures_are_loaded_under_any_degrees(tmp_path: Path):
             ours = write(source, tmp_path / name / f"ours{degrees}", **layout)
             theirs = tmp_path / name / f"theirs{degrees}"
             cases[name, degrees] = Case(ours, theirs, 0, degrees, RESHARDABLE, MIXTURES[name][1] | UNPADDED)
-    ranks = run_processes(trained, 2, list(cases.values()), timeout=500)
+    mixed = write(sources["mixtral"], tmp_path / "mixtral/ours in bf16", expert_parallel=2, dtype="bfloat16")
+    further = MIXTRAL | UNPADDED | BF16
+    in_bf16 = Case(mixed, tmp_path / "mixtral/theirs in bf16", 0, (1, 1, 2), distributed=False, further=further)
+    ranks = run_processes(trained, 2, [*cases.values(), in_bf16], timeout=500)
+    assert not any(lacking for rank in ranks for _, (_, lacking) in [rank[-1]])
+    same(open_source(in_bf16.folder), sources["mixtral"])
+    assert open_source(in_bf16.folder).facts.dtype == "bfloat16"
     for number, ((name, degrees), case) in enumerate(cases.items()):
         assert not any(lacking for rank in ranks for _, (_, lacking) in [rank[number]]), (name, degrees)
         logits = ranks[0][number][0]

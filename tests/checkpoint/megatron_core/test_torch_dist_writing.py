@@ -341,7 +341,7 @@ def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path
     for number, optimizer in common["optimizer"].items():
         groups = optimizer["optimizer"]["param_groups"]
         found = [(group["is_expert_parallel"], group["wd_mult"]) for group in groups]
-        assert found == [(number == 1, 1.0), (number == 1, 0.0)]
+        assert found == ([(True, 1.0)] if number else [(False, 1.0), (False, 0.0)])
     written = open_source(tmp_path / "out")
     assert written.facts.step == 100
     same(written, truth("mixtral"))
