@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,18 @@ def overlap(metadata):
     metadata.storage_data |= {MetadataIndex(FC2, start): info for start in starts}
 
 
+def interlock(metadata):
+    """Thousands of chunks without a grid, which would have to be compared each with each."""
+    info = place(metadata, FC2)
+    found = []
+    for row, column in product(range(96), range(0, 250, 10)):
+        first = 1 + (row + column // 10) % 2  # every other one cuts the three layers as 1 + 2, the next as 2 + 1
+        for start, layers in ((0, first), (first, 3 - first)):
+            found.append(ChunkStorageMetadata(torch.Size([start, row, column]), torch.Size([layers, 1, 10])))
+    metadata.state_dict_metadata[FC2].chunks = found
+    metadata.storage_data |= {MetadataIndex(FC2, chunk.offsets): info for chunk in found}
+
+
 NORM, FC2 = "decoder.final_layernorm.weight", "optimizer.state.fp32_param.decoder.layers.mlp.linear_fc2.weight"
 ELSEWHERE = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
 DAMAGE = {
@@ -338,6 +351,7 @@ DAMAGE = {
         "hold 48000 elements, expected the 72000",
     ),
     "overlap": (overlap, "its chunks hold 72000 elements, expected the 72000 of shape .* once each"),
+    "interlocked": (interlock, "its chunks hold 72000 elements, expected the 72000 of shape .* once each"),
     "huge": (lambda m: setattr(m.state_dict_metadata[FC2], "size", torch.Size([1 << 61, 1, 1])), "lies outside"),
     "dtype": (
         lambda m: setattr(m.state_dict_metadata[FC2].properties, "dtype", torch.bfloat16),
