@@ -27,6 +27,11 @@ def iteration_folder(path: Path, tag: str | None) -> Path | None:
         present = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
         raise CheckpointError(f"{folder}: missing; {LATEST} names it, or --tag does; existing folders: {present}.")
     if not has_rank_files(folder) and not (folder / FORMAT_FILE).is_file():
+        if (folder / FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: {FILE} without {FORMAT_FILE}: saved with --ckpt-format fsdp_dtensor or torch_dcp, which cannot be "
+                "read, or not completely. Save it with --ckpt-format torch_dist, or use another iteration."
+            )
         raise CheckpointError(
             f"{folder}: no {FORMAT_FILE}; the checkpoint was not saved completely. Use another iteration."
         )
