@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
 from incr_ds.sharding.optimizer_groups import set_apart
 from incr_ds.sharding.partition_sizes import whole_sizes
+from incr_ds.testing.checkpoint import drawn_checkpoint
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.pico import pico_architecture
 from incr_ds.testing.processes import run_processes
 from incr_ds.testing.runs import pico_run
 from incr_ds.train.metrics import TIMINGS, read_metrics
+from incr_ds.train.start import _check_same_optimizer
 
 PLAIN = {"name": "muon", "gradient_clipping": 0.0}
 
@@ -163,3 +166,14 @@ def test_a_checkpoint_of_muon_is_read_by_tensor_and_grown(runs):
     name = "model.layers.0.mlp.down_proj.weight"  # [96 to 144, 250]: 48 outputs have two copies
     old, new = (checkpoint.read(name, "momentum_buffer") for checkpoint in (found, larger))
     assert old.any() and torch.allclose(new[48:96], old[48:] / 1.5**0.5) and torch.equal(new[96:], new[:48])
+
+
+def test_a_state_in_which_muon_trained_other_tensors_is_refused():
+    source = drawn_checkpoint(pico_architecture())
+    matrix = "model.layers.1.mlp.up_proj.weight"
+    source.facts = replace(source.facts, states=MUON_STATES, momentum=frozenset({matrix}))
+    run = pico_run(optimizer=PLAIN)
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.name: muon trains the matrices .* it trained other tensors, unlike model"
+    ):
+        _check_same_optimizer(run, source, "model.load_optimizer: false")
