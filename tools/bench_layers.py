@@ -1,4 +1,4 @@
-"""Time and memory of decoder layers and of AdamW's step, under each kernel setting of the run file."""
+"""Time and memory of decoder layers, dense and with experts, and of AdamW's step, under each kernel setting of the run file."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from incr_ds.model.liger import use_liger
 from incr_ds.model.plain import LanguageModel
 from incr_ds.model.tensor_parallel import TensorRanks
 from incr_ds.model.weights import FreshWeights
+from incr_ds.sharding.expert_products import grouped_experts
 from incr_ds.train.optimizer import build_adamw
 
 HEADINGS = ("measured", "setting", "ms", "extra GB")
@@ -37,12 +38,22 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cudnn": ("layers", {"model": {"attention": "cudnn"}}),
     "liger": ("layers", {"model": {"layer_kernels": "liger"}}),
     "cudnn-liger": ("layers", {"model": {"attention": "cudnn", "layer_kernels": "liger"}}),
+    "grouped": ("layers of experts", {"model": {"experts": "grouped"}}),
+    "eager": ("layers of experts", {"model": {"experts": "eager"}}),
     "torch": ("AdamW step", {}),
     "deepspeed": ("AdamW step", {"optimizer": {"implementation": "deepspeed"}}),
 }
 SIZES = {
-    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "cpu": {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "cuda": {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "cpu": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+# Of each token's FLOPs, experts have as many as a dense layer's FFN has: 8 of 64 experts of an eighth of its width.
+DENSE = {"model_type": "llama"}
+MIXTURE: Mapping[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
 }
 
 
@@ -95,7 +106,7 @@ def measure(name: str, work: Work) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _run(sections)
     try:
-        step = (_layers_step if what == "layers" else _optimizer_step)(run, work, device)
+        step = (_optimizer_step if what == "AdamW step" else _layers_step)(run, work, device)
     except IncrError as error:
         return {"measured": what, "setting": name, "absent": str(error)}
     extra, _ = pass_memory(step, device)
@@ -123,15 +134,26 @@ def _model(run: RunSettings, work: Work, device: torch.device, dtype: torch.dtyp
     if work.config is not None:
         config, where = dict(read_config(work.config)), str(work.config)
     else:
-        config, where = {"model_type": "llama", "vocab_size": 64, **SIZES[device.type]}, "the default"
+        config, where = _default_config(run, device), "the default"
     config = config | {"num_hidden_layers": work.layers, "max_position_embeddings": work.sequence_length}
     architecture = architecture_from_config(config, where)
     check_attention(run.model.attention, device)
+    grouped_experts(run.model.experts, architecture, 1, dtype.itemsize)  # refuses what has no experts
     if run.model.layer_kernels == "liger":
         use_liger(architecture.family.model_type, device)
     alone, weights = TensorRanks(None, 0, 1), FreshWeights(architecture, 0)
-    factory = LayerFactory(architecture, alone, weights, dtype, device, run.model.attention)
+    factory = LayerFactory(architecture, alone, weights, dtype, device, run.model.attention, experts=run.model.experts)
     return LanguageModel(factory, range(1, work.layers + 1))
+
+
+def _default_config(run: RunSettings, device: torch.device) -> dict[str, Any]:
+    """A Llama, or a mixture with the same FLOPs per token if ``run`` says how experts are multiplied."""
+    sizes = SIZES[device.type]
+    ffn = 4 * sizes["hidden_size"]
+    if run.model.experts == "auto":
+        return {**DENSE, **sizes, "vocab_size": 64, "intermediate_size": ffn}
+    width = ffn // MIXTURE["num_experts_per_tok"]
+    return {**MIXTURE, **sizes, "vocab_size": 64, "intermediate_size": ffn, "moe_intermediate_size": width}
 
 
 def _layers_step(run: RunSettings, work: Work, device: torch.device) -> Callable[[], int]:

@@ -1,43 +1,42 @@
-"""Training against a plain loop of transformers and DeepSpeed: CPU seconds and tokens per second, with and without a teacher."""
+"""Training against a plain loop of transformers and DeepSpeed: CPU seconds, tokens per second and peak memory."""
 
 from __future__ import annotations
 
 import json as json_module
-import os
 import resource
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import numpy as np
+import psutil
 import torch
 import typer
-import yaml
 from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.bench.measure import machine
+from incr_ds.bench.start import startup_seconds
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
 from incr_ds.config.fields import parse_settings
 from incr_ds.config.training import RunSettings
+from incr_ds.data.slices import slices
+from incr_ds.data.targets import Targets
 from incr_ds.testing.checkpoint import drawn_checkpoint
-from incr_ds.testing.processes import free_port, run_processes
+from incr_ds.testing.processes import run_processes
 
 ROOT = Path(__file__).parent.parent
 STUDENT = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
 TEACHER = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
-PLAIN, OURS, TAUGHT, PIPELINE = "plain loop", "incr_ds", "incr_ds, distillation", "incr_ds, pipeline of 2"
-HEADINGS = ("trained by", "CPU s a step", "wall s a step", "tokens/s", "vs plain loop")
+PLAIN, OURS, TAUGHT = "plain loop", "incr_ds", "incr_ds, distillation"
+PIPELINE, SHARED = "incr_ds, pipeline of 2", "incr_ds, samples shared by 2"
+HEADINGS = ("trained by", "CPU s a step", "wall s a step", "tokens/s", "vs plain loop", "peak MB a process")
 RATE = 1e-3
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, Targets]
 Step = Callable[[list[Batch]], None]
 
 
@@ -58,6 +57,10 @@ class Work:
         return self.sequence_length * self.micro_batch * self.micro_batches
 
 
+# The run whose start is timed.
+STARTED = Work(vocabulary=4096, sequence_length=128, micro_batch=4, micro_batches=2, rounds=1, threads=1)
+
+
 @command
 def main(
     output: Annotated[Path, typer.Option(help="Folder for bench_training.json and bench_training.md.")],
@@ -73,7 +76,9 @@ def main(
     """Race the training loops in the same two processes, one step of each in turn; then time the start of a run."""
     work = Work(vocabulary, sequence_length, micro_batch, micro_batches, rounds, threads)
     (found, _) = run_processes(race, 2, work, timeout=3600.0)
-    summary = _summary(work, found, _startup(starts))
+    peaks = {name: max(run_processes(peak_bytes, 2, name, work, timeout=3600.0)) for name in CONTESTANTS}
+    startup = startup_seconds(_run(STARTED, {"data_parallel": 1}), _config(STARTED, STUDENT), starts)
+    summary = _summary(work, found, peaks, startup)
     _write(summary, output)
     if json:
         print_json(summary)
@@ -88,11 +93,11 @@ def race(work: Work) -> dict[str, dict[str, float]]:
     import torch.distributed as dist
 
     torch.set_num_threads(work.threads)
-    contestants = _contestants(work)
+    contestants = {name: build(work) for name, build in CONTESTANTS.items()}
     names, spent = list(contestants), {name: list[tuple[float, float]]() for name in contestants}
     for turn in range(-2, work.rounds):  # the first two steps warm up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            batches = _batches(work, turn, dist.get_rank(), pipeline=name == PIPELINE)
+            batches = read_batches(name, work, turn, dist.get_rank())
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
             contestants[name](batches)
@@ -108,22 +113,32 @@ def race(work: Work) -> dict[str, dict[str, float]]:
     }
 
 
-def _contestants(work: Work) -> dict[str, Step]:
-    return {
-        PLAIN: _plain_loop(work),
-        OURS: _own_step(work, {"data_parallel": 2}, taught=False),
-        TAUGHT: _own_step(work, {"data_parallel": 2}, taught=True),
-        PIPELINE: _own_step(work, {"pipeline_parallel": 2}, taught=False),
-    }
+def peak_bytes(name: str, work: Work) -> int:
+    """Peak memory of this process while it builds contestant ``name`` and takes two steps, beyond what imports take.
+
+    Runs in two processes that do nothing else.
+    """
+    import torch.distributed as dist
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM is not None  # imported, so that its code is not counted
+    torch.set_num_threads(work.threads)
+    before = psutil.Process().memory_info().rss
+    step = CONTESTANTS[name](work)
+    for turn in range(2):
+        step(read_batches(name, work, turn, dist.get_rank()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def _own_step(work: Work, layout: Mapping[str, int], *, taught: bool) -> Step:
+def _own_step(
+    work: Work, layout: Mapping[str, int], *, teacher: Mapping[str, int] | None = None, sequence_parallel: int = 1
+) -> Step:
     from incr_ds.train.engine import build_engine
 
-    run = _run(work, layout, taught=taught)
-    teacher = drawn_checkpoint(_architecture(work, TEACHER)) if taught else None
-    engine = build_engine(run, _architecture(work, STUDENT), None, teacher)
-    alpha = 0.5 if taught else 0.0
+    run = _run(work, layout, taught=teacher is not None, sequence_parallel=sequence_parallel)
+    taught_by = None if teacher is None else drawn_checkpoint(_architecture(work, teacher))
+    engine = build_engine(run, _architecture(work, STUDENT), None, taught_by)
+    alpha = 0.0 if teacher is None else 0.5
     return lambda batches: _ignore(engine.train_step(iter(batches), learning_rate=RATE, alpha=alpha))
 
 
@@ -135,7 +150,7 @@ def _plain_loop(work: Work) -> Step:
     from incr_ds.launch.deepspeed_config import deepspeed_config
     from incr_ds.train.engine import initialize_distributed
 
-    run = _run(work, {"data_parallel": 2}, taught=False)
+    run = _run(work, {"data_parallel": 2})
     initialize_distributed(run.layout)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**_config(work, STUDENT)), dtype=torch.float32)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -153,13 +168,14 @@ def _plain_loop(work: Work) -> Step:
     return step
 
 
-def _batches(work: Work, turn: int, rank: int, *, pipeline: bool) -> list[Batch]:
-    """This rank's micro-batches of a step: half of them, or all of them in a pipeline."""
+def read_batches(name: str, work: Work, turn: int, rank: int) -> list[Batch]:
+    """The micro-batches of a step that process ``rank`` reads: half of them, all in a pipeline, or half of every sample."""
     generator = torch.Generator().manual_seed(turn + 10)
     shape = (work.micro_batches, work.micro_batch, work.sequence_length + 1)
     ids = torch.randint(0, work.vocabulary, shape, generator=generator)
-    mine = ids if pipeline else ids[rank::2]
-    return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in mine]
+    mine = ids if name in (PIPELINE, SHARED) else ids[rank::2]
+    batches: list[Batch] = [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in mine]
+    return list(slices(batches, rank, 2)) if name == SHARED else batches
 
 
 def _config(work: Work, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def _architecture(work: Work, sizes: Mapping[str, int]) -> Architecture:
     return architecture_from_config(_config(work, sizes), "the benchmark's model")
 
 
-def _run(work: Work, layout: Mapping[str, int], *, taught: bool) -> RunSettings:
+def _run(work: Work, layout: Mapping[str, int], *, taught: bool = False, sequence_parallel: int = 1) -> RunSettings:
     content: dict[str, Any] = {
         "output": "unused",
         "precision": "fp32",
@@ -181,6 +197,7 @@ def _run(work: Work, layout: Mapping[str, int], *, taught: bool) -> RunSettings:
             "sequence_length": work.sequence_length,
             "micro_batch_size": work.micro_batch,
             "global_batch_size": work.micro_batch * work.micro_batches,
+            "sequence_parallel": sequence_parallel,
         },
         "schedule": {"train_steps": 1, "learning_rate": RATE},
         "data": {"train": [{"prefix": "unused"}]},
@@ -196,93 +213,18 @@ def _ignore(result: object) -> None:
     """Drop a result."""
 
 
-def _startup(starts: int) -> dict[str, Any] | None:
-    """Median seconds from the command to the first step, by part, and of the imports that no run can do without."""
-    if not starts:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        run_file = _write_run(Path(folder))
-        runs, floors = [], []
-        for number in range(starts):
-            floors.append(_floor(Path(folder)))
-            output = ["--set", f"output={folder}/run{number}"]
-            runs.append(_timed_start([sys.executable, "launchers/pretrain.py", "--config", str(run_file), *output]))
-    parts = {part: median(run[part] for run in runs) for part in runs[0]}
-    floor = {part: median(run[part] for run in floors) for part in floors[0]}
-    return {"run": parts, "imports_and_model": floor}
+CONTESTANTS: Mapping[str, Callable[[Work], Step]] = {
+    PLAIN: _plain_loop,
+    OURS: lambda work: _own_step(work, {"data_parallel": 2}),
+    TAUGHT: lambda work: _own_step(work, {"data_parallel": 2}, teacher=TEACHER),
+    PIPELINE: lambda work: _own_step(work, {"pipeline_parallel": 2}),
+    SHARED: lambda work: _own_step(work, {"data_parallel": 2}, sequence_parallel=2),
+}
 
 
-FLOOR = """
-import sys
-import deepspeed, transformers
-model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(sys.argv[1]))
-print("built", flush=True)
-"""
-
-
-def _floor(folder: Path) -> dict[str, float]:
-    return _timed(["-c", FLOOR, str(folder)], {"built": "seconds"})
-
-
-def _timed_start(arguments: Sequence[str]) -> dict[str, float]:
-    return _timed(arguments[1:], {"layout: ": "seconds", "step 1/1  loss": "to_step_1"})
-
-
-def _timed(arguments: Sequence[str], marks: Mapping[str, str]) -> dict[str, float]:
-    """Wall seconds until a line with each mark is printed, and the CPU seconds of the whole process."""
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    before, began, found = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), dict[str, float]()
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    ) as process:
-        lines = []
-        for line in _lines(process):
-            lines.append(line)
-            for mark, name in marks.items():
-                if mark in line:
-                    found.setdefault(name, time.perf_counter() - began)
-    if process.returncode or set(found) != set(marks.values()):
-        raise RuntimeError(f"{' '.join(arguments)} failed with exit code {process.returncode}:\n{''.join(lines)}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return found | {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    assert process.stdout is not None
-    yield from process.stdout
-
-
-def _write_run(folder: Path) -> Path:
-    """A run of one step of the student, with its config and random data."""
-    from incr_ds.data.megatron import IndexedDatasetBuilder
-
-    work = Work(4096, 128, 4, 2, 1, 1)
-    (folder / "config.json").write_text(json_module.dumps(_config(work, STUDENT)))
-    builder = IndexedDatasetBuilder(f"{folder}/data.bin", dtype=np.uint16)
-    ids = torch.randint(0, work.vocabulary, (20, 200), generator=torch.Generator().manual_seed(0)).tolist()
-    for document in ids:
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{folder}/data.idx")
-    run = _run(work, {"data_parallel": 1}, taught=False).model_dump(mode="json", exclude_defaults=True)
-    run |= {"model": {"config": f"{folder}/config.json"}, "data": {"train": [{"prefix": f"{folder}/data"}]}}
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run))
-    return path
-
-
-def _summary(work: Work, found: Mapping[str, Mapping[str, float]], startup: dict[str, Any] | None) -> dict[str, Any]:
+def _summary(
+    work: Work, found: Mapping[str, Mapping[str, float]], peaks: Mapping[str, int], startup: dict[str, Any] | None
+) -> dict[str, Any]:
     student, teacher = (_architecture(work, sizes) for sizes in (STUDENT, TEACHER))
     cpu = {name: times["cpu_seconds"] for name, times in found.items()}
     wall = {name: times["wall_seconds"] for name, times in found.items()}
@@ -293,12 +235,14 @@ def _summary(work: Work, found: Mapping[str, Mapping[str, float]], startup: dict
         "work": asdict(work),
         "tokens_per_step": work.tokens,
         "parameters": {"student": student.num_parameters, "teacher": teacher.num_parameters},
-        "contestants": found,
+        "contestants": {name: {**times, "peak_bytes": peaks[name]} for name, times in found.items()},
         "time_vs_plain": cpu[OURS] / cpu[PLAIN],
+        "peak_memory_vs_plain": peaks[OURS] / peaks[PLAIN],
         "distillation_time_ratio": cpu[TAUGHT] / cpu[OURS],
         "teacher_flops_share": forward_flops_per_token(teacher, work.sequence_length)
         / training_flops_per_token(student, work.sequence_length),
         "pipeline_vs_bubble_bound": wall[PIPELINE] / bound,
+        "shared_samples": {"time": wall[SHARED] / wall[OURS], "peak_memory": peaks[SHARED] / peaks[OURS]},
         "startup": startup,
         "startup_vs_imports": None
         if startup is None
@@ -315,6 +259,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{times['wall_seconds']:.3f}",
             f"{summary['tokens_per_step'] / times['wall_seconds']:,.0f}",
             f"{times['cpu_seconds'] / plain:.3f}",
+            f"{times['peak_bytes'] / 1e6:,.0f}",
         )
         for name, times in summary["contestants"].items()
     ]
@@ -329,10 +274,13 @@ def _table(summary: Mapping[str, Any]) -> Table:
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
     found = [
-        f"against the plain loop: {summary['time_vs_plain']:.3f} of its CPU seconds",
+        f"against the plain loop: {summary['time_vs_plain']:.3f} of its CPU seconds, {summary['peak_memory_vs_plain']:.3f} of "
+        "its peak memory beyond imports",
         f"distillation: {summary['distillation_time_ratio']:.3f} times the CPU seconds without; the teacher's FLOPs are "
         f"{summary['teacher_flops_share']:.1%} of the student's",
         f"the pipeline: {summary['pipeline_vs_bubble_bound']:.3f} times the time that its bubble allows",
+        f"samples shared by two processes (batch.sequence_parallel): {summary['shared_samples']['time']:.3f} times the time of "
+        f"processes that read samples of their own, {summary['shared_samples']['peak_memory']:.3f} of the peak memory",
     ]
     if (startup := summary["startup"]) is not None:
         found.append(

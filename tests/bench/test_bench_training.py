@@ -6,7 +6,7 @@ from pathlib import Path
 import bench_training
 import pytest
 import torch
-from bench_training import OURS, PIPELINE, PLAIN, TAUGHT, Work
+from bench_training import OURS, PIPELINE, PLAIN, SHARED, TAUGHT, Work
 
 from incr_ds.testing.processes import run_processes
 
@@ -33,37 +33,45 @@ def losses(work):
         return result
 
     DeepSpeedEngine.__init__, TrainingEngine.train_step = remembered, recorded
-    contestants = bench_training._contestants(work)
-    plain, ours = engines[:2]
+    contestants = {name: bench_training.CONTESTANTS[name](work) for name in (PLAIN, OURS)}
+    plain, ours = engines
     weights = dict(ours.module.named_parameters())
     with torch.no_grad():
         for name, parameter in plain.module.named_parameters():
             parameter.copy_(weights[name])
-    batches = bench_training._batches(work, 0, dist.get_rank(), pipeline=False)
-    whole = bench_training._batches(work, 0, dist.get_rank(), pipeline=True)
+    batches, whole, shared = (
+        bench_training.read_batches(name, work, 0, dist.get_rank()) for name in (OURS, PIPELINE, SHARED)
+    )
     expected = torch.stack(
         [plain(input_ids=ids, labels=labels, shift_labels=labels).loss for ids, labels in batches]
     ).mean()
     dist.all_reduce(expected)
     contestants[OURS](batches)
-    return expected.item() / 2, found[0], [ids.tolist() for ids, _ in batches], [ids.tolist() for ids, _ in whole]
+    read = [[ids.tolist() for ids, _ in micro_batches] for micro_batches in (batches, whole, shared)]
+    return expected.item() / 2, found[0], *read
 
 
 def test_the_plain_loop_and_ours_train_the_same_model_on_the_same_tokens():
     first, second = run_processes(losses, 2, SMALL)
     assert first[0] == pytest.approx(first[1], rel=1e-6)
     assert sorted(first[2] + second[2]) == sorted(first[3]) and first[3] == second[3]
+    halves = [[one + other for one, other in zip(*pair, strict=True)] for pair in zip(first[4], second[4], strict=True)]
+    assert halves == first[3]
 
 
 def test_the_summary_compares_what_it_says():
-    spent = {PLAIN: (2.0, 1.5), OURS: (2.2, 1.6), TAUGHT: (2.42, 1.7), PIPELINE: (2.1, 2.5)}
+    spent = {PLAIN: (2.0, 1.5), OURS: (2.2, 1.6), TAUGHT: (2.42, 1.7), PIPELINE: (2.1, 2.5), SHARED: (2.3, 2.0)}
+    peaks = {PLAIN: 100, OURS: 120, TAUGHT: 130, PIPELINE: 90, SHARED: 60}
     found = {name: {"cpu_seconds": cpu, "wall_seconds": wall} for name, (cpu, wall) in spent.items()}
     startup = {"run": {"seconds": 6.0, "to_step_1": 7.0}, "imports_and_model": {"seconds": 5.0}}
-    summary = bench_training._summary(SMALL, found, startup)
+    summary = bench_training._summary(SMALL, found, peaks, startup)
     assert summary["time_vs_plain"] == pytest.approx(1.1)
     assert summary["distillation_time_ratio"] == pytest.approx(1.1)
     assert summary["pipeline_vs_bubble_bound"] == pytest.approx(2.5 / (1.6 * 5 / 4))
     assert summary["startup_vs_imports"] == pytest.approx(1.2)
+    assert summary["peak_memory_vs_plain"] == pytest.approx(1.2)
+    assert summary["shared_samples"] == {"time": pytest.approx(1.25), "peak_memory": pytest.approx(0.5)}
+    assert summary["contestants"][PIPELINE] == {"cpu_seconds": 2.1, "wall_seconds": 2.5, "peak_bytes": 90}
     # By hand: 2 operations per weight of the matrices and attention's 4 S H a layer; the student's backward is two more.
     length, student, teacher = 8, (256, 704, 6), (128, 352, 3)
 
@@ -83,5 +91,6 @@ def test_the_whole_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert ended.value.code == 0
     found = json.loads((tmp_path / "bench_training.json").read_text())
     assert found == json.loads(capsys.readouterr().out)
-    assert found["startup_vs_imports"] > 1 and set(found["contestants"]) == {PLAIN, OURS, TAUGHT, PIPELINE}
+    assert found["startup_vs_imports"] > 1 and set(found["contestants"]) == {PLAIN, OURS, TAUGHT, PIPELINE, SHARED}
+    assert all(contestant["peak_bytes"] > 0 for contestant in found["contestants"].values())
     assert "| plain loop |" in (tmp_path / "bench_training.md").read_text()
