@@ -27,7 +27,7 @@ ORDER = [
     ["offline"],
     ["data", "kernels", "losses", "model"],
     ["launch", "train.metrics", "report", "train", "study"],
-    ["cli", "bench", "testing"],
+    ["cli", "testing", "bench"],
 ]
 PLACES = [place for line in ORDER for place in line]
 ONLY_FROM_CHECKPOINT = {"growth": "checkpoint.base"}  # growth reads logical checkpoints, whatever their format
