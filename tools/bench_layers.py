@@ -159,7 +159,7 @@ def _default_config(run: RunSettings, device: torch.device) -> dict[str, Any]:
 def _layers_step(run: RunSettings, work: Work, device: torch.device) -> Callable[[], int]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _model(run, work, device, dtype)
-    width = model.get_submodule("model.layers.0").hidden_size
+    width: int = model.get_submodule("model.layers.0").hidden_size  # type: ignore[assignment]
     stream = torch.randn(work.batch, work.sequence_length, width, device=device, dtype=dtype, requires_grad=True)
 
     def step() -> int:

@@ -89,11 +89,11 @@ def train_tokenizers(home: Path, text: str) -> dict[str, Path]:
 
 def train_byte_level(folder: Path, text: str) -> Path:
     """Train a byte-level BPE and save it as a transformers tokenizer in ``folder``."""
-    from tokenizers.implementations import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     bytewise = ByteLevelBPETokenizer()
-    bytewise.train_from_iterator([text], 8192, special_tokens=["<|endoftext|>"], show_progress=False)
+    bytewise.train_from_iterator(iter([text]), 8192, special_tokens=["<|endoftext|>"], show_progress=False)
     made = PreTrainedTokenizerFast(tokenizer_object=bytewise._tokenizer, eos_token="<|endoftext|>")
     made.save_pretrained(folder)
     return folder
