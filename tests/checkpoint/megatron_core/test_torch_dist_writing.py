@@ -347,7 +347,7 @@ def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path
     same(written, truth("mixtral"))
     with pytest.raises(LayoutError, match="expert_parallel 2: a llama has no experts"):
         planned(tmp_path, truth(), {"expert_parallel": 2})
-    with pytest.raises(ConfigError, match="expert_parallel with format: universal; only torch_dist states it"):
+    with pytest.raises(ConfigError, match="expert_parallel with format: universal; it belongs to torch_dist"):
         planned(tmp_path, truth("mixtral"), {"format": "universal", "expert_parallel": 2})
 
 
@@ -399,7 +399,7 @@ def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
         planned(tmp_path, window)
     with pytest.raises(ConfigError, match="modules: megatron-deepspeed with format: torch_dist"):
         planned(tmp_path, truth(), {"modules": "megatron-deepspeed"})
-    with pytest.raises(ConfigError, match="learning_rates with format: universal; only torch_dist holds them"):
+    with pytest.raises(ConfigError, match="learning_rates with format: universal; it belongs to torch_dist and torch"):
         planned(tmp_path, truth(), {"format": "universal", "learning_rates": [1e-3, 0.0]})
     export_huggingface(truth(), tmp_path / "weights", torch.bfloat16, tmp_path / "none")
     with pytest.raises(GrowthError, match="optimizer: reset"):
