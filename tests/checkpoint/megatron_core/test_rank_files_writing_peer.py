@@ -69,6 +69,12 @@ CASES = {
     ),
     "distributed, over two dimensions": ("qwen3", (2, 2), {"qk_layernorm": True} | BF16 | DISTRIBUTED),
 }
+# Before 0.16, it numbers the parameters of later stages of local modules in another order.
+NUMBERS = RELEASE >= Version("0.16")
+
+
+def is_loaded(degrees, further):
+    return NUMBERS or degrees[1] == 1 or "use_distributed_optimizer" in further
 
 
 def drawn(family):
@@ -123,9 +129,10 @@ def same_logits(of_ranks, source, folder):
 @pytest.mark.slow
 def test_ranks_load_weights_masters_moments_and_step(tmp_path: Path):
     """What Megatron-core's ranks load and save again is read back bit for bit. A folder `release` gives them the weights."""
-    sources = {name: drawn(family) for name, (family, *_) in CASES.items()}
+    loaded = {name: case for name, case in CASES.items() if is_loaded(*case[1:])}
+    sources = {name: drawn(family) for name, (family, *_) in loaded.items()}
     cases = {}
-    for name, (_, degrees, further) in CASES.items():
+    for name, (_, degrees, further) in loaded.items():
         ours = write(sources[name], tmp_path / name / "ours", layout_of(degrees, further))
         cases[name] = Case(ours, tmp_path / name / "theirs", degrees, further | UNPADDED, vocabulary=ROWS[degrees[0]])
     release = write(sources["in fp32"], tmp_path / "release", layout_of((2, 1), {}), "reset")
@@ -144,7 +151,7 @@ def test_ranks_load_weights_masters_moments_and_step(tmp_path: Path):
 @pytest.mark.slow
 def test_ranks_go_on_as_from_megatron_core_s_own_files(tmp_path: Path):
     """What is written from Megatron-core's own files replaces them, bit for bit, over two steps of training."""
-    kinds = {"mixed": ((2, 2), BF16), "distributed": ((1, 2), TIED | BF16 | DISTRIBUTED)}
+    kinds = {"mixed": ((2, 2 if NUMBERS else 1), BF16), "distributed": ((1, 2), TIED | BF16 | DISTRIBUTED)}
     run_processes(saved_by_ranks, 4, [(tmp_path / name, *kind) for name, kind in kinds.items()], timeout=500)
     cases = []
     for name, (degrees, further) in kinds.items():

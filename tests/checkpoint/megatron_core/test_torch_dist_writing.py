@@ -227,8 +227,9 @@ def test_a_grown_checkpoint_has_the_same_tensors_as_in_another_format(tmp_path: 
     same(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
 
 
-def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    grow_checkpoint(planned(tmp_path, truth(), name="once"))
+@pytest.mark.parametrize("layout", [{}, {"format": "torch", "tensor_parallel": 2, "pipeline_parallel": 3}], ids=str)
+def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout):
+    grow_checkpoint(planned(tmp_path, truth(), layout, name="once"))
     written = []
 
     def failing(file, folder, slices):
@@ -239,10 +240,10 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monk
 
     monkeypatch.setattr("incr_ds.offline.run.write_file", failing)
     with pytest.raises(CheckpointError, match="nothing was published. Finished files are kept"):
-        grow_checkpoint(planned(tmp_path, truth()))
+        grow_checkpoint(planned(tmp_path, truth(), layout))
     monkeypatch.setattr("incr_ds.offline.run.write_file", lambda *a: written.append(a[0].path) or write_file(*a))
-    grow_checkpoint(planned(tmp_path, truth(), workers=3))
-    assert set(written) == {file.path for file in planned(tmp_path, truth()).files}
+    grow_checkpoint(planned(tmp_path, truth(), layout, workers=3))
+    assert set(written) == {file.path for file in planned(tmp_path, truth(), layout).files}
     assert len(written) < 2 * len(set(written)), "files that were finished are not written again"
     one, other = contents(tmp_path / "once"), contents(tmp_path / "out")
     assert {name: data for name, data in one.items() if name != "manifest.json"} == {
