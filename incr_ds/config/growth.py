@@ -141,6 +141,14 @@ class FittedOperators(Settings):
 
 
 LearningRate = Annotated[float, Field(ge=0.0)]
+Implementation = Literal["transformer_engine", "local"]  # of Megatron-core's modules, as in --transformer-impl
+OF_MEGATRON_CORE = ("torch_dist", "torch")  # formats, by their names in --ckpt-format
+_MEGATRON_CORE_KEYS = {  # the formats that can have another value than the default
+    "learning_rates": OF_MEGATRON_CORE,
+    "expert_parallel": ("torch_dist",),
+    "transformer_impl": ("torch",),
+    "distributed_optimizer": ("torch",),
+}
 
 
 class TargetLayout(ParallelLayout):
@@ -148,33 +156,39 @@ class TargetLayout(ParallelLayout):
 
     ``deepspeed`` is DeepSpeed's own ZeRO files for exactly this layout, with moments. ``universal`` is DeepSpeed's
     folder for every data-parallel size and ZeRO stage, with moments. ``torch_dist`` is Megatron-core's folder for any
-    degrees, with moments. ``huggingface`` has weights only.
+    degrees, with moments. ``torch`` is Megatron-LM's older folder for exactly these tensor and pipeline ranks, with
+    moments. ``huggingface`` has weights only.
 
     ``dtype`` is the dtype of the model's own weights; fp32 masters and moments are always fp32. ``auto`` keeps fp32
     for a Hugging Face folder and the source's precision for the others. ``modules`` names the training code that will
     load it: ``transformers`` (also this package's trainer), or ``megatron-deepspeed``. Its vocabulary is padded to a
-    multiple of ``vocabulary_multiple`` times tensor_parallel, and so is that of ``torch_dist``. Under ZeRO-3,
+    multiple of ``vocabulary_multiple`` times tensor_parallel, and so is that of ``torch_dist`` and ``torch``. Under ZeRO-3,
     ``sub_group_size`` must be the one in the engine's zero_optimization section.
 
     ``learning_rates`` are the run's --lr and --min-lr, for Megatron-core from 0.19 on, which finds the parameter groups
-    of a ``torch_dist`` checkpoint by them. ``expert_parallel`` is the run's --expert-model-parallel-size. It decides how many
-    optimizers Megatron-core has for a mixture; tensors are found under any.
+    of a ``torch_dist`` or ``torch`` checkpoint by them. ``expert_parallel`` is the run's --expert-model-parallel-size. It
+    decides how many optimizers Megatron-core has for a mixture; tensors are found under any. Of ``torch``, ``transformer_impl``
+    is the run's --transformer-impl, which decides the names and the order of parameters, and ``distributed_optimizer`` says
+    whether it has --use-distributed-optimizer.
     """
 
-    format: Literal["deepspeed", "universal", "torch_dist", "huggingface"] = "deepspeed"
+    format: Literal["deepspeed", "universal", "torch_dist", "torch", "huggingface"] = "deepspeed"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     modules: Literal["own", "megatron-deepspeed"] = "own"
     vocabulary_multiple: int = Field(default=128, ge=1)
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
     learning_rates: tuple[LearningRate, LearningRate] | None = Field(default=None, strict=False)
     expert_parallel: int = Field(default=1, ge=1)
+    transformer_impl: Implementation = "transformer_engine"
+    distributed_optimizer: bool = False
 
     @model_validator(mode="after")
     def _some_are_megatron_core_s(self) -> Self:
-        if self.learning_rates is not None and self.format != "torch_dist":
-            raise ValueError(f"learning_rates with format: {self.format}; only torch_dist holds them; leave them out")
-        if self.expert_parallel > 1 and self.format != "torch_dist":
-            raise ValueError(f"expert_parallel with format: {self.format}; only torch_dist states it; leave it out")
+        for key, formats in _MEGATRON_CORE_KEYS.items():
+            if self.format not in formats and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} with format: {self.format}; it belongs to {' and '.join(formats)}; leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -183,15 +197,14 @@ class TargetLayout(ParallelLayout):
             raise ValueError(
                 "stages: balanced depends on a run's sequence length; state the list, which the run's dry run shows"
             )
-        if self.stages != "even" and self.modules != "own":
-            raise ValueError(
-                f"stages {list(self.stages)}: modules: {self.modules} spreads its layers evenly; remove stages"
-            )
+        if self.stages != "even" and (self.modules != "own" or self.format == "torch"):
+            evenly = "format: torch" if self.format == "torch" else f"modules: {self.modules}"
+            raise ValueError(f"stages {list(self.stages)}: {evenly} spreads its layers evenly; remove stages")
         return self
 
     @model_validator(mode="after")
     def _modules_need_a_pipeline_module(self) -> Self:
-        if self.modules != "own" and (self.format in ("huggingface", "torch_dist") or self.zero_stage > 1):
+        if self.modules != "own" and (self.format in ("huggingface", *OF_MEGATRON_CORE) or self.zero_stage > 1):
             raise ValueError(
                 f"modules: {self.modules} with format: {self.format} and zero_stage: {self.zero_stage}; models with these "
                 "modules are pipelines; use format: deepspeed or universal with zero_stage: 1"

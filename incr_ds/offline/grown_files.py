@@ -15,11 +15,13 @@ from incr_ds.checkpoint.huggingface.writer import (
     published_config_text,
 )
 from incr_ds.checkpoint.megatron_core.folders import LATEST
+from incr_ds.checkpoint.megatron_core.torch_writer import RankStateFile
 from incr_ds.checkpoint.megatron_core.writer import CommonFile
 from incr_ds.checkpoint.publish import (
     MANIFEST,
     read_manifest,
 )
+from incr_ds.config.growth import OF_MEGATRON_CORE
 from incr_ds.growth.advice import FILE as ADVICE_FILE
 from incr_ds.growth.advice import Trained, advice_text, advise
 from incr_ds.offline.plan import TAG, PlannedGrowth
@@ -34,8 +36,8 @@ def write_companions(planned: PlannedGrowth, folder: Path, ratio: float | None) 
         training = source_training(planned.request.source, planned.source.facts)
         if advice := advice_text(advise(plan, training, ratio)):
             texts[ADVICE_FILE] = advice
-    if layout.format == "torch_dist":
-        texts[LATEST] = next(file.target.tag for file in planned.files if isinstance(file, CommonFile))
+    if layout.format in OF_MEGATRON_CORE:
+        texts[LATEST] = next(file.target.tag for file in planned.files if isinstance(file, CommonFile | RankStateFile))
     elif not shards:
         texts["latest_universal" if layout.format == "universal" else "latest"] = TAG
     elif (index := index_text(shards)) is not None:

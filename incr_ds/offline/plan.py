@@ -21,11 +21,13 @@ from incr_ds.checkpoint.huggingface.writer import (
     huggingface_files,
 )
 from incr_ds.checkpoint.integrity import open_described
-from incr_ds.checkpoint.megatron_core.writer import MegatronCoreTarget, megatron_core_files
+from incr_ds.checkpoint.megatron_core.target import MegatronCoreTarget
+from incr_ds.checkpoint.megatron_core.torch_writer import megatron_torch_files
+from incr_ds.checkpoint.megatron_core.writer import megatron_core_files
 from incr_ds.checkpoint.publish import refuse_overlap
 from incr_ds.checkpoint.streaming import TargetFile, tensor_bytes
 from incr_ds.checkpoint.universal.writer import universal_files
-from incr_ds.config.growth import GrowthRecipe, TargetLayout
+from incr_ds.config.growth import OF_MEGATRON_CORE, GrowthRecipe, TargetLayout
 from incr_ds.growth.apply import BYTES_PER_ELEMENT
 from incr_ds.growth.changes import load_recipe
 from incr_ds.growth.multipliers import grown_multipliers
@@ -132,12 +134,13 @@ def plan_files(request: GrowthRequest, source: LogicalCheckpoint, recipe: Growth
     if layout.format == "huggingface":
         dtype = _dtype(layout.dtype, "float32")
         return PlannedGrowth(request, source, plan, huggingface_files(plan.target, dtype), dtype, multipliers)
-    if layout.format != "torch_dist":
+    if layout.format not in OF_MEGATRON_CORE:
         _check_layout(plan, str(request.recipe))
     refuse(WRITING_RULES, str(source.facts.path), source.facts, recipe)
     dtype = _dtype(layout.dtype, source.facts.dtype or "float32")
-    if layout.format == "torch_dist":
-        files = megatron_core_files(_megatron_core_target(source, plan, dtype), f"{request.recipe}: layout")
+    if layout.format in OF_MEGATRON_CORE:
+        writes = megatron_core_files if layout.format == "torch_dist" else megatron_torch_files
+        files = writes(_megatron_core_target(source, plan, dtype), f"{request.recipe}: layout")
         return PlannedGrowth(request, source, plan, files, dtype, multipliers)
     bare = needs_bare_states(request.target_deepspeed, layout.format == "universal", layout.zero_stage)
     # Only this release is known to load files without a state.

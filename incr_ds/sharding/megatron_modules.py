@@ -14,6 +14,7 @@ from pydantic import Field
 from incr_ds.arch.architecture import Architecture
 from incr_ds.arch.tensors import TensorSpec
 from incr_ds.config.fields import Settings, parse_settings
+from incr_ds.config.growth import Implementation
 from incr_ds.config.yaml_file import read_yaml
 from incr_ds.errors import LayoutError
 from incr_ds.sharding.blocks import Block, RankParameter
@@ -34,8 +35,10 @@ class ParameterDeclaration(Settings):
     parts: int = Field(default=1, ge=1)
     transposed: bool = False
     padded: bool = False
-    also: list[str] = Field(default_factory=list)
+    local: str | None = None
     in_mixtures: str | None = None
+    in_ranks: str | None = None
+    also: list[str] = Field(default_factory=list)
 
     @property
     def of_experts(self) -> bool:
@@ -47,6 +50,15 @@ class ParameterDeclaration(Settings):
         return len(spec.dims) - 1 if self.transposed else 0
 
 
+class ModuleDeclaration(Settings):
+    """A module that registers parameters or has an extra state; see frameworks/megatron-core.yaml."""
+
+    place: Place
+    name: str
+    extra_state: list[Implementation] = Field(default_factory=list)
+    bare: bool = False
+
+
 class Modules(Settings):
     """The modules of a training code: the families it supports, its pipeline layers and its parameters."""
 
@@ -54,6 +66,7 @@ class Modules(Settings):
     embedding: int
     first_decoder: int
     tied_key: str
+    registered: list[ModuleDeclaration] = Field(default_factory=list)
     parameters: list[ParameterDeclaration]
 
 
@@ -101,6 +114,17 @@ def check_modules(modules: Modules, architecture: Architecture, tensor_parallel:
         raise LayoutError(
             f"{where}: tensor_parallel {tensor_parallel}: does not divide {', '.join(undivided)}, and Megatron cuts evenly only; "
             f"tensor_parallel can be {fitting}."
+        )
+
+
+def check_stages(architecture: Architecture, pipeline_parallel: int, where: str) -> None:
+    """Raise LayoutError if Megatron cannot give every stage of a pipeline as many layers."""
+    layers, field = architecture.num_layers, architecture.family.axes["layers"]
+    if layers % pipeline_parallel:
+        fitting = ", ".join(str(degree) for degree in range(1, layers + 1) if layers % degree == 0)
+        raise LayoutError(
+            f"{where}: pipeline_parallel {pipeline_parallel}: does not divide {field} {layers}, and Megatron cuts evenly only; "
+            f"pipeline_parallel can be {fitting}."
         )
 
 

@@ -22,6 +22,7 @@ PUBLISHED = {
     "Megatron-DeepSpeed": {"modules": "megatron-deepspeed"},
     "universal": {"format": "universal"},
     "torch_dist": {"format": "torch_dist"},
+    "torch": {"format": "torch", "distributed_optimizer": True},
     "Hugging Face": {"format": "huggingface"},
 }
 FOREIGN = ("bin", "indexed", "torch_dist", "ranks", "ranks, distributed")

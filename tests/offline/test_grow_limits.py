@@ -70,6 +70,8 @@ WITH_MOMENTS = (
     {"modules": "megatron-deepspeed", "tensor_parallel": 3},
     {"modules": "megatron-deepspeed", "format": "universal"},
     {"format": "torch_dist", "tensor_parallel": 3},
+    {"format": "torch", "tensor_parallel": 3, "pipeline_parallel": 2},
+    {"format": "torch", "tensor_parallel": 3, "distributed_optimizer": True},
 )
 
 

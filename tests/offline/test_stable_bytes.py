@@ -33,6 +33,8 @@ LAYOUTS = {
     "megatron": {"modules": "megatron-deepspeed", "tensor_parallel": 3, "pipeline_parallel": 2},
     "megatron universal": {"modules": "megatron-deepspeed", "format": "universal"},
     "torch_dist": {"format": "torch_dist", "tensor_parallel": 3, "dtype": "bfloat16"},
+    "torch": {"format": "torch", "tensor_parallel": 3, "pipeline_parallel": 5, "transformer_impl": "local"},
+    "torch distributed": {"format": "torch", "distributed_optimizer": True, "dtype": "bfloat16"},
     "huggingface": {"format": "huggingface"},
     "huggingface bf16": {"format": "huggingface", "dtype": "bfloat16"},
 }

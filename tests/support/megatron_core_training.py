@@ -108,9 +108,9 @@ def built(given, distributed):
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     model = model_of(given).to(given.params_dtype)
-    wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
-    )
+    in_fp32 = getattr(given, "accumulate_allreduce_grads_in_fp32", False)
+    gradients = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=in_fp32)
+    wrapped = DistributedDataParallel(model.config, gradients, model)
     config = OptimizerConfig(
         lr=1e-3,
         min_lr=1e-3,

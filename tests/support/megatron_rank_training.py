@@ -46,12 +46,12 @@ def _trained(folder, degrees, further):
     model, optimizer, scheduler = built(given, given.use_distributed_optimizer)
     for step in range(2):
         one_step(model, optimizer, scheduler, step)
-    _save(folder, given, model, optimizer, scheduler)
+    save(folder, given, model, optimizer, scheduler)
     place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     return place, logits_of(model).float() if degrees[1] == 1 else None, _states(model, optimizer)
 
 
-def _save(folder, given, model, optimizer, scheduler):
+def save(folder, given, model, optimizer, scheduler):
     from megatron.core import parallel_state
 
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"

@@ -170,7 +170,8 @@ def _names() -> Mapping[str, tuple[str, ...]]:
     """All names of each parameter, whatever the family."""
     found: dict[str, dict[str, None]] = {}
     for declared in modules_of(MEGATRON_CORE).parameters:
-        found.setdefault(declared.name, {}).update(dict.fromkeys((declared.name, *declared.also)))
+        others = (declared.local, declared.in_ranks, *declared.also)
+        found.setdefault(declared.name, {}).update(dict.fromkeys((declared.name, *filter(None, others))))
     return {name: tuple(names) for name, names in found.items()}
 
 

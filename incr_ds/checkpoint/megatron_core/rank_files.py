@@ -16,7 +16,7 @@ from incr_ds.checkpoint.torch_file.extents import FileTensor, content_with_exten
 from incr_ds.errors import CheckpointError
 
 FILE, DISTRIBUTED_FILE = "model_optim_rng.pt", "distrib_optim.pt"
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _FIRST_VERSION = 2.0  # of checkpoints in which q, k and v of a group lie together
@@ -40,6 +40,11 @@ class RankFile:
     def num_layers(self) -> int:
         """Number of its decoder layers."""
         return len(_layers(self.parameters))
+
+
+def rank_folder(rank: int, stage: int, stages: int) -> str:
+    """Name of the folder of a tensor rank and a stage."""
+    return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")
 
 
 def open_rank_files(folder: Path) -> tuple[tuple[RankFile, ...], tuple[int, int]]:
@@ -70,7 +75,7 @@ def _grid(folder: Path) -> Mapping[tuple[int, int], Path]:
     paths = {(int(match[1]), int(match[2] or 0)): entry / FILE for entry, match in matches.items() if match}
     ranks, stages = (1 + max(place[axis] for place in paths) for axis in (0, 1))
     missing = [
-        f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")
+        rank_folder(rank, stage, stages)
         for stage in range(stages)
         for rank in range(ranks)
         if (rank, stage) not in paths

@@ -8,7 +8,6 @@ numbers and the order in the buffers follow from the order of the model's parame
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 from incr_ds.checkpoint.base import STATES, State
 from incr_ds.checkpoint.megatron_core.rank_files import DISTRIBUTED_FILE, RankFile
 from incr_ds.checkpoint.torch_file.extents import FileTensor, content_with_extents, numbers
+from incr_ds.sharding.megatron_ranks import ALIGNED, buffer_starts, decays
 
 _MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
-_IN_BUFFER: Mapping[State, str] = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-_ALIGNED = 64  # elements, to a multiple of which the distributed optimizer pads the start of a parameter
+IN_BUFFER: Mapping[State, str] = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 class UnreadableStateError(Exception):
@@ -34,8 +33,11 @@ class RankOptimizer:
     steps: frozenset[int]
 
 
-def rank_optimizer(rank: RankFile) -> RankOptimizer:
-    """The optimizer's state in a rank's files. Raises UnreadableStateError if there is none, or if its order is not certain."""
+def rank_optimizer(rank: RankFile, shared: str | None) -> RankOptimizer:
+    """The optimizer's state in a rank's files. Raises UnreadableStateError if there is none, or if its order is not certain.
+
+    ``shared`` is the name of the last stage's copy of a tied embedding.
+    """
     saved = rank.content.get("optimizer")
     if saved is None:
         raise UnreadableStateError("it was saved without the optimizer")
@@ -46,7 +48,7 @@ def rank_optimizer(rank: RankFile) -> RankOptimizer:
     if not isinstance(groups, list):
         raise UnreadableStateError("its optimizer has no param_groups")
     if states is None:
-        return RankOptimizer(_from_buffer(rank), _steps(group.get("step") for group in groups))
+        return RankOptimizer(_from_buffer(rank, shared), _steps(group.get("step") for group in groups))
     numbered = _numbered(rank, groups)
     found: dict[State, dict[str, FileTensor]] = {
         state: {name: _moment(states.get(number), state, name) for number, name in numbered.items()}
@@ -65,7 +67,10 @@ def _steps(stated: Iterator[Any]) -> frozenset[int]:
 
 def _numbered(rank: RankFile, groups: Sequence[Mapping[str, Any]]) -> Mapping[int, str]:
     """The parameter of each number. Matrices and vectors have groups of their own, in the order of the modules."""
-    names = {decays: [name for name in rank.parameters if _decays(rank, name) == decays] for decays in (True, False)}
+    names = {
+        kind: [name for name, tensor in rank.parameters.items() if decays(name, tensor.shape) == kind]
+        for kind in (True, False)
+    }
     found: dict[int, str] = {}
     for group in groups:
         own = group.get("params") or []
@@ -81,11 +86,6 @@ def _numbered(rank: RankFile, groups: Sequence[Mapping[str, Any]]) -> Mapping[in
             f"its parameter groups have {len(found)} of {len(rank.parameters)} parameters; were some frozen?"
         )
     return found
-
-
-def _decays(rank: RankFile, name: str) -> bool:
-    """Megatron-core's rule for weight decay."""
-    return len(rank.parameters[name].shape) > 1 and not name.endswith(".bias")
 
 
 def _moment(state: Any, moment: State, name: str) -> FileTensor:
@@ -115,7 +115,7 @@ def _check_shapes(rank: RankFile, found: Mapping[State, Mapping[str, FileTensor]
                 )
 
 
-def _from_buffer(rank: RankFile) -> Mapping[State, Mapping[str, FileTensor]]:
+def _from_buffer(rank: RankFile, shared: str | None) -> Mapping[State, Mapping[str, FileTensor]]:
     path = rank.path.with_name(DISTRIBUTED_FILE)
     if not path.is_file():
         raise UnreadableStateError(f"{path.parent.name}/{DISTRIBUTED_FILE} is missing")
@@ -125,11 +125,11 @@ def _from_buffer(rank: RankFile) -> Mapping[State, Mapping[str, FileTensor]]:
     buffers = [buffer for held in content.values() if isinstance(held, dict) for buffer in held.values()]
     if len(buffers) != 1 or not isinstance(buffers[0], dict):
         raise UnreadableStateError(f"{DISTRIBUTED_FILE} has {len(buffers)} buffers; models of one dtype have one")
-    tensors = {state: buffers[0].get(key) for state, key in _IN_BUFFER.items()}
+    tensors = {state: buffers[0].get(key) for state, key in IN_BUFFER.items()}
     sizes = {tensor.numel for tensor in tensors.values() if isinstance(tensor, FileTensor)}
     if len(sizes) != 1 or not all(isinstance(tensor, FileTensor) for tensor in tensors.values()):
-        raise UnreadableStateError(f"{DISTRIBUTED_FILE} lacks {', '.join(_IN_BUFFER.values())} of one size")
-    starts = _starts(rank, sizes.pop())
+        raise UnreadableStateError(f"{DISTRIBUTED_FILE} lacks {', '.join(IN_BUFFER.values())} of one size")
+    starts = _starts(rank, sizes.pop(), shared)
     return {
         state: {name: tensor.part(starts[name], rank.parameters[name].shape) for name in rank.parameters}
         for state, tensor in tensors.items()
@@ -137,20 +137,18 @@ def _from_buffer(rank: RankFile) -> Mapping[State, Mapping[str, FileTensor]]:
     }
 
 
-def _starts(rank: RankFile, total: int) -> Mapping[str, int]:
-    """Where each parameter starts in a buffer of ``total`` elements: the last first, each start padded or none.
+def _starts(rank: RankFile, total: int, shared: str | None) -> Mapping[str, int]:
+    """Where each parameter starts in a buffer of ``total`` elements, each start padded or none.
 
     Starts are padded within a bucket, and the sizes of buckets are not stated. So the buffer's size must be that with all
     paddings or that with none.
     """
-    for unit in (_ALIGNED, 1):
-        starts, end = {}, 0
-        for name, tensor in reversed(list(rank.parameters.items())):
-            starts[name] = math.ceil(end / unit) * unit
-            end = starts[name] + tensor.numel
+    sizes = {name: tensor.numel for name, tensor in rank.parameters.items()}
+    for unit, alone in ((ALIGNED, shared), (ALIGNED, None), (1, None)):
+        starts, end = buffer_starts(sizes, unit, alone)
         if end == total:
             return starts
     raise UnreadableStateError(
         f"{DISTRIBUTED_FILE} has {total} elements, and the parameters fill {end} without padding: several buckets hold "
-        f"parameters whose sizes are no multiples of {_ALIGNED}, or not all parameters were trained"
+        f"parameters whose sizes are no multiples of {ALIGNED}, or not all parameters were trained"
     )

@@ -14,7 +14,7 @@ from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, ro
 from incr_ds.checkpoint.megatron_core.common import arguments, one_step, optimizer_groups
 from incr_ds.checkpoint.megatron_core.configuration import chosen_architecture
 from incr_ds.checkpoint.megatron_core.keys import known_names
-from incr_ds.checkpoint.megatron_core.rank_files import EMBEDDING, RankFile, open_rank_files
+from incr_ds.checkpoint.megatron_core.rank_files import EMBEDDING, HEAD, RankFile, open_rank_files
 from incr_ds.checkpoint.megatron_core.rank_optimizer import RankOptimizer, UnreadableStateError, rank_optimizer
 from incr_ds.checkpoint.torch_file.extents import FileTensor
 from incr_ds.errors import CheckpointError
@@ -66,7 +66,7 @@ class MegatronTorchCheckpoint:
         given = arguments(first.content)
         self.architecture = chosen_architecture(folder, config, given, rows, first.path)
         check_modules(modules_of(MEGATRON_CORE), self.architecture, self._degrees[0], str(folder))
-        optimizers, no_moments = _optimizers(self._files)
+        optimizers, no_moments = _optimizers(self._files, HEAD if self.architecture.tied else None)
         self._ranks = [
             _Rank(number, file.path, _Shards(optimizers[number].states if optimizers else {"weight": file.parameters}))
             for number, file in enumerate(self._files)
@@ -138,12 +138,12 @@ class MegatronTorchCheckpoint:
         )
 
 
-def _optimizers(files: Sequence[RankFile]) -> tuple[list[RankOptimizer], str | None]:
+def _optimizers(files: Sequence[RankFile], shared: str | None) -> tuple[list[RankOptimizer], str | None]:
     """The optimizer of each rank, or no optimizers and the reason."""
     found = []
     for file in files:
         try:
-            found.append(rank_optimizer(file))
+            found.append(rank_optimizer(file, shared))
         except UnreadableStateError as error:
             return [], str(error)
         except CheckpointError:
@@ -169,8 +169,7 @@ def _declared(
             for name in known_names(parameter):
                 found[prefix + name.format(expert=parameter.tensor.expert)] = parameter
     if architecture.tied:  # the last stage of a pipeline has a copy of the embedding
-        head = next(item.name for item in modules.parameters if item.place == "head")
-        found[head] = found[EMBEDDING]
+        found[HEAD] = found[EMBEDDING]
     return found
 
 

@@ -9,61 +9,30 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from incr_ds.arch.architecture import Architecture
 from incr_ds.checkpoint.megatron_core.arguments import arguments_of
 from incr_ds.checkpoint.megatron_core.chunks import NewChunk, chunks_by_layer, stored_states
 from incr_ds.checkpoint.megatron_core.common import FILE as COMMON_FILE
-from incr_ds.checkpoint.megatron_core.common import FORMAT, FORMAT_FILE, HYPERPARAMETERS
+from incr_ds.checkpoint.megatron_core.common import FORMAT, FORMAT_FILE
 from incr_ds.checkpoint.megatron_core.index import IndexedTensor, index_bytes
 from incr_ds.checkpoint.megatron_core.metadata import FILE as INDEX_FILE
 from incr_ds.checkpoint.megatron_core.metadata import Place
+from incr_ds.checkpoint.megatron_core.target import MegatronCoreTarget
 from incr_ds.checkpoint.sink import Sink
 from incr_ds.checkpoint.streaming import Slices, StreamedTensor, TargetFile
 from incr_ds.checkpoint.torch_file.write import ArchiveFile, archive_of
-from incr_ds.config.growth import TargetLayout
 from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_experts, check_modules, modules_of
 
 _ARCHIVE = "archive"  # the inner folder of an archive that torch.save writes to a stream
 _EXTRA_STATE = "_extra_state"
 _ATTENTION = "self_attention.core_attention"  # a module without parameters
 _SHARDING = "fully_reshardable"
-
-
-@dataclass(frozen=True)
-class MegatronCoreTarget:
-    """What all files of one checkpoint have in common.
-
-    ``step`` is the optimizer's step, ``iteration`` and ``samples`` are the run's. ``groups`` are the AdamW hyperparameters of
-    the decaying and the non-decaying parameter group. ``vocabulary`` is the number of rows of the embedding, padding
-    included. Without ``has_moments`` there are weights alone, in a folder that Megatron-LM starts a run from.
-    """
-
-    architecture: Architecture
-    layout: TargetLayout
-    dtype: torch.dtype
-    step: int
-    iteration: int
-    samples: int
-    groups: tuple[Mapping[str, Any], ...]
-    vocabulary: int
-    has_moments: bool = True
-
-    @property
-    def tag(self) -> str:
-        """What latest_checkpointed_iteration.txt says: the iteration, or that there are weights alone."""
-        return str(self.iteration) if self.has_moments else "release"
-
-    @property
-    def folder(self) -> str:
-        """The folder that it names."""
-        return f"iter_{self.iteration:07d}" if self.has_moments else "release"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +137,7 @@ class CommonFile(ArchiveFile):
         """The arguments, the counters, and the optimizer's and the scheduler's state without tensors."""
         target = self.target
         content = {
-            "args": Namespace(**self._arguments()),
+            "args": Namespace(**target.arguments(COMMON_FILE)),
             "checkpoint_version": 3.0,
             "iteration": target.iteration if target.has_moments else 0,
             "num_floating_point_operations_so_far": 0,
@@ -181,26 +150,7 @@ class CommonFile(ArchiveFile):
         }
         if not target.has_moments:
             return content
-        return {**content, "optimizer": self._optimizer(), "opt_param_scheduler": self._scheduler()}
-
-    def _arguments(self) -> dict[str, Any]:
-        target, layout = self.target, self.target.layout
-        return arguments_of(target.architecture, COMMON_FILE) | {
-            "padded_vocab_size": target.vocabulary,
-            "make_vocab_size_divisible_by": layout.vocabulary_multiple,
-            "tensor_model_parallel_size": layout.tensor_parallel,
-            "pipeline_model_parallel_size": layout.pipeline_parallel,
-            "expert_model_parallel_size": layout.expert_parallel,
-            "params_dtype": target.dtype,
-            "bf16": target.dtype == torch.bfloat16,
-            "fp16": target.dtype == torch.float16,
-            "ckpt_format": FORMAT,
-            "consumed_train_samples": target.samples if target.has_moments else 0,
-            "consumed_valid_samples": 0,
-            # Otherwise Megatron-LM would look for the generators' states under equal degrees.
-            "no_save_rng": True,
-            "no_save_optim": not target.has_moments,
-        }
+        return {**content, "optimizer": self._optimizer(), "opt_param_scheduler": target.scheduler()}
 
     def _optimizer(self) -> dict[Any, Any]:
         """What is not a tensor in the optimizer or, with expert parallelism, in that of the experts and that of the rest."""
@@ -210,41 +160,10 @@ class CommonFile(ArchiveFile):
 
     def _one_optimizer(self, *, of_experts: bool) -> dict[str, Any]:
         """The parameter groups, where the distributed optimizer, the one with masters and the one without expect them."""
-        ends = ((self.target.groups[0], 1.0), (self.target.groups[-1], 0.0))
-        kinds = ends[:1] if of_experts else ends  # experts have matrices alone, which decay
-        groups = [self._group(saved, decay) | {"is_expert_parallel": of_experts} for saved, decay in kinds]
+        kinds = (True,) if of_experts else (True, False)  # experts have matrices alone, which decay
+        groups = [self.target.group(decays=kind) | {"is_expert_parallel": of_experts} for kind in kinds]
         content: dict[str, Any] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
         return content | ({"param_groups": groups} if self.target.dtype == torch.float32 else {})
-
-    def _group(self, saved: Mapping[str, Any], decay: float) -> dict[str, Any]:
-        # Without a recipe's learning_rates neither max_lr nor min_lr: they would replace those of the run that loads this.
-        rates = self.target.layout.learning_rates
-        return {
-            **({} if rates is None else dict(zip(("max_lr", "min_lr"), rates, strict=True))),
-            **{name: saved[name] for name in (*HYPERPARAMETERS, "betas")},
-            "bias_correction": True,
-            "wd_mult": decay,
-            "lr_mult": 1.0,
-            "is_decoupled_lr": False,
-            "default_config": True,
-            "step": self.target.step,
-        }
-
-    def _scheduler(self) -> dict[str, Any]:
-        """A constant rate from the run's samples on, for OptimizerParamScheduler."""
-        group, samples = self.target.groups[0], self.target.samples
-        return {
-            "max_lr": group["lr"],
-            "min_lr": 0.0,
-            "lr_warmup_steps": 0,
-            "lr_decay_steps": max(samples, 1),
-            "lr_decay_style": "constant",
-            "num_steps": samples,
-            "start_wd": group["weight_decay"],
-            "end_wd": group["weight_decay"],
-            "wd_incr_steps": max(samples, 1),
-            "wd_incr_style": "constant",
-        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command-line tools and growth on load with torch_dist as source and as target."""
+"""The command-line tools and growth on load with torch_dist as source and as target, and with torch."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ RECIPES = {
     "grown": {"target": GROWN, "layout": {"format": "torch_dist", "tensor_parallel": 2, "dtype": "float32"}},
     "native": {"target": {}, "layout": {"data_parallel": 2, "dtype": "float32"}},
     "back": {"target": {}, "layout": {"format": "torch_dist"}},
+    "ranks": {"target": {}, "layout": {"format": "torch", "tensor_parallel": 2, "pipeline_parallel": 2}},
 }
 
 
@@ -44,10 +45,13 @@ def test_inspect_says_what_it_is(home):
     assert (content["kind"], content["step"], content["dtype"]) == ("Megatron-core torch_dist", 100, "float32")
     assert content["layout"] == {"tensor_parallel": 2, "pipeline_parallel": 1}
     assert "manifest: every file as published" in run_tool("inspect_checkpoint", home / "grown").stdout
+    content = json.loads(run_tool("inspect_checkpoint", home / "ranks", "--json").stdout)
+    assert (content["kind"], content["step"], content["dtype"]) == ("Megatron-LM torch", 100, "float32")
+    assert content["layout"] == {"tensor_parallel": 2, "pipeline_parallel": 2}
 
 
 def test_diff_finds_no_difference_on_the_way_and_names_one(home):
-    for other in ("native", "back"):
+    for other in ("native", "back", "ranks"):
         done = run_tool("inspect_checkpoint", "diff", home / "grown", home / other)
         assert done.returncode == 0 and "no difference" in done.stdout
     done = run_tool("inspect_checkpoint", "diff", home / "source", home / "grown")
@@ -55,7 +59,7 @@ def test_diff_finds_no_difference_on_the_way_and_names_one(home):
 
 
 def test_verify_compares_with_the_source(home):
-    for folder, source in (("grown", "source"), ("native", "grown"), ("back", "native")):
+    for folder, source in (("grown", "source"), ("native", "grown"), ("back", "native"), ("ranks", "back")):
         done = run_tool("verify_checkpoint", home / folder, "--against", home / source)
         assert done.returncode == 0 and "logits kept" in done.stdout, done.stderr
         assert "files as in manifest.json" in done.stdout

@@ -227,8 +227,9 @@ def test_a_grown_checkpoint_has_the_same_tensors_as_in_another_format(tmp_path: 
     same(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
 
 
-def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    grow_checkpoint(planned(tmp_path, truth(), name="once"))
+@pytest.mark.parametrize("layout", [{}, {"format": "torch", "tensor_parallel": 2, "pipeline_parallel": 3}], ids=str)
+def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout):
+    grow_checkpoint(planned(tmp_path, truth(), layout, name="once"))
     written = []
 
     def failing(file, folder, slices):
@@ -239,10 +240,10 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monk
 
     monkeypatch.setattr("incr_ds.offline.run.write_file", failing)
     with pytest.raises(CheckpointError, match="nothing was published. Finished files are kept"):
-        grow_checkpoint(planned(tmp_path, truth()))
+        grow_checkpoint(planned(tmp_path, truth(), layout))
     monkeypatch.setattr("incr_ds.offline.run.write_file", lambda *a: written.append(a[0].path) or write_file(*a))
-    grow_checkpoint(planned(tmp_path, truth(), workers=3))
-    assert set(written) == {file.path for file in planned(tmp_path, truth()).files}
+    grow_checkpoint(planned(tmp_path, truth(), layout, workers=3))
+    assert set(written) == {file.path for file in planned(tmp_path, truth(), layout).files}
     assert len(written) < 2 * len(set(written)), "files that were finished are not written again"
     one, other = contents(tmp_path / "once"), contents(tmp_path / "out")
     assert {name: data for name, data in one.items() if name != "manifest.json"} == {
@@ -347,7 +348,7 @@ def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path
     same(written, truth("mixtral"))
     with pytest.raises(LayoutError, match="expert_parallel 2: a llama has no experts"):
         planned(tmp_path, truth(), {"expert_parallel": 2})
-    with pytest.raises(ConfigError, match="expert_parallel with format: universal; only torch_dist states it"):
+    with pytest.raises(ConfigError, match="expert_parallel with format: universal; it belongs to torch_dist"):
         planned(tmp_path, truth("mixtral"), {"format": "universal", "expert_parallel": 2})
 
 
@@ -399,7 +400,7 @@ def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
         planned(tmp_path, window)
     with pytest.raises(ConfigError, match="modules: megatron-deepspeed with format: torch_dist"):
         planned(tmp_path, truth(), {"modules": "megatron-deepspeed"})
-    with pytest.raises(ConfigError, match="learning_rates with format: universal; only torch_dist holds them"):
+    with pytest.raises(ConfigError, match="learning_rates with format: universal; it belongs to torch_dist and torch"):
         planned(tmp_path, truth(), {"format": "universal", "learning_rates": [1e-3, 0.0]})
     export_huggingface(truth(), tmp_path / "weights", torch.bfloat16, tmp_path / "none")
     with pytest.raises(GrowthError, match="optimizer: reset"):
