@@ -97,7 +97,7 @@ def model_of(given, singleton=False):
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -129,6 +129,8 @@ def model_of(given, singleton=False):
     )
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # missing without Transformer Engine
     if given.moe_grouped_gemm:  # its kernels need a GPU, and its parameters do not
+        from megatron.core.transformer.moe import grouped_gemm_util
+
         grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
     tied = not given.untie_embeddings_and_output_weights
     model = GPTModel(

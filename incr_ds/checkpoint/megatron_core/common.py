@@ -7,10 +7,12 @@ it, argparse.Namespace too, is replaced by a stand-in that stores its attributes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from incr_ds.checkpoint.megatron_core.metadata import Stored, attributes
+from incr_ds.checkpoint.megatron_core.keys import unchained
+from incr_ds.checkpoint.megatron_core.metadata import Stored, attributes, read_metadata
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.checkpoint.torch_file.plain import plain_content
 from incr_ds.checkpoint.torch_file.validate import is_archive, named_damage, opened_archive
@@ -22,6 +24,28 @@ FILE, FORMAT_FILE = "common.pt", "metadata.json"
 _OBJECT = "common_state/shard_0_1"
 FORMAT = "torch_dist"
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an iteration's folder stores, by the keys of torch_dist, and what all ranks share, which is in ``common_file``.
+
+    ``no_moments``: why there are none, if the format decides that.
+    """
+
+    format: str
+    stored: Stored
+    common: Mapping[str, Any]
+    common_file: Path
+    no_moments: str | None = None
+
+
+def torch_dist_contents(folder: Path, shards: Shards) -> Contents:
+    """What a folder of the format torch_dist stores. Raises CheckpointError if it is damaged, or has another format."""
+    check_format(folder)
+    stored = read_metadata(folder)
+    stored = replace(stored, tensors=unchained(stored.tensors, str(folder)))
+    return Contents(FORMAT, stored, *read_common(folder, stored, shards))
 
 
 def read_common(folder: Path, stored: Stored, shards: Shards) -> tuple[Mapping[str, Any], Path]:

@@ -18,7 +18,7 @@ def iteration_folder(path: Path, tag: str | None) -> Path | None:
 
     None if ``path`` is not Megatron's. Raises CheckpointError if the iteration is missing or incomplete.
     """
-    if ((path / FORMAT_FILE).is_file() and (path / FILE).is_file()) or has_rank_files(path):
+    if (path / FILE).is_file() or has_rank_files(path):
         return path
     if not (path / LATEST).is_file():
         return None
@@ -26,12 +26,7 @@ def iteration_folder(path: Path, tag: str | None) -> Path | None:
     if not folder.is_dir():
         present = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
         raise CheckpointError(f"{folder}: missing; {LATEST} names it, or --tag does; existing folders: {present}.")
-    if not has_rank_files(folder) and not (folder / FORMAT_FILE).is_file():
-        if (folder / FILE).is_file():
-            raise CheckpointError(
-                f"{folder}: {FILE} without {FORMAT_FILE}: saved with --ckpt-format fsdp_dtensor or torch_dcp, which cannot be "
-                "read, or not completely. Save it with --ckpt-format torch_dist, or use another iteration."
-            )
+    if not any((folder / name).is_file() for name in (FORMAT_FILE, FILE)) and not has_rank_files(folder):
         raise CheckpointError(
             f"{folder}: no {FORMAT_FILE}; the checkpoint was not saved completely. Use another iteration."
         )

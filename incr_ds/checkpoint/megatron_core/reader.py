@@ -1,9 +1,9 @@
-"""Megatron-core's distributed checkpoints (torch_dist), saved under any parallel degrees, as logical checkpoints."""
+"""Megatron-core's checkpoints in the formats torch_dist, fsdp_dtensor and torch_dcp as logical checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,22 +12,22 @@ import torch
 from incr_ds.checkpoint.assembly import Assembled, HeldBlock, assemble, read_assembled
 from incr_ds.checkpoint.base import STATES, CheckpointFacts, Counters, State, check_dtype
 from incr_ds.checkpoint.megatron_core.common import (
+    FORMAT_FILE,
     arguments,
-    check_format,
     one_step,
     optimizer_groups,
     optimizer_steps,
-    read_common,
+    torch_dist_contents,
 )
 from incr_ds.checkpoint.megatron_core.configuration import chosen_architecture
-from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located, unchained
-from incr_ds.checkpoint.megatron_core.metadata import FILE, Stored, StoredTensor, read_metadata
+from incr_ds.checkpoint.megatron_core.dtensor_folders import dtensor_contents
+from incr_ds.checkpoint.megatron_core.keys import EMBEDDING, Located, located
+from incr_ds.checkpoint.megatron_core.metadata import FILE, Stored, StoredTensor
 from incr_ds.checkpoint.megatron_core.shards import Shards
 from incr_ds.errors import CheckpointError
 from incr_ds.sharding.blocks import Bounds
 from incr_ds.sharding.megatron_modules import MEGATRON_CORE, check_modules, modules_of, padding_notes
 
-KIND = "Megatron-core torch_dist"
 _BUFFER_STATES = "optimizer.distributed.dp_group_idx_"
 
 
@@ -50,16 +50,15 @@ class _Held:
 
 
 class MegatronCoreCheckpoint:
-    """An iteration's folder of a checkpoint that megatron.core.dist_checkpointing saved. Only metadata is read at first."""
+    """An iteration's folder of a checkpoint that torch.distributed.checkpoint saved. Only metadata is read at first."""
 
     def __init__(self, folder: Path, config: Path | None) -> None:
-        check_format(folder)
-        stored = read_metadata(folder)
-        self._stored = replace(stored, tensors=unchained(stored.tensors, str(folder)))
         self._folder, self._shards = folder, Shards(folder)
-        common, self._common_file = read_common(folder, self._stored, self._shards)
+        read_contents = torch_dist_contents if (folder / FORMAT_FILE).is_file() else dtensor_contents
+        self._contents = read_contents(folder, self._shards)
+        self._stored, self._common_file = self._contents.stored, self._contents.common_file
         self._rows_stored = embedding_rows(self._stored, folder)
-        given = arguments(common)
+        given = arguments(self._contents.common)
         self.architecture = chosen_architecture(folder, config, given, self._rows_stored, self._common_file)
         modules = modules_of(MEGATRON_CORE)
         check_modules(modules, self.architecture, 1, str(folder))
@@ -69,7 +68,7 @@ class MegatronCoreCheckpoint:
         for state, found in self._tensors.items():
             for key in {held.parameter for tensor in found.values() for held in tensor.held}:
                 check_dtype(self._stored.tensors[key].dtype, f"{key} ({state})", str(folder))
-        self.facts = self._collect_facts(common)
+        self.facts = self._collect_facts(self._contents.common)
 
     def read(self, name: str, state: State = "weight", bounds: Bounds | None = None) -> torch.Tensor:
         """Part of one tensor: the optimizer's fp32 masters if it has them, and its moments."""
@@ -102,7 +101,7 @@ class MegatronCoreCheckpoint:
         }
 
     def _collect_facts(self, common: Mapping[str, object]) -> CheckpointFacts:
-        no_moments = self._why_no_moments()
+        no_moments = self._contents.no_moments or self._why_no_moments()
         step = None if no_moments else self._step(common)
         given, weights = arguments(common), self._stored.tensors
         saved = next(iter(self._located("model").values()))[0].key
@@ -112,7 +111,7 @@ class MegatronCoreCheckpoint:
         samples = given.get("consumed_train_samples")
         return CheckpointFacts(
             self._folder,
-            KIND,
+            f"Megatron-core {self._contents.format}",
             ("weight",) if no_moments else STATES,
             step,
             tuple(sorted(path for path in self._folder.iterdir() if path.suffix in (".distcp", ".pt"))),

@@ -130,7 +130,8 @@ def test_moments_and_masters_of_a_qwen3_moe_are_the_optimizer_s(peer):
 
 @pytest.mark.slow
 def test_experts_in_one_module_are_read(tmp_path: Path):
-    """Those of GroupedMLP, which has all experts in two matrices [in, out]."""
+    """Those of GroupedMLP, which has all experts in two matrices [in, out]. Megatron-core 0.19 no longer has it."""
+    pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util", reason="no GroupedMLP in this release")
     ((_, moments),) = run_processes(saved, 1, tmp_path, {**MIXTRAL, "moe_grouped_gemm": True})
     source = open_source(tmp_path)
     for index, state in enumerate(("exp_avg", "exp_avg_sq", "weight")):
