@@ -51,7 +51,8 @@ test-deepspeed: $(READY)
 # Other releases of megatron-core: the reader against what they write, and their loaders against what is written for them.
 # 0.19 asks for Python 3.12, but what is tested of it runs under 3.11. Writes docs/results/megatron.md.
 MEGATRON_RELEASES ?= 0.12.3 0.13.1 0.14.0 0.15.3 0.16.1 0.19.2
-MEGATRON_TESTS := $(addprefix tests/checkpoint/megatron_core/test_,torch_dist_reading.py torch_dist_peer.py rank_files_peer.py)
+MEGATRON_TESTS := $(addprefix tests/checkpoint/megatron_core/test_,torch_dist_reading.py torch_dist_peer.py rank_files_peer.py \
+  rank_files_writing_peer.py fsdp_dtensor_peer.py)
 test-megatron: $(READY)
 	for version in $(MEGATRON_RELEASES); do \
 	  case $$version in 0.19.*) python="--ignore-requires-python --python-version 3.12 --only-binary=:all:";; *) python=;; esac; \
