@@ -12,17 +12,17 @@ from engine_cases import (
 
 from incr_ds.testing.processes import run_processes
 
-# Every layout with tied and untied embeddings and both accumulations somewhere; Qwen3 has norms over heads, whose
+# Every layout with tied and untied embeddings, and accumulations from 1 to 8; Qwen3 has norms over heads, whose
 # gradients tensor ranks must sum; Qwen2 has biases; Mistral's window of 5 needs masks on every stage.
 CASES = [
-    Case("llama", tied=False, tensor=2, accumulation=4),
+    Case("llama", tied=False, tensor=2, accumulation=8),
     Case("qwen3", tied=True, tensor=2, accumulation=1, recompute=True),
-    Case("llama", tied=True, pipeline=2, accumulation=4),
+    Case("llama", tied=True, pipeline=2, accumulation=8),
     Case("mistral", tied=False, pipeline=2, accumulation=1, recompute=True),
     Case("qwen3", tied=True, tensor=2, pipeline=2, accumulation=4, divergence="reverse_kl", z_loss=0.01),
     pytest.param(Case("llama", tied=False, data=2, zero=1, accumulation=4), marks=pytest.mark.slow),
     Case("qwen3", tied=True, data=2, zero=2, accumulation=1),
-    Case("qwen2", tied=False, data=2, zero=3, accumulation=4, divergence="reverse_kl", z_loss=0.01),
+    Case("qwen2", tied=False, data=2, zero=3, accumulation=8, divergence="reverse_kl", z_loss=0.01),
     Case("llama", tied=True, data=2, zero=3, accumulation=1, recompute=True),
     pytest.param(Case("qwen2", tied=True, pipeline=2, data=2, accumulation=2), marks=pytest.mark.slow),
     pytest.param(Case("qwen3", tied=False, tensor=2, data=2, zero=2, accumulation=2), marks=pytest.mark.slow),
