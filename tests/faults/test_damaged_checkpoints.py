@@ -6,7 +6,8 @@ import shutil
 import hostile
 import pytest
 import torch
-from fuzz_targets import SOURCES, tensors
+from fuzz_sources import SOURCES
+from fuzz_targets import tensors
 from sources import write_synthetic
 
 from incr_ds.checkpoint.opening import open_source
@@ -25,7 +26,7 @@ PUBLISHED = {
     "torch": {"format": "torch", "distributed_optimizer": True},
     "Hugging Face": {"format": "huggingface"},
 }
-FOREIGN = ("bin", "indexed", "torch_dist", "ranks", "ranks, distributed")
+FOREIGN = ("bin", "indexed", "torch_dist", "fsdp_dtensor", "torch_dcp", "ranks", "ranks, distributed")
 
 
 def flip(path, other):

@@ -20,7 +20,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 LONGEST, MOST_MEMORY = 20, 3000  # seconds of one input, MB
 MOST_DEATHS = 5
-OPTIONS = ("-print_final_stats=1", f"-timeout={LONGEST}", f"-rss_limit_mb={MOST_MEMORY}", "-max_len=20000")
+OPTIONS = ("-print_final_stats=1", f"-timeout={LONGEST}", f"-rss_limit_mb={MOST_MEMORY}")
 
 
 def fuzz(name, folder, seconds):

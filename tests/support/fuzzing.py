@@ -13,6 +13,7 @@ from pathlib import Path
 import atheris
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+LONGEST = 20_000  # bytes of an input, or as many as the valid one has: libFuzzer cuts what is longer
 
 
 def watch(folder, seen, forbidden):
@@ -59,7 +60,8 @@ def main(name, folder, findings, corpus, *options):
         prepared = prepare(name, Path(folder))
         accepted = any(prepared.try_content(content) for content in prepared.contents())  # imports what readers need
     assert accepted, f"{name}: the valid content was refused"
-    for number, content in enumerate(prepared.contents()):
+    seeds = prepared.contents()
+    for number, content in enumerate(seeds):
         (Path(corpus) / f"seed-{number}").write_bytes(content)
     seen, found = [], Findings(Path(findings))
     watch(folder, seen, FORBIDDEN)
@@ -76,7 +78,8 @@ def main(name, folder, findings, corpus, *options):
         if problem:
             found.add(*problem, content)
 
-    atheris.Setup([sys.argv[0], corpus, *options], one)
+    longest = max(LONGEST, *map(len, seeds))
+    atheris.Setup([sys.argv[0], corpus, f"-max_len={longest}", *options], one)
     atheris.Fuzz()
 
 
