@@ -135,7 +135,7 @@ class CheckpointSettings(Settings):
     keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Further steps at which to save. These checkpoints are never deleted."""
     background: bool = False
-    """Whether ranks copy their part to memory and write it while training goes on."""
+    """Whether ranks copy their part to memory, which they keep for the next save, and write it while training goes on."""
     max_failures: int = Field(default=2, ge=0)
     """How many saves in a row may fail twice and be left out, before the next one ends the run."""
 

@@ -271,6 +271,7 @@ class TrainingEngine:
 
         With ``checkpoint.background`` they are only copied to memory, and ``finish_save`` waits for them.
         """
+        self._writer.abandon()
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
         self._writer.check()
 
@@ -328,6 +329,7 @@ class TrainingEngine:
         """Free what DeepSpeed holds. The engine cannot be used afterwards; the processes stay connected."""
         if self._run.layout.zero_stage == 3:
             forget_modules(self._engine.module)
+        self._writer.release()
         self._engine.destroy()
 
     def close(self) -> None:

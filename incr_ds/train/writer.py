@@ -6,17 +6,18 @@ to the end, so its error is kept until then.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from incr_ds.checkpoint.publish import flushed_digest
 
 Digest = dict[str, Any]
 
@@ -24,32 +25,36 @@ Digest = dict[str, Any]
 class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
     """DeepSpeed's checkpoint engine for saving.
 
-    In the ``background``, ``save`` only copies the content to memory, in the form of the file. A thread writes it, flushes
-    it to disk and hashes it.
+    In the ``background``, ``save`` only copies the tensors to memory. A thread writes the file, flushes it to disk and
+    hashes it. The next save fills the same memory again, because fresh memory costs twice the copy; so it must come after
+    ``finish`` or ``abandon``.
     """
 
     def __init__(self, zipfile_serialization: bool, *, background: bool) -> None:
         self.name = type(self).__name__
         self.zipfile_serialization = zipfile_serialization
         self._pool = ThreadPoolExecutor(1, "checkpoint writer") if background else None
+        self._stager = _stager() if background else None
         self._files: dict[Path, Future[Digest]] = {}
         self._error: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file, or begin to."""
-        if self._pool is None:
-            self.attempt(lambda: self._write_now(state_dict, path))
+        if self._pool is None or self._stager is None:
+            self.attempt(lambda: self._write(state_dict, path))
         else:
-            content = io.BytesIO()
-            torch.save(state_dict, content, _use_new_zipfile_serialization=self.zipfile_serialization)
-            self._files[Path(path)] = self._pool.submit(_write, Path(path), content)
+            self._files[Path(path)] = self._pool.submit(self._write_whole, self._stager.stage(state_dict), path)
 
-    def _write_now(self, state_dict: Any, path: str) -> None:
+    def _write(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
         except RuntimeError as error:
             # torch's message has no path, and of a full disk it says "unexpected pos".
             raise RuntimeError(f"{path}: {_disk_error(Path(path)) or str(error).splitlines()[0]}") from error
+
+    def _write_whole(self, state_dict: Any, path: str) -> Digest:
+        self._write(state_dict, path)
+        return flushed_digest(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
@@ -81,6 +86,16 @@ class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
         self.check()
         return {path: file.result() for path, file in files.items()}
 
+    def abandon(self) -> None:
+        """Wait for what a save that failed has left to write. Its errors are known, and its files are removed."""
+        wait(self._files.values())
+        self._files.clear()
+
+    def release(self) -> None:
+        """Free the memory. Nothing can be saved in the background afterwards."""
+        if self._stager is not None:
+            self._stager.close()
+
 
 def install_writer(engine: DeepSpeedEngine, *, background: bool) -> CheckpointWriter:
     """Let ``engine`` save through a CheckpointWriter."""
@@ -101,10 +116,11 @@ def _disk_error(path: Path) -> str | None:
     return None
 
 
-def _write(path: Path, content: io.BytesIO) -> Digest:
-    block = content.getbuffer()
-    with open(path, "wb") as stream:
-        stream.write(block)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"bytes": len(block), "xxh3": xxhash.xxh3_128(block).hexdigest()}
+def _stager() -> DefaultStager:
+    """Copies a state dict to memory, which is pinned where there is a GPU, and keeps what its tensors share."""
+    on_gpu = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+        )
+    )
