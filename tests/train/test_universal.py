@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
-from truths import STATES, same, truth
+from truths import same, truth
 from universal_engines import load_in_layout, load_in_plain_engines
 
+from incr_ds.checkpoint.base import STATES
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.checkpoint.publish import verify_manifest
 from incr_ds.config.fields import parse_settings

@@ -9,6 +9,7 @@ from gpt2_parameters import rank_parameters
 from megatron_core_ranks import GPT2, MIXTRAL
 from megatron_fsdp_ranks import ITERATION, Case, saved_by_fsdp, saved_by_torch_fsdp
 from megatron_rank_folders import parameters_of
+from truths import same_values
 
 from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.checkpoint.base import STATES
@@ -102,9 +103,7 @@ def _mixtral_parameters(source, state, ranks, rank):
 def same(found, expected):
     assert (found.facts.step, found.facts.states, found.facts.dtype) == (ITERATION, STATES, "float32")
     assert found.architecture.family == expected.architecture.family
-    for spec in expected.architecture.stored:
-        for state in STATES:
-            assert torch.equal(found.read(spec.name, state), expected.read(spec.name, state)), (spec.name, state)
+    same_values(found, expected)
     assert set(found.self_check()) == {spec.name for spec in expected.architecture.stored}
 
 

@@ -8,18 +8,16 @@ import pytest
 import torch
 import yaml
 from gpt2_parameters import rank_parameters
+from megatron_growth import planned
 from megatron_rank_folders import parameters_of
+from truths import same_values, truth
 
 from incr_ds.checkpoint.base import STATES
 from incr_ds.checkpoint.huggingface.export import export_huggingface
 from incr_ds.checkpoint.opening import open_source
-from incr_ds.config.fields import parse_settings
-from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import ConfigError, LayoutError
-from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint
-from incr_ds.testing.memory import small_architecture
-from incr_ds.testing.synthetic import SyntheticCheckpoint
 
 LAYOUT = {"format": "torch", "vocabulary_multiple": 8}
 GROUPED = {"num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -33,21 +31,13 @@ OWN = {
 }
 
 
-def truth(family="llama", **changes):
-    return SyntheticCheckpoint(small_architecture(family, **{**OWN.get(family, GROUPED), **changes}))
+def source_of(family="llama", **changes):
+    return truth(family, **{**OWN.get(family, GROUPED), **changes})
 
 
-def planned(folder, source, layout=None, workers=1, name="out", **recipe):
-    (folder / "recipe.yaml").write_text("target: {}\n")
-    asked = parse_settings({"target": {}, **recipe, "layout": LAYOUT | (layout or {})}, GrowthRecipe, "test")
-    return plan_files(GrowthRequest(folder, folder / "recipe.yaml", folder / name, workers=workers), source, asked)
-
-
-def same(found, expected, states=STATES, cast=None):
-    for spec in expected.architecture.stored:
-        for state in states:
-            whole = expected.read(spec.name, state)
-            assert torch.equal(found.read(spec.name, state), whole.to(cast or whole.dtype)), (spec.name, state)
+def grown_into(folder, source, layout=None, **further):
+    """The plan of a growth into the format of this module."""
+    return planned(folder, source, LAYOUT | (layout or {}), **further)
 
 
 LAYOUTS = {
@@ -73,15 +63,15 @@ ROUND_TRIPS = [
 
 @pytest.mark.parametrize(("family", "name"), ROUND_TRIPS)
 def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, name):
-    layout, source = LAYOUTS[name], truth(family, tie_word_embeddings=family in ("qwen3", "gpt2"))
-    grow_checkpoint(planned(tmp_path, source, layout))
+    layout, source = LAYOUTS[name], source_of(family, tie_word_embeddings=family in ("qwen3", "gpt2"))
+    grow_checkpoint(grown_into(tmp_path, source, layout))
     found = open_source(tmp_path / "out")
     assert (found.facts.kind, found.facts.path) == ("Megatron-LM torch", tmp_path / "out/iter_0000100")
     assert (found.facts.step, found.facts.recorded.global_steps) == (100, 100)
     assert found.facts.dtype == layout["dtype"]
     degrees = {key: layout.get(key, 1) for key in ("tensor_parallel", "pipeline_parallel")}
     assert found.facts.layout == degrees
-    same(found, source)
+    same_values(found, source)
     assert set(found.self_check()) == {spec.name for spec in source.architecture.stored}
     (tmp_path / "out/config.json").unlink()
     again = open_source(tmp_path / "out")
@@ -127,9 +117,9 @@ MATRICES = ["self_attention.linear_proj", "self_attention.linear_qkv", "mlp.line
 
 @pytest.mark.parametrize(("family", "implementation"), [*product(["llama"], IMPLEMENTATIONS), ("gpt2", "local")])
 def test_each_rank_has_its_parameters_and_their_states(tmp_path: Path, family, implementation):
-    degrees, source = (2, 2), truth(family, tie_word_embeddings=True, vocab_size=112 if family == "gpt2" else 101)
+    degrees, source = (2, 2), source_of(family, tie_word_embeddings=True, vocab_size=112 if family == "gpt2" else 101)
     layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "dtype": "bfloat16", "transformer_impl": implementation}
-    grow_checkpoint(planned(tmp_path, source, layout))
+    grow_checkpoint(grown_into(tmp_path, source, layout))
     expected_of = {"llama": llama_parameters, "gpt2": gpt2_parameters}[family]
     for (rank, stage), content in contents_by_rank(tmp_path / "out/iter_0000100", degrees).items():
         expected = {
@@ -158,7 +148,7 @@ def test_each_rank_has_its_parameters_and_their_states(tmp_path: Path, family, i
 
 def test_transformer_engine_s_modules_register_in_another_order(tmp_path: Path):
     """A norm is the first parameter of the linear layer that reads it, behind the projection of the attention's output."""
-    grow_checkpoint(planned(tmp_path, truth("gpt2"), {"pipeline_parallel": 4}))
+    grow_checkpoint(grown_into(tmp_path, source_of("gpt2"), {"pipeline_parallel": 4}))
     content = loaded(tmp_path / "out/iter_0000100/mp_rank_00_001/model_optim_rng.pt")
     inside = [name.removeprefix("decoder.layers.0.") for name in content["model"]]
     assert [name for name in inside if not name.endswith("_extra_state")] == [
@@ -185,7 +175,7 @@ def test_transformer_engine_s_modules_register_in_another_order(tmp_path: Path):
 
 
 def test_experts_come_one_after_the_other(tmp_path: Path):
-    grow_checkpoint(planned(tmp_path, truth("qwen3_moe"), {"pipeline_parallel": 4}))
+    grow_checkpoint(grown_into(tmp_path, source_of("qwen3_moe"), {"pipeline_parallel": 4}))
     content = loaded(tmp_path / "out/iter_0000100/mp_rank_00_001/model_optim_rng.pt")["model"]
     inside = [name.removeprefix("decoder.layers.0.") for name in content if not name.endswith("_extra_state")]
     experts = [f"mlp.experts.local_experts.{e}.linear_fc{n}.weight" for e in range(4) for n in (1, 2)]
@@ -194,9 +184,9 @@ def test_experts_come_one_after_the_other(tmp_path: Path):
 
 def test_the_distributed_optimizer_has_one_buffer(tmp_path: Path):
     """The last parameter first. A copy of the embedding, whose gradients two stages add up, has a bucket of its own."""
-    source = truth("llama", tie_word_embeddings=True, hidden_size=24, intermediate_size=20, num_attention_heads=4)
+    source = source_of("llama", tie_word_embeddings=True, hidden_size=24, intermediate_size=20, num_attention_heads=4)
     layout = {"pipeline_parallel": 2, "distributed_optimizer": True, "vocabulary_multiple": 1, "dtype": "bfloat16"}
-    grow_checkpoint(planned(tmp_path, source, layout | {"transformer_impl": "local"}))
+    grow_checkpoint(grown_into(tmp_path, source, layout | {"transformer_impl": "local"}))
     folder = tmp_path / "out/iter_0000100"
     models = contents_by_rank(folder, (1, 2))
     for (rank, stage), content in contents_by_rank(folder, (1, 2), "distrib_optim.pt").items():
@@ -221,7 +211,7 @@ def test_the_distributed_optimizer_has_one_buffer(tmp_path: Path):
 
 def test_a_file_states_the_run_in_plain_values(tmp_path: Path):
     layout = {"tensor_parallel": 2, "dtype": "float32", "learning_rates": [3e-4, 3e-5]}
-    grow_checkpoint(planned(tmp_path, truth("qwen3"), layout))
+    grow_checkpoint(grown_into(tmp_path, source_of("qwen3"), layout))
     for content in contents_by_rank(tmp_path / "out/iter_0000100", (2, 1)).values():
         assert (content["iteration"], content["checkpoint_version"]) == (100, 3.0)
         assert "rng_state" not in content and content["opt_param_scheduler"]["lr_decay_style"] == "constant"
@@ -244,23 +234,23 @@ def test_a_file_states_the_run_in_plain_values(tmp_path: Path):
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_without_moments_a_release_holds_the_weights_alone(tmp_path: Path, distributed):
-    source, layout = truth(), {"dtype": "bfloat16", "distributed_optimizer": distributed}
-    grow_checkpoint(planned(tmp_path, source, layout, optimizer="reset"))
+    source, layout = source_of(), {"dtype": "bfloat16", "distributed_optimizer": distributed}
+    grow_checkpoint(grown_into(tmp_path, source, layout, optimizer="reset"))
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
     assert [path.name for path in (tmp_path / "out/release").rglob("*.pt")] == ["model_optim_rng.pt"]
     found = open_source(tmp_path / "out")
     assert found.facts.path.name == "release" and found.facts.states == ("weight",)
     assert found.facts.no_moments == "it was saved without the optimizer"
-    same(found, source, ("weight",), torch.bfloat16)
+    same_values(found, source, ("weight",), torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "mixtral"])
 def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: str):
-    export_huggingface(truth(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
+    export_huggingface(source_of(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
     layout = LAYOUT | {
         "dtype": "bfloat16",
         "tensor_parallel": 2,
-        "pipeline_parallel": truth(family).architecture.num_layers,
+        "pipeline_parallel": source_of(family).architecture.num_layers,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"target": {}, "optimizer": "reset", "layout": layout}))
     grow_checkpoint(plan_request(GrowthRequest(tmp_path / "first", tmp_path / "recipe.yaml", tmp_path / "out")))
@@ -271,9 +261,9 @@ def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: st
 
 def test_a_grown_checkpoint_has_the_same_tensors_as_in_another_format(tmp_path: Path):
     grown = {"target": {"num_hidden_layers": 6, "intermediate_size": 300}}
-    grow_checkpoint(planned(tmp_path, truth(), {"tensor_parallel": 2, "pipeline_parallel": 3}, **grown))
-    grow_checkpoint(planned(tmp_path, truth(), {"format": "universal"}, name="universal", **grown))
-    same(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
+    grow_checkpoint(grown_into(tmp_path, source_of(), {"tensor_parallel": 2, "pipeline_parallel": 3}, **grown))
+    grow_checkpoint(grown_into(tmp_path, source_of(), {"format": "universal"}, name="universal", **grown))
+    same_values(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
 
 
 REFUSED = {
@@ -288,7 +278,7 @@ REFUSED = {
 def test_what_megatron_cannot_cut_or_does_not_have_is_refused(tmp_path: Path, message: str):
     family, layout = REFUSED[message]
     with pytest.raises(LayoutError, match=message):
-        planned(tmp_path, truth(family), layout)
+        grown_into(tmp_path, source_of(family), layout)
 
 
 WRONG = {
@@ -309,4 +299,4 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_keys_of_another_format_are_refused(tmp_path: Path, message: str):
     with pytest.raises(ConfigError, match=message):
-        planned(tmp_path, truth(), WRONG[message])
+        grown_into(tmp_path, source_of(), WRONG[message])

@@ -11,10 +11,10 @@ from megatron_rank_loading import Case, loaded_by_ranks
 from megatron_rank_training import saved_by_ranks
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
+from truths import same_values
 
 from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.arch.family import family_of
-from incr_ds.checkpoint.base import STATES
 from incr_ds.checkpoint.huggingface.export import export_huggingface
 from incr_ds.checkpoint.opening import open_source
 from incr_ds.config.fields import parse_settings
@@ -107,11 +107,9 @@ def write(source, folder, layout, optimizer="rescale"):
     return open_source(folder).facts.path
 
 
-def same(one, other, states=STATES):
+def same_source(one, other):
     assert (one.facts.step, one.architecture.tied) == (other.facts.step, other.architecture.tied)
-    for spec in one.architecture.stored:
-        for state in states:
-            assert torch.equal(one.read(spec.name, state), other.read(spec.name, state)), (spec.name, state)
+    same_values(one, other)
 
 
 def same_logits(of_ranks, source, folder):
@@ -140,7 +138,7 @@ def test_ranks_load_weights_masters_moments_and_step(tmp_path: Path):
     weights = Case(release, tmp_path / "from weights", (2, 1), UNPADDED, vocabulary=ROWS[2])
     ranks = run_processes(loaded_by_ranks, 4, [*cases.values(), weights], timeout=900)
     for number, (name, case) in enumerate(cases.items()):
-        same(open_source(case.folder), sources[name])
+        same_source(open_source(case.folder), sources[name])
         if case.degrees == (2, 1):
             same_logits([rank[number] for rank in ranks[:2]], sources[name], case.folder)
     started = open_source(weights.folder)
@@ -164,5 +162,5 @@ def test_ranks_go_on_as_from_megatron_core_s_own_files(tmp_path: Path):
     for name, theirs, ours in zip(kinds, cases[::2], cases[1::2], strict=True):
         own, one, other = (open_source(folder) for folder in (tmp_path / name, theirs.folder, ours.folder))
         assert (own.facts.step, one.facts.step) == (2, 4)
-        same(one, other)
+        same_source(one, other)
         assert not torch.equal(one.read("model.norm.weight"), own.read("model.norm.weight"))

@@ -13,18 +13,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from gpt2_parameters import stacked_parameters
+from megatron_growth import planned
 from sources import contents
 from torch_dist_folders import PREFIX, STATES, flatten, parameters_of
+from truths import same_values, truth
 
 from incr_ds.arch.architecture import architecture_from_config
 from incr_ds.checkpoint.huggingface.export import export_huggingface
 from incr_ds.checkpoint.megatron_core.arguments import arguments_of
 from incr_ds.checkpoint.megatron_core.configuration import config_of
 from incr_ds.checkpoint.opening import open_source
-from incr_ds.config.fields import parse_settings
-from incr_ds.config.growth import GrowthRecipe
 from incr_ds.errors import CheckpointError, ConfigError, GrowthError, LayoutError
-from incr_ds.offline.plan import GrowthRequest, plan_files, plan_request
+from incr_ds.offline.plan import GrowthRequest, plan_request
 from incr_ds.offline.run import grow_checkpoint, write_file
 from incr_ds.testing.memory import small_architecture
 from incr_ds.testing.synthetic import SyntheticCheckpoint
@@ -41,40 +41,32 @@ OWN = {
 MASTERS = "optimizer.state.param."
 
 
-def truth(family="llama", **changes):
-    return SyntheticCheckpoint(small_architecture(family, **{**OWN.get(family, GROUPED), **changes}))
+def source_of(family="llama", **changes):
+    return truth(family, **{**OWN.get(family, GROUPED), **changes})
 
 
-def planned(folder, source, layout=None, workers=1, name="out", **recipe):
-    (folder / "recipe.yaml").write_text("target: {}\n")
-    asked = parse_settings({"target": {}, **recipe, "layout": LAYOUT | (layout or {})}, GrowthRecipe, "test")
-    return plan_files(GrowthRequest(folder, folder / "recipe.yaml", folder / name, workers=workers), source, asked)
-
-
-def same(found, expected, states=STATES, cast=None):
-    for spec in expected.architecture.stored:
-        for state in states:
-            whole = expected.read(spec.name, state)
-            assert torch.equal(found.read(spec.name, state), whole.to(cast or whole.dtype)), (spec.name, state)
+def grown_into(folder, source, layout=None, **further):
+    """The plan of a growth into the format of this module."""
+    return planned(folder, source, LAYOUT | (layout or {}), **further)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("layout", [{"dtype": "bfloat16"}, {"dtype": "float32", "tensor_parallel": 2}], ids=str)
 def test_the_reader_reads_back_what_was_written(tmp_path: Path, family, layout):
-    source = truth(family, tie_word_embeddings=family in ("qwen3", "gpt2"))
-    grow_checkpoint(planned(tmp_path, source, layout))
+    source = source_of(family, tie_word_embeddings=family in ("qwen3", "gpt2"))
+    grow_checkpoint(grown_into(tmp_path, source, layout))
     found = open_source(tmp_path / "out")
     assert found.facts.path == tmp_path / "out/iter_0000100"
     assert (found.facts.step, found.facts.recorded.global_steps) == (100, 100)
     assert found.facts.dtype == layout["dtype"]
     assert found.facts.layout == {"tensor_parallel": layout.get("tensor_parallel", 1), "pipeline_parallel": 1}
-    same(found, source)
+    same_values(found, source)
     assert set(found.self_check()) == {spec.name for spec in source.architecture.stored}
     (tmp_path / "out/config.json").unlink()
     again = open_source(tmp_path / "out")
     assert again.architecture.sizes == source.architecture.sizes and again.architecture.tied == source.architecture.tied
     assert again.architecture.active_experts == source.architecture.active_experts
-    same(again, source, ("weight",))
+    same_values(again, source, ("weight",))
 
 
 def stored_by_torch(folder):
@@ -123,8 +115,8 @@ PARAMETERS = {"llama": parameters_of, "gpt2": stacked_parameters, "qwen3_moe": m
 @pytest.mark.parametrize("family", PARAMETERS)
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_torch_finds_each_tensor_under_megatron_s_keys(tmp_path: Path, family, tensor_parallel):
-    source, parameters = truth(family), PARAMETERS[family]
-    grow_checkpoint(planned(tmp_path, source, {"tensor_parallel": tensor_parallel, "dtype": "bfloat16"}))
+    source, parameters = source_of(family), PARAMETERS[family]
+    grow_checkpoint(grown_into(tmp_path, source, {"tensor_parallel": tensor_parallel, "dtype": "bfloat16"}))
     found = stored_by_torch(tmp_path / "out/iter_0000100")
     expected = {key: tensor.bfloat16() for key, tensor in parameters(source, "weight").items()}
     for state in STATES:
@@ -140,10 +132,10 @@ def test_torch_finds_each_tensor_under_megatron_s_keys(tmp_path: Path, family, t
 
 
 def test_masters_have_the_bytes_of_one_copy(tmp_path: Path):
-    planned_growth = planned(tmp_path, truth(), {"dtype": "bfloat16"})
+    planned_growth = grown_into(tmp_path, source_of(), {"dtype": "bfloat16"})
     parameters = planned_growth.plan.target.num_parameters + 2 * 3 * 96  # three rows of padding, twice
     assert planned_growth.num_bytes == parameters * (2 + 4 + 4 + 4)
-    assert planned(tmp_path, truth(), {"dtype": "float32"}).num_bytes == parameters * (4 + 4 + 4)
+    assert grown_into(tmp_path, source_of(), {"dtype": "float32"}).num_bytes == parameters * (4 + 4 + 4)
 
 
 def common_of(folder):
@@ -152,8 +144,8 @@ def common_of(folder):
 
 
 def test_common_holds_plain_values_that_a_safe_load_accepts(tmp_path: Path):
-    source = truth("qwen3")
-    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16", "tensor_parallel": 2}))
+    source = source_of("qwen3")
+    grow_checkpoint(grown_into(tmp_path, source, {"dtype": "bfloat16", "tensor_parallel": 2}))
     common = common_of(tmp_path / "out")
     assert "max_lr" not in common["optimizer"]["optimizer"]["param_groups"][0]
     assert common["iteration"] == 100 and common["checkpoint_version"] == 3.0
@@ -183,33 +175,33 @@ def test_arguments_and_config_follow_from_each_other(family):
 
 def test_hyperparameters_go_through(tmp_path: Path):
     """The run that loads a checkpoint takes Adam's betas and eps from it, so those of the source must be there."""
-    source = truth()
+    source = source_of()
     decay = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.05}
     groups = ({**decay, "weight_decay": 0.0, "foreach": None}, {**decay, "amsgrad": False})
     source.facts = replace(source.facts, optimizer_groups=groups)
-    grow_checkpoint(planned(tmp_path, source, {"learning_rates": [3e-4, 3e-5]}))
+    grow_checkpoint(grown_into(tmp_path, source, {"learning_rates": [3e-4, 3e-5]}))
     for group in common_of(tmp_path / "out")["optimizer"]["optimizer"]["param_groups"]:
         assert (group["max_lr"], group["min_lr"]) == (3e-4, 3e-5)
     first = open_source(tmp_path / "out")
     assert first.facts.optimizer_groups == (decay, {**decay, "weight_decay": 0.0})
-    grow_checkpoint(planned(tmp_path, first, name="again"))
+    grow_checkpoint(grown_into(tmp_path, first, name="again"))
     assert open_source(tmp_path / "again").facts.optimizer_groups == first.facts.optimizer_groups
 
 
 def test_without_moments_a_release_holds_the_weights_alone(tmp_path: Path):
-    source = truth()
-    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16"}, optimizer="reset"))
+    source = source_of()
+    grow_checkpoint(grown_into(tmp_path, source, {"dtype": "bfloat16"}, optimizer="reset"))
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
     found = open_source(tmp_path / "out")
     assert found.facts.path.name == "release" and found.facts.states == ("weight",)
     assert found.facts.no_moments == "it was saved without the optimizer"
-    same(found, source, ("weight",), torch.bfloat16)
+    same_values(found, source, ("weight",), torch.bfloat16)
     assert not any(key.startswith("optimizer.") for key in stored_by_torch(tmp_path / "out/release"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "mixtral"])
 def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: str):
-    export_huggingface(truth(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
+    export_huggingface(source_of(family), tmp_path / "first", torch.bfloat16, tmp_path / "none")
     recipe = {"target": {}, "optimizer": "reset", "layout": LAYOUT | {"dtype": "bfloat16", "tensor_parallel": 2}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     grow_checkpoint(plan_request(GrowthRequest(tmp_path / "first", tmp_path / "recipe.yaml", tmp_path / "out")))
@@ -222,14 +214,14 @@ def test_a_hugging_face_folder_comes_back_bit_for_bit(tmp_path: Path, family: st
 
 def test_a_grown_checkpoint_has_the_same_tensors_as_in_another_format(tmp_path: Path):
     grown = {"target": {"hidden_size": 144, "num_hidden_layers": 5, "intermediate_size": 300}}
-    grow_checkpoint(planned(tmp_path, truth(), {"tensor_parallel": 2}, **grown))
-    grow_checkpoint(planned(tmp_path, truth(), {"format": "universal"}, name="universal", **grown))
-    same(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
+    grow_checkpoint(grown_into(tmp_path, source_of(), {"tensor_parallel": 2}, **grown))
+    grow_checkpoint(grown_into(tmp_path, source_of(), {"format": "universal"}, name="universal", **grown))
+    same_values(open_source(tmp_path / "out"), open_source(tmp_path / "universal"))
 
 
 @pytest.mark.parametrize("layout", [{}, {"format": "torch", "tensor_parallel": 2, "pipeline_parallel": 3}], ids=str)
 def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout):
-    grow_checkpoint(planned(tmp_path, truth(), layout, name="once"))
+    grow_checkpoint(grown_into(tmp_path, source_of(), layout, name="once"))
     written = []
 
     def failing(file, folder, slices):
@@ -240,10 +232,10 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path: Path, monk
 
     monkeypatch.setattr("incr_ds.offline.run.write_file", failing)
     with pytest.raises(CheckpointError, match="nothing was published. Finished files are kept"):
-        grow_checkpoint(planned(tmp_path, truth(), layout))
+        grow_checkpoint(grown_into(tmp_path, source_of(), layout))
     monkeypatch.setattr("incr_ds.offline.run.write_file", lambda *a: written.append(a[0].path) or write_file(*a))
-    grow_checkpoint(planned(tmp_path, truth(), layout, workers=3))
-    assert set(written) == {file.path for file in planned(tmp_path, truth(), layout).files}
+    grow_checkpoint(grown_into(tmp_path, source_of(), layout, workers=3))
+    assert set(written) == {file.path for file in grown_into(tmp_path, source_of(), layout).files}
     assert len(written) < 2 * len(set(written)), "files that were finished are not written again"
     one, other = contents(tmp_path / "once"), contents(tmp_path / "out")
     assert {name: data for name, data in one.items() if name != "manifest.json"} == {
@@ -265,7 +257,7 @@ UNDER_LAYER_NORM = {
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 def test_arguments_and_config_of_models_under_layer_norm_follow_from_each_other(family, activation):
     changes, field, (name, value) = UNDER_LAYER_NORM[family]
-    source = truth(family, **changes, **{field: activation}).architecture
+    source = source_of(family, **changes, **{field: activation}).architecture
     arguments = arguments_of(source, "test")
     assert (arguments["bias_gelu_fusion"], arguments[name]) == (activation == "gelu_new", value)
     found = architecture_from_config(config_of(arguments, 104, Path("common.pt")), "test")
@@ -273,7 +265,7 @@ def test_arguments_and_config_of_models_under_layer_norm_follow_from_each_other(
 
 
 def test_arguments_of_other_models_under_layer_norm_are_refused():
-    arguments = arguments_of(truth("gpt_neox").architecture, "test")
+    arguments = arguments_of(source_of("gpt_neox").architecture, "test")
     refused = {
         "args.swiglu: found True, and a config follows from False only": {"swiglu": True},
         "args.bias_gelu_fusion: expected true or false, found None": {"bias_gelu_fusion": None},
@@ -315,7 +307,7 @@ REFUSED_MIXTURES = {
 def test_a_mixture_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
     changes, layout = REFUSED_MIXTURES[message]
     with pytest.raises(LayoutError, match=message):
-        planned(tmp_path, truth("mixtral", **changes), layout)
+        grown_into(tmp_path, source_of("mixtral", **changes), layout)
 
 
 REFUSED_ARGUMENTS_OF_MIXTURES = {
@@ -327,7 +319,7 @@ REFUSED_ARGUMENTS_OF_MIXTURES = {
 
 
 def test_arguments_of_mixtures_that_transformers_does_not_have_are_refused():
-    arguments = arguments_of(truth("qwen3_moe").architecture, "test")
+    arguments = arguments_of(source_of("qwen3_moe").architecture, "test")
     assert config_of({**arguments, "moe_layer_freq": [1, 1, 1]}, 104, Path("common.pt"))["num_local_experts"] == 4
     for message, value in REFUSED_ARGUMENTS_OF_MIXTURES.items():
         name = message.partition(":")[0].removeprefix("args.")
@@ -336,7 +328,7 @@ def test_arguments_of_mixtures_that_transformers_does_not_have_are_refused():
 
 
 def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path: Path):
-    grow_checkpoint(planned(tmp_path, truth("mixtral"), {"expert_parallel": 2}))
+    grow_checkpoint(grown_into(tmp_path, source_of("mixtral"), {"expert_parallel": 2}))
     common = common_of(tmp_path / "out")
     assert vars(common["args"])["expert_model_parallel_size"] == 2 and set(common["optimizer"]) == {0, 1}
     for number, optimizer in common["optimizer"].items():
@@ -345,17 +337,17 @@ def test_expert_parallelism_gives_the_experts_an_optimizer_of_their_own(tmp_path
         assert found == ([(True, 1.0)] if number else [(False, 1.0), (False, 0.0)])
     written = open_source(tmp_path / "out")
     assert written.facts.step == 100
-    same(written, truth("mixtral"))
+    same_values(written, source_of("mixtral"))
     with pytest.raises(LayoutError, match="expert_parallel 2: a llama has no experts"):
-        planned(tmp_path, truth(), {"expert_parallel": 2})
+        grown_into(tmp_path, source_of(), {"expert_parallel": 2})
     with pytest.raises(ConfigError, match="expert_parallel with format: universal; it belongs to torch_dist"):
-        planned(tmp_path, truth("mixtral"), {"format": "universal", "expert_parallel": 2})
+        grown_into(tmp_path, source_of("mixtral"), {"format": "universal", "expert_parallel": 2})
 
 
 def test_flattened_moments_of_experts_are_read(tmp_path: Path):
     """fully_sharded_model_space, in which every expert of every layer is a part."""
-    source = truth("mixtral")
-    grow_checkpoint(planned(tmp_path, source, {"dtype": "bfloat16"}))
+    source = source_of("mixtral")
+    grow_checkpoint(grown_into(tmp_path, source, {"dtype": "bfloat16"}))
     inner, prefixes = tmp_path / "out/iter_0000100", (PREFIX["exp_avg"], PREFIX["exp_avg_sq"])
     metadata = pickle.loads((inner / ".metadata").read_bytes())
     for key in [key for key in metadata.state_dict_metadata if key.endswith("pre_mlp_layernorm.weight")]:
@@ -363,7 +355,7 @@ def test_flattened_moments_of_experts_are_read(tmp_path: Path):
         metadata.storage_data = {index: info for index, info in metadata.storage_data.items() if index.fqn != key}
     (inner / ".metadata").write_bytes(pickle.dumps(metadata))
     flatten(inner, [key for key in stored_by_torch(inner) if key.startswith(prefixes)], 2, 2)
-    same(open_source(inner), source)
+    same_values(open_source(inner), source)
 
 
 REFUSED_UNDER_LAYER_NORM = {
@@ -380,28 +372,28 @@ REFUSED_UNDER_LAYER_NORM = {
 def test_a_model_under_layer_norm_that_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
     family, changes = REFUSED_UNDER_LAYER_NORM[message]
     with pytest.raises(LayoutError, match=message):
-        planned(tmp_path, truth(family, **changes))
+        grown_into(tmp_path, source_of(family, **changes))
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_megatron_core_does_not_have_is_refused(tmp_path: Path, message: str):
     changes, layout = REFUSED[message]
     with pytest.raises(LayoutError, match=message):
-        planned(tmp_path, truth(**changes), layout)
+        grown_into(tmp_path, source_of(**changes), layout)
 
 
 def test_other_families_windows_and_modules_are_refused(tmp_path: Path):
     with pytest.raises(
         LayoutError, match="no modules for opt; supported: llama, mistral, qwen2, qwen3, gpt_neox, gpt2, mixtral"
     ):
-        planned(tmp_path, SyntheticCheckpoint(small_architecture("opt")))
+        grown_into(tmp_path, SyntheticCheckpoint(small_architecture("opt")))
     window = SyntheticCheckpoint(small_architecture("mistral", sliding_window=9))
     with pytest.raises(LayoutError, match="sliding_window: 9; only full attention is written"):
-        planned(tmp_path, window)
+        grown_into(tmp_path, window)
     with pytest.raises(ConfigError, match="modules: megatron-deepspeed with format: torch_dist"):
-        planned(tmp_path, truth(), {"modules": "megatron-deepspeed"})
+        grown_into(tmp_path, source_of(), {"modules": "megatron-deepspeed"})
     with pytest.raises(ConfigError, match="learning_rates with format: universal; it belongs to torch_dist and torch"):
-        planned(tmp_path, truth(), {"format": "universal", "learning_rates": [1e-3, 0.0]})
-    export_huggingface(truth(), tmp_path / "weights", torch.bfloat16, tmp_path / "none")
+        grown_into(tmp_path, source_of(), {"format": "universal", "learning_rates": [1e-3, 0.0]})
+    export_huggingface(source_of(), tmp_path / "weights", torch.bfloat16, tmp_path / "none")
     with pytest.raises(GrowthError, match="optimizer: reset"):
-        planned(tmp_path, open_source(tmp_path / "weights"))
+        grown_into(tmp_path, open_source(tmp_path / "weights"))
