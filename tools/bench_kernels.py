@@ -8,10 +8,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 
 from incr_ds.bench.measure import Measurement, copy_bandwidth, machine, measure_grid
-from incr_ds.bench.report import HEADINGS, rows, summarise, write_report
+from incr_ds.bench.report import result_table, summarise, write_report
 from incr_ds.bench.variants import VARIANTS
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
@@ -76,10 +75,7 @@ def main(
 def _show(
     found: list[Measurement], tflops: float | None, bandwidth: float, budget: int, shapes: list[LossShape]
 ) -> None:
-    table = Table(*HEADINGS, title="the loss, forward and backward", title_justify="left")
-    for cells in rows(found):
-        table.add_row(*cells)
-    console.print(table)
+    console.print(result_table(found).on_console())
     if tflops is None:
         return
     for shape in shapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,10 +12,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from incr_ds.arch.architecture import architecture_from_config, read_config
 from incr_ds.bench.measure import WARM_UP, machine, milliseconds, pass_memory
+from incr_ds.bench.results import ResultTable, write_results
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
 from incr_ds.config.fields import parse_settings
@@ -90,14 +89,13 @@ def main(
         found = [fresh.submit(measure, name, work).result() for name in only or VARIANTS]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     summary = {"machine": machine(device), "work": asdict(work) | {"config": str(config)}, "measurements": found}
-    _write(summary, output)
+    table = ResultTable("decoder layers forward and backward; optimizer step", HEADINGS, [*map(_cells, found)])
+    heading = "Decoder layers forward and backward, and the optimizer's step"
+    write_results(output / "layers", heading, summary, table)
     if json:
         print_json(summary)
         return
-    table = Table(*HEADINGS, title="decoder layers forward and backward; optimizer step", title_justify="left")
-    for cells in map(_cells, found):
-        table.add_row(*cells)
-    console.print(table)
+    console.print(table.on_console())
 
 
 def measure(name: str, work: Work) -> dict[str, Any]:
@@ -189,16 +187,6 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
         return found["measured"], found["setting"], found["absent"], ""
     extra = "" if found["extra_bytes"] is None else f"{found['extra_bytes'] / 1e9:.2f}"
     return found["measured"], found["setting"], f"{found['milliseconds']:.2f}", extra
-
-
-def _write(summary: Mapping[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "layers.json").write_text(json_module.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{key} {value}" for key, value in {**summary["machine"], **summary["work"]}.items())
-    lines = ["# Decoder layers forward and backward, and the optimizer's step", "", f"{facts}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(_cells(found)) + " |" for found in summary["measurements"]]
-    (folder / "layers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

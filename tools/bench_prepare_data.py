@@ -17,8 +17,8 @@ from textwrap import fill
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from incr_ds.bench.results import ResultTable
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
 from incr_ds.data.tokenizer import train_sentencepiece
@@ -217,6 +217,11 @@ def _cells(tokenizer: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _table(report: Mapping[str, Any]) -> ResultTable:
+    rows = [_cells(entry["tokenizer"], row) for entry in report["races"] for row in entry["programs"]]
+    return ResultTable("text to token files", HEADINGS, rows)
+
+
 def _markdown(report: Mapping[str, Any], note: str) -> str:
     facts, text = report["machine"], report["text"]
     lines = [
@@ -231,12 +236,9 @@ def _markdown(report: Mapping[str, Any], note: str) -> str:
         "",
         f"The rival is {report['rival']}.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
+        *_table(report).markdown(),
+        "",
     ]
-    for entry in report["races"]:
-        lines += ["| " + " | ".join(_cells(entry["tokenizer"], row)) + " |" for row in entry["programs"]]
-    lines.append("")
     for entry in report["races"]:
         equal = "the same bytes" if entry["same_bytes"] else "other bytes"
         ratios = entry["relative_to_rival_by_workers"]
@@ -274,11 +276,7 @@ def main(
     if json_only:
         print_json(report)
         return
-    table = Table(*HEADINGS, title="text to token files", title_justify="left")
-    for entry in report["races"]:
-        for row in entry["programs"]:
-            table.add_row(*_cells(entry["tokenizer"], row))
-    console.print(table)
+    console.print(_table(report).on_console())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import shutil
 import time
@@ -15,10 +14,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.bench.measure import machine
+from incr_ds.bench.results import ResultTable, write_results
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
 from incr_ds.config.fields import parse_settings
@@ -64,14 +63,12 @@ def main(
     with TemporaryDirectory(dir=output) as folder:
         found, _ = run_processes(race, PROCESSES, work, folder, timeout=3600.0)
     summary = _summary(work, found)
-    _write(summary, output)
+    table = ResultTable("saving a checkpoint of two processes", HEADINGS, _rows(summary))
+    write_results(output / "bench_saving", "Saving a checkpoint", summary, table, _sentences(summary))
     if json:
         print_json(summary)
         return
-    table = Table(*HEADINGS, title="saving a checkpoint of two processes", title_justify="left")
-    for cells in _rows(summary):
-        table.add_row(*cells)
-    console.print(table)
+    console.print(table.on_console())
     for line in _sentences(summary):
         console.print(line)
 
@@ -289,16 +286,6 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['background_vs_copy']:.2f} times as long as the copy takes; a step takes {summary['step_seconds']:.2f} s "
         "while nothing is saved",
     ]
-
-
-def _write(summary: Mapping[str, Any], folder: Path) -> None:
-    (folder / "bench_saving.json").write_text(json_module.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{key} {value}" for key, value in {**summary["machine"], **summary["work"]}.items())
-    lines = ["# Saving a checkpoint", "", f"{facts}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _rows(summary)]
-    lines += ["", *(f"- {line}" for line in _sentences(summary))]
-    (folder / "bench_saving.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

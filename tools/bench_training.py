@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +13,11 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from rich.table import Table
 
 from incr_ds.arch.architecture import Architecture, architecture_from_config
 from incr_ds.arch.flops import forward_flops_per_token, training_flops_per_token
 from incr_ds.bench.measure import machine
+from incr_ds.bench.results import ResultTable, write_results
 from incr_ds.bench.start import startup_seconds
 from incr_ds.cli.command import command, console, print_json
 from incr_ds.cli.options import Json
@@ -79,11 +78,13 @@ def main(
     peaks = {name: max(run_processes(peak_bytes, 2, name, work, timeout=3600.0)) for name in CONTESTANTS}
     startup = startup_seconds(_run(STARTED, {"data_parallel": 1}), _config(STARTED, STUDENT), starts)
     summary = _summary(work, found, peaks, startup)
-    _write(summary, output)
+    table = ResultTable("one optimizer step in two processes", HEADINGS, _rows(summary))
+    heading = "Training against a plain loop of transformers and DeepSpeed"
+    write_results(output / "bench_training", heading, summary, table, _sentences(summary))
     if json:
         print_json(summary)
         return
-    console.print(_table(summary))
+    console.print(table.on_console())
     for line in _sentences(summary):
         console.print(line)
 
@@ -265,13 +266,6 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _table(summary: Mapping[str, Any]) -> Table:
-    table = Table(*HEADINGS, title="one optimizer step in two processes", title_justify="left")
-    for cells in _rows(summary):
-        table.add_row(*cells)
-    return table
-
-
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
     found = [
         f"against the plain loop: {summary['time_vs_plain']:.3f} of its CPU seconds, {summary['peak_memory_vs_plain']:.3f} of "
@@ -289,17 +283,6 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
             f"({startup['imports_and_model']['seconds']:.1f} s); after its first step: {startup['run']['to_step_1']:.1f} s"
         )
     return found
-
-
-def _write(summary: Mapping[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_training.json").write_text(json_module.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{key} {value}" for key, value in {**summary["machine"], **summary["work"]}.items())
-    lines = ["# Training against a plain loop of transformers and DeepSpeed", "", f"{facts}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _rows(summary)]
-    lines += ["", *(f"- {line}" for line in _sentences(summary))]
-    (folder / "bench_training.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from incr_ds.bench.measure import Measurement
+from incr_ds.bench.results import ResultTable
 from incr_ds.losses.planner import LossShape, plan_loss
 
 COLOURS = {"floor": "#222222", "ours": "#d62728", "torch": "#1f77b4", "other": "#7f7f7f"}
@@ -37,8 +38,12 @@ def summarise(
     }
 
 
-def rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
-    """Cells under HEADINGS. A missing number is replaced by its reason."""
+def result_table(found: Sequence[Measurement]) -> ResultTable:
+    """The measurements. A missing number is replaced by its reason."""
+    return ResultTable("the loss, forward and backward", HEADINGS, _rows(found))
+
+
+def _rows(found: Sequence[Measurement]) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = []
     for one in found:
         floor = _floor_milliseconds(found, one.tokens, one.vocabulary)
@@ -71,9 +76,7 @@ def _markdown(summary: Mapping[str, Any], found: Sequence[Measurement]) -> str:
         f"{facts}. Copies run at {summary['copy_gigabytes_per_second']:.0f} GB/s.",
         "Extra GB: peak memory beyond what was there before the pass and beyond the gradients that it hands out.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(cells) + " |" for cells in rows(found)),
+        *result_table(found).markdown(),
     ]
     return "\n".join(lines) + "\n"
 

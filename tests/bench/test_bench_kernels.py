@@ -8,7 +8,7 @@ import torch
 from bench_kernels import SHAPES, Grid, main
 
 from incr_ds.bench.measure import measure_grid, measure_shape
-from incr_ds.bench.report import HEADINGS, rows
+from incr_ds.bench.report import result_table
 from incr_ds.bench.variants import VARIANTS, Variant, eager_loss, make_problem
 from incr_ds.losses.distillation import distillation_loss
 from incr_ds.losses.planner import LossShape
@@ -66,10 +66,11 @@ def test_what_is_missing_is_listed_with_its_reason():
     ]
     found = measure_shape(TINY, absent, 1, torch.float32, CPU)
     assert [one.absent for one in found] == ["not available: No module named 'gone'", "out of memory", None]
-    cells = rows(found)
+    table = result_table(found)
+    cells = table.rows
     assert cells[0] == ("16", "130", "gone", "CE", "not available: No module named 'gone'", "", "", "")
     assert cells[2][:4] == ("16", "130", "products only", "nothing") and cells[2][5] == "100%"
-    assert len(cells[2]) == len(HEADINGS)
+    assert len(cells[2]) == len(table.headings)
 
 
 def test_no_shape_begins_after_the_time_is_over():
