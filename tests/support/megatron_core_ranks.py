@@ -93,14 +93,11 @@ def with_torch_s_writer():
         )
 
 
-def model_of(given, singleton=False):
+def _config(given):
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(
+    return TransformerConfig(
         **{name: getattr(given, name) for name in SIZES},
         kv_channels=given.kv_channels,
         gated_linear_unit=given.swiglu,
@@ -127,6 +124,14 @@ def model_of(given, singleton=False):
         moe_router_topk=given.moe_router_topk,
         moe_router_load_balancing_type="none",
     )
+
+
+def model_of(given):
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.moe import moe_utils
+
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # missing without Transformer Engine
     if given.moe_grouped_gemm:  # its kernels need a GPU, and its parameters do not
         from megatron.core.transformer.moe import grouped_gemm_util
@@ -134,7 +139,7 @@ def model_of(given, singleton=False):
         grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
     tied = not given.untie_embeddings_and_output_weights
     model = GPTModel(
-        config,
+        _config(given),
         get_gpt_layer_local_spec(
             num_experts=given.num_experts,
             moe_grouped_gemm=given.moe_grouped_gemm,

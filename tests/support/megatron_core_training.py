@@ -70,6 +70,11 @@ def trained(cases):
 
     Returns for each the logits, the keys that nobody asked for, and those that the folder lacked.
     """
+    return in_one_world(cases, _run)
+
+
+def in_one_world(cases, run):
+    """What ``run`` returns for each case, whose degrees may differ. Starting the ranks takes longer than most cases."""
     from megatron.core import parallel_state
 
     found = []
@@ -83,7 +88,7 @@ def trained(cases):
             parallel_state.initialize_model_parallel(
                 *case.degrees[:2], expert_model_parallel_size=(*case.degrees, 1)[2]
             )
-        found.append(_run(case))
+        found.append(run(case))
     return found
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import megatron_core_ranks
 import torch
-from megatron_core_ranks import arguments, logits_of, start
-from megatron_core_training import built, one_step, with_torch_adam, without_cuda
+from megatron_core_ranks import arguments, logits_of
+from megatron_core_training import built, in_one_world, one_step
 from megatron_rank_training import save
 
 
@@ -24,19 +24,7 @@ class Case:
 
 def loaded_by_ranks(cases):
     """Run every case in one world. Returns for each the logits, and the rate of the scheduler after what was loaded."""
-    from megatron.core import parallel_state
-
-    found = []
-    for number, case in enumerate(cases):
-        if number == 0:
-            start(*case.degrees)
-            without_cuda()
-            with_torch_adam()
-        else:
-            parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(*case.degrees)
-        found.append(_run(case))
-    return found
+    return in_one_world(cases, _run)
 
 
 def _run(case):
