@@ -80,8 +80,14 @@ class RankStateFile(_RankFile):
         return {"optimizer": inner, "fp32_from_fp16_params": masters}
 
     def _groups(self, weights: Mapping[str, StreamedTensor]) -> Mapping[bool, Sequence[str]]:
-        """The parameters that decay, and those that do not."""
-        return {kind: [n for n, weight in weights.items() if decays(n, weight.shape) == kind] for kind in (True, False)}
+        """The parameters that decay, and those that do not, in the order of the optimizer's groups.
+
+        From 0.16 on those that decay come first. Before, the group of a rank's first parameter does. The distributed optimizer
+        of 0.13 and before takes groups by their places, later ones by their settings.
+        """
+        of = {name: decays(name, weight.shape) for name, weight in weights.items()}
+        order = dict.fromkeys(of.values()) if self.target.layout.distributed_optimizer else (True, False)
+        return {kind: [name for name in weights if of[name] == kind] for kind in order}
 
     def _moments(self, name: str) -> dict[str, StreamedTensor]:
         return {state: _tensor(self.model.parameters[name], state) for state in STATES[1:]}

@@ -7,8 +7,10 @@ import pytest
 import torch
 from gpt2_parameters import rank_parameters
 from megatron_core_ranks import GPT2, MIXTRAL
+from megatron_core_training import RELEASE
 from megatron_fsdp_ranks import ITERATION, Case, saved_by_fsdp, saved_by_torch_fsdp
 from megatron_rank_folders import parameters_of
+from packaging.version import Version
 from truths import same_values
 
 from incr_ds.arch.architecture import architecture_from_config
@@ -17,6 +19,7 @@ from incr_ds.checkpoint.opening import open_source
 from incr_ds.testing.checkpoint import MemoryCheckpoint, drawn_checkpoint
 from incr_ds.testing.processes import run_processes
 
+pytestmark = pytest.mark.skipif(RELEASE < Version("0.14"), reason="saves no fsdp_dtensor")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,

@@ -146,6 +146,23 @@ def test_each_rank_has_its_parameters_and_their_states(tmp_path: Path, family, i
         assert own == MATRICES
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_groups_of_the_distributed_optimizer_begin_with_a_rank_s_first_parameter(tmp_path: Path, distributed):
+    """Megatron-core 0.13 and before take them by their places; on later stages of local modules a norm is the first."""
+    layout = {
+        "pipeline_parallel": 2,
+        "dtype": "bfloat16",
+        "transformer_impl": "local",
+        "distributed_optimizer": distributed,
+    }
+    grow_checkpoint(grown_into(tmp_path, source_of(), layout))
+    contents = contents_by_rank(tmp_path / "out/iter_0000100", (1, 2))
+    found = [
+        [group["wd_mult"] for group in contents[0, stage]["optimizer"]["optimizer"]["param_groups"]] for stage in (0, 1)
+    ]
+    assert found == [[1.0, 0.0], [0.0, 1.0] if distributed else [1.0, 0.0]]
+
+
 def test_transformer_engine_s_modules_register_in_another_order(tmp_path: Path):
     """A norm is the first parameter of the linear layer that reads it, behind the projection of the attention's output."""
     grow_checkpoint(grown_into(tmp_path, source_of("gpt2"), {"pipeline_parallel": 4}))

@@ -36,6 +36,8 @@ CONFIG = {
 }
 UNPADDED = {"vocab_size": CONFIG["vocab_size"]}
 LAYOUT = {"format": "torch_dist", "vocabulary_multiple": 8}
+# Before 0.14, the optimizer of the experts looks for its state under a prefix of its own.
+FINDS_EXPERTS = RELEASE >= Version("0.14")
 if RELEASE >= Version("0.19"):
     LAYOUT["learning_rates"] = [1e-3, 1e-3]  # by which it finds parameter groups
 
@@ -181,18 +183,19 @@ def test_mixtures_are_loaded_under_any_degrees(tmp_path: Path):
 
     Logits of whole tokens are transformers'.
     """
+    spread = (1, 1, 2 if FINDS_EXPERTS else 1)
     cases, sources = {}, {name: drawn(name, **config) for name, (config, _) in MIXTURES.items()}
     for name, source in sources.items():
         (tmp_path / name).mkdir()
-        for degrees in ((1, 1), (2, 1), (1, 2), (1, 1, 2)):
+        for degrees in ((1, 1), (2, 1), (1, 2), spread):
             experts = (*degrees, 1)[2]
             layout = {"expert_parallel": experts, "tensor_parallel": degrees[0]}
             ours = write(source, tmp_path / name / f"ours{degrees}", **layout)
             theirs = tmp_path / name / f"theirs{degrees}"
             cases[name, degrees] = Case(ours, theirs, 0, degrees, RESHARDABLE, MIXTURES[name][1] | UNPADDED)
-    mixed = write(sources["mixtral"], tmp_path / "mixtral/ours in bf16", expert_parallel=2, dtype="bfloat16")
+    mixed = write(sources["mixtral"], tmp_path / "mixtral/ours in bf16", expert_parallel=spread[2], dtype="bfloat16")
     further = MIXTRAL | UNPADDED | BF16
-    in_bf16 = Case(mixed, tmp_path / "mixtral/theirs in bf16", 0, (1, 1, 2), distributed=False, further=further)
+    in_bf16 = Case(mixed, tmp_path / "mixtral/theirs in bf16", 0, spread, distributed=False, further=further)
     ranks = run_processes(trained, 2, [*cases.values(), in_bf16], timeout=500)
     assert not any(lacking for rank in ranks for _, (_, lacking) in [rank[-1]])
     same(open_source(in_bf16.folder), sources["mixtral"])
