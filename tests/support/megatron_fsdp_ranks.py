@@ -185,9 +185,9 @@ def _preprocessed(given, content, model):
 
     own.handle_fp8_extra_state_case(content["model"])
     if given.swiglu:
-        content["model"], content["optimizer"] = own.handle_swiglu_in_state_dict(
-            model, content["model"], content["optimizer"]
-        )
+        found = own.handle_swiglu_in_state_dict(model, content["model"], content["optimizer"])
+        if found is not None:  # before 0.16, it changes its arguments
+            content["model"], content["optimizer"] = found
     if given.num_experts:
         content["model"] = own.handle_experts_in_state_dict(content["model"], given.num_experts)
     return uneven_dtensor.preprocess_state_dict_for_uneven_dtensor(content)

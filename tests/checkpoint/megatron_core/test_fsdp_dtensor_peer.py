@@ -20,6 +20,10 @@ from incr_ds.testing.checkpoint import MemoryCheckpoint, drawn_checkpoint
 from incr_ds.testing.processes import run_processes
 
 pytestmark = pytest.mark.skipif(RELEASE < Version("0.14"), reason="saves no fsdp_dtensor")
+# 0.14 asks for a part of torch's device meshes that torch 2.13 does not have.
+runs_with_this_torch = pytest.mark.skipif(
+    RELEASE < Version("0.15"), reason="its Megatron-FSDP does not run with this torch"
+)
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -110,6 +114,7 @@ def same(found, expected):
     assert set(found.self_check()) == {spec.name for spec in expected.architecture.stored}
 
 
+@runs_with_this_torch
 def test_two_ranks_parts_are_read(tmp_path: Path):
     run_processes(saved_by_fsdp, 2, [Case(tmp_path, partial(llama_rank, LLAMA, 1))])
     source, found = drawn(LLAMA), open_source(tmp_path)
@@ -129,6 +134,7 @@ CASES = {
 }
 
 
+@pytest.mark.skipif(RELEASE < Version("0.16"), reason="its Megatron-FSDP does not take ranks of experts")
 @pytest.mark.slow
 def test_parts_of_fsdp_tensor_and_expert_ranks_are_read(tmp_path: Path):
     """Parts of unlike sizes, on meshes of one and of two dimensions; the step is among the states, where torch has it."""
