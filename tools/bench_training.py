@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -37,11 +37,13 @@ HEADINGS = ("trained by", "CPU s a step", "wall s a step", "tokens/s", "vs plain
 RATE = 1e-3
 Batch = tuple[torch.Tensor, Targets]
 Step = Callable[[list[Batch]], None]
+Times = Mapping[str, float]
+KINDS = ("cpu_seconds", "wall_seconds")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of one optimizer step, over two processes."""
+    """Sizes of one optimizer step over two processes, how often each is timed, and in how many pairs of processes."""
 
     vocabulary: int
     sequence_length: int
@@ -49,6 +51,7 @@ class Work:
     micro_batches: int
     rounds: int
     threads: int
+    pairs: int = 1
 
     @property
     def tokens(self) -> int:
@@ -67,17 +70,21 @@ def main(
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 128,
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 4,
     micro_batches: Annotated[int, typer.Option(min=2, help="Micro-batches of a step, of both processes; even.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each, in each pair.")] = 8,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of processes, one after the other.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 1,
     starts: Annotated[int, typer.Option(min=0, help="Timed starts of pretrain.py and of its imports.")] = 3,
     json: Json = False,
 ) -> None:
-    """Race the training loops in the same two processes, one step of each in turn; then time the start of a run."""
-    work = Work(vocabulary, sequence_length, micro_batch, micro_batches, rounds, threads)
-    (found, _) = run_processes(race, 2, work, timeout=3600.0)
+    """Race the training loops in the same two processes, one step of each in turn; then time the start of a run.
+
+    The same loop may be a tenth slower in one process than in the next, so that several pairs are started.
+    """
+    work = Work(vocabulary, sequence_length, micro_batch, micro_batches, rounds, threads, pairs)
+    races = [run_processes(race, 2, work, timeout=3600.0)[0] for _ in range(pairs)]
     peaks = {name: max(run_processes(peak_bytes, 2, name, work, timeout=3600.0)) for name in CONTESTANTS}
     startup = startup_seconds(_run(STARTED, {"data_parallel": 1}), _config(STARTED, STUDENT), starts)
-    summary = _summary(work, found, peaks, startup)
+    summary = _summary(work, races, peaks, startup)
     table = ResultTable("one optimizer step in two processes", HEADINGS, _rows(summary))
     heading = "Training against a plain loop of transformers and DeepSpeed"
     write_results(output / "bench_training", heading, summary, table, _sentences(summary))
@@ -224,31 +231,39 @@ CONTESTANTS: Mapping[str, Callable[[Work], Step]] = {
 
 
 def _summary(
-    work: Work, found: Mapping[str, Mapping[str, float]], peaks: Mapping[str, int], startup: dict[str, Any] | None
+    work: Work, races: Sequence[Mapping[str, Times]], peaks: Mapping[str, int], startup: dict[str, Any] | None
 ) -> dict[str, Any]:
     student, teacher = (_architecture(work, sizes) for sizes in (STUDENT, TEACHER))
-    cpu = {name: times["cpu_seconds"] for name, times in found.items()}
-    wall = {name: times["wall_seconds"] for name, times in found.items()}
+    found = {name: {kind: median(race[name][kind] for race in races) for kind in KINDS} for name in races[0]}
     # Two stages can be busy at most m of m + 1 turns with m micro-batches.
-    bound = wall[OURS] * (work.micro_batches + 1) / work.micro_batches
+    bubble = (work.micro_batches + 1) / work.micro_batches
+    ratios = {
+        "time_vs_plain": _ratios(races, "cpu_seconds", OURS, PLAIN),
+        "distillation_time_ratio": _ratios(races, "cpu_seconds", TAUGHT, OURS),
+        "pipeline_vs_bubble_bound": [ratio / bubble for ratio in _ratios(races, "wall_seconds", PIPELINE, OURS)],
+    }
+    shared = median(_ratios(races, "wall_seconds", SHARED, OURS))
     return {
         "machine": machine(torch.device("cpu")),
         "work": asdict(work),
         "tokens_per_step": work.tokens,
         "parameters": {"student": student.num_parameters, "teacher": teacher.num_parameters},
         "contestants": {name: {**times, "peak_bytes": peaks[name]} for name, times in found.items()},
-        "time_vs_plain": cpu[OURS] / cpu[PLAIN],
+        **{name: median(of_pairs) for name, of_pairs in ratios.items()},
+        "lowest_and_highest": {name: [min(of_pairs), max(of_pairs)] for name, of_pairs in ratios.items()},
         "peak_memory_vs_plain": peaks[OURS] / peaks[PLAIN],
-        "distillation_time_ratio": cpu[TAUGHT] / cpu[OURS],
         "teacher_flops_share": forward_flops_per_token(teacher, work.sequence_length)
         / training_flops_per_token(student, work.sequence_length),
-        "pipeline_vs_bubble_bound": wall[PIPELINE] / bound,
-        "shared_samples": {"time": wall[SHARED] / wall[OURS], "peak_memory": peaks[SHARED] / peaks[OURS]},
+        "shared_samples": {"time": shared, "peak_memory": peaks[SHARED] / peaks[OURS]},
         "startup": startup,
         "startup_vs_imports": None
         if startup is None
         else startup["run"]["seconds"] / startup["imports_and_model"]["seconds"],
     }
+
+
+def _ratios(races: Sequence[Mapping[str, Times]], kind: str, one: str, other: str) -> list[float]:
+    return [race[one][kind] / race[other][kind] for race in races]
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -267,12 +282,15 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
+    spread = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in summary["lowest_and_highest"].items()}
     found = [
-        f"against the plain loop: {summary['time_vs_plain']:.3f} of its CPU seconds, {summary['peak_memory_vs_plain']:.3f} of "
-        "its peak memory beyond imports",
-        f"distillation: {summary['distillation_time_ratio']:.3f} times the CPU seconds without; the teacher's FLOPs are "
-        f"{summary['teacher_flops_share']:.1%} of the student's",
-        f"the pipeline: {summary['pipeline_vs_bubble_bound']:.3f} times the time that its bubble allows",
+        f"ratios are medians over {summary['work']['pairs']} pairs of processes, with the lowest and the highest in parentheses",
+        f"against the plain loop: {summary['time_vs_plain']:.3f} ({spread['time_vs_plain']}) of its CPU seconds, "
+        f"{summary['peak_memory_vs_plain']:.3f} of its peak memory beyond imports",
+        f"distillation: {summary['distillation_time_ratio']:.3f} ({spread['distillation_time_ratio']}) times the CPU seconds "
+        f"without; the teacher's FLOPs are {summary['teacher_flops_share']:.1%} of the student's",
+        f"the pipeline: {summary['pipeline_vs_bubble_bound']:.3f} ({spread['pipeline_vs_bubble_bound']}) times the time that "
+        "its bubble allows",
         f"samples shared by two processes (batch.sequence_parallel): {summary['shared_samples']['time']:.3f} times the time of "
         f"processes that read samples of their own, {summary['shared_samples']['peak_memory']:.3f} of the peak memory",
     ]

@@ -64,8 +64,12 @@ def test_the_summary_compares_what_it_says():
     peaks = {PLAIN: 100, OURS: 120, TAUGHT: 130, PIPELINE: 90, SHARED: 60}
     found = {name: {"cpu_seconds": cpu, "wall_seconds": wall} for name, (cpu, wall) in spent.items()}
     startup = {"run": {"seconds": 6.0, "to_step_1": 7.0}, "imports_and_model": {"seconds": 5.0}}
-    summary = bench_training._summary(SMALL, found, peaks, startup)
+    twice = {name: {kind: 2 * seconds for kind, seconds in times.items()} for name, times in found.items()}
+    slower = {**found, OURS: {"cpu_seconds": 3.0, "wall_seconds": 1.6}}
+    summary = bench_training._summary(SMALL, [twice, slower, found], peaks, startup)
     assert summary["time_vs_plain"] == pytest.approx(1.1)
+    assert summary["lowest_and_highest"]["time_vs_plain"] == pytest.approx([1.1, 1.5])
+    assert summary["contestants"][PLAIN]["cpu_seconds"] == 2.0
     assert summary["distillation_time_ratio"] == pytest.approx(1.1)
     assert summary["pipeline_vs_bubble_bound"] == pytest.approx(2.5 / (1.6 * 5 / 4))
     assert summary["startup_vs_imports"] == pytest.approx(1.2)
@@ -84,7 +88,20 @@ def test_the_summary_compares_what_it_says():
 
 @pytest.mark.slow
 def test_the_whole_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    sizes = ["--vocabulary", "64", "--sequence-length", "8", "--micro-batches", "2", "--rounds", "1", "--starts", "1"]
+    sizes = [
+        "--vocabulary",
+        "64",
+        "--sequence-length",
+        "8",
+        "--micro-batches",
+        "2",
+        "--rounds",
+        "1",
+        "--pairs",
+        "2",
+        "--starts",
+        "1",
+    ]
     monkeypatch.setattr("sys.argv", ["bench_training.py", "--output", str(tmp_path), *sizes, "--json"])
     with pytest.raises(SystemExit) as ended:
         bench_training.main()
