@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 COPY, DISK, DEEPSPEED = "copy to memory (floor)", "write and flush (floor)", "DeepSpeed's save_checkpoint"
 AT_ONCE, BACKGROUND = "incr_ds", "incr_ds, in the background"
 HEADINGS = ("saved by", "training waits, s", "GB/s", "complete after, s", "a step meanwhile, s")
-PROCESSES, TOKENS, RATE, BLOCK = 2, 32, 1e-4, 2**24
+PROCESSES, THREADS, TOKENS, RATE, BLOCK = 2, 1, 32, 1e-4, 2**24
 # Seconds that training waits, until the checkpoint is complete, and of a step meanwhile.
 Spent = tuple[float, float, float | None]
 Saver = Callable[[int], Spent]
@@ -75,7 +75,7 @@ def main(
 
 def race(work: Work, folder: str) -> dict[str, Any]:
     """Bytes of a checkpoint, and medians of what each spends on one. Runs in two processes, which agree on the times."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     runs = {name: _run(Path(folder) / name, background=name == BACKGROUND) for name in (AT_ONCE, BACKGROUND)}
     savers = {name: _OwnSaver(work, run) for name, run in runs.items()}
     size = savers[AT_ONCE].checkpoint_bytes()
@@ -254,7 +254,7 @@ def _run(output: Path, *, background: bool) -> RunSettings:
 def _summary(work: Work, found: Mapping[str, Any]) -> dict[str, Any]:
     waits = {name: times["waits_seconds"] for name, times in found["spent"].items()}
     return {
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(torch.device("cpu")) | {"threads": THREADS},
         "work": asdict(work),
         "parameters": _architecture(work).num_parameters,
         **found,

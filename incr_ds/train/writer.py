@@ -26,7 +26,7 @@ class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
     """DeepSpeed's checkpoint engine for saving.
 
     In the ``background``, ``save`` only copies the tensors to memory. A thread writes the file, flushes it to disk and
-    hashes it. The next save fills the same memory again, because fresh memory costs twice the copy; so it must come after
+    hashes it. The next save fills the same memory again, since fresh memory has to be touched first. So it must come after
     ``finish`` or ``abandon``.
     """
 
@@ -87,7 +87,7 @@ class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
         return {path: file.result() for path, file in files.items()}
 
     def abandon(self) -> None:
-        """Wait for what a save that failed has left to write. Its errors are known, and its files are removed."""
+        """Wait for what a save that failed has left to write. Nobody asks for its files or errors any more."""
         wait(self._files.values())
         self._files.clear()
 

@@ -88,20 +88,7 @@ def test_the_summary_compares_what_it_says():
 
 @pytest.mark.slow
 def test_the_whole_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    sizes = [
-        "--vocabulary",
-        "64",
-        "--sequence-length",
-        "8",
-        "--micro-batches",
-        "2",
-        "--rounds",
-        "1",
-        "--pairs",
-        "2",
-        "--starts",
-        "1",
-    ]
+    sizes = "--vocabulary 64 --sequence-length 8 --micro-batches 2 --rounds 1 --pairs 2 --starts 1".split()
     monkeypatch.setattr("sys.argv", ["bench_training.py", "--output", str(tmp_path), *sizes, "--json"])
     with pytest.raises(SystemExit) as ended:
         bench_training.main()

@@ -6,8 +6,8 @@ from incr_ds.offline.plan import GrowthRequest, plan_files
 
 
 def planned(folder, source, layout, workers=1, name="out", **recipe):
-    """The plan of a growth into ``folder``/``name``, whose vocabulary is padded to a multiple of 8."""
+    """The plan of a growth into ``folder``/``name``."""
     (folder / "recipe.yaml").write_text("target: {}\n")
-    asked = {"target": {}, **recipe, "layout": {"vocabulary_multiple": 8, **layout}}
+    asked = {"target": {}, **recipe, "layout": layout}
     request = GrowthRequest(folder, folder / "recipe.yaml", folder / name, workers=workers)
     return plan_files(request, source, parse_settings(asked, GrowthRecipe, "test"))

@@ -46,3 +46,18 @@ def test_what_a_failed_save_has_left_does_not_fail_the_next(tmp_path: Path):
     writer.abandon()
     writer.save(state, str(tmp_path / "a.pt"))
     assert list(writer.finish()) == [tmp_path / "a.pt"]
+
+
+def test_the_next_save_fills_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    places, save = [], torch.save
+
+    def recorded(content, *arguments, **options):
+        places.append(content["weight"].data_ptr())
+        save(content, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", recorded)
+    writer = CheckpointWriter(True, background=True)
+    for step in range(2):
+        writer.save(STATE | {"step": step}, str(tmp_path / "a.pt"))
+        writer.finish()
+    assert places[0] == places[1] != STATE["weight"].data_ptr()

@@ -82,8 +82,8 @@ class RankStateFile(_RankFile):
     def _groups(self, weights: Mapping[str, StreamedTensor]) -> Mapping[bool, Sequence[str]]:
         """The parameters that decay, and those that do not, in the order of the optimizer's groups.
 
-        From 0.16 on those that decay come first. Before, the group of a rank's first parameter does. The distributed optimizer
-        of 0.13 and before takes groups by their places, later ones by their settings.
+        From Megatron-core 0.16 on, those that decay come first. Before, the group of a rank's first parameter does. The
+        distributed optimizer of 0.13 and before takes groups by their places, later ones by their settings.
         """
         of = {name: decays(name, weight.shape) for name, weight in weights.items()}
         order = dict.fromkeys(of.values()) if self.target.layout.distributed_optimizer else (True, False)
