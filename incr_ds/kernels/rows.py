@@ -8,7 +8,7 @@ Reverse KL and JSD need ``centre`` in between.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -61,13 +61,24 @@ class Rows:
     kind: Kind
     write: bool
 
+    def part(self, rows: slice) -> Rows:
+        """Only the rows ``rows``."""
+        return replace(
+            self,
+            normalizers=self.normalizers[:, rows],
+            label=self.label[rows],
+            live=self.live[rows],
+            factors=self.factors[:, rows],
+            centre=None if self.centre is None else self.centre[rows],
+        )
+
 
 class RowKernels(Protocol):
     """The functions that each backend implements.
 
     ``student`` [C, V] and ``teacher`` [C, V] (None without a dense teacher) may have rows that are longer than V in
     memory. Everything else is contiguous. ``temporaries`` counts the [C, V] buffers in the accumulation dtype that a call
-    needs besides its arguments.
+    needs on a GPU besides its arguments. On a CPU they are small.
     """
 
     name: str

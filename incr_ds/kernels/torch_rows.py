@@ -9,6 +9,10 @@ from torch import Tensor
 
 from incr_ds.kernels.rows import FAR, NEAR, STATISTICS, Rows, Tempering, accumulation_dtype
 
+# On a CPU, all passes over a block of rows come before the next block, so that its buffers stay in the cache of each core.
+BLOCK_BYTES = 2**19
+BLOCK_ROWS = 4  # at least
+
 
 class TorchRows:
     """Row kernels of the ``torch`` backend; see RowKernels."""
@@ -23,44 +27,72 @@ class TorchRows:
     def statistics(self, student: Tensor, teacher: Tensor | None, tempering: Tempering) -> Tensor:
         """See RowKernels. Returns [STATISTICS, C]."""
         result = student.new_zeros((STATISTICS, student.shape[0]), dtype=accumulation_dtype(student.dtype))
-        maximum, total, tempered, logits, weighted, teacher_maximum, teacher_tempered = result
-        logits.copy_(student.sum(dim=1))
-        shifted = _shifted(student, maximum)
-        exponential = shifted.exp()
-        total.copy_(exponential.sum(dim=1))
-        tempered.copy_(total if tempering.unit else _tempered_sum(shifted, tempering))
-        weighted.copy_(exponential.mul_(shifted.clamp_min_(-FAR)).sum(dim=1))
-        if teacher is not None:
-            teacher_tempered.copy_(_tempered_sum(_shifted(teacher, teacher_maximum), tempering))
+        for block in _blocks(student):
+            _statistics(student[block], None if teacher is None else teacher[block], tempering, result[:, block])
         return result
 
     def centre(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
         """See RowKernels. Returns [2, C]."""
-        log_p, log_q = _log_probabilities(student, teacher, rows)
-        p, q = log_p.exp(), log_q.exp()
-        if rows.kind == "reverse_kl":
-            divergence = termwise(p, q, log_p - log_q).sum(dim=1)
-            return torch.stack([divergence, divergence])
-        over_p, over_q = _over_mixture(log_q - log_p)
-        mixture = (p + q) / 2
-        centre = termwise(p, mixture, over_p).sum(dim=1)
-        return torch.stack([(centre + termwise(q, mixture, over_q).sum(dim=1)) / 2, centre])
+        result = student.new_empty((2, student.shape[0]), dtype=rows.factors.dtype)
+        for block in _blocks(student):
+            result[:, block] = _centre(student[block], teacher[block], rows.part(block))
+        return result
 
     def gradient(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor:
         """See RowKernels. Returns [C]; ``student`` then holds the gradient."""
-        if teacher is not None and rows.kind == "forward_kl":
-            return _forward_kl(student, teacher, rows)
         divergence = student.new_zeros(student.shape[0], dtype=rows.factors.dtype)
-        towards = None
-        if teacher is not None:
-            log_p, log_q = _log_probabilities(student, teacher, rows)
-            p, q = log_p.exp(), log_q.exp()
-            towards = _direction(p, q, log_q.sub_(log_p), rows) if rows.write else None
-        elif rows.kind == "sparse" and rows.write:
-            towards = _tempered_log(student, rows.normalizers[0], rows.normalizers[2], rows.tempering).exp_()
-        if rows.write:
-            _write(student, towards, rows)
+        for block in _blocks(student):
+            own, part = student[block], rows.part(block)
+            if teacher is not None and rows.kind == "forward_kl":
+                divergence[block] = _forward_kl(own, teacher[block], part)
+            elif rows.write:
+                _write(own, _towards(own, None if teacher is None else teacher[block], part), part)
         return divergence
+
+
+def _blocks(student: Tensor) -> list[slice]:
+    """The rows of ``student`` in blocks of BLOCK_BYTES for each thread; on a GPU all of them in one."""
+    rows = size = max(student.shape[0], 1)
+    if not student.is_cuda:
+        row_bytes = max(student.shape[1], 1) * accumulation_dtype(student.dtype).itemsize
+        size = max(BLOCK_ROWS, BLOCK_BYTES * torch.get_num_threads() // row_bytes)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _statistics(student: Tensor, teacher: Tensor | None, tempering: Tempering, result: Tensor) -> None:
+    """Store the statistics of a block of rows in ``result`` [STATISTICS, C]."""
+    maximum, total, tempered, logits, weighted, teacher_maximum, teacher_tempered = result
+    logits.copy_(student.sum(dim=1))
+    shifted = _shifted(student, maximum)
+    exponential = shifted.exp()
+    total.copy_(exponential.sum(dim=1))
+    tempered.copy_(total if tempering.unit else _tempered_sum(shifted, tempering))
+    weighted.copy_(exponential.mul_(shifted.clamp_min_(-FAR)).sum(dim=1))
+    if teacher is not None:
+        teacher_tempered.copy_(_tempered_sum(_shifted(teacher, teacher_maximum), tempering))
+
+
+def _centre(student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
+    log_p, log_q = _log_probabilities(student, teacher, rows)
+    p, q = log_p.exp(), log_q.exp()
+    if rows.kind == "reverse_kl":
+        divergence = termwise(p, q, log_p - log_q).sum(dim=1)
+        return torch.stack([divergence, divergence])
+    over_p, over_q = _over_mixture(log_q - log_p)
+    mixture = (p + q) / 2
+    centre = termwise(p, mixture, over_p).sum(dim=1)
+    return torch.stack([(centre + termwise(q, mixture, over_q).sum(dim=1)) / 2, centre])
+
+
+def _towards(student: Tensor, teacher: Tensor | None, rows: Rows) -> Tensor | None:
+    """D of a block of rows as defined in Rows, [C, V], for all kinds but forward KL. None without a teacher."""
+    if teacher is not None:
+        log_p, log_q = _log_probabilities(student, teacher, rows)
+        p, q = log_p.exp(), log_q.exp()
+        return _direction(p, q, log_q.sub_(log_p), rows)
+    if rows.kind == "sparse":
+        return _tempered_log(student, rows.normalizers[0], rows.normalizers[2], rows.tempering).exp_()
+    return None
 
 
 def _forward_kl(student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
@@ -156,15 +188,18 @@ def _direction(p: Tensor, q: Tensor, distance: Tensor, rows: Rows) -> Tensor:
 def _write(student: Tensor, towards: Tensor | None, rows: Rows, p: Tensor | None = None) -> None:
     """Write the gradient to ``student``, which holds the logits, unless their probabilities ``p`` are known."""
     on_p, on_divergence, on_label, everywhere = rows.factors[:, :, None]
-    maximum, log_total = rows.normalizers[:2, :, None]
     if p is None:
-        p = student.sub_(maximum).sub_(log_total).exp_()
-    torch.mul(p, on_p, out=student).sub_(everywhere)
+        maximum, log_total = rows.normalizers[:2, :, None]
+        student.sub_(maximum).exp_().mul_(on_p * log_total.neg().exp_())
+    else:
+        torch.mul(p, on_p, out=student)
+    if student.is_cuda or everywhere.any():  # asking a GPU would wait for it
+        student.sub_(everywhere)
     if towards is not None:
         student.add_(towards.mul_(on_divergence))
     if student.shape[1]:
         owned = rows.label >= 0
         taken = torch.where(owned[:, None], on_label, 0)
         student.scatter_add_(1, rows.label.clamp_min(0)[:, None], -taken.to(student.dtype))
-    if student.is_cuda or not rows.live.all():  # asking a GPU would wait for it
+    if student.is_cuda or not rows.live.all():
         student.masked_fill_(~rows.live[:, None], 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 SLAB_ROWS = 1024
-# On a CPU, the row kernels make many passes over a slab, which are faster if it stays in the cache.
+# On a CPU, a slab of the teacher's logits should still be in the cache when the row kernels read it.
 CPU_SLAB_ROWS, CPU_SLAB_BYTES = 64, 2 * 2**20
 ROW_QUANTUM = 128
 COLUMN_QUANTUM = 64
@@ -190,7 +190,9 @@ def plan_recompute(shape: LossShape, budget_bytes: int, *, accumulates: bool, wa
 
 
 def cached_rows(shape: LossShape) -> int:
-    """Tokens of a slab on a CPU: as many as fit CPU_SLAB_BYTES, but enough for a fast product of the teacher's."""
+    """Tokens of a slab on a CPU. If something is stored for them, they fit CPU_SLAB_BYTES, but are enough for a fast product."""
+    if not shape.slab_row_bytes:
+        return SLAB_ROWS
     return max(CPU_SLAB_ROWS, CPU_SLAB_BYTES // (max(shape.vocabulary, 1) * shape.accumulation_bytes))
 
 

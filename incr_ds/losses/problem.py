@@ -91,7 +91,7 @@ class Prepared:
             accumulation_bytes=self.dtype.itemsize,
             copy_bytes=operand.itemsize if copied else 0,
             # The slope of a cap is stored while the row kernels overwrite the logits.
-            temporaries=problem.kernels.temporaries + (problem.softcap is not None),
+            temporaries=(problem.kernels.temporaries if self.hidden.is_cuda else 0) + (problem.softcap is not None),
         )
 
     def empty_parts(self) -> Tensor:

@@ -92,7 +92,9 @@ def test_lean_has_the_smaller_budget(cuda):
 
 
 def test_a_slab_on_a_cpu_fits_its_cache_but_has_enough_rows_for_a_product():
-    rows = {vocabulary: cached_rows(LossShape(4096, vocabulary, 64)) for vocabulary in (0, 1024, 4096, 128_256)}
+    shapes = {vocabulary: LossShape(4096, vocabulary, 64, 32) for vocabulary in (0, 1024, 4096, 128_256)}
+    rows = {vocabulary: cached_rows(shape) for vocabulary, shape in shapes.items()}
     assert rows == {0: 524_288, 1024: 512, 4096: 128, 128_256: 64}
+    assert cached_rows(LossShape(4096, 4096, 64)) == SLAB_ROWS  # nothing is stored for them
     plan = plan_loss(LossShape(4096, 4096, 64, 32, logits_bytes=4), 2**40, rows[4096])
     assert (plan.chunks, plan.slab_rows) == (1, 128)
