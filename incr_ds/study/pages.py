@@ -20,6 +20,7 @@ from incr_ds.study.summary import Results, summary
 
 PACKAGES = ("torch", "deepspeed", "transformers", "megatron-core", "numpy")
 HEADINGS = {"r_target": "R_target", "r_sunk": "R_sunk", "r_frontier": "R_frontier"}
+ENDS = {"loss": 4, "cloze": 3, "repetition_gain": 2}  # measures in the table, with their digits
 HOW_TO_READ = (
     "R_target is what an arm costs to reach the loss of the same model trained from scratch, relative to what that cost, "
     "with the source's pre-training counted. R_sunk leaves the source out, as for a source that exists anyway. R_frontier "
@@ -51,12 +52,12 @@ def table(content: Mapping[str, Any]) -> list[list[str]]:
     budgets = sorted({budget for arm in content["arms"].values() for budget in arm["r_target"]}, key=int)
     head = ["arm", "what it is", "parameters", "learning rate"]
     head += [f"{title}({budget})" for budget in budgets for title in HEADINGS.values()]
-    rows = [[*head, "final loss", "cloze"]]
+    rows = [[*head, "final loss", "cloze", "repetition gain"]]
     for name, arm in content["arms"].items():
         rate = "" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"
         cells = [shown(arm[ratio].get(budget)) for budget in budgets for ratio in HEADINGS]
         measures = arm["measures"]
-        ends = [f"{measures['loss']:.4f}", f"{measures['cloze']:.3f}"] if measures else ["", ""]
+        ends = [f"{measures[key]:.{digits}f}" if key in measures else "" for key, digits in ENDS.items()]
         rows.append([name, arm["purpose"], f"{arm['parameters']:,}", rate, *cells, *ends])
     return rows
 

@@ -23,7 +23,10 @@ Currency = Literal["flops", "seconds"]
 
 @dataclass(frozen=True)
 class Branch:
-    """One decayed run: the arm and the budget that it belongs to, its loss, and its cost with and of its source."""
+    """One decayed run: the arm and the budget that it belongs to, its loss, and its cost with and of its source.
+
+    ``repetition_gain`` is as in Measures; None in results of older versions.
+    """
 
     arm: str
     seed: int
@@ -35,6 +38,7 @@ class Branch:
     source_flops: float
     seconds: float
     source_seconds: float
+    repetition_gain: float | None = None
 
     def cost(self, currency: Currency) -> float:
         """What it cost, its source counted."""

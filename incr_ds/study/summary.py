@@ -174,7 +174,7 @@ def _arm(results: Results, arm: str) -> dict[str, Any]:
 
 def _last_measures(results: Results, arm: str, budget: int) -> dict[str, Any]:
     """What was measured after the arm's last branch at ``budget``, with its first seed."""
-    keys = ("loss", "losses", "bits_per_byte", "cloze", "layer_distance", "effective_rank")
+    keys = ("loss", "losses", "bits_per_byte", "cloze", "repetition_gain", "layer_distance", "effective_rank")
     found = [result for job, result in results.measured if _is_chosen(results, job, arm, budget)]
     last = {} if not found else found[-1].get("measures", found[-1])  # a known branch has them apart
     return {key: last[key] for key in keys if key in last}
@@ -229,6 +229,7 @@ def _branch(job: StudyJob, result: Mapping[str, Any]) -> Branch:
         source_flops=result["source_flops"],
         seconds=result["seconds"],
         source_seconds=result["source_seconds"],
+        repetition_gain=result.get("repetition_gain"),
     )
 
 

@@ -122,7 +122,7 @@ def check_costs(study: StudySettings) -> None:
         if job.measured is None:
             continue
         result = result_of(job)
-        assert 0 < result["loss"] < 4.0 and 0 <= result["cloze"] <= 1
+        assert 0 < result["loss"] < 4.0 and 0 <= result["cloze"] <= 1 and abs(result["repetition_gain"]) < 0.5
         tokens = 4 * 72
         of_source = job.trunk.first * tokens * per_token[2]
         small = job.trunk.arm == "source"

@@ -18,7 +18,7 @@ def write_result(job: StudyJob, loss: float, flops: float, source: float) -> Non
     """What a worker writes after a branch, and the metrics of the trunk that it left."""
     folder = Path(job.run["output"])
     folder.mkdir(parents=True, exist_ok=True)
-    measures = {"losses": {"code": loss}, "bits_per_byte": {"code": None}, "cloze": 0.5}
+    measures = {"losses": {"code": loss}, "bits_per_byte": {"code": None}, "cloze": 0.5, "repetition_gain": 0.75}
     costs = {"flops": flops, "source_flops": source, "seconds": flops / 100, "source_seconds": source / 100}
     content = {"loss": loss, **measures, "layer_distance": 1.5, "effective_rank": 0.25, **costs}
     (folder / "result.json").write_text(json.dumps(content))
@@ -153,7 +153,9 @@ def test_the_report_is_one_file_with_figures_and_bounds(tmp_path):
     assert head[4:7] == ["R_target(10)", "R_sunk(10)", "R_frontier(10)"]
     stack = next(row for row in rows if row[0] == "stack")
     assert (
-        stack[4] == "< 0.64 (0.64 to 0.64)" and stack[7] == "0.80 (0.80 to 0.80)" and stack[-2:] == ["2.9000", "0.500"]
+        stack[4] == "< 0.64 (0.64 to 0.64)"
+        and stack[7] == "0.80 (0.80 to 0.80)"
+        and stack[-3:] == ["2.9000", "0.500", "0.75"]
     )
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "summary.json", "table.md", "report.html", "loss_over_flops.png", "ratios.png", "curves.png",
