@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: held-out loss on token data, perplexity of text files, and tasks of lm-evaluation-harness."""
+"""Evaluate a checkpoint: held-out loss, perplexity of text files, tasks of lm-evaluation-harness, gain from repetition."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def main(
         Path | None, typer.Option(help="Folder of your own task files; functions that they name will run.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: questions of each task.")] = None,
+    repetition: Annotated[
+        bool,
+        typer.Option("--repetition", help="Whether it copies from its context: the gain on repeated random tokens."),
+    ] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer folder for --text, --tasks; default: FOLDER.")
     ] = None,
@@ -52,8 +56,12 @@ def main(
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """Print what FOLDER reaches on token data (--data), text files (--text) and tasks (--tasks)."""
-    names = _checked_tasks(data, text, tasks, task_files, limit)
+    """Print what FOLDER reaches on token data (--data), text files (--text), tasks (--tasks) and repetitions (--repetition)."""
+    if data is None and not text and tasks is None and not repetition:
+        raise ConfigError(
+            "expected what to evaluate on: --data PREFIX, --text FILE, --tasks NAMES or --repetition, or several of them."
+        )
+    names = _checked_tasks(data, tasks, task_files, limit)
     with loading():
         from incr_ds.checkpoint.integrity import open_described
         from incr_ds.cli.run_folder import located
@@ -65,6 +73,8 @@ def main(
             found["data"] = _data_loss(checkpoint, data, sequence_length, samples, device, progress)
         if text:
             found["text"] = _text_losses(checkpoint, text, tokenizer or place, sequence_length, device, progress)
+        if repetition:
+            found["repetition_gain"] = _repetition_gain(checkpoint, sequence_length, device)
         if names:
             found["tasks"] = _task_metrics(checkpoint, names, task_files, limit, tokenizer or place, device)
     if json:
@@ -75,14 +85,8 @@ def main(
             console.print(line, markup=False)
 
 
-def _checked_tasks(
-    data: str | None, text: list[Path] | None, tasks: str | None, task_files: Path | None, limit: int | None
-) -> list[str]:
-    """The names of the tasks. Raises ConfigError for options that ask for nothing, have no effect or need a package."""
-    if data is None and not text and tasks is None:
-        raise ConfigError(
-            "expected what to evaluate on: --data PREFIX, --text FILE or --tasks NAMES, or several of them."
-        )
+def _checked_tasks(data: str | None, tasks: str | None, task_files: Path | None, limit: int | None) -> list[str]:
+    """The names of the tasks. Raises ConfigError for options that have no effect or need a package."""
     if tasks is None and (task_files is not None or limit is not None):
         raise ConfigError(
             f"{'--limit' if task_files is None else '--task-files'}: without effect; it belongs to --tasks."
@@ -114,6 +118,12 @@ def _text_losses(
     }
 
 
+def _repetition_gain(checkpoint: LogicalCheckpoint, length: int, device: str) -> float:
+    with loading():
+        from incr_ds.offline.repetition import checkpoint_repetition_gain
+    return checkpoint_repetition_gain(checkpoint, length, device=device)
+
+
 def _task_metrics(
     checkpoint: LogicalCheckpoint,
     names: list[str],
@@ -132,6 +142,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for file, loss in found.get("text", {}).items():
         unknown = f" ({loss['unknown_tokens']:,} unknown tokens)" if loss["unknown_tokens"] else ""
         lines.append(f"{file}: {_loss_line(loss)}{unknown}")
+    if "repetition_gain" in found:
+        lines.append(f"repetition gain {found['repetition_gain']:.4f} nats per token")
     for name, metrics in found.get("tasks", {}).items():
         lines.append(f"{name}, zero-shot: {', '.join(f'{key} {value:.4f}' for key, value in metrics.items())}")
     return lines

@@ -15,12 +15,12 @@ from incr_ds.checkpoint.integrity import open_described
 from incr_ds.data.fingerprint import describe
 from incr_ds.data.samples import open_held_out_data
 from incr_ds.offline.compare import load_model
+from incr_ds.offline.repetition import repetition_gain
 from incr_ds.offline.text_loss import loss_sum
 from incr_ds.train.evaluation import bits_per_byte
 
 CHOICES, CONTEXT, ENDING = 4, 48, 16  # of the cloze questions: endings to choose from, tokens before and in an ending
 BATCH = 16
-REPETITIONS = 64  # sequences of random tokens that are repeated
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class Measures:
     """Measures of one checkpoint.
 
     ``losses`` (nats per token) and ``bits_per_byte`` are by domain, ``loss`` is the mean of ``losses``. ``cloze`` is how often
-    the true ending of a held-out text is the most probable of 4 (chance: 0.25). ``repetition_gain`` (nats per token) is by how
-    much the loss on random tokens falls where they repeat: whether the model copies from its context, as induction heads do
-    (Olsson et al. 2022, arXiv 2209.11895). ``layer_distance`` is the mean relative
+    the true ending of a held-out text is the most probable of 4 (chance: 0.25). ``repetition_gain`` is explained in
+    incr_ds/offline/repetition.py. ``layer_distance`` is the mean relative
     distance between the matrices of neighbouring layers, and ``effective_rank`` the mean of exp(entropy of the singular
     values) / rank (Roy and Vetterli 2007).
     """
@@ -78,20 +77,6 @@ def _cloze(model: torch.nn.Module, tokens: torch.Tensor) -> float:
         scores = logits.log_softmax(-1).gather(-1, rows[:, CONTEXT:, None]).sum((1, 2))
         right += int(scores.argmax().item() == 0)
     return right / len(texts)
-
-
-def repetition_gain(model: torch.nn.Module, vocabulary: int, length: int) -> float:
-    """The mean loss on random tokens minus that on the same tokens once more, in sequences of ``length`` tokens.
-
-    The first token of either half is left out: nothing before it says what it is.
-    """
-    half = length // 2
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randint(0, vocabulary, (REPETITIONS, half), generator=generator)
-    tokens = torch.cat([random, random], dim=1)  # [REPETITIONS, 2 * half]
-    logits = torch.cat([model(rows[:, :-1]).logits.float() for rows in tokens.split(BATCH)])
-    losses = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)  # of tokens 1 to 2 * half - 1
-    return (losses[:, : half - 1].mean() - losses[:, half:].mean()).item()
 
 
 def layer_distance(checkpoint: LogicalCheckpoint) -> float | None:

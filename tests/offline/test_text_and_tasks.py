@@ -16,6 +16,7 @@ from incr_ds.checkpoint.opening import open_source
 from incr_ds.data.tokenizer import train_sentencepiece
 from incr_ds.errors import ConfigError
 from incr_ds.launch.packages import require
+from incr_ds.offline.repetition import checkpoint_repetition_gain
 from incr_ds.offline.text_loss import evaluate_text
 from incr_ds.testing.memory import drawn_model, small_architecture
 
@@ -93,6 +94,14 @@ def test_a_longer_window_predicts_from_more(home):
     assert long.loss == pytest.approx(-log_probabilities(model, ids).mean().item(), rel=1e-5)
 
 
+def test_the_gain_from_repetition_is_what_the_model_gives(home):
+    model, _ = model_of(home)
+    once = torch.randint(0, 400, (64, 7), generator=torch.Generator().manual_seed(0))
+    losses = -torch.stack([log_probabilities(model, [*row, *row]) for row in once.tolist()])  # [64, 13]
+    expected = (losses[:, :6].mean() - losses[:, 7:].mean()).item()
+    assert checkpoint_repetition_gain(open_source(home / "model"), 15) == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,9 +148,10 @@ def test_tasks_and_texts_of_the_tool_are_what_the_model_says(home):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected what to evaluate on: --data PREFIX, --text FILE or --tasks NAMES"),
+        ([], "expected what to evaluate on: --data PREFIX, --text FILE, --tasks NAMES or --repetition"),
         (["--text", "text.txt", "--limit", "3"], "--limit: without effect; it belongs to --tasks"),
         (["--text", "text.txt", "--task-files", "tasks"], "--task-files: without effect"),
+        (["--repetition", "--sequence-length", "3"], "--sequence-length 3: --repetition needs 4 tokens or more"),
         (["--tasks", "a,,b"], "--tasks a,,b: expected names with commas between them"),
     ],
 )

@@ -1,11 +1,12 @@
-"""What a study measures on a model, by models whose answers are known."""
+"""The repetition gain and the effective rank, of models and matrices whose answers are known."""
 
 import math
 
 import pytest
 import torch
 
-from incr_ds.study.measures import effective_rank, repetition_gain
+from incr_ds.offline.repetition import repetition_gain
+from incr_ds.study.measures import effective_rank
 
 VOCABULARY, LENGTH = 50, 20
 
