@@ -26,15 +26,18 @@ RESULT, RUN_FILE, RECIPE_FILE = "result.json", "run.yaml", "recipe.yaml"
 
 
 class EventStop:
-    """A request to stop once ``event`` is set, in the form that the training loop asks for."""
+    """A request to stop once ``event`` is set, in the form that the training loop asks for.
+
+    It stops, too, when the study's own process is gone: a study that is started again runs the same jobs.
+    """
 
     def __init__(self, event: Any) -> None:
-        self._event = event
+        self._event, self._parent = event, os.getppid()
 
     @property
     def reason(self) -> str | None:
         """Why to stop, or None."""
-        return "the study" if self._event.is_set() else None
+        return "the study" if self._event.is_set() or os.getppid() != self._parent else None
 
     def join(self) -> None:
         """Do nothing: this process is its run's only one."""

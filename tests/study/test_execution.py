@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from studies import tiny_study
@@ -97,8 +97,14 @@ def test_a_study_goes_on_after_a_kill_and_reports(tmp_path):
     until = time.monotonic() + 300
     while not list((tmp_path / "out").glob("*/*/trunk/checkpoints/step_*")) and time.monotonic() < until:
         time.sleep(0.2)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    assert len(workers) >= 2
+    killed.kill()
     killed.wait()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    for worker in alive:
+        worker.kill()
+    assert not alive, "runs go on without their study"
     study = load_settings(path, StudySettings)
     assert not all(is_done(job) for job in jobs(opened(study)))
     short = run_tool("--config", str(path), "--for", "1s")
