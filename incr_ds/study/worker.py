@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,15 @@ RESULT, RUN_FILE, RECIPE_FILE = "result.json", "run.yaml", "recipe.yaml"
 
 
 class EventStop:
-    """A request to stop once ``event`` is set, in the form that the training loop asks for.
-
-    It stops, too, when the study's own process is gone: a study that is started again runs the same jobs.
-    """
+    """A request to stop once ``event`` is set, in the form that the training loop asks for."""
 
     def __init__(self, event: Any) -> None:
-        self._event, self._parent = event, os.getppid()
+        self._event = event
 
     @property
     def reason(self) -> str | None:
         """Why to stop, or None."""
-        return "the study" if self._event.is_set() or os.getppid() != self._parent else None
+        return "the study" if self._event.is_set() else None
 
     def join(self) -> None:
         """Do nothing: this process is its run's only one."""
@@ -50,6 +49,7 @@ def initialize(event: Any, threads: int) -> None:
     """Prepare this process to run jobs, each as a run of one process."""
     global _stop
     _stop = EventStop(event)
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the study itself stops its runs
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,6 +57,14 @@ def initialize(event: Any, threads: int) -> None:
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({**single, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"})
     torch.set_num_threads(threads)  # OMP_NUM_THREADS is too late if torch is imported already
+
+
+def _end_with_the_study() -> None:
+    """End this process when the study's own is gone: a study that is started again runs the same jobs."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_job(job: StudyJob, study: StudySettings) -> bool:

@@ -177,13 +177,14 @@ def pieces(shards, parameters):
     }
 
 
-def assert_pieces(expected, ranks):
+def assert_pieces(expected, ranks, tolerance=1e-5):
     """The pieces of all ranks are those of ``expected``, and together hold every element of it."""
+    near = {"rtol": tolerance, "atol": tolerance}
     seen = dict.fromkeys(expected, 0)
     for held in ranks:
         for (tensor, bounds), value in held.items():
             whole = expected[tensor][tuple(slice(*bound) for bound in bounds)]
-            torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-5, msg=lambda text, n=tensor: f"{n}: {text}")
+            torch.testing.assert_close(value, whole, **near, msg=lambda text, n=tensor: f"{n}: {text}")
             seen[tensor] += value.numel()
     assert all(count >= expected[tensor].numel() for tensor, count in seen.items())
 

@@ -42,10 +42,11 @@ PLAIN = {"name": "muon", "gradient_clipping": 0.0}
     ids=str,
 )
 def test_training_equals_one_process(case):
+    """The iteration rounds to bf16, so that a last bit of a gradient may change an update (a step is about 6e-3) by 1%."""
     expected, weights = reference(case)
     ranks = run_processes(train, case.world, case)
-    assert ranks[0][0] == pytest.approx(expected, rel=1e-5)
-    assert_pieces(weights, [values for _, values in ranks])
+    assert ranks[0][0] == pytest.approx(expected, rel=1e-4)
+    assert_pieces(weights, [values for _, values in ranks], tolerance=1e-3)
 
 
 def test_gradients_that_are_not_finite_leave_the_momentum_as_it_was():
